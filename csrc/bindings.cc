@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+// The border to Python, and the only file that knows it: plans come in as plain tuples, errors go out as the
+// exceptions Python has for them, and the GIL is free in every call that can block.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cuda_info.h"
+#include "engine.h"
+#include "kernels/embedded.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace fastshard {
+namespace {
+
+using Released = py::call_guard<py::gil_scoped_release>;
+
+// TensorView of fastshard/plan.py: (data, nbytes, device, itemsize, shape, strides); shape None: contiguous.
+TensorView view_from(py::handle object) {
+  const auto tuple = py::reinterpret_borrow<py::tuple>(object);
+  const auto* data = reinterpret_cast<const std::byte*>(tuple[0].cast<uintptr_t>());
+  const int device = tuple[2].cast<int>();
+  if (tuple[4].is_none()) {
+    return TensorView{.data = data, .device = device, .run_nbytes = tuple[1].cast<uint64_t>()};
+  }
+  TensorView view = make_view(data, device, tuple[3].cast<uint64_t>(), tuple[4].cast<std::vector<int64_t>>(),
+                              tuple[5].cast<std::vector<int64_t>>());
+  if (view.nbytes() != tuple[1].cast<uint64_t>()) throw std::invalid_argument("nbytes and shape disagree");
+  return view;
+}
+
+// FilePlan of fastshard/plan.py: (path or a writable buffer, header, items). The header becomes item 0.
+FilePlan file_from(py::handle object) {
+  const auto tuple = py::reinterpret_borrow<py::tuple>(object);
+  FilePlan file;
+  const auto header = tuple[1].cast<std::string_view>();
+  const auto* first = reinterpret_cast<const std::byte*>(header.data());
+  file.header.assign(first, first + header.size());
+  const auto items = py::reinterpret_borrow<py::list>(tuple[2]);
+  file.items.reserve(items.size() + 1);
+  file.items.push_back({TensorView{.data = file.header.data(), .run_nbytes = header.size()}, 0});
+  uint64_t offset = header.size();
+  for (const py::handle view : items) {
+    file.items.push_back({view_from(view), offset});
+    offset += file.items.back().source.nbytes();
+  }
+  file.nbytes = offset;
+  if (py::isinstance<py::bytes>(tuple[0])) {
+    file.path = tuple[0].cast<std::string>();
+  } else {
+    const auto [address, nbytes] = tuple[0].cast<std::pair<uintptr_t, uint64_t>>();
+    if (nbytes != file.nbytes) throw std::invalid_argument("the memory target does not have the plan's size");
+    file.memory = reinterpret_cast<std::byte*>(address);
+  }
+  return file;
+}
+
+SavePlan plan_from(const py::list& files) {
+  SavePlan plan;
+  plan.files.reserve(files.size());
+  for (const py::handle file : files) plan.files.push_back(file_from(file));
+  return plan;
+}
+
+WritePath write_path_from(const std::string& name) {
+  for (const WritePath path : {WritePath::automatic, WritePath::buffered, WritePath::mapped}) {
+    if (name == name_of(path)) return path;
+  }
+  throw std::invalid_argument("write_path must be 'auto', 'buffered' or 'mapped', not '" + name + "'");
+}
+
+py::dict to_dict(const Stats& stats) {
+  return py::dict("files"_a = stats.files, "nbytes"_a = stats.nbytes, "seconds"_a = stats.seconds,
+                  "copy_seconds"_a = stats.copy_seconds, "write_seconds"_a = stats.write_seconds,
+                  "sync_seconds"_a = stats.sync_seconds, "write_path"_a = stats.write_path,
+                  "staging"_a = stats.staging, "staging_nbytes"_a = stats.staging_nbytes,
+                  "fallbacks"_a = py::tuple(py::cast(stats.fallbacks)));
+}
+
+// (chunks, ops) of each file, for the tests of the schedule.
+py::list schedule_of(const py::list& files, uint64_t slot_nbytes, uint64_t packed_nbytes, uint64_t in_place_nbytes,
+                     uint32_t max_ops, bool in_place) {
+  const SavePlan plan = plan_from(files);
+  check(plan);
+  const ScheduleLimits limits{slot_nbytes, packed_nbytes, in_place_nbytes, max_ops, in_place};
+  py::list result;
+  for (const FilePlan& file : plan.files) {
+    const FileSchedule schedule = make_schedule(file, limits);
+    py::list chunks;
+    for (const Chunk& chunk : schedule.chunks) {
+      constexpr const char* kRoutes[] = {"in_place", "packed", "device"};
+      py::list ops;
+      for (const CopyOp& op : schedule.ops_of(chunk)) {
+        ops.append(py::make_tuple(op.item, op.chunk_offset, op.first_byte, op.nbytes));
+      }
+      chunks.append(py::make_tuple(chunk.file_offset, chunk.nbytes, kRoutes[static_cast<int>(chunk.route)], ops));
+    }
+    result.append(chunks);
+  }
+  return result;
+}
+
+// A request in Python's numbering: the header, item 0 here, is never fetched.
+std::optional<std::tuple<uint64_t, uint32_t, uint32_t, uint64_t, uint64_t, uintptr_t>> fetch(Save& save) {
+  const std::optional<FetchRequest> request = save.fetch();
+  if (!request) return std::nullopt;
+  return std::tuple(request->id, request->file, request->item - 1, request->first_byte, request->nbytes,
+                    reinterpret_cast<uintptr_t>(request->out));
+}
+
+}  // namespace
+}  // namespace fastshard
+
+PYBIND11_MODULE(_native, module) {
+  using namespace fastshard;
+
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const IoError& error) {
+      const int code = error.code().value();
+      const py::object text = py::module_::import("os").attr("strerror")(code);
+      const py::object path = py::module_::import("os").attr("fsdecode")(py::bytes(error.path()));
+      PyErr_SetObject(PyExc_OSError, py::make_tuple(code, text, path).ptr());
+    } catch (const CudaError& error) {
+      PyErr_SetString(PyExc_RuntimeError, error.what());
+    } catch (const Cancelled& error) {
+      const py::object type = py::module_::import("concurrent.futures").attr("CancelledError");
+      PyErr_SetString(type.ptr(), error.what());
+    }
+  });
+
+  py::class_<Save, std::shared_ptr<Save>>(module, "Save")
+      .def("wait", &Save::wait, "seconds"_a, Released())
+      .def("finished", &Save::finished, Released())
+      .def("cancel", &Save::cancel, Released())
+      .def("fetch", &fetch)
+      .def("fetched", &Save::fetched, "request"_a)
+      .def_property_readonly("nbytes", &Save::nbytes)
+      .def_property_readonly("nbytes_written", &Save::nbytes_written)
+      .def("stats", [](const Save& save) { return to_dict(save.stats()); });
+
+  py::class_<Engine, std::unique_ptr<Engine>>(module, "Engine")
+      .def(py::init([](uint64_t memory_budget, size_t threads, const std::string& write_path) {
+             return std::make_unique<Engine>(Options{memory_budget, threads, write_path_from(write_path)});
+           }),
+           "memory_budget"_a, "threads"_a, "write_path"_a)
+      .def(
+          "submit",
+          [](Engine& engine, const py::list& files, const std::map<int, uintptr_t>& streams, bool durable) {
+            SavePlan plan = plan_from(files);
+            const py::gil_scoped_release released;
+            return engine.submit(std::move(plan), streams, durable);
+          },
+          "files"_a, "streams"_a, "durable"_a, py::keep_alive<0, 1>());
+
+  // Uninitialised bytes to be filled before anybody else sees them, and their address.
+  module.def(
+      "new_bytes",
+      [](size_t nbytes) {
+        auto bytes = py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(nbytes)));
+        if (!bytes) throw py::error_already_set();
+        return std::pair(bytes, reinterpret_cast<uintptr_t>(PyBytes_AS_STRING(bytes.ptr())));
+      },
+      "nbytes"_a);
+  // Keeps an object for ever: in a forked child, the parent's threads are not there to finish what it stands for.
+  module.def("leak", [](const py::object& object) { object.inc_ref(); }, "object"_a);
+
+  module.def("schedule", &schedule_of, "files"_a, "slot_nbytes"_a, "packed_nbytes"_a, "in_place_nbytes"_a,
+             "max_ops"_a, "in_place"_a);
+  module.def("kernels_compiled_in", [] { return embedded_kernels() != nullptr; });
+  module.def("cuda_devices", &cuda_devices, Released());
+  module.def("cuda_driver_version", &cuda_driver_version, Released());
+  module.def(
+      "filesystem",
+      [](const std::string& directory, const std::string& write_path) {
+        const FileSystem filesystem = filesystem_of(directory, directory);
+        const Choice choice = choose_write_path(filesystem, write_path_from(write_path));
+        return std::tuple(filesystem.type, std::string(name_of(choice.path)), choice.reason);
+      },
+      "directory"_a, "write_path"_a = "auto");
+  module.def("probe", &probe, "directory"_a, Released());
+}

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where tensors live, and how their bytes get into a staging slot. HostDevice, CudaDevice and FetchDevice
+// (bytes that Python brings) implement it; the engine knows only this.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "schedule.h"
+
+namespace fastshard {
+
+// Completion of one pack().
+class Ticket {
+ public:
+  virtual ~Ticket() = default;
+  // Blocks until the bytes are in the slot; throws what the copy failed with. Also after a failure nothing
+  // writes to the slot any more.
+  virtual void wait() = 0;
+};
+
+// Page-locked staging memory; released by the destructor.
+class Registration {
+ public:
+  virtual ~Registration() = default;
+};
+
+// Where a chunk is staged: a slot, of which pack() fills `bytes` and takes what it needs from the front of
+// `scratch` (memory with the slot's registration and lifetime).
+struct Staging {
+  std::span<std::byte> bytes;
+  std::span<std::byte> scratch;
+};
+// Scratch that is always enough: a kernel's table entry for each op of a chunk and each 64 KiB of it.
+inline constexpr uint64_t kScratchNbytes = 256 << 10;
+
+// One save's copies out of one device: a copy stream ordered behind the caller's work.
+// pack() may be called by several threads at once.
+class CopyStream {
+ public:
+  virtual ~CopyStream() = default;
+  // Gathers `ops`, all of this device, into the staging bytes. Returns once enqueued, or null when already
+  // done. Throws with nothing left under way.
+  virtual std::unique_ptr<Ticket> pack(std::span<const CopyOp> ops, Staging& staging) = 0;
+};
+
+class Device {
+ public:
+  virtual ~Device() = default;
+  // Page-locks `slot` for this device's copy engine; null where that is refused (copies then take the
+  // driver's slower pageable way).
+  virtual std::unique_ptr<Registration> register_staging(std::span<std::byte> slot) = 0;
+  // A copy stream ordered behind what is enqueued on the caller's `stream` now.
+  virtual std::unique_ptr<CopyStream> open(uintptr_t stream) = 0;
+};
+
+std::unique_ptr<Device> make_host_device();
+// Throws CudaError when there is no driver or no such device.
+std::unique_ptr<Device> make_cuda_device(int ordinal);
+
+}  // namespace fastshard

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// The conductor: owns what saves share - staging ring, writer threads, devices - and starts them.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "save.h"
+
+namespace fastshard {
+
+struct Options {
+  uint64_t memory_budget = 128 << 20;  // bytes of staging memory, all saves of the engine together
+  size_t threads = 1;                  // writers
+  WritePath write_path = WritePath::automatic;
+};
+
+// Thread-safe. Saves run on the engine's threads; the destructor waits for them.
+class Engine {
+ public:
+  // Throws std::invalid_argument for a budget below 1 MiB or no threads.
+  explicit Engine(const Options& options);
+
+  // Starts a save and returns while it runs. Throws what stops it before the first copy.
+  std::shared_ptr<Save> submit(SavePlan plan, const std::map<int, uintptr_t>& streams, bool durable);
+
+ private:
+  Device& device(int ordinal);
+
+  const Options options_;
+  const std::unique_ptr<Device> host_ = make_host_device();
+  std::mutex mutex_;
+  std::map<int, std::unique_ptr<Device>> devices_;
+  // Torn down from the last to the first: the workers finish before what they use goes.
+  Ring ring_;
+  WriteBehind write_behind_;
+  WorkerPool workers_;
+};
+
+}  // namespace fastshard

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// The errors the native side throws. No Python and no CUDA here: bindings.cc translates, once.
+#pragma once
+
+#include <cerrno>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <utility>
+
+namespace fastshard {
+
+// A system call on `path` failed with `errno_value`. Becomes OSError(errno, strerror, path) in Python.
+class IoError : public std::system_error {
+ public:
+  IoError(int errno_value, std::string path, const std::string& action)
+      : std::system_error(errno_value, std::generic_category(), action), path_(std::move(path)) {}
+  const std::string& path() const noexcept { return path_; }
+
+ private:
+  std::string path_;
+};
+
+// A CUDA driver call failed, or no usable driver was found. Becomes RuntimeError.
+class CudaError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// The caller gave the save up. Never seen by users: the caller already holds the reason.
+class Cancelled : public std::runtime_error {
+ public:
+  Cancelled() : std::runtime_error("save cancelled") {}
+};
+
+}  // namespace fastshard

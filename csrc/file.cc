@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "file.h"
+
+#include <fcntl.h>
+#include <limits.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <set>
+
+namespace fastshard {
+namespace {
+
+bool unsupported(int error) { return error == EOPNOTSUPP || error == ENOSYS || error == EINVAL; }
+
+std::string parent_of(const std::string& path) {
+  const size_t slash = path.rfind('/');
+  if (slash == std::string::npos) return ".";
+  return slash == 0 ? "/" : path.substr(0, slash);
+}
+
+std::string self_path(int fd) { return "/proc/self/fd/" + std::to_string(fd); }
+
+// fsync; filesystems that have nothing to sync say EINVAL.
+void sync_descriptor(int fd, const std::string& path) {
+  if (fsync(fd) != 0 && errno != EINVAL) throw IoError(errno, path, "fsync");
+}
+
+}  // namespace
+
+Window::Window(int fd, uint64_t offset, uint64_t nbytes, const std::string& path) {
+  const auto page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+  const uint64_t lead = offset % page;
+  mapped_nbytes_ = nbytes + lead;
+  base_ = mmap(nullptr, mapped_nbytes_, PROT_READ | PROT_WRITE, MAP_SHARED, fd, static_cast<off_t>(offset - lead));
+  if (base_ == MAP_FAILED) throw IoError(errno, path, "mmap");
+  bytes_ = {static_cast<std::byte*>(base_) + lead, nbytes};
+#ifdef MADV_POPULATE_WRITE
+  // One call instead of a fault for each page, and an error code where a store would be a SIGBUS.
+  if (madvise(base_, mapped_nbytes_, MADV_POPULATE_WRITE) != 0 && errno != EINVAL) {
+    const int error = errno == EFAULT ? ENOSPC : errno;
+    munmap(base_, mapped_nbytes_);
+    throw IoError(error, path, "populate");
+  }
+#endif
+}
+
+Window::~Window() { munmap(base_, mapped_nbytes_); }
+
+OutputFile::OutputFile(const std::string& path, uint64_t nbytes, WritePath wanted) : path_(path) {
+  resolve_target();
+  const FileSystem filesystem = filesystem_of(directory_, path_);
+  memory_backed_ = filesystem.memory_backed;
+  write_path_ = choose_write_path(filesystem, wanted).path;
+  open_temporary();
+  try {
+    adopt_replaced_attributes();
+    reserve(nbytes);
+  } catch (...) {
+    discard();
+    throw;
+  }
+}
+
+OutputFile::~OutputFile() { discard(); }
+
+void OutputFile::fail(const char* action) const { throw IoError(errno, path_, action); }
+
+void OutputFile::note_fallback(const std::string& refused) {
+  fallbacks_.push_back(refused + " refused: " + std::generic_category().message(errno));
+}
+
+void OutputFile::resolve_target() {
+  constexpr int kMaxLinks = 40;  // as the kernel's own limit
+  target_ = path_;
+  struct stat info;
+  for (int links = 0;; ++links) {
+    if (lstat(target_.c_str(), &info) != 0) {
+      if (errno != ENOENT || target_.empty()) fail("lstat");
+      break;
+    }
+    if (!S_ISLNK(info.st_mode)) {
+      replaced_ = info;
+      break;
+    }
+    if (links == kMaxLinks) throw IoError(ELOOP, path_, "readlink");
+    char text[PATH_MAX];
+    const ssize_t length = readlink(target_.c_str(), text, sizeof text);
+    if (length < 0) fail("readlink");
+    const std::string to(text, static_cast<size_t>(length));
+    target_ = to.starts_with('/') ? to : parent_of(target_) + "/" + to;
+  }
+  if (replaced_ && S_ISDIR(replaced_->st_mode)) throw IoError(EISDIR, path_, "open");
+  // Renaming over a device or a pipe would take it from everybody else.
+  if (replaced_ && !S_ISREG(replaced_->st_mode)) throw IoError(EINVAL, path_, "open");
+  directory_ = parent_of(target_);
+}
+
+void OutputFile::open_temporary() {
+  fd_ = Descriptor(open(directory_.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0666));
+  // A nameless file can only be given a name through /proc.
+  if (fd_ && access(self_path(fd_.get()).c_str(), F_OK) == 0) return;
+  if (errno != ENOENT && errno != EACCES) note_fallback("O_TMPFILE");
+  const std::string name = temporary_name(directory_);
+  fd_ = Descriptor(open(name.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
+  if (!fd_) fail("open");
+  temporary_ = name;
+}
+
+void OutputFile::adopt_replaced_attributes() {
+  if (!replaced_) return;  // the kernel has applied the umask and the directory's default ACL
+  struct stat ours;
+  if (fstat(fd_.get(), &ours) != 0) fail("fstat");
+  if ((ours.st_uid != replaced_->st_uid || ours.st_gid != replaced_->st_gid) &&
+      fchown(fd_.get(), replaced_->st_uid, replaced_->st_gid) != 0) {
+    note_fallback("fchown");  // as anybody but root: the file becomes the saver's
+  }
+  if (fchmod(fd_.get(), replaced_->st_mode & 07777) != 0) note_fallback("fchmod");
+}
+
+void OutputFile::reserve(uint64_t nbytes) {
+  // Preallocation makes later writes cheaper on disk filesystems and dearer on tmpfs, where only a mapping
+  // needs it: a store to a page that cannot be had is a SIGBUS.
+  if (!memory_backed_ || write_path_ == WritePath::mapped) {
+    int result;
+    do {
+      result = fallocate(fd_.get(), 0, 0, static_cast<off_t>(nbytes));
+    } while (result != 0 && errno == EINTR);
+    if (result == 0) return;
+    if (!unsupported(errno)) fail("fallocate");
+    note_fallback("fallocate");
+    write_path_ = WritePath::buffered;
+  }
+  require_space(fd_.get(), nbytes, path_);
+}
+
+void OutputFile::write(std::span<iovec> parts, uint64_t offset) {
+  while (!parts.empty()) {
+    const auto count = static_cast<int>(std::min<size_t>(parts.size(), IOV_MAX));
+    const ssize_t written = pwritev(fd_.get(), parts.data(), count, static_cast<off_t>(offset));
+    if (written < 0) {
+      if (errno == EINTR) continue;
+      fail("write");
+    }
+    if (written == 0) throw IoError(EIO, path_, "write");
+    offset += static_cast<uint64_t>(written);
+    auto left = static_cast<size_t>(written);
+    while (!parts.empty() && left >= parts.front().iov_len) {
+      left -= parts.front().iov_len;
+      parts = parts.subspan(1);
+    }
+    if (left != 0) {
+      parts.front().iov_base = static_cast<std::byte*>(parts.front().iov_base) + left;
+      parts.front().iov_len -= left;
+    }
+  }
+}
+
+void OutputFile::start_writeback(uint64_t offset, uint64_t nbytes) noexcept {
+  sync_file_range(fd_.get(), static_cast<off_t>(offset), static_cast<off_t>(nbytes), SYNC_FILE_RANGE_WRITE);
+}
+
+void OutputFile::sync() { sync_descriptor(fd_.get(), path_); }
+
+void OutputFile::put_in_place(bool keep_old) {
+  if (temporary_.empty()) {
+    const std::string self = self_path(fd_.get());
+    if (linkat(AT_FDCWD, self.c_str(), AT_FDCWD, target_.c_str(), AT_SYMLINK_FOLLOW) == 0) {
+      state_ = State::created;
+      return;
+    }
+    if (errno != EEXIST) fail("link");
+    // linkat cannot replace: a hidden name first, for the moment until the rename.
+    const std::string name = temporary_name(directory_);
+    if (linkat(AT_FDCWD, self.c_str(), AT_FDCWD, name.c_str(), AT_SYMLINK_FOLLOW) != 0) fail("link");
+    temporary_ = name;
+  }
+  replace_target(keep_old);
+}
+
+void OutputFile::replace_target(bool keep_old) {
+  const char* from = temporary_.c_str();
+  const char* to = target_.c_str();
+  if (keep_old) {
+    if (renameat2(AT_FDCWD, from, AT_FDCWD, to, RENAME_EXCHANGE) == 0) {
+      state_ = State::exchanged;
+      return;
+    }
+    if (errno == ENOENT && renameat2(AT_FDCWD, from, AT_FDCWD, to, RENAME_NOREPLACE) == 0) {
+      temporary_.clear();
+      state_ = State::created;
+      return;
+    }
+    if (!unsupported(errno) && errno != EEXIST) fail("rename");
+    if (errno != EEXIST) note_fallback("renameat2");
+    // Without an exchange: the old file stays reachable under a second name until all files stand.
+    const std::string old = temporary_name(directory_);
+    if (link(to, old.c_str()) == 0) {
+      if (rename(from, to) != 0) {
+        const int error = errno;
+        unlink(old.c_str());
+        errno = error;
+        fail("rename");
+      }
+      temporary_ = old;
+      state_ = State::exchanged;
+      return;
+    }
+    if (errno == ENOENT) {
+      if (rename(from, to) != 0) fail("rename");
+      temporary_.clear();
+      state_ = State::created;
+      return;
+    }
+    note_fallback("link");
+  }
+  if (rename(from, to) != 0) {
+    if (!unsupported(errno) || replaced_) fail("rename");
+    note_fallback("rename");
+    copy_to_target();
+    return;
+  }
+  temporary_.clear();
+  state_ = State::replaced;
+}
+
+// Where nothing can be renamed (some object-store mounts) and nothing would be lost.
+void OutputFile::copy_to_target() {
+  const Descriptor out(open(target_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
+  if (!out) fail("open");
+  state_ = State::created;  // undone from here on if the copy fails
+  std::vector<char> buffer(4 << 20);
+  for (off_t offset = 0;;) {
+    const ssize_t got = pread(fd_.get(), buffer.data(), buffer.size(), offset);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) fail("read");
+    if (got == 0) break;
+    for (ssize_t done = 0; done < got;) {
+      const ssize_t put = ::write(out.get(), buffer.data() + done, static_cast<size_t>(got - done));
+      if (put < 0 && errno == EINTR) continue;
+      if (put < 0) fail("write");
+      done += put;
+    }
+    offset += got;
+  }
+  sync_descriptor(out.get(), path_);
+  unlink(temporary_.c_str());
+  temporary_.clear();
+}
+
+void OutputFile::discard() noexcept {
+  if (state_ == State::created) unlink(target_.c_str());
+  if (state_ == State::exchanged && rename(temporary_.c_str(), target_.c_str()) == 0) temporary_.clear();
+  if (!temporary_.empty()) unlink(temporary_.c_str());
+  temporary_.clear();
+  if (state_ != State::replaced) state_ = State::temporary;
+}
+
+void publish(std::span<OutputFile* const> files, bool durable) {
+  // Nothing can fail after the only rename of a single file, so its old contents need not be kept.
+  const bool keep_old = files.size() > 1;
+  for (OutputFile* file : files) file->put_in_place(keep_old);
+  if (durable) {
+    std::set<std::string> directories;
+    for (const OutputFile* file : files) directories.insert(file->directory_);
+    for (const std::string& directory : directories) {
+      const Descriptor folder(open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+      if (!folder) throw IoError(errno, directory, "open");
+      sync_descriptor(folder.get(), directory);
+    }
+  }
+  for (OutputFile* file : files) {
+    if (file->state_ == OutputFile::State::exchanged) unlink(file->temporary_.c_str());
+    file->temporary_.clear();
+    file->state_ = OutputFile::State::replaced;
+  }
+}
+
+}  // namespace fastshard

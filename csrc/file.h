@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// Files that appear under their name complete or not at all.
+#pragma once
+
+#include <sys/stat.h>
+#include <sys/uio.h>
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "filesystem.h"
+
+namespace fastshard {
+
+// A range of a file mapped for writing, its pages already there.
+class Window {
+ public:
+  Window(int fd, uint64_t offset, uint64_t nbytes, const std::string& path);
+  ~Window();
+  Window(const Window&) = delete;
+  Window& operator=(const Window&) = delete;
+  std::span<std::byte> bytes() const { return bytes_; }
+
+ private:
+  void* base_;
+  uint64_t mapped_nbytes_;
+  std::span<std::byte> bytes_;
+};
+
+// A file being written: a nameless or hidden sibling of its target until publish(). The destructor removes
+// what was not published. write(), window() and start_writeback() may be called by several threads at once.
+class OutputFile {
+ public:
+  // Checks the target, makes the temporary with the target's final mode, and reserves `nbytes`: a full disk
+  // is IoError(ENOSPC) here, before the first copy. A symbolic link is followed: its destination is replaced.
+  OutputFile(const std::string& path, uint64_t nbytes, WritePath wanted);
+  ~OutputFile();
+  OutputFile(const OutputFile&) = delete;
+  OutputFile& operator=(const OutputFile&) = delete;
+
+  WritePath write_path() const { return write_path_; }
+  // What the filesystem refused and what was done instead.
+  const std::vector<std::string>& fallbacks() const { return fallbacks_; }
+
+  // Writes all of `parts` (changed on the way) at `offset`.
+  void write(std::span<iovec> parts, uint64_t offset);
+  // Mapped path only: the memory of [offset, offset + nbytes).
+  Window window(uint64_t offset, uint64_t nbytes) { return Window(fd_.get(), offset, nbytes, path_); }
+  // Asks the disk to start on a written range. A hint: never fails.
+  void start_writeback(uint64_t offset, uint64_t nbytes) noexcept;
+  bool has_writeback() const { return !memory_backed_; }
+  // Returns when the contents are on stable storage.
+  void sync();
+  // Gives the file up: nothing of it remains, and what stood under its name stands there again. Nothing
+  // happens to a published file.
+  void discard() noexcept;
+
+  friend void publish(std::span<OutputFile* const> files, bool durable);
+
+ private:
+  // How far the file has come, and so what undoing it takes.
+  enum class State {
+    temporary,  // nameless, or under temporary_
+    created,    // in place, where there was nothing
+    exchanged,  // in place; temporary_ holds the old file
+    replaced,   // in place; the old file is gone
+  };
+
+  void resolve_target();
+  void open_temporary();
+  void adopt_replaced_attributes();
+  void reserve(uint64_t nbytes);
+  void put_in_place(bool keep_old);
+  void replace_target(bool keep_old);
+  void copy_to_target();
+  [[noreturn]] void fail(const char* action) const;
+  void note_fallback(const std::string& refused);
+
+  std::string path_;    // as the caller wrote it, for messages
+  std::string target_;  // links resolved
+  std::string directory_;
+  std::optional<struct stat> replaced_;
+  Descriptor fd_;
+  std::string temporary_;  // empty while the file has no name
+  State state_ = State::temporary;
+  WritePath write_path_ = WritePath::buffered;
+  bool memory_backed_ = false;
+  std::vector<std::string> fallbacks_;
+};
+
+// Makes all files visible under their targets, or none of them: when one cannot be put in place, those that
+// were get their old contents back. Contents must be complete. `durable`: the names are on stable storage too.
+// Between the first and the last rename a kill leaves some files new and some old, each complete.
+void publish(std::span<OutputFile* const> files, bool durable);
+
+}  // namespace fastshard

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the filesystem of a directory can do, and which way of writing follows from it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "error.h"
+
+namespace fastshard {
+
+enum class WritePath {
+  automatic,
+  buffered,  // pwrite into the page cache
+  mapped,    // stores into the reserved file, mapped window by window
+};
+const char* name_of(WritePath path);
+
+// Owns a file descriptor.
+class Descriptor {
+ public:
+  Descriptor() = default;
+  explicit Descriptor(int fd) : fd_(fd) {}
+  Descriptor(Descriptor&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  Descriptor& operator=(Descriptor&& other) noexcept {
+    std::swap(fd_, other.fd_);
+    return *this;
+  }
+  ~Descriptor();
+
+  int get() const { return fd_; }
+  explicit operator bool() const { return fd_ >= 0; }
+
+ private:
+  int fd_ = -1;
+};
+
+struct FileSystem {
+  std::string type;            // "ext4", "tmpfs", ...; the magic in hex where it has no name here
+  bool memory_backed = false;  // no disk behind it: nothing to preallocate or to write back
+};
+
+// Throws IoError, naming `path`, when the directory cannot be looked at.
+FileSystem filesystem_of(const std::string& directory, const std::string& path);
+
+struct Choice {
+  WritePath path;
+  std::string reason;
+};
+// The write path for a new file on `filesystem`; `wanted` wins where it is not automatic.
+Choice choose_write_path(const FileSystem& filesystem, WritePath wanted);
+
+// Free bytes for this user in `directory`; IoError(ENOSPC) unless at least `nbytes`.
+void require_space(int fd, uint64_t nbytes, const std::string& path);
+
+// Each ability tried with a temporary file in `directory`: (ability, "yes" or why not). For `fastshard env`.
+std::vector<std::pair<std::string, std::string>> probe(const std::string& directory);
+
+// A hidden name no loader looks at: it starts with a dot and does not end in .safetensors.
+std::string temporary_name(const std::string& directory);
+
+}  // namespace fastshard

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// CPU tensors: packing is done by the calling thread, so there is nothing to wait for.
+#include "device.h"
+#include "pack.h"
+
+namespace fastshard {
+namespace {
+
+class HostStream final : public CopyStream {
+ public:
+  std::unique_ptr<Ticket> pack(std::span<const CopyOp> ops, Staging& staging) override {
+    for (const CopyOp& op : ops) {
+      pack_bytes(*op.source, op.first_byte, op.nbytes, staging.bytes.subspan(op.chunk_offset, op.nbytes).data());
+    }
+    return nullptr;
+  }
+};
+
+class HostDevice final : public Device {
+ public:
+  std::unique_ptr<Registration> register_staging(std::span<std::byte>) override { return nullptr; }
+  std::unique_ptr<CopyStream> open(uintptr_t) override { return std::make_unique<HostStream>(); }
+};
+
+}  // namespace
+
+std::unique_ptr<Device> make_host_device() { return std::make_unique<HostDevice>(); }
+
+}  // namespace fastshard

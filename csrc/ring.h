@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+// The staging buffers of an engine: a fixed number of page-aligned slots, leased one at a time. Waiting for
+// a slot is the only back-pressure in the pipeline, and it bounds the memory of every save.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "device.h"
+
+namespace fastshard {
+
+// Thread-safe. Slots must not outlive their ring.
+class Ring {
+  struct Block {
+    std::byte* memory;
+    std::unique_ptr<Registration> registration;
+    bool registration_tried = false;
+  };
+
+ public:
+  // Move-only lease of one slot; the destructor gives it back.
+  class Slot {
+   public:
+    Slot(Ring* ring, Block* block) : ring_(ring), block_(block) {}
+    Slot(Slot&& other) noexcept : ring_(other.ring_), block_(std::exchange(other.block_, nullptr)) {}
+    Slot& operator=(Slot&&) = delete;
+    ~Slot() {
+      if (block_ != nullptr) ring_->release(block_);
+    }
+
+    std::span<std::byte> bytes() const { return {block_->memory, ring_->slot_nbytes_}; }
+    std::span<std::byte> scratch() const { return {block_->memory + ring_->slot_nbytes_, kScratchNbytes}; }
+    bool pinned() const { return block_->registration != nullptr; }
+
+    // Page-locks the slot for `device`'s copy engine, once in its life (one registration serves all devices).
+    void pin(Device& device) {
+      if (std::exchange(block_->registration_tried, true)) return;
+      block_->registration = device.register_staging({block_->memory, ring_->block_nbytes()});
+    }
+
+   private:
+    Ring* ring_;
+    Block* block_;
+  };
+
+  // `slot_nbytes`: a multiple of the page size. Memory is mapped when a slot is first leased.
+  Ring(uint64_t slot_nbytes, size_t slots) : slot_nbytes_(slot_nbytes), slots_(slots) { blocks_.reserve(slots); }
+  ~Ring() {
+    for (Block& block : blocks_) {
+      block.registration.reset();
+      munmap(block.memory, block_nbytes());
+    }
+  }
+  Ring(const Ring&) = delete;
+  Ring& operator=(const Ring&) = delete;
+
+  // Blocks until a slot is free. The most recently used one comes first: its pages are there and warm.
+  Slot acquire() {
+    std::unique_lock lock(mutex_);
+    freed_.wait(lock, [&] { return available(); });
+    return take();
+  }
+
+  std::optional<Slot> try_acquire() {
+    const std::lock_guard lock(mutex_);
+    if (!available()) return std::nullopt;
+    return take();
+  }
+
+  uint64_t slot_nbytes() const { return slot_nbytes_; }
+  size_t slots() const { return slots_; }
+
+ private:
+  uint64_t block_nbytes() const { return slot_nbytes_ + kScratchNbytes; }
+  bool available() const { return !free_.empty() || blocks_.size() < slots_; }
+
+  Slot take() {
+    if (free_.empty()) {
+      void* memory = mmap(nullptr, block_nbytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+      if (memory == MAP_FAILED) throw std::bad_alloc();
+      blocks_.push_back({static_cast<std::byte*>(memory), nullptr});
+      return Slot(this, &blocks_.back());
+    }
+    Block* block = free_.back();
+    free_.pop_back();
+    return Slot(this, block);
+  }
+
+  void release(Block* block) {
+    {
+      const std::lock_guard lock(mutex_);
+      free_.push_back(block);
+    }
+    freed_.notify_one();
+  }
+
+  const uint64_t slot_nbytes_;
+  const size_t slots_;
+  std::mutex mutex_;
+  std::condition_variable freed_;
+  std::vector<Block> blocks_;
+  std::vector<Block*> free_;
+};
+
+using Slot = Ring::Slot;
+
+}  // namespace fastshard

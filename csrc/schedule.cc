@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "schedule.h"
+
+#include <algorithm>
+
+namespace fastshard {
+namespace {
+
+// Small host tensors between device tensors ride in the staging slot: a write of their own costs more.
+constexpr uint64_t kRideAlongNbytes = 64 << 10;
+
+class Builder {
+ public:
+  Builder(FileSchedule& out, const ScheduleLimits& limits) : out_(out), limits_(limits) {}
+
+  void add(const TensorView& source, uint32_t item) {
+    const uint64_t nbytes = source.nbytes();
+    for (uint64_t done = 0; done < nbytes;) {
+      const Route route = route_of(source, nbytes - done);
+      if (open_ && !can_take(route)) close();
+      if (!open_) open(route);
+      const uint64_t take = room_for(source, done, nbytes - done);
+      if (take == 0) {
+        close();
+        continue;
+      }
+      Chunk& chunk = out_.chunks.back();
+      out_.ops.push_back({&source, item, static_cast<uint32_t>(chunk.nbytes), done, take});
+      chunk.op_count += 1;
+      chunk.nbytes += take;
+      pieces_ += chunk.route == Route::in_place ? runs_touched(source, done, take) : 1;
+      done += take;
+    }
+  }
+
+ private:
+  Route route_of(const TensorView& source, uint64_t nbytes) const {
+    if (source.device != kHost) return Route::device;
+    if (!limits_.in_place) return Route::packed;
+    const bool long_runs = source.contiguous() || source.run_nbytes >= kInPlaceRunNbytes;
+    if (!long_runs) return Route::packed;
+    const bool rides = open_ && out_.chunks.back().route != Route::in_place && nbytes < kRideAlongNbytes &&
+                       nbytes <= capacity_ - out_.chunks.back().nbytes;
+    return rides ? Route::packed : Route::in_place;
+  }
+
+  bool can_take(Route route) const {
+    const Chunk& chunk = out_.chunks.back();
+    if (pieces_ >= limits_.max_ops || chunk.nbytes >= capacity_) return false;
+    // Device bytes want a slot of their own, but take host bytes along.
+    return route == chunk.route || (route == Route::packed && chunk.route == Route::device);
+  }
+
+  void open(Route route) {
+    const uint64_t offset = out_.chunks.empty() ? 0 : out_.chunks.back().file_offset + out_.chunks.back().nbytes;
+    const uint64_t limit = route == Route::in_place ? limits_.in_place_nbytes
+                           : route == Route::device ? limits_.slot_nbytes
+                                                    : std::min(limits_.packed_nbytes, limits_.slot_nbytes);
+    const uint64_t end = (offset + limit) / kChunkAlignment * kChunkAlignment;
+    capacity_ = end > offset ? end - offset : limit;
+    out_.chunks.push_back({offset, 0, static_cast<uint32_t>(out_.ops.size()), 0, route});
+    pieces_ = 0;
+    open_ = true;
+  }
+
+  void close() { open_ = false; }
+
+  uint64_t room_for(const TensorView& source, uint64_t first, uint64_t nbytes) const {
+    const Chunk& chunk = out_.chunks.back();
+    uint64_t take = std::min(nbytes, capacity_ - chunk.nbytes);
+    if (chunk.route == Route::in_place && !source.contiguous()) {
+      const uint64_t runs_left = limits_.max_ops - pieces_;
+      const uint64_t to_run_end = source.run_nbytes - first % source.run_nbytes;
+      take = std::min(take, to_run_end + (runs_left - 1) * source.run_nbytes);
+    }
+    return take;
+  }
+
+  static uint32_t runs_touched(const TensorView& source, uint64_t first, uint64_t nbytes) {
+    return static_cast<uint32_t>((first + nbytes - 1) / source.run_nbytes - first / source.run_nbytes + 1);
+  }
+
+  FileSchedule& out_;
+  const ScheduleLimits& limits_;
+  bool open_ = false;
+  uint64_t capacity_ = 0;
+  uint32_t pieces_ = 0;
+};
+
+}  // namespace
+
+FileSchedule make_schedule(const FilePlan& file, const ScheduleLimits& limits) {
+  FileSchedule schedule;
+  schedule.ops.reserve(file.items.size());
+  Builder builder(schedule, limits);
+  for (uint32_t item = 0; item < file.items.size(); ++item) builder.add(file.items[item].source, item);
+  return schedule;
+}
+
+}  // namespace fastshard

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "threads.h"
+
+#include <pthread.h>
+#include <signal.h>
+
+namespace fastshard {
+namespace {
+
+// Signals are the interpreter's business: a thread of ours must not be the one that is interrupted.
+template <typename Function>
+std::thread start(const char* name, Function function) {
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  std::thread thread;
+  try {
+    thread = std::thread(std::move(function));
+  } catch (...) {
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    throw;
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  pthread_setname_np(thread.native_handle(), name);
+  return thread;
+}
+
+}  // namespace
+
+WorkerPool::~WorkerPool() {
+  {
+    const std::lock_guard lock(mutex_);
+    closing_ = true;
+  }
+  posted_.notify_all();
+  for (std::thread& thread : running_) thread.join();
+}
+
+void WorkerPool::post(std::function<void()> task) {
+  {
+    const std::lock_guard lock(mutex_);
+    tasks_.push_back(std::move(task));
+    if (tasks_.size() > idle_ && running_.size() < threads_) {
+      try {
+        running_.push_back(start("fastshard-write", [this] { run(); }));
+      } catch (const std::system_error&) {
+        // No more threads to be had: those that run will do it, if there is one.
+        if (running_.empty()) {
+          tasks_.pop_back();
+          throw;
+        }
+      }
+    }
+  }
+  posted_.notify_one();
+}
+
+void WorkerPool::run() {
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    ++idle_;
+    posted_.wait(lock, [&] { return closing_ || !tasks_.empty(); });
+    --idle_;
+    if (tasks_.empty()) return;
+    const std::function<void()> task = std::move(tasks_.front());
+    tasks_.pop_front();
+    lock.unlock();
+    task();
+    lock.lock();
+  }
+}
+
+WriteBehind::~WriteBehind() {
+  {
+    const std::lock_guard lock(mutex_);
+    closing_ = true;
+    ranges_.clear();
+  }
+  posted_.notify_all();
+  if (thread_.joinable()) thread_.join();
+}
+
+void WriteBehind::post(std::shared_ptr<OutputFile> file, uint64_t offset, uint64_t nbytes) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (!thread_.joinable()) {
+      try {
+        thread_ = start("fastshard-flush", [this] { run(); });
+      } catch (const std::system_error&) {
+        return;  // only a hint
+      }
+    }
+    ranges_.push_back({std::move(file), offset, nbytes});
+  }
+  posted_.notify_one();
+}
+
+void WriteBehind::forget(const OutputFile* file) {
+  const std::lock_guard lock(mutex_);
+  std::erase_if(ranges_, [&](const Range& range) { return range.file.get() == file; });
+}
+
+void WriteBehind::run() {
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    posted_.wait(lock, [&] { return closing_ || !ranges_.empty(); });
+    if (closing_) return;
+    Range range = std::move(ranges_.front());
+    ranges_.pop_front();
+    lock.unlock();
+    range.file->start_writeback(range.offset, range.nbytes);
+    range.file.reset();  // the last reference may close the file: not under the lock
+    lock.lock();
+  }
+}
+
+}  // namespace fastshard

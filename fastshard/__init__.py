@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fastest safe way to put PyTorch weights on disk.
+
+``import fastshard as st`` stands in for ``import safetensors.torch as st``. Importing costs nothing: torch,
+safetensors and the native module are loaded by the first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safetensors import safe_open as safe_open
+    from safetensors.torch import load as load
+    from safetensors.torch import load_file as load_file
+    from safetensors.torch import load_model as load_model
+
+    from .engine import Engine as Engine
+    from .engine import Options as Options
+    from .engine import SaveFuture as SaveFuture
+    from .engine import Stats as Stats
+    from .errors import SaveError as SaveError
+    from .saving import save as save
+    from .saving import save_file as save_file
+    from .saving import save_files as save_files
+    from .saving import save_model as save_model
+    from .saving import stats as stats
+
+_HOMES = {
+    "Engine": "fastshard.engine",
+    "Options": "fastshard.engine",
+    "SaveError": "fastshard.errors",
+    "SaveFuture": "fastshard.engine",
+    "Stats": "fastshard.engine",
+    "load": "safetensors.torch",
+    "load_file": "safetensors.torch",
+    "load_model": "safetensors.torch",
+    "safe_open": "safetensors",
+    "save": "fastshard.saving",
+    "save_file": "fastshard.saving",
+    "save_files": "fastshard.saving",
+    "save_model": "fastshard.saving",
+    "stats": "fastshard.saving",
+}
+
+__all__ = list(_HOMES)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

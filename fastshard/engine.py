@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine as Python sees it: options, saves under way, and the default engine of the functions.
+
+The native module is loaded by the first engine, never by an import. Torch is not needed here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+from .errors import SaveError
+from .plan import FilePlan
+
+if TYPE_CHECKING:
+    from . import _native
+
+PROGRESS_VARIABLE: Final = "FASTSHARD_PROGRESS"
+_POLL_SECONDS: Final = 0.1
+"""How long Ctrl-C or the progress bar may have to wait."""
+
+
+def usable_cpus() -> int:
+    """CPUs this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Limits of an engine."""
+
+    memory_budget: int = 128 << 20
+    """Bytes of staging memory, all saves of the engine together; at least 1 MiB. Contiguous host tensors
+    need none of it."""
+    threads: int = field(default_factory=lambda: min(16, usable_cpus()))
+    """Writer threads."""
+    write_path: str = "auto"
+    """``"buffered"`` (pwrite into the page cache), ``"mapped"`` (stores into the mapped file), or ``"auto"``:
+    what suits the filesystem (``fastshard env PATH`` tells)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What one save did. ``*_seconds`` of the stages are thread-seconds: they add up over the writers."""
+
+    files: int
+    nbytes: int
+    """Bytes of the finished files."""
+    seconds: float
+    """From the call of the function to the finished files."""
+    plan_seconds: float
+    """Checking the tensors, laying out the files."""
+    copy_seconds: float
+    """Packing, and waiting for copies from devices."""
+    write_seconds: float
+    """In pwrite, or populating mapped pages."""
+    sync_seconds: float
+    """In fsync and rename."""
+    write_path: str
+    """``"buffered"``, ``"mapped"`` or ``"memory"``."""
+    staging: str
+    """``"none"`` (written from the tensors' own memory), ``"pageable"`` or ``"pinned"``."""
+    staging_nbytes: int
+    """Most bytes staged at once."""
+    fallbacks: tuple[str, ...]
+    """What the filesystem refused; something else was done instead."""
+
+
+class SaveFuture:
+    """A save under way. Keeps its tensors alive; whoever started it must not change them before the end."""
+
+    def __init__(
+        self,
+        native: _native.Save,
+        *,
+        keep_alive: object,
+        fetch: Callable[[int, int, int, int, int], None] | None,
+        plan_seconds: float,
+        description: str,
+    ) -> None:
+        self._native = native
+        self._keep_alive = keep_alive
+        self._fetch = fetch
+        self._plan_seconds = plan_seconds
+        self._description = description
+        self._pid = os.getpid()
+
+    def done(self) -> bool:
+        """Whether the files stand, or the save has failed."""
+        return self._native.finished()
+
+    def cancel(self) -> None:
+        """Stops the save; :meth:`result` then raises ``concurrent.futures.CancelledError``."""
+        self._native.cancel()
+
+    def result(self, progress: bool = False) -> Stats:
+        """Waits until the files stand under their names and returns what was done.
+
+        Raises :class:`SaveError` for a failed system call and ``RuntimeError`` for a failed device. An
+        exception that arrives meanwhile (Ctrl-C) stops the save, which leaves nothing behind.
+        """
+        if os.getpid() != self._pid:
+            raise RuntimeError("this save belongs to the parent process")
+        bar = self._bar() if progress else contextlib.nullcontext()
+        try:
+            with bar:
+                while not self._native.wait(_POLL_SECONDS):
+                    self._serve()
+                    if progress:
+                        bar.update(self._native.nbytes_written - bar.n)
+                if progress:
+                    bar.update(self._native.nbytes - bar.n)
+        except BaseException as error:
+            self._stop()
+            if isinstance(error, OSError) and not isinstance(error, SaveError):
+                raise SaveError(error.errno, error.strerror, error.filename) from None
+            raise
+        finally:
+            self._keep_alive = None
+        return self.stats
+
+    @property
+    def stats(self) -> Stats:
+        """Figures of the save, final once it is done."""
+        figures = self._native.stats()
+        figures["seconds"] += self._plan_seconds
+        return Stats(plan_seconds=self._plan_seconds, **figures)
+
+    def _serve(self) -> None:
+        """Brings the bytes only Python can bring."""
+        while request := self._native.fetch():
+            ticket, *what = request
+            assert self._fetch is not None
+            self._fetch(*what)
+            self._native.fetched(ticket)
+
+    def _stop(self) -> None:
+        """Cancels, and waits until nothing touches the tensors or the files any more."""
+        self._native.cancel()
+        while not self._native.finished():
+            with contextlib.suppress(BaseException):
+                self._native.wait(_POLL_SECONDS)
+
+    def _bar(self) -> Any:
+        from tqdm.auto import tqdm
+
+        return tqdm(total=self._native.nbytes, unit="B", unit_scale=True, desc=self._description)
+
+    def __del__(self) -> None:
+        # Dropped without waiting: the tensors must not go while they are being read.
+        native = getattr(self, "_native", None)
+        if native is not None and os.getpid() == self._pid and not native.finished():
+            with contextlib.suppress(BaseException):
+                self.result()
+
+
+class Engine:
+    """Writer threads, staging memory and devices, shared by all saves given to it; thread-safe.
+
+    A context manager: leaving it waits for its saves. In a forked child an engine starts anew by itself.
+    Raises ``ValueError`` for options that cannot work.
+    """
+
+    def __init__(self, options: Options | None = None) -> None:
+        self.options = options or Options()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._saves: weakref.WeakSet[SaveFuture] = weakref.WeakSet()
+        self._native: _native.Engine | None = self._start()
+        _engines.add(self)
+
+    def _start(self) -> _native.Engine:
+        from . import _native
+
+        return _native.Engine(self.options.memory_budget, self.options.threads, self.options.write_path)
+
+    def submit(
+        self,
+        files: Sequence[FilePlan],
+        *,
+        keep_alive: object,
+        streams: Mapping[int, int] | None = None,
+        durable: bool = False,
+        fetch: Callable[[int, int, int, int, int], None] | None = None,
+        plan_seconds: float = 0.0,
+        description: str = "Saving",
+    ) -> SaveFuture:
+        """Starts a save of these files: all of them become visible, or none.
+
+        ``streams``: by CUDA ordinal, the stream behind whose present work the copies are ordered. ``fetch``:
+        called as ``fetch(file, item, first_byte, nbytes, address)`` by :meth:`SaveFuture.result` for views on
+        ``plan.FETCHED``. Raises :class:`SaveError` (no space, no directory, ...) before the first copy.
+        """
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the engine is closed")
+            if self._native is None:
+                self._native = self._start()
+            native = self._native
+        try:
+            save = native.submit(list(files), dict(streams or {}), durable)
+        except OSError as error:
+            raise SaveError(error.errno, error.strerror, error.filename) from None
+        future = SaveFuture(
+            save, keep_alive=keep_alive, fetch=fetch, plan_seconds=plan_seconds, description=description
+        )
+        self._saves.add(future)
+        return future
+
+    def close(self) -> None:
+        """Waits for the saves under way and releases threads and staging memory. May be called twice."""
+        with self._lock:
+            self._closed = True
+        for future in list(self._saves):
+            if not future.done():
+                with contextlib.suppress(Exception):
+                    future.result()
+        self._native = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _abandon(self) -> None:
+        """In a forked child: the threads are the parent's, and so are the files they write."""
+        from . import _native
+
+        self._lock = threading.Lock()
+        for future in list(self._saves):
+            _native.leak(future._native)
+        self._saves = weakref.WeakSet()
+        if self._native is not None:
+            _native.leak(self._native)
+            self._native = None
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_kept: dict[Options, Engine] = {}
+_kept_lock = threading.Lock()
+
+
+def engine_for(engine: Engine | Options | None) -> Engine:
+    """The engine itself, or the one kept for these options; ``None`` stands for the default options."""
+    if isinstance(engine, Engine):
+        return engine
+    options = engine or Options()
+    with _kept_lock:
+        if options not in _kept:
+            _kept[options] = Engine(options)
+        return _kept[options]
+
+
+def progress_wanted(progress: bool | None) -> bool:
+    """An argument that was given, else the environment's answer."""
+    if progress is None:
+        return os.environ.get(PROGRESS_VARIABLE, "0").lower() not in ("", "0", "false", "no", "off")
+    return progress
+
+
+@atexit.register
+def _close_all() -> None:
+    for engine in list(_engines):
+        engine.close()
+
+
+def _after_fork() -> None:
+    global _kept_lock
+    _kept_lock = threading.Lock()
+    for engine in list(_engines):
+        engine._abandon()
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The safetensors file format: dtype codes, the order of tensors, the bytes of the header.
+
+A file is an unsigned 64-bit little-endian header length, that many bytes of JSON padded with spaces to a
+multiple of 8, and the tensors' bytes back to back. What safetensors 0.8 writes for the same input is written
+here to the byte; where its JSON is not valid (``save({}, {})``) or not deterministic (two or more metadata
+keys), this module writes valid JSON in the order given.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+MAX_HEADER_NBYTES: Final = 100_000_000
+"""Readers refuse longer headers; the length includes the padding."""
+
+METADATA_KEY: Final = "__metadata__"
+
+CODES: Final[Mapping[str, str]] = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "uint16": "U16",
+    "int16": "I16",
+    "uint32": "U32",
+    "int32": "I32",
+    "uint64": "U64",
+    "int64": "I64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+    "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
+    "float4_e2m1fn_x2": "F4",
+}
+"""torch dtype name -> code in the header. ``float4_e2m1fn_x2`` holds two elements a byte."""
+
+_ORDER: Final = (
+    "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E5M2FNUZ F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 "
+    "F6_E3M2 F6_E2M3 F4 BOOL"
+).split()
+RANKS: Final[Mapping[str, int]] = {code: rank for rank, code in enumerate(_ORDER)}
+"""Tensors lie in the file by ascending (rank, name): widest dtypes first, so that each is aligned to itself."""
+
+quote = json.JSONEncoder(ensure_ascii=False).encode
+"""A JSON string as serde_json writes it: non-ASCII raw, control characters as ``\\u00xx``."""
+
+
+class HeaderTooLarge(ValueError):
+    """The header would be longer than readers accept."""
+
+
+def header(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None) -> bytes:
+    """Length prefix and JSON of a file with these ``(name, code, shape, nbytes)``, already in file order.
+
+    ``metadata=None`` leaves the entry out, an empty mapping writes it empty: loaders tell them apart.
+    Raises :class:`HeaderTooLarge`, and ``UnicodeEncodeError`` for a name with a lone surrogate.
+    """
+    parts = []
+    if metadata is not None:
+        pairs = ",".join(f"{quote(key)}:{quote(value)}" for key, value in metadata.items())
+        parts.append(f'"{METADATA_KEY}":{{{pairs}}}')
+    shapes: dict[Sequence[int], str] = {}
+    begin = 0
+    for name, code, shape, nbytes in tensors:
+        text = shapes.get(shape)
+        if text is None:
+            text = shapes[shape] = ",".join(map(str, shape))
+        end = begin + nbytes
+        parts.append(f'{quote(name)}:{{"dtype":"{code}","shape":[{text}],"data_offsets":[{begin},{end}]}}')
+        begin = end
+    encoded = f"{{{','.join(parts)}}}".encode()
+    encoded += b" " * (-len(encoded) % 8)
+    if len(encoded) > MAX_HEADER_NBYTES:
+        raise HeaderTooLarge(f"header of {len(encoded)} bytes; readers accept {MAX_HEADER_NBYTES}")
+    return struct.pack("<Q", len(encoded)) + encoded

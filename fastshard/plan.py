@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is to be written, as plain tuples: the same nouns as csrc/plan.h, handed over once a save."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+HOST = -1
+"""Device number of host memory; zero and above are CUDA ordinals."""
+FETCHED = -2
+"""Device number of tensors whose bytes Python brings, a slot at a time."""
+
+
+class TensorView(NamedTuple):
+    """Non-owning strided memory of one tensor. Whoever submits it keeps the tensor alive and unchanged."""
+
+    data: int
+    """Address of the first element; 0 for :data:`FETCHED`."""
+    nbytes: int
+    """Size when packed."""
+    device: int
+    itemsize: int = 1
+    """Bytes of one element."""
+    shape: tuple[int, ...] | None = None
+    """``None``: contiguous."""
+    strides: tuple[int, ...] | None = None
+    """In elements, as torch gives them."""
+
+
+class FilePlan(NamedTuple):
+    """One output: ``header``, then the views back to back."""
+
+    target: bytes | tuple[int, int]
+    """Encoded path, or ``(address, nbytes)`` of memory of exactly the file's size."""
+    header: bytes
+    items: list[TensorView]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the finished file in bytes."""
+        return len(self.header) + sum(view.nbytes for view in self.items)

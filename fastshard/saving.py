@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doors of safetensors.torch: describe the tensors, lay out the files, let the engine write them."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import _remove_duplicate_names
+
+from . import tensors as _tensors
+from .engine import Engine, Options, Stats, engine_for, progress_wanted
+from .errors import SaveError
+from .layout import HeaderTooLarge, header
+from .plan import FilePlan
+
+PathLike = str | os.PathLike[str]
+StateDict = dict[str, torch.Tensor]
+
+_newest = threading.local()
+
+
+def stats() -> Stats | None:
+    """Figures of the newest save this thread has made, ``None`` before the first."""
+    return getattr(_newest, "stats", None)
+
+
+def save_file(
+    tensors: StateDict,
+    filename: PathLike,
+    metadata: dict[str, str] | None = None,
+    *,
+    durable: bool = False,
+    progress: bool | None = None,
+    allow_strided: bool = False,
+    engine: Engine | Options | None = None,
+) -> None:
+    """Saves a dict of tensors in safetensors format, byte for byte what ``safetensors.torch.save_file`` writes.
+
+    The file appears under its name complete or not at all; its mode follows the umask, or is that of the
+    file it replaces, and a symbolic link keeps pointing where it points.
+
+    Args:
+        tensors: name -> dense, contiguous tensor on any device, each with memory of its own. What was
+            enqueued on its device's current stream before the call is in the file.
+        filename: where to.
+        metadata: written into the header in this order.
+        durable: return when file and directory are on stable storage (fsync), not as soon as others can
+            read the file.
+        progress: show a tqdm bar; ``None``: if the environment variable ``FASTSHARD_PROGRESS`` says so.
+        allow_strided: pack non-contiguous tensors straight into the file instead of refusing them. Slices
+            of one tensor are fine as long as they have no element in common.
+        engine: an :class:`Engine`, or :class:`Options` (an engine is kept for them), or the default one.
+
+    Raises:
+        ValueError, RuntimeError, KeyError, NotImplementedError, TypeError: for tensors that cannot be
+            saved, as safetensors does.
+        SaveError: a system call failed; both a ``SafetensorError`` and an ``OSError``.
+        SafetensorError: the header would be too long for readers.
+    """
+    _save({filename: tensors}, metadata, durable, progress, allow_strided, engine)
+
+
+def save_files(
+    files: Mapping[PathLike, StateDict],
+    metadata: dict[str, str] | None = None,
+    *,
+    durable: bool = False,
+    progress: bool | None = None,
+    allow_strided: bool = False,
+    engine: Engine | Options | None = None,
+) -> None:
+    """Saves many files at once, in parallel: all of them become visible, or none.
+
+    ``files``: path -> tensors, each as for :func:`save_file`, as are the other arguments and the errors;
+    ``metadata`` goes into every file. Two paths that name the same file are a ``ValueError``.
+    Should the machine stop in the moment between the first and the last rename, some files are new and some
+    old, each of them complete.
+    """
+    seen: dict[str, PathLike] = {}
+    for filename in files:
+        known = seen.setdefault(os.path.realpath(filename), filename)
+        if known is not filename:
+            raise ValueError(f"{filename!r} and {known!r} are the same file")
+    _save(files, metadata, durable, progress, allow_strided, engine)
+
+
+def save_model(
+    model: torch.nn.Module,
+    filename: PathLike,
+    metadata: dict[str, str] | None = None,
+    force_contiguous: bool = True,
+    *,
+    durable: bool = False,
+    progress: bool | None = None,
+    allow_strided: bool = False,
+    engine: Engine | Options | None = None,
+) -> None:
+    """Saves a module's parameters and buffers, of tied tensors only one; see ``safetensors.torch.save_model``.
+
+    The names left out are added to ``metadata`` (the caller's dict, as there), pointing to the one kept.
+    With ``force_contiguous`` strided tensors are packed straight into the file. The other arguments and the
+    errors are those of :func:`save_file`.
+    """
+    state_dict = model.state_dict()
+    for kept, removed in _remove_duplicate_names(state_dict).items():
+        metadata = {} if metadata is None else metadata
+        for name in removed:
+            metadata.setdefault(name, kept)
+            del state_dict[name]
+    try:
+        save_file(
+            state_dict,
+            filename,
+            metadata,
+            durable=durable,
+            progress=progress,
+            allow_strided=allow_strided or force_contiguous,
+            engine=engine,
+        )
+    except ValueError as error:
+        hint = " Or use save_model(..., force_contiguous=True), read the docs for potential caveats."
+        raise ValueError(f"{error}{hint}") from None
+
+
+def save(
+    tensors: StateDict,
+    metadata: dict[str, str] | None = None,
+    *,
+    progress: bool | None = None,
+    allow_strided: bool = False,
+    engine: Engine | Options | None = None,
+) -> bytes:
+    """The bytes that :func:`save_file` would write. Arguments and errors are the same."""
+    from . import _native
+
+    began = time.perf_counter()
+    entries, head = _lay_out(tensors, metadata, allow_strided)
+    data, address = _native.new_bytes(len(head) + sum(entry.view.nbytes for entry in entries))
+    plan = FilePlan((address, len(data)), head, [entry.view for entry in entries])
+    _run([plan], [entries], began, False, progress, "Saving to memory", engine)
+    return data
+
+
+def _save(
+    files: Mapping[PathLike, StateDict],
+    metadata: dict[str, str] | None,
+    durable: bool,
+    progress: bool | None,
+    allow_strided: bool,
+    engine: Engine | Options | None,
+) -> None:
+    began = time.perf_counter()
+    plans = []
+    entries_of = []
+    for filename, tensors in files.items():
+        entries, head = _lay_out(tensors, metadata, allow_strided, filename)
+        plans.append(FilePlan(_encoded(filename), head, [entry.view for entry in entries]))
+        entries_of.append(entries)
+    description = os.path.basename(os.fspath(next(iter(files)))) if len(files) == 1 else f"{len(files)} files"
+    _run(plans, entries_of, began, durable, progress, description, engine)
+
+
+def _lay_out(
+    tensors: StateDict, metadata: dict[str, str] | None, allow_strided: bool, filename: object = ""
+) -> tuple[list[_tensors.Entry], bytes]:
+    """The tensors in file order, and the header that goes before them."""
+    entries = _tensors.describe(tensors, allow_strided=allow_strided)
+    _check_filename(filename)
+    _check_metadata(metadata)
+    try:
+        head = header(((e.name, e.code, e.shape, e.view.nbytes) for e in entries), metadata)
+    except HeaderTooLarge:
+        raise SafetensorError("Error while serializing: header too large") from None
+    return entries, head
+
+
+def _run(
+    plans: list[FilePlan],
+    entries_of: list[list[_tensors.Entry]],
+    began: float,
+    durable: bool,
+    progress: bool | None,
+    description: str,
+    engine: Engine | Options | None,
+) -> None:
+    def fetch(file: int, item: int, first_byte: int, nbytes: int, address: int) -> None:
+        _tensors.fetch(entries_of[file][item].tensor, first_byte, nbytes, address)
+
+    streams = _tensors.streams_for([entry for entries in entries_of for entry in entries])
+    future = engine_for(engine).submit(
+        plans,
+        keep_alive=entries_of,
+        streams=streams,
+        durable=durable,
+        fetch=fetch,
+        plan_seconds=time.perf_counter() - began,
+        description=description,
+    )
+    _newest.stats = future.result(progress_wanted(progress))
+
+
+def _check_filename(filename: object) -> None:
+    if isinstance(filename, bytes):
+        raise TypeError("argument 'filename': 'bytes' object is not an instance of 'str'")
+    if not isinstance(filename, (str, os.PathLike)):
+        raise TypeError(
+            f"argument 'filename': expected str, bytes or os.PathLike object, not {type(filename).__name__}"
+        )
+
+
+def _check_metadata(metadata: Any) -> None:
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict):
+        raise TypeError(
+            f"argument 'metadata': '{type(metadata).__name__}' object is not an instance of 'dict'"
+        )
+    for text in (*metadata.keys(), *metadata.values()):
+        if not isinstance(text, str):
+            raise TypeError(f"argument 'metadata': '{type(text).__name__}' object is not an instance of 'str'")
+
+
+def _encoded(filename: PathLike) -> bytes:
+    path = os.fsencode(filename)
+    if b"\0" in path:
+        raise SaveError(22, os.strerror(22), filename)
+    return path

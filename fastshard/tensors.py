@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch tensors -> views the engine can copy, with the checks (and their texts) of safetensors.torch.
+
+Twenty thousand small tensors must cost about a microsecond each, so :func:`describe` runs one lean loop that
+only notices that something is out of the ordinary; :func:`_refuse` then finds out what, in the order in which
+safetensors looks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .layout import CODES, METADATA_KEY, RANKS
+from .plan import FETCHED, HOST, TensorView
+from .sharing import by_storage, overlapping, shared_names
+
+_MAX_DIMS = 8  # kMaxDims in csrc/plan.h
+
+_DTYPES: dict[torch.dtype, tuple[int, str, int]] = {
+    dtype: (RANKS[code], code, dtype.itemsize)
+    for name, code in CODES.items()
+    if (dtype := getattr(torch, name, None)) is not None
+}
+_FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+class Entry(NamedTuple):
+    """One tensor's place in a file; entries sort into file order."""
+
+    rank: int
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    """As the header says it: logical elements, so twice the last dimension for packed float4."""
+    view: TensorView
+    tensor: torch.Tensor
+    """What ``view`` points into."""
+
+
+def describe(tensors: Mapping[str, torch.Tensor], *, allow_strided: bool) -> list[Entry]:
+    """The tensors in file order. Raises what ``safetensors.torch.save_file`` raises for them.
+
+    With ``allow_strided`` non-contiguous tensors are described as they lie; views that overlap are refused
+    all the same.
+    """
+    if not isinstance(tensors, dict):
+        raise ValueError(f"Expected a dict of [str, torch.Tensor] but received {type(tensors)}")
+    entries = []
+    spans = []
+    sound = True
+    try:
+        for name, tensor in tensors.items():
+            if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
+                sound = False
+                break
+            rank, code, itemsize = _DTYPES[tensor.dtype]
+            if tensor.is_neg() or (code == "C64" and tensor.is_conj()):
+                tensor = tensor.resolve_conj().resolve_neg()
+            shape = tensor.shape
+            nbytes = tensor.numel() * itemsize
+            device = HOST if tensor.is_cpu else _device_number(tensor.device)
+            if tensor.is_contiguous() and device != FETCHED:
+                data = tensor.data_ptr()
+                view = TensorView(data, nbytes, device)
+                spans.append((data, data + nbytes))
+            else:
+                sound = False
+                tensor, view = _unusual_view(tensor, device, nbytes)
+            if tensor.dtype is _FLOAT4:
+                sound = sound and len(shape) > 0
+                shape = (*shape[:-1], 2 * shape[-1]) if shape else ()
+            entries.append(Entry(rank, name, code, shape, view, tensor))
+    except Exception:  # whatever a stranger object raises: the reason is found in order
+        _refuse(tensors, allow_strided)
+        raise
+    if not sound or METADATA_KEY in tensors or overlapping(spans):
+        _refuse(tensors, allow_strided)
+    for name in tensors:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"argument 'tensor_dict': '{type(name).__name__}' object is not an instance of 'str'"
+            )
+    entries.sort()
+    return entries
+
+
+def _unusual_view(tensor: torch.Tensor, device: int, nbytes: int) -> tuple[torch.Tensor, TensorView]:
+    """View of a tensor that is strided, or that only torch can read."""
+    if device == FETCHED:
+        return tensor, TensorView(0, nbytes, device)
+    if tensor.dim() > _MAX_DIMS:
+        tensor = tensor.contiguous()
+    if tensor.is_contiguous():
+        return tensor, TensorView(tensor.data_ptr(), nbytes, device)
+    return tensor, TensorView(
+        tensor.data_ptr(), nbytes, device, tensor.element_size(), tuple(tensor.shape), tensor.stride()
+    )
+
+
+def _device_number(device: torch.device) -> int:
+    if device.type == "cpu":
+        return HOST
+    # ROCm builds of torch call their devices "cuda" too; the engine speaks to NVIDIA's driver only.
+    if device.type == "cuda" and torch.version.hip is None and device.index is not None:
+        return device.index
+    return FETCHED
+
+
+def _refuse(tensors: Mapping[str, Any], allow_strided: bool) -> None:
+    """Raises for the first fault in safetensors' order of checks; returns when there is none."""
+    sparse = []
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"Key `{name}` is invalid, expected torch.Tensor but received {type(tensor)}")
+        if tensor.layout != torch.strided:
+            sparse.append(name)
+    if sparse:
+        raise ValueError(
+            f"You are trying to save a sparse tensors: `{sparse}` which this library does not support."
+            " You can make it a dense tensor before saving with `.to_dense()` but be aware this might"
+            " make a much larger file than needed."
+        )
+    for name, tensor in tensors.items():
+        if is_traceable_wrapper_subclass(tensor):
+            raise RuntimeError(
+                "Attempted to access the data pointer on an invalid python storage."
+                f" `{name}` is a {type(tensor).__name__}: save what it wraps (`.to_local()`, `.full_tensor()`)."
+            )
+    storages = by_storage(tensors)
+    if not allow_strided:
+        for names in storages:
+            for name in names if len(names) > 1 else ():
+                tensors[name].view(-1)  # torch's own error for strided views of one storage
+    shared = shared_names(tensors, storages)
+    if shared:
+        raise RuntimeError(
+            f"""
+            Some tensors share memory, this will lead to duplicate memory on disk and potential differences when loading them again: {shared}.
+            A potential way to correctly save your model is to use `save_model`.
+            More information at https://huggingface.co/docs/safetensors/torch_shared_tensors
+            """  # noqa: E501
+        )
+    for name, tensor in tensors.items():
+        if not allow_strided and not tensor.is_contiguous():
+            raise ValueError(
+                f"You are trying to save a non contiguous tensor: `{name}` which is not allowed. It either means you"
+                " are trying to save tensors which are reference of each other in which case it's recommended to save"
+                " only the full tensors, and reslice at load time, or simply call `.contiguous()` on your tensor to"
+                " pack it before saving."
+            )
+        if tensor.device.type == "meta":
+            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+        if tensor.dtype not in _DTYPES:
+            raise KeyError(tensor.dtype)
+        if tensor.dtype is _FLOAT4 and tensor.dim() == 0:
+            raise SafetensorError(
+                "Error while serializing: The slice is slicing for subbytes dtypes, and the slice does not end up"
+                " at a byte boundary, this is invalid."
+            )
+        if name == METADATA_KEY:
+            raise ValueError(f"`{METADATA_KEY}` is not a tensor name: no reader could open the file")
+
+
+def streams_for(entries: list[Entry]) -> dict[int, int]:
+    """Handle of the current stream of every CUDA device in there: the copies run behind what it holds now.
+
+    Raises ``RuntimeError`` while such a stream is being captured into a graph.
+    """
+    streams = {}
+    for ordinal in sorted({entry.view.device for entry in entries if entry.view.device >= 0}):
+        stream = torch.cuda.current_stream(ordinal)
+        with torch.cuda.stream(stream):
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(f"cannot save tensors of cuda:{ordinal} while a graph is being captured there")
+        streams[ordinal] = stream.cuda_stream
+    return streams
+
+
+def fetch(tensor: torch.Tensor, first_byte: int, nbytes: int, address: int) -> None:
+    """Copies packed bytes ``[first_byte, first_byte + nbytes)`` of a tensor on any device to host memory.
+
+    The way for accelerators without a native device: through torch, a slot at a time.
+    """
+    memory = (ctypes.c_char * nbytes).from_address(address)
+    # As integers: not every backend copies every dtype (float4, say).
+    source = tensor.detach().view(_INTEGERS[tensor.element_size()])
+    out = torch.frombuffer(memory, dtype=source.dtype)
+    itemsize = source.element_size()
+    _copy_range(source, first_byte // itemsize, nbytes // itemsize, out)
+
+
+def _copy_range(source: torch.Tensor, first: int, count: int, out: torch.Tensor) -> None:
+    """``out.copy_(source.flatten()[first : first + count])`` without ever flattening a strided tensor."""
+    if count == 0:
+        return
+    if source.is_contiguous():
+        out.copy_(source.view(-1)[first : first + count])
+        return
+    row = source[0].numel()
+    index, inside = divmod(first, row)
+    head = min(count, (row - inside) % row)
+    if head:
+        _copy_range(source[index], inside, head, out[:head])
+        index += 1
+    rows = (count - head) // row
+    if rows:
+        whole = out[head : head + rows * row].view(rows, *source.shape[1:])
+        whole.copy_(source[index : index + rows])
+    done = head + rows * row
+    _copy_range(source[index + rows] if count > done else source[:0], 0, count - done, out[done:])
