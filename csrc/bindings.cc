@@ -80,9 +80,8 @@ WritePath write_path_from(const std::string& name) {
 py::dict to_dict(const Stats& stats) {
   return py::dict("files"_a = stats.files, "nbytes"_a = stats.nbytes, "seconds"_a = stats.seconds,
                   "copy_seconds"_a = stats.copy_seconds, "write_seconds"_a = stats.write_seconds,
-                  "sync_seconds"_a = stats.sync_seconds, "write_path"_a = stats.write_path,
-                  "staging"_a = stats.staging, "staging_nbytes"_a = stats.staging_nbytes,
-                  "fallbacks"_a = py::tuple(py::cast(stats.fallbacks)));
+                  "sync_seconds"_a = stats.sync_seconds, "write_path"_a = stats.write_path, "staging"_a = stats.staging,
+                  "staging_nbytes"_a = stats.staging_nbytes, "fallbacks"_a = py::tuple(py::cast(stats.fallbacks)));
 }
 
 // (chunks, ops) of each file, for the tests of the schedule.
@@ -166,7 +165,8 @@ PYBIND11_MODULE(_native, module) {
   module.def(
       "new_bytes",
       [](size_t nbytes) {
-        auto bytes = py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(nbytes)));
+        auto bytes =
+            py::reinterpret_steal<py::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(nbytes)));
         if (!bytes) throw py::error_already_set();
         return std::pair(bytes, reinterpret_cast<uintptr_t>(PyBytes_AS_STRING(bytes.ptr())));
       },
@@ -174,8 +174,8 @@ PYBIND11_MODULE(_native, module) {
   // Keeps an object for ever: in a forked child, the parent's threads are not there to finish what it stands for.
   module.def("leak", [](const py::object& object) { object.inc_ref(); }, "object"_a);
 
-  module.def("schedule", &schedule_of, "files"_a, "slot_nbytes"_a, "packed_nbytes"_a, "in_place_nbytes"_a,
-             "max_ops"_a, "in_place"_a);
+  module.def("schedule", &schedule_of, "files"_a, "slot_nbytes"_a, "packed_nbytes"_a, "in_place_nbytes"_a, "max_ops"_a,
+             "in_place"_a);
   module.def("kernels_compiled_in", [] { return embedded_kernels() != nullptr; });
   module.def("cuda_devices", &cuda_devices, Released());
   module.def("cuda_driver_version", &cuda_driver_version, Released());

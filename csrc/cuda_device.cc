@@ -219,8 +219,7 @@ class CudaStream final : public CopyStream {
     const CUfunction kernel = kernels_->pack(context_);
     CUdeviceptr slot = 0;
     CUdeviceptr scratch = 0;
-    if (kernel == nullptr ||
-        driver().cuMemHostGetDevicePointer(&slot, staging.bytes.data(), 0) != CUDA_SUCCESS ||
+    if (kernel == nullptr || driver().cuMemHostGetDevicePointer(&slot, staging.bytes.data(), 0) != CUDA_SUCCESS ||
         driver().cuMemHostGetDevicePointer(&scratch, staging.scratch.data(), 0) != CUDA_SUCCESS) {
       return false;
     }
@@ -238,8 +237,8 @@ class CudaStream final : public CopyStream {
     }
     staging.scratch = staging.scratch.subspan(count * sizeof(PackEntry));
     std::array<void*, 3> parameters = {&scratch, &count, &slot};
-    FASTSHARD_CUDA(driver(), cuLaunchKernel, kernel, std::min(count, kMaxBlocks), 1, 1, kPackThreads, 1, 1, 0,
-                   stream_, parameters.data(), nullptr);
+    FASTSHARD_CUDA(driver(), cuLaunchKernel, kernel, std::min(count, kMaxBlocks), 1, 1, kPackThreads, 1, 1, 0, stream_,
+                   parameters.data(), nullptr);
     return true;
   }
 

@@ -20,7 +20,7 @@ CudaDriver load() {
   void* library = dlopen(driver.library.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) throw CudaError(std::string("no CUDA driver: ") + dlerror());
   // Plain dlsym of the versioned names: exactly the ABI this file was compiled against, on every driver.
-#define FASTSHARD_LOAD(name)                                                                    \
+#define FASTSHARD_LOAD(name)                                                                     \
   driver.name = reinterpret_cast<decltype(driver.name)>(dlsym(library, FASTSHARD_SYMBOL(name))); \
   if (driver.name == nullptr) throw CudaError(driver.library + " has no " FASTSHARD_SYMBOL(name));
   FASTSHARD_CUDA_FUNCTIONS(FASTSHARD_LOAD)

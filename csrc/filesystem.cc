@@ -27,12 +27,12 @@ struct KnownType {
 
 // Magic numbers that linux/magic.h does not have are the filesystems' own (statfs(2)).
 constexpr KnownType kKnownTypes[] = {
-    {EXT4_SUPER_MAGIC, "ext4"},     {0x58465342, "xfs"},      {BTRFS_SUPER_MAGIC, "btrfs"},
-    {TMPFS_MAGIC, "tmpfs"},         {RAMFS_MAGIC, "ramfs"},   {OVERLAYFS_SUPER_MAGIC, "overlayfs"},
-    {NFS_SUPER_MAGIC, "nfs"},       {0x65735546, "fuse"},     {0x0BD00BD0, "lustre"},
-    {0x47504653, "gpfs"},           {0x2FC12FC1, "zfs"},      {F2FS_SUPER_MAGIC, "f2fs"},
-    {0xFF534D42, "cifs"},           {0xFE534D42, "smb2"},     {V9FS_MAGIC, "9p"},
-    {CEPH_SUPER_MAGIC, "ceph"},     {0x6A656A63, "virtiofs"}, {HUGETLBFS_MAGIC, "hugetlbfs"},
+    {EXT4_SUPER_MAGIC, "ext4"}, {0x58465342, "xfs"},      {BTRFS_SUPER_MAGIC, "btrfs"},
+    {TMPFS_MAGIC, "tmpfs"},     {RAMFS_MAGIC, "ramfs"},   {OVERLAYFS_SUPER_MAGIC, "overlayfs"},
+    {NFS_SUPER_MAGIC, "nfs"},   {0x65735546, "fuse"},     {0x0BD00BD0, "lustre"},
+    {0x47504653, "gpfs"},       {0x2FC12FC1, "zfs"},      {F2FS_SUPER_MAGIC, "f2fs"},
+    {0xFF534D42, "cifs"},       {0xFE534D42, "smb2"},     {V9FS_MAGIC, "9p"},
+    {CEPH_SUPER_MAGIC, "ceph"}, {0x6A656A63, "virtiofs"}, {HUGETLBFS_MAGIC, "hugetlbfs"},
     {0x19830326, "beegfs"},
 };
 
@@ -46,9 +46,12 @@ Descriptor::~Descriptor() {
 
 const char* name_of(WritePath path) {
   switch (path) {
-    case WritePath::automatic: return "auto";
-    case WritePath::buffered: return "buffered";
-    case WritePath::mapped: return "mapped";
+    case WritePath::automatic:
+      return "auto";
+    case WritePath::buffered:
+      return "buffered";
+    case WritePath::mapped:
+      return "mapped";
   }
   return "unknown";
 }
@@ -130,9 +133,8 @@ std::vector<std::pair<std::string, std::string>> probe(const std::string& direct
     munmap(memory, kNbytes);
     return true;
   });
-  ask("early writeback (sync_file_range)", [&] {
-    return sync_file_range(file.get(), 0, kNbytes, SYNC_FILE_RANGE_WRITE) == 0;
-  });
+  ask("early writeback (sync_file_range)",
+      [&] { return sync_file_range(file.get(), 0, kNbytes, SYNC_FILE_RANGE_WRITE) == 0; });
   ask("direct I/O (O_DIRECT, 4 KiB)", [&] {
     const Descriptor direct(open(first.c_str(), O_WRONLY | O_DIRECT | O_CLOEXEC));
     if (!direct) return false;

@@ -23,11 +23,16 @@ std::byte* pack_row(const std::byte* source, int64_t stride, uint64_t count, std
 
 std::byte* pack_row(const std::byte* source, int64_t stride, uint64_t count, uint64_t run, std::byte* out) {
   switch (run) {
-    case 1: return pack_row<1>(source, stride, count, out);
-    case 2: return pack_row<2>(source, stride, count, out);
-    case 4: return pack_row<4>(source, stride, count, out);
-    case 8: return pack_row<8>(source, stride, count, out);
-    case 16: return pack_row<16>(source, stride, count, out);
+    case 1:
+      return pack_row<1>(source, stride, count, out);
+    case 2:
+      return pack_row<2>(source, stride, count, out);
+    case 4:
+      return pack_row<4>(source, stride, count, out);
+    case 8:
+      return pack_row<8>(source, stride, count, out);
+    case 16:
+      return pack_row<16>(source, stride, count, out);
     default:
       for (uint64_t i = 0; i < count; ++i) {
         std::memcpy(out, source, run);
@@ -58,11 +63,20 @@ void pack_transposed(const std::byte* source, int64_t rows, int64_t columns, int
 bool pack_transposed(const std::byte* source, int64_t rows, int64_t columns, int64_t column_stride, uint64_t run,
                      std::byte* out) {
   switch (run) {
-    case 1: pack_transposed<1>(source, rows, columns, column_stride, out); return true;
-    case 2: pack_transposed<2>(source, rows, columns, column_stride, out); return true;
-    case 4: pack_transposed<4>(source, rows, columns, column_stride, out); return true;
-    case 8: pack_transposed<8>(source, rows, columns, column_stride, out); return true;
-    default: return false;
+    case 1:
+      pack_transposed<1>(source, rows, columns, column_stride, out);
+      return true;
+    case 2:
+      pack_transposed<2>(source, rows, columns, column_stride, out);
+      return true;
+    case 4:
+      pack_transposed<4>(source, rows, columns, column_stride, out);
+      return true;
+    case 8:
+      pack_transposed<8>(source, rows, columns, column_stride, out);
+      return true;
+    default:
+      return false;
   }
 }
 
@@ -100,7 +114,8 @@ void pack_bytes(const TensorView& view, uint64_t first_byte, uint64_t nbytes, st
       const auto height = static_cast<uint64_t>(view.shape[view.ndim - 2]);
       const uint64_t row = next / columns % height;
       const uint64_t rows = std::min(height - row, (end - next) / columns);
-      if (rows > 1 && pack_transposed(source, static_cast<int64_t>(rows), static_cast<int64_t>(columns), stride, run, out)) {
+      if (rows > 1 &&
+          pack_transposed(source, static_cast<int64_t>(rows), static_cast<int64_t>(columns), stride, run, out)) {
         out += rows * columns * run;
         next += rows * columns;
         continue;

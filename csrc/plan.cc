@@ -44,9 +44,8 @@ void check(const SavePlan& plan) {
     uint64_t expected = 0;
     for (const WriteItem& item : file.items) {
       if (item.file_offset != expected) {
-        throw std::invalid_argument("items do not tile " + file.path + ": offset " +
-                                    std::to_string(item.file_offset) + " where " + std::to_string(expected) +
-                                    " was expected");
+        throw std::invalid_argument("items do not tile " + file.path + ": offset " + std::to_string(item.file_offset) +
+                                    " where " + std::to_string(expected) + " was expected");
       }
       const uint64_t nbytes = item.source.nbytes();
       if (nbytes != 0 && item.source.data == nullptr && item.source.device != kFetched) {

@@ -175,8 +175,7 @@ void Save::write_chunks(FileJob& job) {
       continue;
     }
     if (next != nullptr && in_flight.size() < kMaxInFlight) {
-      std::optional<Slot> slot =
-          in_flight.empty() ? resources_.ring.acquire() : resources_.ring.try_acquire();
+      std::optional<Slot> slot = in_flight.empty() ? resources_.ring.acquire() : resources_.ring.try_acquire();
       if (slot) {
         in_flight.push_back(stage(job, *next, std::move(*slot)));
         next = job.claim();
@@ -195,8 +194,8 @@ void Save::write_in_place(FileJob& job, const Chunk& chunk) {
   for (const CopyOp& op : job.schedule.ops_of(chunk)) {
     for (uint64_t done = 0; done < op.nbytes;) {
       const uint64_t at = op.first_byte + done;
-      const uint64_t run_left = op.source->contiguous() ? op.nbytes - done
-                                                        : op.source->run_nbytes - at % op.source->run_nbytes;
+      const uint64_t run_left =
+          op.source->contiguous() ? op.nbytes - done : op.source->run_nbytes - at % op.source->run_nbytes;
       const uint64_t nbytes = std::min(op.nbytes - done, run_left);
       parts.push_back({const_cast<std::byte*>(packed_address(*op.source, at)), nbytes});
       done += nbytes;

@@ -49,8 +49,7 @@ class Save : public std::enable_shared_from_this<Save> {
  public:
   // Orders the copies behind the caller's `streams` (by CUDA ordinal), makes and reserves every file. Throws
   // with nothing left behind.
-  Save(SavePlan plan, const std::map<int, uintptr_t>& streams, WritePath write_path, bool durable,
-       Resources resources);
+  Save(SavePlan plan, const std::map<int, uintptr_t>& streams, WritePath write_path, bool durable, Resources resources);
   ~Save();
 
   // Gives the work to the writers; once.

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .saving import save_model as save_model
     from .saving import stats as stats
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "Engine": "fastshard.engine",
     "Options": "fastshard.engine",
@@ -44,7 +46,7 @@ _HOMES = {
     "stats": "fastshard.saving",
 }
 
-__all__ = list(_HOMES)  # noqa: PLE0605
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -107,7 +107,7 @@ class SaveFuture:
         """
         if os.getpid() != self._pid:
             raise RuntimeError("this save belongs to the parent process")
-        bar = self._bar() if progress else contextlib.nullcontext()
+        bar: Any = self._bar() if progress else contextlib.nullcontext()
         try:
             with bar:
                 while not self._native.wait(_POLL_SECONDS):

@@ -8,7 +8,7 @@ import os
 from safetensors import SafetensorError
 
 
-class SaveError(SafetensorError, OSError):  # type: ignore[misc]  # SafetensorError has no type information
+class SaveError(SafetensorError, OSError):
     """A file could not be written.
 
     Both what safetensors raises and what ``open`` raises: ``errno`` and ``filename`` are set, so a full disk

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from typing import BinaryIO, Final, NamedTuple
 
 MAX_HEADER_NBYTES: Final = 100_000_000
 """Readers refuse longer headers; the length includes the padding."""
@@ -58,7 +58,9 @@ class HeaderTooLarge(ValueError):
     """The header would be longer than readers accept."""
 
 
-def header(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None) -> bytes:
+def header(
+    tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None
+) -> bytes:
     """Length prefix and JSON of a file with these ``(name, code, shape, nbytes)``, already in file order.
 
     ``metadata=None`` leaves the entry out, an empty mapping writes it empty: loaders tell them apart.
@@ -82,3 +84,58 @@ def header(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Map
     if len(encoded) > MAX_HEADER_NBYTES:
         raise HeaderTooLarge(f"header of {len(encoded)} bytes; readers accept {MAX_HEADER_NBYTES}")
     return struct.pack("<Q", len(encoded)) + encoded
+
+
+class StoredTensor(NamedTuple):
+    """One entry of a file's header."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    begin: int
+    """First byte, counted from the end of the header."""
+    end: int
+
+
+class FileHeader(NamedTuple):
+    """What a file says of itself."""
+
+    nbytes: int
+    """Length of prefix and JSON together: where the tensors' bytes begin."""
+    metadata: dict[str, str] | None
+    tensors: list[StoredTensor]
+    """By position in the file."""
+
+
+def read_header(file: BinaryIO, file_nbytes: int) -> FileHeader:
+    """Reads and checks the header at the beginning of ``file``, which is ``file_nbytes`` long.
+
+    Raises ``ValueError`` saying what is wrong when this is no safetensors file, or one whose entries overlap,
+    leave gaps or do not end where the file does.
+    """
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise ValueError(f"{file_nbytes} bytes are too few for a header")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > MAX_HEADER_NBYTES or 8 + length > file_nbytes:
+        raise ValueError(f"a header of {length} bytes in a file of {file_nbytes}")
+    try:
+        entries = json.loads(file.read(length))
+        metadata = entries.pop(METADATA_KEY, None)
+        tensors = [
+            StoredTensor(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            for name, entry in entries.items()
+        ]
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"the header is not that of a safetensors file: {error!r}") from None
+    tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
+    reached = 0
+    for tensor in tensors:
+        if tensor.begin != reached or tensor.end < tensor.begin:
+            raise ValueError(
+                f"tensor {tensor.name!r} lies at {tensor.begin}:{tensor.end}, expected at {reached}"
+            )
+        reached = tensor.end
+    if 8 + length + reached != file_nbytes:
+        raise ValueError(f"the header accounts for {8 + length + reached} bytes, the file has {file_nbytes}")
+    return FileHeader(8 + length, metadata, tensors)

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -170,14 +172,28 @@ def _lay_out(
     tensors: StateDict, metadata: dict[str, str] | None, allow_strided: bool, filename: object = ""
 ) -> tuple[list[_tensors.Entry], bytes]:
     """The tensors in file order, and the header that goes before them."""
-    entries = _tensors.describe(tensors, allow_strided=allow_strided)
-    _check_filename(filename)
-    _check_metadata(metadata)
-    try:
-        head = header(((e.name, e.code, e.shape, e.view.nbytes) for e in entries), metadata)
-    except HeaderTooLarge:
-        raise SafetensorError("Error while serializing: header too large") from None
+    with _collector_paused():
+        entries = _tensors.describe(tensors, allow_strided=allow_strided)
+        _check_filename(filename)
+        _check_metadata(metadata)
+        try:
+            head = header(((e.name, e.code, e.shape, e.view.nbytes) for e in entries), metadata)
+        except HeaderTooLarge:
+            raise SafetensorError("Error while serializing: header too large") from None
     return entries, head
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Planning makes many small tuples and no cycles; searching them for cycles takes longer than making them."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _run(
@@ -223,7 +239,9 @@ def _check_metadata(metadata: Any) -> None:
         )
     for text in (*metadata.keys(), *metadata.values()):
         if not isinstance(text, str):
-            raise TypeError(f"argument 'metadata': '{type(text).__name__}' object is not an instance of 'str'")
+            raise TypeError(
+                f"argument 'metadata': '{type(text).__name__}' object is not an instance of 'str'"
+            )
 
 
 def _encoded(filename: PathLike) -> bytes:

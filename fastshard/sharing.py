@@ -43,7 +43,7 @@ def _disjoint(a: torch.Tensor, b: torch.Tensor) -> bool:
     distance, remainder = divmod(b_begin - a_begin, a.element_size())
     if remainder:
         return False
-    dims = sorted(range(a.dim()), key=lambda dim: -a.stride(dim))
+    dims = sorted(range(a.dim()), key=a.stride().__getitem__, reverse=True)
     for position, dim in enumerate(dims):
         stride = a.stride(dim)
         if stride == 0:

@@ -61,7 +61,8 @@ def describe(tensors: Mapping[str, torch.Tensor], *, allow_strided: bool) -> lis
             if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
                 sound = False
                 break
-            rank, code, itemsize = _DTYPES[tensor.dtype]
+            dtype = tensor.dtype
+            rank, code, itemsize = _DTYPES[dtype]
             if tensor.is_neg() or (code == "C64" and tensor.is_conj()):
                 tensor = tensor.resolve_conj().resolve_neg()
             shape = tensor.shape
@@ -74,7 +75,7 @@ def describe(tensors: Mapping[str, torch.Tensor], *, allow_strided: bool) -> lis
             else:
                 sound = False
                 tensor, view = _unusual_view(tensor, device, nbytes)
-            if tensor.dtype is _FLOAT4:
+            if dtype is _FLOAT4:
                 sound = sound and len(shape) > 0
                 shape = (*shape[:-1], 2 * shape[-1]) if shape else ()
             entries.append(Entry(rank, name, code, shape, view, tensor))
@@ -179,7 +180,9 @@ def streams_for(entries: list[Entry]) -> dict[int, int]:
         stream = torch.cuda.current_stream(ordinal)
         with torch.cuda.stream(stream):
             if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(f"cannot save tensors of cuda:{ordinal} while a graph is being captured there")
+                raise RuntimeError(
+                    f"cannot save tensors of cuda:{ordinal} while a graph is being captured there"
+                )
         streams[ordinal] = stream.cuda_stream
     return streams
 

@@ -6,7 +6,8 @@
 asm(".section .rodata\n"
     ".balign 16\n"
     "fastshard_fatbin:\n"
-    ".incbin \"" FASTSHARD_FATBIN "\"\n"
+    ".incbin \"" FASTSHARD_FATBIN
+    "\"\n"
     ".previous\n");
 extern "C" const unsigned char fastshard_fatbin[] __attribute__((visibility("hidden")));
 

@@ -13,8 +13,7 @@ __device__ void pack_entry(const fastshard::PackEntry& entry, std::byte* slot) {
   const uint64_t units = entry.nbytes / sizeof(Unit);
   Unit* out = reinterpret_cast<Unit*>(slot + entry.slot_offset);
   for (uint64_t i = threadIdx.x; i < units; i += blockDim.x) {
-    out[i] = *reinterpret_cast<const Unit*>(
-        fastshard::packed_address(entry.view, entry.first_byte + i * sizeof(Unit)));
+    out[i] = *reinterpret_cast<const Unit*>(fastshard::packed_address(entry.view, entry.first_byte + i * sizeof(Unit)));
   }
 }
 
@@ -35,11 +34,21 @@ extern "C" __global__ void __launch_bounds__(fastshard::kPackThreads)
     }
     __syncthreads();
     switch (entry.unit) {
-      case 16: pack_entry<uint4>(entry, slot); break;
-      case 8: pack_entry<uint2>(entry, slot); break;
-      case 4: pack_entry<uint32_t>(entry, slot); break;
-      case 2: pack_entry<uint16_t>(entry, slot); break;
-      default: pack_entry<uint8_t>(entry, slot); break;
+      case 16:
+        pack_entry<uint4>(entry, slot);
+        break;
+      case 8:
+        pack_entry<uint2>(entry, slot);
+        break;
+      case 4:
+        pack_entry<uint32_t>(entry, slot);
+        break;
+      case 2:
+        pack_entry<uint16_t>(entry, slot);
+        break;
+      default:
+        pack_entry<uint8_t>(entry, slot);
+        break;
     }
   }
 }

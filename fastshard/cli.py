@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastshard inspect FILE``, ``fastshard env [PATH]``, ``fastshard bench``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import metadata, util
+
+from tqdm import tqdm
+
+from . import __version__
+from .engine import Options, usable_cpus
+from .layout import FileHeader, read_header
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 1 (the input is bad), 2 (the arguments are)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["bench"]:  # its own parser, and its own dependencies
+        return _bench(arguments[1:])
+    parser = argparse.ArgumentParser(prog="fastshard", description="Fast, safe safetensors files.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    inspect = commands.add_parser("inspect", help="header, tensors and sizes of a safetensors file")
+    inspect.add_argument("file", help="a .safetensors file")
+    inspect.add_argument("--json", action="store_true", help="as JSON")
+    env = commands.add_parser("env", help="what this machine and the filesystem of a path offer a save")
+    env.add_argument(
+        "path", nargs="?", default=".", help="an existing directory, or a file in one (default: .)"
+    )
+    commands.add_parser(
+        "bench", help="measure against safetensors, torch.save and DCP (--help for its options)"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "inspect":
+            _inspect(given.file, given.json)
+        else:
+            _env(given.path)
+    except BrokenPipeError:  # `fastshard inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError) as error:
+        name = given.file if given.command == "inspect" else given.path
+        text = error.strerror if isinstance(error, OSError) else error
+        print(f"fastshard: {name}: {text}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _size(nbytes: float) -> str:
+    if nbytes < 1024:
+        return f"{nbytes:.0f} B"
+    text = tqdm.format_sizeof(nbytes, divisor=1024)
+    return f"{text[:-1]} {text[-1].upper()}iB"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[int]) -> str:
+    lines = [head, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    numbers = set(right)
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in numbers else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _inspect(path: str, as_json: bool) -> None:
+    with open(path, "rb") as file:
+        nbytes = os.fstat(file.fileno()).st_size
+        found = read_header(file, nbytes)
+    if as_json:
+        print(json.dumps(_as_dict(found, nbytes), indent=2, ensure_ascii=False))
+        return
+    rows = [
+        (_printable(t.name), t.code, str(list(t.shape)), str(found.nbytes + t.begin), _size(t.end - t.begin))
+        for t in found.tensors
+    ]
+    print(_table(("tensor", "dtype", "shape", "offset", "size"), rows, right=(3, 4)))
+    by_code: dict[str, int] = {}
+    for tensor in found.tensors:
+        by_code[tensor.code] = by_code.get(tensor.code, 0) + tensor.end - tensor.begin
+    dtypes = ", ".join(f"{code} {_size(total)}" for code, total in by_code.items())
+    print(
+        f"\n{len(found.tensors)} tensors, {_size(nbytes)} ({nbytes} bytes): header {_size(found.nbytes)}",
+        end="",
+    )
+    print(f", {dtypes}" if dtypes else "")
+    if found.metadata is None:
+        print("no metadata")
+    else:
+        print(f"metadata: {json.dumps(found.metadata, ensure_ascii=False)}")
+
+
+def _printable(name: str) -> str:
+    """Names are data: control characters in one must not reach the terminal."""
+    return name if name.isprintable() else json.dumps(name)
+
+
+def _as_dict(found: FileHeader, nbytes: int) -> dict[str, object]:
+    return {
+        "nbytes": nbytes,
+        "header_nbytes": found.nbytes,
+        "metadata": found.metadata,
+        "tensors": [tensor._asdict() for tensor in found.tensors],
+    }
+
+
+def _env(path: str) -> None:
+    from . import _native
+
+    directory = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    options = Options()
+    kind, write_path, reason = _native.filesystem(directory)
+    rows = [
+        ("fastshard", __version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.release()}"),
+        *((name, _version(name)) for name in ("torch", "safetensors")),
+        ("CPUs", f"{usable_cpus()} usable, {options.threads} writer threads"),
+        ("staging memory", f"at most {_size(options.memory_budget)}"),
+        (
+            "CUDA kernels",
+            "compiled in" if _native.kernels_compiled_in() else "not compiled in: copies by pitch",
+        ),
+        *_cuda(),
+        ("", ""),
+        ("filesystem", f"{kind} at {os.path.realpath(directory)}"),
+        ("free space", _size(_free(directory))),
+        ("a save here", f"{write_path}: {reason}"),
+        *_native.probe(directory),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name.ljust(width)}  {value}".rstrip())
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cuda() -> list[tuple[str, str]]:
+    from . import _native
+
+    try:
+        library, version = _native.cuda_driver_version()
+        devices = _native.cuda_devices()
+    except RuntimeError as error:
+        return [("CUDA driver", str(error))]
+    rows = [("CUDA driver", f"{library}, CUDA {version // 1000}.{version % 1000 // 10}")]
+    return rows + [(f"cuda:{i}", f"{name}, {_size(nbytes)}") for i, (name, nbytes) in enumerate(devices)]
+
+
+def _free(directory: str) -> int:
+    space = os.statvfs(directory)
+    return space.f_bavail * space.f_frsize
+
+
+def _bench(arguments: list[str]) -> int:
+    if util.find_spec("matplotlib") is None or util.find_spec("torch") is None:
+        print(
+            "fastshard: bench needs torch and matplotlib: pip install 'fastshard[bench]' torch",
+            file=sys.stderr,
+        )
+        return 1
+    from .bench.save import main as bench
+
+    return int(bench(arguments))
