@@ -4,10 +4,12 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <sys/mman.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
+#include <map>
 #include <set>
 
 namespace fastshard {
@@ -49,7 +51,7 @@ Window::Window(int fd, uint64_t offset, uint64_t nbytes, const std::string& path
 
 Window::~Window() { munmap(base_, mapped_nbytes_); }
 
-OutputFile::OutputFile(const std::string& path, uint64_t nbytes, WritePath wanted) : path_(path) {
+OutputFile::OutputFile(const std::string& path, uint64_t nbytes, WritePath wanted) : path_(path), nbytes_(nbytes) {
   resolve_target();
   const FileSystem filesystem = filesystem_of(directory_, path_);
   memory_backed_ = filesystem.memory_backed;
@@ -57,7 +59,7 @@ OutputFile::OutputFile(const std::string& path, uint64_t nbytes, WritePath wante
   open_temporary();
   try {
     adopt_replaced_attributes();
-    reserve(nbytes);
+    preallocate();
   } catch (...) {
     discard();
     throw;
@@ -120,20 +122,34 @@ void OutputFile::adopt_replaced_attributes() {
   if (fchmod(fd_.get(), replaced_->st_mode & 07777) != 0) note_fallback("fchmod");
 }
 
-void OutputFile::reserve(uint64_t nbytes) {
-  // Preallocation makes later writes cheaper on disk filesystems and dearer on tmpfs, where only a mapping
-  // needs it: a store to a page that cannot be had is a SIGBUS.
-  if (!memory_backed_ || write_path_ == WritePath::mapped) {
-    int result;
-    do {
-      result = fallocate(fd_.get(), 0, 0, static_cast<off_t>(nbytes));
-    } while (result != 0 && errno == EINTR);
-    if (result == 0) return;
-    if (!unsupported(errno)) fail("fallocate");
-    note_fallback("fallocate");
-    write_path_ = WritePath::buffered;
+void OutputFile::preallocate() {
+  // Makes later writes cheaper on disk filesystems and dearer on tmpfs, where only a mapping needs it: a store
+  // to a page that cannot be had is a SIGBUS.
+  if (memory_backed_ && write_path_ != WritePath::mapped) return;
+  int result;
+  do {
+    result = fallocate(fd_.get(), 0, 0, static_cast<off_t>(nbytes_));
+  } while (result != 0 && errno == EINTR);
+  preallocated_ = result == 0;
+  if (preallocated_) return;
+  if (!unsupported(errno)) fail("fallocate");
+  note_fallback("fallocate");
+  write_path_ = WritePath::buffered;
+}
+
+void require_space(std::span<OutputFile* const> files) {
+  std::map<dev_t, uint64_t> wanted;
+  for (const OutputFile* file : files) {
+    if (file->preallocated_) continue;
+    struct stat info;
+    struct statvfs space;
+    // No answer is no reason to refuse, and filesystems without a limit report no blocks at all.
+    if (fstat(file->fd_.get(), &info) != 0 || fstatvfs(file->fd_.get(), &space) != 0 || space.f_blocks == 0) continue;
+    wanted[info.st_dev] += file->nbytes_;
+    if (wanted[info.st_dev] > static_cast<uint64_t>(space.f_bavail) * space.f_frsize) {
+      throw IoError(ENOSPC, file->path_, "reserve");
+    }
   }
-  require_space(fd_.get(), nbytes, path_);
 }
 
 void OutputFile::write(std::span<iovec> parts, uint64_t offset) {

@@ -35,8 +35,8 @@ class Window {
 // what was not published. write(), window() and start_writeback() may be called by several threads at once.
 class OutputFile {
  public:
-  // Checks the target, makes the temporary with the target's final mode, and reserves `nbytes`: a full disk
-  // is IoError(ENOSPC) here, before the first copy. A symbolic link is followed: its destination is replaced.
+  // Checks the target, makes the temporary with the target's final mode, and preallocates `nbytes` where that
+  // is of use; a full disk is IoError(ENOSPC). A symbolic link is followed: its destination is replaced.
   OutputFile(const std::string& path, uint64_t nbytes, WritePath wanted);
   ~OutputFile();
   OutputFile(const OutputFile&) = delete;
@@ -59,6 +59,7 @@ class OutputFile {
   // happens to a published file.
   void discard() noexcept;
 
+  friend void require_space(std::span<OutputFile* const> files);
   friend void publish(std::span<OutputFile* const> files, bool durable);
 
  private:
@@ -73,7 +74,7 @@ class OutputFile {
   void resolve_target();
   void open_temporary();
   void adopt_replaced_attributes();
-  void reserve(uint64_t nbytes);
+  void preallocate();
   void put_in_place(bool keep_old);
   void replace_target(bool keep_old);
   void copy_to_target();
@@ -83,6 +84,8 @@ class OutputFile {
   std::string path_;    // as the caller wrote it, for messages
   std::string target_;  // links resolved
   std::string directory_;
+  const uint64_t nbytes_;
+  bool preallocated_ = false;
   std::optional<struct stat> replaced_;
   Descriptor fd_;
   std::string temporary_;  // empty while the file has no name
@@ -91,6 +94,9 @@ class OutputFile {
   bool memory_backed_ = false;
   std::vector<std::string> fallbacks_;
 };
+
+// IoError(ENOSPC) unless what could not be preallocated fits, all of it together, into what is free now.
+void require_space(std::span<OutputFile* const> files);
 
 // Makes all files visible under their targets, or none of them: when one cannot be put in place, those that
 // were get their old contents back. Contents must be complete. `durable`: the names are on stable storage too.

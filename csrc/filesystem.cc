@@ -7,7 +7,6 @@
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/statfs.h>
-#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <array>
@@ -80,15 +79,6 @@ Choice choose_write_path(const FileSystem& filesystem, WritePath wanted) {
   }
   return {WritePath::buffered,
           "new file: preallocated, one writer of large pwrites a file, writeback started behind it"};
-}
-
-void require_space(int fd, uint64_t nbytes, const std::string& path) {
-  struct statvfs info;
-  if (fstatvfs(fd, &info) != 0) return;  // no answer is no reason to refuse
-  // Filesystems without a limit report no blocks at all.
-  if (info.f_blocks != 0 && nbytes > static_cast<uint64_t>(info.f_bavail) * info.f_frsize) {
-    throw IoError(ENOSPC, path, "reserve");
-  }
 }
 
 std::string temporary_name(const std::string& directory) {

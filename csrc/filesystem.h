@@ -52,9 +52,6 @@ struct Choice {
 // The write path for a new file on `filesystem`; `wanted` wins where it is not automatic.
 Choice choose_write_path(const FileSystem& filesystem, WritePath wanted);
 
-// Free bytes for this user in `directory`; IoError(ENOSPC) unless at least `nbytes`.
-void require_space(int fd, uint64_t nbytes, const std::string& path);
-
 // Each ability tried with a temporary file in `directory`: (ability, "yes" or why not). For `fastshard env`.
 std::vector<std::pair<std::string, std::string>> probe(const std::string& directory);
 

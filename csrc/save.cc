@@ -117,6 +117,7 @@ Save::Save(SavePlan plan, const std::map<int, uintptr_t>& streams, WritePath wri
     nbytes_ += file.nbytes;
     jobs_.push_back(std::move(job));
   }
+  require_space(files());
 }
 
 Save::~Save() = default;
@@ -314,26 +315,37 @@ void Save::finish() {
   if (!error) {
     try {
       const Timer timer(sync_ns_);
-      std::vector<OutputFile*> files;
-      for (const auto& job : jobs_) {
-        if (job->file != nullptr) files.push_back(job->file.get());
-      }
-      publish(files, durable_);
+      publish(files(), durable_);
     } catch (...) {
       error = std::current_exception();
     }
   }
-  for (const auto& job : jobs_) {
-    if (job->file == nullptr) continue;
-    resources_.write_behind.forget(job->file.get());
-    job->file->discard();
+  for (OutputFile* file : files()) {
+    resources_.write_behind.forget(file);
+    file->discard();
   }
   streams_.clear();
+  // Whoever waits may count on the files being closed: a nameless one holds its space until then.
+  std::vector<std::shared_ptr<OutputFile>> closing;
+  {
+    const std::lock_guard lock(mutex_);
+    describe_files(final_);
+    for (const auto& job : jobs_) closing.push_back(std::move(job->file));
+  }
+  closing.clear();
   const std::lock_guard lock(mutex_);
   if (!error_) error_ = error;
-  seconds_ = std::chrono::duration<double>(Clock::now() - started_).count();
+  final_.seconds = std::chrono::duration<double>(Clock::now() - started_).count();
   finished_ = true;
   changed_.notify_all();
+}
+
+std::vector<OutputFile*> Save::files() const {
+  std::vector<OutputFile*> files;
+  for (const auto& job : jobs_) {
+    if (job->file != nullptr) files.push_back(job->file.get());
+  }
+  return files;
 }
 
 bool Save::wait(double seconds) {
@@ -352,7 +364,12 @@ Stats Save::stats() const {
   Stats stats;
   {
     const std::lock_guard lock(mutex_);
-    stats.seconds = finished_ ? seconds_ : std::chrono::duration<double>(Clock::now() - started_).count();
+    if (finished_) {
+      stats = final_;
+    } else {
+      describe_files(stats);
+      stats.seconds = std::chrono::duration<double>(Clock::now() - started_).count();
+    }
   }
   stats.files = plan_.files.size();
   stats.nbytes = nbytes_;
@@ -361,14 +378,18 @@ Stats Save::stats() const {
   stats.sync_seconds = 1e-9 * static_cast<double>(sync_ns_);
   stats.staging = staged_pinned_ ? "pinned" : staged_pageable_ ? "pageable" : "none";
   stats.staging_nbytes = peak_staged_nbytes_;
+  return stats;
+}
+
+void Save::describe_files(Stats& stats) const {
   std::set<std::string> paths, fallbacks;
   for (const auto& job : jobs_) {
-    paths.insert(job->file == nullptr ? "memory" : name_of(job->file->write_path()));
+    paths.insert(job->plan.memory != nullptr ? "memory" : job->file != nullptr ? name_of(job->file->write_path()) : "");
     if (job->file != nullptr) fallbacks.insert(job->file->fallbacks().begin(), job->file->fallbacks().end());
   }
+  paths.erase("");
   for (const std::string& path : paths) stats.write_path += (stats.write_path.empty() ? "" : "+") + path;
   stats.fallbacks.assign(fallbacks.begin(), fallbacks.end());
-  return stats;
 }
 
 }  // namespace fastshard

@@ -82,6 +82,8 @@ class Save : public std::enable_shared_from_this<Save> {
   void put(FileJob& job, const Chunk& chunk, std::span<iovec> parts);
   void wrote(FileJob& job, const Chunk& chunk);
   CopyStream& stream_for(FileJob& job, int device);
+  std::vector<OutputFile*> files() const;
+  void describe_files(Stats& stats) const;
   void fail(std::exception_ptr error);
   void finish();
 
@@ -106,7 +108,7 @@ class Save : public std::enable_shared_from_this<Save> {
   std::condition_variable changed_;
   std::exception_ptr error_;
   bool finished_ = false;
-  double seconds_ = 0;
+  Stats final_;  // what cannot be told any more once the files are closed
 };
 
 }  // namespace fastshard

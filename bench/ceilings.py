@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the hardware allows: the same bytes moved with nothing else done to them.
+
+A saver that reaches its ceiling has no more to win. They run in the same rounds as the rivals, since
+the machine's speed changes from minute to minute.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .machine import cpu_count
+from .rivals import Job, Prepare, Rival, Shard, fsync_tree
+from .samples import DURABLE, MIB, RETURN
+
+CHUNK_NBYTES = 16 * MIB
+DIRECT_CHUNK_NBYTES = 4 * MIB
+DIRECT_DEPTH = 4
+"""Writes in flight; more gains nothing, and the disk is idle between them with one."""
+IOV_MAX = 1024
+COPY_NBYTES = 256 * MIB
+"""Destination of the memcpy ceilings: beyond any cache, and small enough to stay beside the case."""
+
+Batch = list[memoryview]
+
+
+@functools.cache
+def _stand_in() -> torch.Tensor:
+    return torch.ones(COPY_NBYTES, dtype=torch.uint8)
+
+
+def _pieces(tensor: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
+    """As much host memory as the tensor has bytes, in order, as 1-D uint8 of at most ``most`` each.
+
+    For a strided tensor these are bytes of its storage one after the other: the ceiling does not gather.
+    Device memory cannot be written from; there other host memory stands in for it.
+    """
+    nbytes = tensor.numel() * tensor.element_size()
+    if tensor.device.type == "cpu":
+        storage = tensor.untyped_storage()
+        first = min(tensor.storage_offset() * tensor.element_size(), storage.nbytes() - nbytes)
+        source = torch.empty(0, dtype=torch.uint8).set_(storage, first, (nbytes,), (1,))
+        for start in range(0, nbytes, most):
+            yield source[start : start + most]
+    else:
+        for start in range(0, nbytes, most):
+            yield _stand_in()[: min(most, nbytes - start)]
+
+
+def _batches(shard: Shard) -> list[Batch]:
+    """The shard's bytes as arguments of ``pwritev``: at most 16 MiB and 1024 pieces each."""
+    batches: list[Batch] = []
+    free = 0
+    for tensor in shard.values():
+        for source in _pieces(tensor, CHUNK_NBYTES):
+            piece = source.numpy().data
+            if len(piece) > free or len(batches[-1]) == IOV_MAX:
+                batches.append([])
+                free = CHUNK_NBYTES
+            batches[-1].append(piece)
+            free -= len(piece)
+    return batches
+
+
+def _write_fully(fd: int, batch: Batch, offset: int) -> int:
+    """pwritev until all is written; returns the bytes. os.pwritev lets the GIL go."""
+    total = sum(len(piece) for piece in batch)
+    done = os.pwritev(fd, batch, offset)
+    while done < total:  # a signal or a nearly full disk cuts a write short
+        done += os.pwrite(fd, memoryview(b"".join(batch))[done:], offset + done)
+    return total
+
+
+def _write_buffered(path: Path, batches: list[Batch], preallocate: bool) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        if preallocate:
+            os.posix_fallocate(fd, 0, sum(len(piece) for batch in batches for piece in batch))
+        offset = 0
+        for batch in batches:
+            offset += _write_fully(fd, batch, offset)
+    finally:
+        os.close(fd)
+
+
+def _pwrite_one(job: Job) -> Callable[[], None]:
+    """One thread, one file: what any single buffered writer can reach."""
+    batches = [batch for shard in job.shards for batch in _batches(shard)]
+
+    def write() -> None:
+        _write_buffered(job.paths[0], batches, job.preallocate)
+        if job.durable:
+            fsync_tree(job.out)
+
+    return write
+
+
+def _pwrite_many(job: Job) -> Callable[[], None]:
+    """A thread for each file, as many at a time as there are CPUs."""
+    files = [_batches(shard) for shard in job.shards]
+
+    def write() -> None:
+        with ThreadPoolExecutor(min(len(files), cpu_count())) as pool:
+            list(pool.map(lambda path, file: _write_buffered(path, file, job.preallocate), job.paths, files))
+        if job.durable:
+            fsync_tree(job.out)
+
+    return write
+
+
+def _direct(job: Job) -> Callable[[], None]:
+    """O_DIRECT from aligned memory: the disk's own rate, past the page cache.
+
+    The sources are not page-aligned, so one aligned buffer is written again and again.
+    """
+    per_file = [sum(t.numel() * t.element_size() for t in shard.values()) for shard in job.shards]
+    buffer = mmap.mmap(-1, DIRECT_CHUNK_NBYTES)
+    buffer.write(os.urandom(DIRECT_CHUNK_NBYTES))
+    fd = os.open(job.out, os.O_TMPFILE | os.O_DIRECT | os.O_WRONLY)  # fails here, if it must
+    os.close(fd)
+
+    def write() -> None:
+        fds: list[int] = []
+        try:
+            tasks: list[tuple[int, int, int]] = []
+            for path, nbytes in zip(job.paths, per_file):
+                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o644)
+                fds.append(fd)
+                rounded = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+                if job.preallocate:
+                    os.posix_fallocate(fd, 0, rounded)
+                for start in range(0, rounded, DIRECT_CHUNK_NBYTES):
+                    tasks.append((fd, start, min(DIRECT_CHUNK_NBYTES, rounded - start)))
+            source = memoryview(buffer)
+            with ThreadPoolExecutor(DIRECT_DEPTH) as pool:
+                list(pool.map(lambda t: os.pwrite(t[0], source[: t[2]], t[1]), tasks))
+        finally:
+            for fd in fds:
+                os.close(fd)
+        fsync_tree(job.out)
+
+    return write
+
+
+def _memcpy(threads: int) -> Prepare:
+    def prepare(job: Job) -> Callable[[], None]:
+        room = min(COPY_NBYTES, job.nbytes)
+        target = torch.empty(room, dtype=torch.uint8).fill_(1)  # touched: no fault is timed
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        at = 0
+        for shard in job.shards:
+            for tensor in shard.values():
+                for piece in _pieces(tensor, room):
+                    at = at if at + piece.numel() <= room else 0
+                    pairs.append((target[at : at + piece.numel()], piece))
+                    at += piece.numel()
+
+        def copy() -> None:
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                for to, source in pairs:
+                    to.copy_(source)
+            finally:
+                torch.set_num_threads(before)
+
+        return copy
+
+    return prepare
+
+
+def _ceiling(name: str, about: str, prepare: Prepare, **fields: Any) -> Rival:
+    return Rival(name, about, prepare, writes=None, **fields)
+
+
+_ALL = (
+    _ceiling("memcpy-1", "memory to memory, one thread", _memcpy(1), modes=(RETURN,), footprint=0.0),
+    _ceiling("memcpy-n", "memory to memory, all CPUs", _memcpy(cpu_count()), modes=(RETURN,), footprint=0.0),
+    _ceiling("pwrite-1", "pwritev of 16 MiB, one thread, one file", _pwrite_one),
+    _ceiling("pwrite-n", "pwritev of 16 MiB, a thread for each file", _pwrite_many, many_files_only=True),
+    _ceiling("direct", "O_DIRECT writes of 4 MiB, 4 in flight", _direct, modes=(DURABLE,)),
+)
+CEILINGS: dict[str, Rival] = {ceiling.name: ceiling for ceiling in _ALL}

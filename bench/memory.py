@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Extra memory of one save, in a fresh process: a process that has saved before hides what it kept.
+
+The parent samples the child from outside: a thread inside would miss the moments in which the saver
+holds the GIL, and would add to what it measures.
+
+Two figures, because neither is enough alone. The high-water mark of the resident set is exact, but
+counts mapped file pages (the shared libraries touched by the first call, a mapped output file), which
+cost nothing that the page cache does not hold anyway. Anonymous plus shared memory is what a saver
+really takes from the machine, but the kernel keeps no high-water mark of it, so it is sampled, and a
+peak shorter than the interval may be missed.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import select
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from .cases import CASES
+from .machine import MEMORY_BACKED, memory_nbytes, mount_of
+from .rivals import RIVALS, Job
+from .samples import Memory
+
+INTERVAL_S = 0.005
+SAVE_PY = Path(__file__).with_name("save.py")
+
+
+def probe(spec: str) -> None:
+    """The child: build the dict, say "ready", save when told to, say "done", leave when told to."""
+    case, rival, nbytes, device, out = json.loads(spec)
+    shards = CASES[case].build(nbytes, device)
+    run = RIVALS[rival].prepare(Job(shards, Path(out), durable=False))
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    print("ready", flush=True)
+    sys.stdin.readline()
+    run()
+    print("done", flush=True)
+    sys.stdin.readline()
+
+
+def _held(pid: int, with_shared: bool) -> int:
+    """Anonymous (and shared) memory of a process, bytes."""
+    status = f"/proc/{pid}/status"
+    held = memory_nbytes("RssAnon", status)
+    return held + memory_nbytes("RssShmem", status) if with_shared else held
+
+
+def _watch(child: subprocess.Popen[str], out: Path) -> tuple[int, int] | None:
+    """(extra held, extra high water) bytes of the save; None when the child ended early."""
+    assert child.stdin and child.stdout
+    if child.stdout.readline() != "ready\n":
+        return None
+    # On a memory-backed filesystem shared pages are the output file itself, when it is mapped.
+    with_shared = mount_of(out)[0] not in MEMORY_BACKED
+    status = f"/proc/{child.pid}/status"
+    held_before, resident_before = _held(child.pid, with_shared), memory_nbytes("VmRSS", status)
+    peak = held_before
+    child.stdin.write("go\n")
+    child.stdin.flush()
+    while not select.select([child.stdout], [], [], INTERVAL_S)[0]:
+        peak = max(peak, _held(child.pid, with_shared))
+    if child.stdout.readline() != "done\n":
+        return None
+    peak = max(peak, _held(child.pid, with_shared))
+    return peak - held_before, memory_nbytes("VmHWM", status) - resident_before
+
+
+def measure(case: str, rival: str, nbytes: int, device: str, out: Path) -> Memory:
+    """One save of the case by the rival in a process of its own, into the empty directory ``out``."""
+    spec = json.dumps([case, rival, nbytes, device, str(out)])
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(
+            [sys.executable, str(SAVE_PY), "--probe", spec],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as child:
+            try:
+                found = _watch(child, out)
+            except BaseException:
+                child.kill()
+                raise
+        if found is None:
+            errors.seek(0)
+            last = errors.read().strip().splitlines() or [f"exit status {child.returncode}"]
+            return Memory(rival, error=last[-1])
+    return Memory(rival, *found)

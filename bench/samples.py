@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was measured: rows of samples and their statistics. Plain data, no torch."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+RETURN = "return"
+"""The call came back and the file can be read by others; its pages may still be dirty."""
+DURABLE = "durable"
+"""The files and their directory are on stable storage."""
+MODES = (RETURN, DURABLE)
+
+
+@dataclass
+class Row:
+    """All samples of one rival (or ceiling) in one case and mode."""
+
+    rival: str
+    mode: str
+    ceiling: bool = False
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    """User plus system time of the whole process, for each sample."""
+    rounds: list[int] = field(default_factory=list)
+    """The round each sample was taken in: ratios are formed within one round only."""
+    checked: str | None = None
+    """How the output was verified ("same bytes", "loads back"); None: it was not."""
+    wrong: bool = False
+    """Verification failed: the times of this row mean nothing."""
+    error: str | None = None
+    detail: dict[str, Any] | None = None
+    """What the rival says about its newest save (fastshard's ``stats()``)."""
+
+    @property
+    def best(self) -> float:
+        """Seconds of the fastest sample. Stalls only ever add time, so this is the steadiest figure."""
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def worst(self) -> float:
+        return max(self.seconds)
+
+
+@dataclass
+class Ratio:
+    """How many times faster a row is than another one of the same case and mode."""
+
+    median: float
+    """Median of the ratios taken within each round."""
+    best: float
+    """Ratio of the two best times."""
+    rounds: int
+
+
+def ratio(row: Row | None, base: Row | None) -> Ratio | None:
+    """``base`` time / ``row`` time; None when the two share no round."""
+    if row is None or base is None:
+        return None
+    base_at = dict(zip(base.rounds, base.seconds))
+    shared = [base_at[r] / s for r, s in zip(row.rounds, row.seconds) if r in base_at]
+    if not shared:
+        return None
+    return Ratio(statistics.median(shared), base.best / row.best, len(shared))
+
+
+@dataclass
+class Memory:
+    """Extra memory of one save in a fresh process, over what the process had before it."""
+
+    rival: str
+    extra_nbytes: int | None = None
+    """Growth of anonymous plus shared memory, sampled: the figure that counts."""
+    high_water_nbytes: int | None = None
+    """Growth of the resident set's high-water mark: exact, but counts mapped file pages too."""
+    error: str | None = None
+
+
+@dataclass
+class CaseResult:
+    """Everything one case gave."""
+
+    name: str
+    about: str
+    nbytes: int
+    full_nbytes: int
+    """The size the goals speak of; ``nbytes`` is smaller in a quick run."""
+    tensors: int
+    files: int
+    ceilings: dict[str, tuple[str, ...]]
+    """For each mode the rows that bound it; the fastest of them that ran is *the* ceiling."""
+    rows: list[Row] = field(default_factory=list)
+    memory: list[Memory] = field(default_factory=list)
+
+    def row(self, rival: str, mode: str) -> Row | None:
+        """The row, if it has samples that mean something."""
+        for row in self.rows:
+            if (row.rival, row.mode) == (rival, mode) and row.seconds and not row.wrong:
+                return row
+        return None
+
+    def ceiling(self, mode: str) -> Row | None:
+        rows = [self.row(name, mode) for name in self.ceilings.get(mode, ())]
+        return min((r for r in rows if r is not None), key=lambda r: r.best, default=None)
+
+    def rate(self, seconds: float) -> float:
+        """GiB/s of a save that took ``seconds``."""
+        return self.nbytes / GIB / seconds
+
+    def as_dict(self, base: str) -> dict[str, Any]:
+        """For JSON: every sample, and the statistics beside ``base`` and the ceiling."""
+        out = asdict(self)
+        for row, written in zip(self.rows, out["rows"]):
+            if not row.seconds:
+                continue
+            written["best_gib_s"] = self.rate(row.best)
+            written["median_gib_s"] = self.rate(row.median)
+            written["worst_gib_s"] = self.rate(row.worst)
+            for key, other in (("ratio", self.row(base, row.mode)), ("of_ceiling", self.ceiling(row.mode))):
+                found = ratio(row, other)
+                written[key] = {**asdict(found), "against": other.rival} if found and other else None
+        return out

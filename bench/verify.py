@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Are the bytes right? A fast saver that writes something else has measured nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from .machine import cpu_count
+from .rivals import BASE, RIVALS, Job, Rival, Shard
+from .samples import MIB
+
+CHUNK_NBYTES = 16 * MIB
+
+
+class Mismatch(Exception):
+    """The output is not what was to be saved; says where."""
+
+
+def digests(path: Path) -> list[bytes]:
+    """blake2b of each 16 MiB of the file, on all CPUs (hashing and reading let the GIL go)."""
+
+    def digest(offset: int) -> bytes:
+        return hashlib.blake2b(os.pread(fd, CHUNK_NBYTES, offset)).digest()
+
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        with ThreadPoolExecutor(cpu_count()) as pool:
+            return list(pool.map(digest, range(0, os.fstat(fd).st_size, CHUNK_NBYTES)))
+    finally:
+        os.close(fd)
+
+
+class Reference:
+    """What safetensors writes for a job: digests only, so no second copy lies on the disk."""
+
+    def __init__(self, job: Job) -> None:
+        RIVALS[BASE].prepare(job)()
+        self._digests = [digests(path) for path in job.paths]
+        self._sizes = [path.stat().st_size for path in job.paths]
+
+    def check(self, rival: Rival, job: Job) -> str:
+        """Raises Mismatch, or says in a word or two what was found to be right."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # loaders warn about themselves
+                if rival.writes == "safetensors":
+                    self._same_bytes(job)
+                    return "same bytes"
+                _LOADERS[str(rival.writes)](job)
+                return "loads back"
+        except Mismatch:
+            raise
+        except Exception as error:  # a file that no loader takes is as wrong as one with other bytes
+            raise Mismatch(f"cannot be read back: {error}") from error
+
+    def _same_bytes(self, job: Job) -> None:
+        found = sorted(p for p in job.out.iterdir())
+        if found != sorted(job.paths):
+            raise Mismatch(f"files are {[p.name for p in found]}, not {[p.name for p in job.paths]}")
+        for path, wanted, size in zip(job.paths, self._digests, self._sizes):
+            if path.stat().st_size != size:
+                raise Mismatch(f"{path.name} has {path.stat().st_size} bytes instead of {size}")
+            for i, (one, other) in enumerate(zip(digests(path), wanted)):
+                if one != other:
+                    raise Mismatch(f"{path.name} differs in the 16 MiB at byte {i * CHUNK_NBYTES}")
+
+
+def _samples(tensors: Shard) -> list[str]:
+    """First, middle and last name: enough to notice a loader or a saver that is not doing its work."""
+    names = list(tensors)
+    return sorted({names[0], names[len(names) // 2], names[-1]})
+
+
+def _expect(tensors: Shard, loaded: Shard) -> None:
+    for name in _samples(tensors):
+        wanted, found = tensors[name].contiguous().cpu(), loaded[name].cpu()
+        # As bytes: random bits hold NaNs, which equal nothing.
+        same = found.dtype == wanted.dtype and found.shape == wanted.shape
+        if not same or not torch.equal(found.view(torch.uint8), wanted.view(torch.uint8)):
+            raise Mismatch(f"tensor {name!r} came back different")
+
+
+def _load_torch(job: Job) -> None:
+    for path, tensors in zip(job.paths, job.shards):
+        loaded = torch.load(path.with_suffix(".pt"), map_location="cpu", mmap=True, weights_only=True)
+        if loaded.keys() != tensors.keys():
+            raise Mismatch(f"{path.name} holds other names")
+        _expect(tensors, loaded)
+
+
+def _load_dcp(job: Job) -> None:
+    from torch.distributed import checkpoint
+
+    tensors = {name: t for shard in job.shards for name, t in shard.items()}
+    loaded = {name: torch.empty_like(tensors[name], device="cpu") for name in _samples(tensors)}
+    checkpoint.load(loaded, storage_reader=checkpoint.FileSystemReader(job.out))
+    _expect(tensors, loaded)
+
+
+def _load_dcp_hf(job: Job) -> None:
+    from safetensors import safe_open
+
+    tensors = {name: t for shard in job.shards for name, t in shard.items()}
+    loaded: Shard = {}
+    for path in job.out.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found = set(file.keys()).intersection(_samples(tensors))
+            loaded |= {name: file.get_tensor(name) for name in found}
+    if len(loaded) != len(_samples(tensors)):
+        raise Mismatch("tensors are missing")
+    _expect(tensors, loaded)
+
+
+_LOADERS = {"torch": _load_torch, "dcp": _load_dcp, "dcp-hf": _load_dcp_hf}

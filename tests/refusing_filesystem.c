@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// LD_PRELOAD for tests: a filesystem that refuses what some mounts refuse. REFUSE holds words such as
+// "tmpfile fallocate exchange link rename fsync"; each makes that call fail with ENOTSUP, or with the number
+// behind a colon ("rename:5"). "rename@2" refuses the second call only.
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int refused(const char* what, int* calls) {
+  const char* list = getenv("REFUSE");
+  const size_t length = strlen(what);
+  ++*calls;
+  for (const char* at = list; at != NULL && (at = strstr(at, what)) != NULL; at += length) {
+    if (at != list && at[-1] != ' ') continue;
+    const char* end = at + length;
+    int error = ENOTSUP;
+    if (*end == '@') {
+      if (strtol(end + 1, (char**)&end, 10) != *calls) continue;
+    }
+    if (*end == ':') error = (int)strtol(end + 1, (char**)&end, 10);
+    if (*end != ' ' && *end != '\0') continue;
+    errno = error;
+    return 1;
+  }
+  return 0;
+}
+
+#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+
+int open(const char* path, int flags, ...) {
+  static int calls;
+  va_list rest;
+  va_start(rest, flags);
+  const mode_t mode = va_arg(rest, mode_t);
+  va_end(rest);
+  if ((flags & O_TMPFILE) == O_TMPFILE && refused("tmpfile", &calls)) return -1;
+  return REAL(open)(path, flags, mode);
+}
+
+int fallocate(int fd, int mode, off_t offset, off_t length) {
+  static int calls;
+  return refused("fallocate", &calls) ? -1 : REAL(fallocate)(fd, mode, offset, length);
+}
+
+int renameat2(int from_dir, const char* from, int to_dir, const char* to, unsigned flags) {
+  static int calls;
+  return refused("exchange", &calls) ? -1 : REAL(renameat2)(from_dir, from, to_dir, to, flags);
+}
+
+int link(const char* from, const char* to) {
+  static int calls;
+  return refused("link", &calls) ? -1 : REAL(link)(from, to);
+}
+
+int rename(const char* from, const char* to) {
+  static int calls;
+  return refused("rename", &calls) ? -1 : REAL(rename)(from, to);
+}
+
+int fsync(int fd) {
+  static int calls;
+  return refused("fsync", &calls) ? -1 : REAL(fsync)(fd);
+}

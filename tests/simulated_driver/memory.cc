@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0
+// Device memory, registered host memory, and copies between them.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstring>
+
+#include "call.h"
+
+namespace simulated {
+namespace {
+
+size_t whole_pages(size_t nbytes) {
+  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return (nbytes + page - 1) / page * page;
+}
+
+// The address range programs see is only reserved, so that touching it is a fault, and is never given back;
+// the bytes are in a mapping of the simulator's own.
+std::shared_ptr<Range> allocate(Context* context, size_t nbytes) {
+  const size_t guard = whole_pages(1);
+  void* const address = mmap(nullptr, whole_pages(nbytes) + guard, PROT_NONE,
+                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* const bytes = mmap(nullptr, whole_pages(nbytes), PROT_READ | PROT_WRITE,
+                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  require(address != MAP_FAILED && bytes != MAP_FAILED, CUDA_ERROR_OUT_OF_MEMORY);
+  std::memset(bytes, kPoison, nbytes);
+  return std::make_shared<Range>(context, reinterpret_cast<uintptr_t>(address), nbytes, static_cast<std::byte*>(bytes));
+}
+
+size_t allocated_nbytes(const Context* context) {
+  size_t nbytes = 0;
+  for (const auto& [begin, range] : state().allocations) nbytes += range->context == context ? range->nbytes : 0;
+  return nbytes;
+}
+
+void add_range(Ranges& ranges, Kind kind, Kind nbytes_kind, std::shared_ptr<Range> range) {
+  state().count(kind, 1);
+  state().count(nbytes_kind, static_cast<int64_t>(range->nbytes));
+  ranges.emplace(range->begin, std::move(range));
+}
+
+void remove_range(Call& call, Ranges& ranges, Kind kind, Kind nbytes_kind, Range& range, const char* what) {
+  ranges.erase(range.begin);
+  state().count(kind, -1);
+  state().count(nbytes_kind, -static_cast<int64_t>(range.nbytes));
+  retire(call.lock, range, what);
+}
+
+std::shared_ptr<Range> device_range(const Context* context, CUdeviceptr address, size_t nbytes) {
+  auto range = find_range(state().allocations, address, nbytes);
+  if (range == nullptr) reject(CUDA_ERROR_INVALID_VALUE, "copy outside of any device allocation");
+  if (range->context != context) reject(CUDA_ERROR_INVALID_VALUE, "copy of one device's memory on another's stream");
+  return range;
+}
+
+// Null for memory that is pageable to this context.
+std::shared_ptr<Range> host_range(const Context* context, const void* pointer, size_t nbytes) {
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  if (pointer == nullptr || address >= kHostAlias || overlaps(state().allocations, address, nbytes)) {
+    reject(CUDA_ERROR_INVALID_VALUE, "copy to or from the host with an address that is not the host's");
+  }
+  auto range = find_range(state().registrations, address, nbytes);
+  if (range == nullptr && overlaps(state().registrations, address, nbytes)) {
+    reject(CUDA_ERROR_INVALID_VALUE, "copy reaches beyond the registered memory");
+  }
+  return registered_for(context, range) ? range : nullptr;
+}
+
+// Rows of equal length, each `pitch` behind the one before; a plain copy is a single one.
+struct Rows {
+  size_t width;
+  size_t height = 1;
+  size_t source_pitch = 0;
+  size_t target_pitch = 0;
+
+  size_t nbytes() const { return width * height; }
+  size_t source_extent() const { return (height - 1) * source_pitch + width; }
+  size_t target_extent() const { return (height - 1) * target_pitch + width; }
+};
+
+void copy_to_host(Call& call, CUstream handle, void* target, CUdeviceptr source, const Rows& rows, bool wait) {
+  if (rows.nbytes() == 0) return;
+  const auto stream = find_stream(call, handle);
+  Context* const context = stream->context;
+  const auto from = device_range(context, source, rows.source_extent());
+  const auto to = host_range(context, target, rows.target_extent());
+  Operation operation{.uses = {from}};
+  operation.run = [=, in = from->at(source), out = static_cast<std::byte*>(target)] {
+    occupy_link(context, rows.nbytes());
+    for (size_t row = 0; row < rows.height; ++row) {
+      std::memcpy(out + row * rows.target_pitch, in + row * rows.source_pitch, rows.width);
+    }
+    return CUDA_SUCCESS;
+  };
+  if (to != nullptr) operation.uses.push_back(to);
+  call.submit(stream, std::move(operation));
+  if (wait || to == nullptr) return call.wait_for(stream);
+  for (size_t row = 0; row < rows.height; ++row) {
+    std::memset(static_cast<std::byte*>(target) + row * rows.target_pitch, kPoison, rows.width);
+  }
+}
+
+void copy_to_device(Call& call, CUstream handle, CUdeviceptr target, const void* source, size_t nbytes, bool wait) {
+  if (nbytes == 0) return;
+  const auto stream = find_stream(call, handle);
+  const auto to = device_range(stream->context, target, nbytes);
+  const auto from = host_range(stream->context, source, nbytes);
+  const auto* const in = static_cast<const std::byte*>(source);
+  Operation operation{.uses = {to}};
+  if (from != nullptr) {
+    operation.uses.push_back(from);
+    operation.run = [=, out = to->at(target)] {
+      std::memcpy(out, in, nbytes);
+      return CUDA_SUCCESS;
+    };
+  } else {
+    // Pageable: the bytes are taken now, and arrive later.
+    operation.run = [bytes = std::vector(in, in + nbytes), out = to->at(target)] {
+      std::memcpy(out, bytes.data(), bytes.size());
+      return CUDA_SUCCESS;
+    };
+  }
+  call.submit(stream, std::move(operation));
+  if (wait) call.wait_for(stream);
+}
+
+}  // namespace
+
+void remove_allocation(Call& call, std::shared_ptr<Range> range) {
+  remove_range(call, state().allocations, kAllocations, kAllocatedBytes, *range, "device memory freed");
+  munmap(range->bytes, whole_pages(range->nbytes));
+}
+
+void remove_registration(Call& call, std::shared_ptr<Range> range) {
+  remove_range(call, state().registrations, kRegistrations, kRegisteredBytes, *range, "host memory unregistered");
+}
+
+bool registered_for(const Context* context, const std::shared_ptr<Range>& range) {
+  return range != nullptr && (range->portable || range->context == context);
+}
+
+}  // namespace simulated
+
+using namespace simulated;
+
+CUresult cuMemHostRegister(void* pointer, size_t nbytes, unsigned flags) {
+  return entry("cuMemHostRegister", Needs::kContext, [&](Call& call) {
+    const auto begin = reinterpret_cast<uintptr_t>(pointer);
+    const size_t page = whole_pages(1);
+    require(begin != 0 && nbytes != 0 && begin % page == 0 && begin < kHostAlias);
+    require(flags < 16);
+    require(!overlaps(state().allocations, begin, nbytes));
+    require(!overlaps(state().registrations, begin, nbytes), CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED);
+    std::vector<unsigned char> resident(whole_pages(nbytes) / page);
+    require(mincore(pointer, nbytes, resident.data()) == 0);  // fails where nothing is mapped
+    auto range = std::make_shared<Range>(call.context, begin, nbytes, static_cast<std::byte*>(pointer));
+    range->portable = (flags & CU_MEMHOSTREGISTER_PORTABLE) != 0;
+    add_range(state().registrations, kRegistrations, kRegisteredBytes, std::move(range));
+  });
+}
+
+CUresult cuMemHostUnregister(void* pointer) {
+  return entry("cuMemHostUnregister", Needs::kRelease, [&](Call& call) {
+    const auto found = state().registrations.find(reinterpret_cast<uintptr_t>(pointer));
+    if (found == state().registrations.end()) {
+      reject(CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED, "cuMemHostUnregister of memory that is not registered");
+    }
+    remove_registration(call, found->second);
+  });
+}
+
+CUresult cuMemHostGetDevicePointer(CUdeviceptr* address, void* pointer, unsigned flags) {
+  return entry("cuMemHostGetDevicePointer", Needs::kContext, [&](Call& call) {
+    const auto host = reinterpret_cast<uintptr_t>(pointer);
+    require(flags == 0 && registered_for(call.context, find_range(state().registrations, host, 1)));
+    *address = host + kHostAlias;
+  });
+}
+
+CUresult cuMemAlloc(CUdeviceptr* address, size_t nbytes) {
+  return entry("cuMemAlloc", Needs::kContext, [&](Call& call) {
+    require(address != nullptr && nbytes != 0);
+    require(nbytes <= kDeviceNbytes - allocated_nbytes(call.context), CUDA_ERROR_OUT_OF_MEMORY);
+    auto range = allocate(call.context, nbytes);
+    *address = range->begin;
+    add_range(state().allocations, kAllocations, kAllocatedBytes, std::move(range));
+  });
+}
+
+// Unlike the driver's it does not wait for work that reads the memory: a caching allocator would not either.
+CUresult cuMemFree(CUdeviceptr address) {
+  return entry("cuMemFree", Needs::kRelease, [&](Call& call) {
+    if (address == 0) return;
+    const auto found = state().allocations.find(address);
+    if (found == state().allocations.end()) reject(CUDA_ERROR_INVALID_VALUE, "cuMemFree of an unknown address");
+    remove_allocation(call, found->second);
+  });
+}
+
+CUresult cuMemGetInfo(size_t* free, size_t* total) {
+  return entry("cuMemGetInfo", Needs::kContext, [&](Call& call) {
+    *free = kDeviceNbytes - allocated_nbytes(call.context);
+    *total = kDeviceNbytes;
+  });
+}
+
+CUresult cuMemcpyDtoHAsync(void* target, CUdeviceptr source, size_t nbytes, CUstream stream) {
+  return entry("cuMemcpyDtoHAsync", Needs::kContext,
+               [&](Call& call) { copy_to_host(call, stream, target, source, {nbytes}, false); });
+}
+
+CUresult cuMemcpyHtoDAsync(CUdeviceptr target, const void* source, size_t nbytes, CUstream stream) {
+  return entry("cuMemcpyHtoDAsync", Needs::kContext,
+               [&](Call& call) { copy_to_device(call, stream, target, source, nbytes, false); });
+}
+
+CUresult cuMemcpyDtoH(void* target, CUdeviceptr source, size_t nbytes) {
+  return entry("cuMemcpyDtoH", Needs::kContext,
+               [&](Call& call) { copy_to_host(call, nullptr, target, source, {nbytes}, true); });
+}
+
+CUresult cuMemcpyHtoD(CUdeviceptr target, const void* source, size_t nbytes) {
+  return entry("cuMemcpyHtoD", Needs::kContext,
+               [&](Call& call) { copy_to_device(call, nullptr, target, source, nbytes, true); });
+}
+
+CUresult cuMemcpy2DAsync(const CUDA_MEMCPY2D* copy, CUstream stream) {
+  return entry("cuMemcpy2DAsync", Needs::kContext, [&](Call& call) {
+    require(copy != nullptr);
+    if (copy->srcMemoryType != CU_MEMORYTYPE_DEVICE || copy->dstMemoryType != CU_MEMORYTYPE_HOST) {
+      reject(CUDA_ERROR_NOT_SUPPORTED, "cuMemcpy2DAsync is simulated from device to host only");
+    }
+    require(copy->srcPitch <= kMaxPitch && copy->dstPitch <= kMaxPitch);
+    require(copy->Height <= 1 || (copy->srcPitch >= copy->WidthInBytes && copy->dstPitch >= copy->WidthInBytes));
+    const Rows rows{copy->WidthInBytes, copy->Height, copy->srcPitch, copy->dstPitch};
+    auto* const target = static_cast<std::byte*>(copy->dstHost) + copy->dstY * copy->dstPitch + copy->dstXInBytes;
+    const CUdeviceptr source = copy->srcDevice + copy->srcY * copy->srcPitch + copy->srcXInBytes;
+    copy_to_host(call, stream, target, source, rows, false);
+  });
+}
+
+CUresult cuMemsetD8Async(CUdeviceptr target, unsigned char value, size_t nbytes, CUstream handle) {
+  return entry("cuMemsetD8Async", Needs::kContext, [&](Call& call) {
+    if (nbytes == 0) return;
+    const auto stream = find_stream(call, handle);
+    const auto range = device_range(stream->context, target, nbytes);
+    Operation operation{.uses = {range}};
+    operation.run = [=, out = range->at(target)] {
+      std::memset(out, value, nbytes);
+      return CUDA_SUCCESS;
+    };
+    call.submit(stream, std::move(operation));
+  });
+}
+

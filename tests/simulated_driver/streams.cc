@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: Apache-2.0
+// Streams and events.
+#include "call.h"
+
+using namespace simulated;
+
+std::shared_ptr<Stream> simulated::find_stream(Call& call, CUstream handle) {
+  if (handle == nullptr || handle == CU_STREAM_LEGACY) return legacy_stream(call.context);
+  return find(state().streams, handle, "stream");
+}
+
+namespace {
+
+std::shared_ptr<Event> find_event(CUevent handle) { return find(state().events, handle, "event"); }
+
+}  // namespace
+
+CUresult cuStreamCreate(CUstream* stream, unsigned flags) {
+  return entry("cuStreamCreate", Needs::kContext, [&](Call& call) {
+    require((flags & ~static_cast<unsigned>(CU_STREAM_NON_BLOCKING)) == 0);
+    add(state().streams, kStreams, start_stream(call.context), stream);
+  });
+}
+
+CUresult cuStreamDestroy(CUstream handle) {
+  return entry("cuStreamDestroy", Needs::kRelease, [&](Call&) {
+    // Its worker finishes what is enqueued.
+    find(state().streams, handle, "stream")->destroyed = true;
+    remove(state().streams, kStreams, reinterpret_cast<uintptr_t>(handle));
+    state().changed.notify_all();
+  });
+}
+
+CUresult cuStreamSynchronize(CUstream handle) {
+  return entry("cuStreamSynchronize", Needs::kContext, [&](Call& call) {
+    const auto stream = find_stream(call, handle);
+    require(!stream->capturing, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    call.wait_for(stream);
+  });
+}
+
+CUresult cuStreamQuery(CUstream handle) {
+  return entry("cuStreamQuery", Needs::kContext, [&](Call& call) {
+    const auto stream = find_stream(call, handle);
+    require(!stream->capturing, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    require(stream->context->error == CUDA_SUCCESS, stream->context->error);
+    require(stream->idle(), CUDA_ERROR_NOT_READY);
+  });
+}
+
+CUresult cuStreamWaitEvent(CUstream handle, CUevent event, unsigned) {
+  return entry("cuStreamWaitEvent", Needs::kContext, [&](Call& call) {
+    call.submit(find_stream(call, handle), {.after = find_event(event)->latest});
+  });
+}
+
+CUresult cuStreamIsCapturing(CUstream handle, CUstreamCaptureStatus* status) {
+  return entry("cuStreamIsCapturing", Needs::kContext, [&](Call& call) {
+    const bool capturing = find_stream(call, handle)->capturing;
+    *status = capturing ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE;
+  });
+}
+
+CUresult cuEventCreate(CUevent* event, unsigned) {
+  return entry("cuEventCreate", Needs::kContext, [&](Call& call) {
+    add(state().events, kEvents, std::make_shared<Event>(call.context), event);
+  });
+}
+
+CUresult cuEventRecord(CUevent handle, CUstream stream_handle) {
+  return entry("cuEventRecord", Needs::kContext, [&](Call& call) {
+    const auto event = find_event(handle);
+    const auto stream = find_stream(call, stream_handle);
+    if (event->context != stream->context) reject(CUDA_ERROR_INVALID_HANDLE, "event recorded on another device");
+    auto completion = std::make_shared<Completion>();
+    call.submit(stream, {.signal = completion});
+    event->latest = std::move(completion);
+  });
+}
+
+CUresult cuEventQuery(CUevent handle) {
+  return entry("cuEventQuery", Needs::kContext, [&](Call&) {
+    const auto event = find_event(handle);
+    require(event->context->error == CUDA_SUCCESS, event->context->error);
+    require(event->latest == nullptr || event->latest->done, CUDA_ERROR_NOT_READY);
+  });
+}
+
+CUresult cuEventSynchronize(CUevent handle) {
+  return entry("cuEventSynchronize", Needs::kContext, [&](Call& call) {
+    const auto event = find_event(handle);
+    // The record this call found, whatever is recorded meanwhile.
+    if (const auto record = event->latest) state().changed.wait(call.lock, [&] { return record->done; });
+    require(event->context->error == CUDA_SUCCESS, event->context->error);
+  });
+}
+
+CUresult cuEventDestroy(CUevent handle) {
+  return entry("cuEventDestroy", Needs::kRelease, [&](Call&) {
+    find_event(handle);
+    remove(state().events, kEvents, reinterpret_cast<uintptr_t>(handle));
+  });
+}
+

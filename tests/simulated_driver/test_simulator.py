@@ -1,0 +1,591 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The simulated driver keeps its own promises: what tests of fastshard conclude from it rests on these."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import simcuda
+from simcuda import POISON, Result, SimCuda
+
+MIB = 1 << 20
+PORTABLE = 1
+BLOCK = (256, 1, 1)
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simcuda.build(os.environ.get("FASTSHARD_SIMCUDA_CACHE") or tmp_path_factory.mktemp("simcuda"))
+
+
+@pytest.fixture(scope="session")
+def driver(library: Path) -> SimCuda:
+    return SimCuda(library)
+
+
+@pytest.fixture
+def sim(driver: SimCuda) -> Iterator[SimCuda]:
+    before = driver.live()
+    yield driver
+    driver.reset()
+    assert driver.live() == before
+
+
+class Host:
+    """Page-aligned host memory, registered with the driver unless told otherwise."""
+
+    def __init__(self, sim: SimCuda, nbytes: int, *, registered: bool = True, flags: int = PORTABLE) -> None:
+        self.sim = sim
+        self.memory = mmap.mmap(-1, nbytes)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.registered = registered
+        if registered:
+            with sim.current(0):
+                sim.check("cuMemHostRegister", self.address, nbytes, flags)
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.registered:
+            with self.sim.current(0):
+                self.sim.call("cuMemHostUnregister", self.address)
+
+    def device_address(self, offset: int = 0) -> int:
+        out = ctypes.c_uint64()
+        with self.sim.current(0):
+            self.sim.check("cuMemHostGetDevicePointer", ctypes.byref(out), self.address + offset, 0)
+        return out.value
+
+
+def new_event(sim: SimCuda) -> int:
+    out = ctypes.c_uint64()
+    sim.check("cuEventCreate", ctypes.byref(out), 2)
+    return out.value
+
+
+def pattern(nbytes: int, seed: int = 1) -> bytes:
+    return bytes((i * 31 + seed * 97 + (i >> 8)) % 199 for i in range(nbytes))
+
+
+# Streams.
+
+
+def test_stream_keeps_order(sim: SimCuda) -> None:
+    stream, source = sim.stream(0), sim.alloc(0, 64)
+    with Host(sim, 4096) as host, sim.current(0):
+        for i in range(8):
+            sim.enqueue_write(stream, source, bytes([i]) * 64)
+            sim.check("cuMemcpyDtoHAsync", host.address + 64 * i, source, 64, stream)
+        sim.synchronize(stream)
+        assert host.memory[: 8 * 64] == b"".join(bytes([i]) * 64 for i in range(8))
+    assert sim.violations() == []
+
+
+def test_target_is_poisoned_until_the_copy_happens(sim: SimCuda) -> None:
+    stream, source = sim.stream(0), sim.alloc(0, 256)
+    sim.write(source, b"a" * 256)
+    with Host(sim, 4096) as host, sim.current(0):
+        with sim.paused():
+            sim.check("cuMemcpyDtoHAsync", host.address + 100, source, 256, stream)
+            assert sim.call("cuStreamQuery", stream) == Result.NOT_READY
+            assert host.memory[:400] == b"\0" * 100 + bytes([POISON]) * 256 + b"\0" * 44
+            sim.write(source, b"b" * 256)  # the source is read by the copy, not by the call
+        sim.synchronize(stream)
+        assert sim.call("cuStreamQuery", stream) == Result.SUCCESS
+        assert host.memory[100:356] == b"b" * 256
+
+
+def test_pageable_copies_are_complete_when_they_return(sim: SimCuda) -> None:
+    stream, source = sim.stream(0), sim.alloc(0, 256)
+    sim.enqueue_write(stream, source, b"x" * 256, delay=0.02)
+    with Host(sim, 4096, registered=False) as host, sim.current(0):
+        sim.check("cuMemcpyDtoHAsync", host.address, source, 256, stream)
+        assert host.memory[:256] == b"x" * 256
+
+
+def test_memory_registered_for_another_device_is_pageable(sim: SimCuda) -> None:
+    stream, source = sim.stream(1), sim.alloc(1, 64)
+    sim.write(source, b"y" * 64)
+    with Host(sim, 4096, flags=0) as host, sim.current(1):
+        sim.check("cuMemcpyDtoHAsync", host.address, source, 64, stream)
+        assert host.memory[:64] == b"y" * 64
+        assert sim.call("cuMemHostGetDevicePointer", ctypes.byref(ctypes.c_uint64()), host.address, 0) != 0
+
+
+def test_streams_overtake_each_other(sim: SimCuda) -> None:
+    slow, fast, source = sim.stream(0), sim.stream(0), sim.alloc(0, 64)
+    sim.enqueue_write(slow, source, b"s" * 64, delay=0.3)
+    with Host(sim, 4096) as host, sim.current(0):
+        sim.check("cuMemcpyDtoHAsync", host.address, source, 64, fast)
+        sim.synchronize(fast)
+        assert host.memory[:64] == bytes([POISON]) * 64  # nobody ordered it behind `slow`
+        assert sim.call("cuStreamQuery", slow) == Result.NOT_READY
+
+
+@pytest.mark.parametrize("producer", ["stream", "legacy"])
+def test_event_orders_streams(sim: SimCuda, producer: str) -> None:
+    first, second, source = sim.stream(0) if producer == "stream" else 0, sim.stream(0), sim.alloc(0, 64)
+    with Host(sim, 4096) as host, sim.current(0):
+        ready, done = new_event(sim), new_event(sim)
+        assert sim.call("cuEventQuery", ready) == Result.SUCCESS  # never recorded
+        with sim.paused():
+            sim.enqueue_write(first, source, b"1" * 64, delay=0.03)
+            sim.check("cuEventRecord", ready, first)
+            sim.check("cuStreamWaitEvent", second, ready, 0)
+            # Recorded again and destroyed: the wait is for what it found.
+            sim.check("cuEventRecord", ready, second)
+            sim.check("cuEventDestroy", ready)
+            sim.check("cuMemcpyDtoHAsync", host.address, source, 64, second)
+            sim.check("cuEventRecord", done, second)
+            assert sim.call("cuEventQuery", done) == Result.NOT_READY
+        sim.check("cuEventSynchronize", done)
+        assert sim.call("cuEventQuery", done) == Result.SUCCESS
+        assert host.memory[:64] == b"1" * 64
+        sim.check("cuEventDestroy", done)
+    assert sim.violations() == []
+
+
+def test_destroyed_stream_finishes_its_work(sim: SimCuda) -> None:
+    source = sim.alloc(0, 64)
+    sim.write(source, b"z" * 64)
+    out = ctypes.c_uint64()
+    with Host(sim, 4096) as host, sim.current(0):
+        sim.check("cuStreamCreate", ctypes.byref(out), 0)
+        event = new_event(sim)
+        sim.check("cuMemcpyDtoHAsync", host.address, source, 64, out.value)
+        sim.check("cuEventRecord", event, out.value)
+        sim.check("cuStreamDestroy", out.value)
+        sim.check("cuEventSynchronize", event)
+        assert host.memory[:64] == b"z" * 64
+        assert sim.violations() == []
+        assert sim.call("cuStreamSynchronize", out.value) == Result.INVALID_HANDLE
+        assert len(sim.violations()) == 1
+        sim.check("cuEventDestroy", event)
+
+
+def test_delays(sim: SimCuda) -> None:
+    def delayed_us(min_us: int, max_us: int, seed: int) -> int:
+        sim.reset()
+        sim.set_delay(min_us, max_us, seed)
+        streams, target = [sim.stream(0), sim.stream(0)], sim.alloc(0, 8)
+        begin = time.perf_counter()
+        for _ in range(3):
+            for stream in streams:
+                sim.enqueue_write(stream, target, b"12345678")
+        for stream in streams:
+            sim.synchronize(stream)
+        assert time.perf_counter() - begin >= 3 * min_us / 1e6
+        return sim.delayed_us()
+
+    assert delayed_us(10_000, 10_000, 0) == 60_000
+    totals = [delayed_us(100, 2000, seed) for seed in range(5)]
+    assert len(set(totals)) == 5
+    assert [delayed_us(100, 2000, seed) for seed in range(5)] == totals  # nothing but the seed decides
+
+
+def test_bandwidth(sim: SimCuda) -> None:
+    sim.set_delay(0, 0)
+    sim.set_bandwidth(5 * MIB)
+    streams, source = [sim.stream(0), sim.stream(0)], sim.alloc(0, MIB)
+    with Host(sim, MIB) as host, sim.current(0):
+        begin = time.perf_counter()
+        for i, stream in enumerate(streams):
+            sim.check("cuMemcpyDtoHAsync", host.address + i * MIB // 2, source, MIB // 2, stream)
+        assert sim.call("cuStreamQuery", streams[0]) == Result.NOT_READY
+        for stream in streams:
+            sim.synchronize(stream)
+        assert time.perf_counter() - begin >= 0.199  # the streams share the link
+
+
+# Contexts, handles, addresses.
+
+
+def test_calls_need_a_current_context(sim: SimCuda) -> None:
+    stream = sim.stream(0)
+    assert sim.call("cuStreamSynchronize", stream) == Result.INVALID_CONTEXT
+    assert sim.call("cuCtxPopCurrent", None) == Result.INVALID_CONTEXT
+    with sim.current(0):
+        answers: list[int] = []
+        thread = threading.Thread(target=lambda: answers.append(sim.call("cuStreamQuery", stream)))
+        thread.start()
+        thread.join()
+        assert answers == [Result.INVALID_CONTEXT]  # current on one thread is not on another
+    assert len(sim.violations()) == 3
+
+
+def test_copies_outside_of_an_allocation_are_refused(sim: SimCuda) -> None:
+    stream, source, other = sim.stream(0), sim.alloc(0, 100), sim.alloc(1, 100)
+    with Host(sim, 4096) as host, sim.current(0):
+
+        def copy(target: int, address: int, nbytes: int) -> int:
+            return sim.call("cuMemcpyDtoHAsync", target, address, nbytes, stream)
+
+        alias = host.device_address()
+        assert alias != host.address
+        assert copy(host.address, source + 1, 100) == Result.INVALID_VALUE
+        assert copy(host.address, host.address, 8) == Result.INVALID_VALUE
+        assert copy(host.address, other, 8) == Result.INVALID_VALUE  # another device's
+        assert copy(alias, source, 8) == Result.INVALID_VALUE
+        assert copy(host.address + 4000, source, 100) == Result.INVALID_VALUE  # beyond the registration
+        assert len(sim.violations()) == 5
+        assert copy(host.address, source, 100) == Result.SUCCESS
+        sim.synchronize(stream)
+
+
+def test_registration(sim: SimCuda) -> None:
+    with Host(sim, 8192) as host, sim.current(0):
+        registered = Result.HOST_MEMORY_ALREADY_REGISTERED
+        assert sim.call("cuMemHostRegister", host.address + 4096, 4096, PORTABLE) == registered
+        assert sim.call("cuMemHostRegister", host.address + 1, 8, PORTABLE) == Result.INVALID_VALUE
+        assert sim.call("cuMemHostRegister", sim.alloc(0, 4096), 4096, PORTABLE) == Result.INVALID_VALUE
+        assert sim.peak("registered_bytes") >= 8192
+        assert sim.violations() == []
+        assert sim.call("cuMemHostUnregister", host.address + 4096) == Result.HOST_MEMORY_NOT_REGISTERED
+        assert len(sim.violations()) == 1
+
+
+@pytest.mark.parametrize("victim", ["host", "device"])
+def test_memory_given_up_with_copies_pending(sim: SimCuda, victim: str) -> None:
+    stream, source = sim.stream(0), sim.alloc(0, 64)
+    with Host(sim, 4096) as host, sim.current(0):
+        with sim.paused():
+            sim.check("cuMemcpyDtoHAsync", host.address, source, 64, stream)
+            if victim == "host":
+                sim.check("cuMemHostUnregister", host.address)
+                host.registered = False
+            else:
+                sim.free(source)
+        assert sim.call("cuStreamSynchronize", stream) == Result.ILLEGAL_ADDRESS
+    assert "with copies pending" in sim.violations()[0]
+
+
+def test_freed_memory_is_gone(sim: SimCuda) -> None:
+    freed = sim.alloc(0, 64)
+    sim.free(freed)
+    assert sim.alloc(0, 64) != freed
+    with pytest.raises(ValueError):
+        sim.read(freed, 64)
+    with sim.current(0):
+        free, total = ctypes.c_uint64(), ctypes.c_uint64()
+        sim.check("cuMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+        assert total.value - free.value == 64
+        out = ctypes.byref(ctypes.c_uint64())
+        assert sim.call("cuMemAlloc", out, total.value) == Result.OUT_OF_MEMORY
+
+
+def test_pitched_copy(sim: SimCuda) -> None:
+    data = pattern(1000)
+    stream, source = sim.stream(0), sim.alloc(0, 1000)
+    sim.write(source, data)
+    with Host(sim, 4096) as host, sim.current(0):
+
+        def copy(pitch: int, height: int) -> int:
+            # x, y, type (padded), host, device, array, pitch of source and target; width, height
+            fields = struct.pack(
+                "16Q", 0, 0, 2, 0, source + 8, 0, pitch, 0, 0, 1, host.address, 0, 0, 12, 12, height
+            )
+            return sim.call("cuMemcpy2DAsync", fields, stream)
+
+        assert copy(100, 9) == Result.SUCCESS
+        sim.synchronize(stream)
+        assert host.memory[: 9 * 12] == b"".join(data[8 + 100 * row : 20 + 100 * row] for row in range(9))
+        assert host.memory[9 * 12] == 0
+        assert copy(100, 11) == Result.INVALID_VALUE  # beyond the allocation
+        assert copy(8, 2) == Result.INVALID_VALUE  # rows that overlap
+        assert copy(1 << 31, 1) == Result.INVALID_VALUE  # more than the largest pitch
+
+
+def test_entry_points(driver: SimCuda) -> None:
+    """All that the driver table of fastshard asks for is there."""
+    header = (simcuda._CSRC / "cuda_driver.h").read_text()
+    wanted = re.findall(r"\bX\((cu\w+)\)", header)
+    assert wanted
+    for name in wanted:
+        driver._function(name)
+    with pytest.raises(AttributeError):
+        driver._function("cuMemAlloc_v2")  # cuGetProcAddress knows base names only
+
+
+# Failures.
+
+
+def test_injected_failures(sim: SimCuda) -> None:
+    sim.fail("cuMemHostRegister", Result.OUT_OF_MEMORY, nth=2)
+    with Host(sim, 4096):
+        with pytest.raises(simcuda.SimCudaError, match="OUT_OF_MEMORY"):
+            Host(sim, 4096)
+        with Host(sim, 4096):
+            pass
+    assert sim.count("cuMemHostRegister") == 3
+    sim.fail("cuMemAlloc", Result.OUT_OF_MEMORY, nth=0)
+    for _ in range(2):
+        with pytest.raises(simcuda.SimCudaError):
+            sim.alloc(0, 64)
+    with pytest.raises(ValueError):
+        sim.fail("cuMemAllocate", Result.OUT_OF_MEMORY)
+    with pytest.raises(ValueError):
+        sim.fail("cuMemAlloc", Result.OUT_OF_MEMORY, late=True)
+
+
+def test_late_failure_ends_the_context_until_reset(sim: SimCuda) -> None:
+    stream, source, other = sim.stream(0), sim.alloc(0, 64), sim.stream(1)
+    with Host(sim, 4096) as host:
+        with sim.current(0):
+            event = new_event(sim)
+            sim.fail("cuMemcpyDtoHAsync", Result.LAUNCH_FAILED, nth=2, late=True)
+            with sim.paused():
+                for offset in (0, 64, 128):
+                    sim.check("cuMemcpyDtoHAsync", host.address + offset, source, 64, stream)
+                sim.check("cuEventRecord", event, stream)
+            assert sim.call("cuEventSynchronize", event) == Result.LAUNCH_FAILED
+            assert sim.call("cuStreamSynchronize", stream) == Result.LAUNCH_FAILED
+            assert sim.call("cuEventQuery", event) == Result.LAUNCH_FAILED
+            assert sim.call("cuMemcpyDtoHAsync", host.address, source, 64, stream) == Result.LAUNCH_FAILED
+            assert host.memory[64:192] == bytes([POISON]) * 128
+            assert sim.call("cuEventDestroy", event) == Result.LAUNCH_FAILED  # and is destroyed all the same
+        with sim.current(1):
+            assert sim.call("cuStreamSynchronize", other) == Result.SUCCESS
+        sim.reset()
+        with sim.current(0):
+            assert sim.call("cuCtxGetCurrent", ctypes.byref(ctypes.c_uint64())) == Result.SUCCESS
+
+
+def test_capturing_stream(sim: SimCuda) -> None:
+    stream, source = sim.stream(0), sim.alloc(0, 64)
+    sim.set_capturing(stream, True)
+    with sim.current(0):
+        status = ctypes.c_int(0)
+        sim.check("cuStreamIsCapturing", stream, ctypes.byref(status))
+        assert status.value == 1
+        assert sim.call("cuStreamSynchronize", stream) == Result.STREAM_CAPTURE_UNSUPPORTED
+        assert sim.call("cuMemsetD8Async", source, 0, 64, stream) == Result.STREAM_CAPTURE_UNSUPPORTED
+    assert len(sim.violations()) == 1
+
+
+# The kernel.
+
+
+class Kernel:
+    def __init__(self, sim: SimCuda) -> None:
+        self.sim = sim
+        module, function = ctypes.c_uint64(), ctypes.c_uint64()
+        sim.check("cuModuleLoadData", ctypes.byref(module), b"image")
+        assert (
+            sim.call("cuModuleGetFunction", ctypes.byref(function), module.value, b"other")
+            == Result.NOT_FOUND
+        )
+        sim.check("cuModuleGetFunction", ctypes.byref(function), module.value, b"fastshard_pack")
+        self.module, self.function = module.value, function.value
+
+    def __enter__(self) -> Kernel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sim.call("cuModuleUnload", self.module)
+
+    def launch(
+        self, stream: int, table: int, count: int, slot: int, block: tuple[int, int, int] = BLOCK
+    ) -> int:
+        values = (ctypes.c_uint64(table), ctypes.c_uint32(count), ctypes.c_uint64(slot))
+        parameters = (ctypes.c_void_p * 3)(*(ctypes.addressof(value) for value in values))
+        result = self.sim.call("cuLaunchKernel", self.function, 4, 1, 1, *block, 0, stream, parameters, None)
+        for value in values:
+            value.value = 0  # the launch has its own copy
+        return result
+
+
+ENTRY_NBYTES = 8 + 4 + 4 + 8 + 64 + 64 + 8 + 8 + 8 + 4 + 4
+
+
+def pack_entry(
+    data: int, run: int, shape: list[int], strides: list[int], first: int, nbytes: int, offset: int, unit: int
+) -> bytes:
+    dims = [*shape, *[0] * (8 - len(shape)), *strides, *[0] * (8 - len(strides))]
+    return struct.pack("QiiQ16qQQQII", data, 0, len(shape), run, *dims, first, nbytes, offset, unit, 0)
+
+
+def packed(data: bytes, start: int, run: int, shape: list[int], strides: list[int]) -> bytes:
+    rows = itertools.product(*(range(size) for size in shape))
+    begins = (start + sum(i * stride for i, stride in zip(row, strides, strict=True)) for row in rows)
+    return b"".join(data[begin : begin + run] for begin in begins)
+
+
+def test_pack_kernel(sim: SimCuda) -> None:
+    data = pattern(64 << 10)
+    stream, source = sim.stream(0), sim.alloc(0, len(data))
+    transposed = ([16, 5, 33], [4, 8192, 128])
+    reference = packed(data, 64, 4, *transposed)
+    with Host(sim, 64 << 10) as host, sim.current(0), Kernel(sim) as kernel:
+        sim.enqueue_write(stream, source, data, delay=0.01)
+        entries = [
+            pack_entry(source + 64, 4, *transposed, 400, 4000, 8192, 4),
+            pack_entry(source + 1, 999, [], [], 0, 999, 20000, 1),
+        ]
+        host.memory[: 2 * ENTRY_NBYTES] = b"".join(entries)
+        with sim.paused():
+            assert (
+                kernel.launch(stream, host.device_address(), 2, host.device_address(4096)) == Result.SUCCESS
+            )
+            assert host.memory[4096 + 8192 : 4096 + 8192 + 4000] == bytes([POISON]) * 4000
+        sim.synchronize(stream)
+        assert host.memory[4096 + 8192 : 4096 + 8192 + 4001] == reference[400:4400] + b"\0"
+        assert host.memory[4096 + 20000 : 4096 + 21000] == data[1:1000] + b"\0"
+        assert sim.violations() == []
+
+        # The table is read when the kernel runs.
+        with sim.paused():
+            assert (
+                kernel.launch(stream, host.device_address(), 1, host.device_address(4096)) == Result.SUCCESS
+            )
+            host.memory[:ENTRY_NBYTES] = pack_entry(source, 16, [], [], 0, 16, 0, 16)
+        sim.synchronize(stream)
+        assert host.memory[4096 : 4096 + 16] == data[:16]
+    assert sim.violations() == []
+
+
+@pytest.mark.parametrize(
+    ("mistake", "result"),
+    [
+        ("host address", Result.ILLEGAL_ADDRESS),
+        ("device memory", Result.ILLEGAL_ADDRESS),
+        ("beyond tensor", Result.ILLEGAL_ADDRESS),
+        ("beyond allocation", Result.ILLEGAL_ADDRESS),
+        ("beyond slot", Result.ILLEGAL_ADDRESS),
+        ("unit", Result.MISALIGNED_ADDRESS),
+    ],
+)
+def test_kernel_faults(sim: SimCuda, mistake: str, result: Result) -> None:
+    stream, source = sim.stream(0), sim.alloc(0, 4096)
+    with Host(sim, 8192) as host, sim.current(0), Kernel(sim) as kernel:
+        table, slot = host.device_address(), host.device_address(4096)
+        host.memory[:ENTRY_NBYTES] = {
+            "beyond tensor": pack_entry(source, 64, [4], [128], 0, 512, 0, 16),
+            "beyond allocation": pack_entry(source, 64, [33], [128], 0, 64, 0, 16),
+            "beyond slot": pack_entry(source, 64, [4], [128], 0, 256, 4000, 16),
+            "unit": pack_entry(source, 64, [4], [128], 0, 256, 4, 16),
+        }.get(mistake, pack_entry(source, 64, [4], [128], 0, 256, 0, 16))
+        if mistake == "host address":
+            slot = host.address
+        if mistake == "device memory":
+            slot = source
+        assert kernel.launch(stream, table, 1, slot, (128, 1, 1)) == Result.INVALID_VALUE
+        before = len(sim.violations())
+        assert kernel.launch(stream, table, 1, slot) == Result.SUCCESS
+        assert sim.call("cuStreamSynchronize", stream) == result
+        assert len(sim.violations()) == before + 1
+        sim.reset()
+
+
+# Processes.
+
+
+def run_python(library: Path, body: str) -> subprocess.CompletedProcess[str]:
+    begin = f"import ctypes, os, sys; sys.path.insert(0, {str(simcuda._SOURCES.parent)!r}); import simcuda\n"
+    command = [sys.executable, "-c", begin + body, str(library)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("kind", ["allocation", "registration"])
+def test_the_host_cannot_read_device_addresses(library: Path, kind: str) -> None:
+    body = """
+import mmap
+sim = simcuda.SimCuda(sys.argv[1])
+out = ctypes.c_uint64(sim.alloc(0, 64))
+if KIND == "registration":
+    memory = mmap.mmap(-1, 4096)
+    host = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    with sim.current(0):
+        sim.check("cuMemHostRegister", host, 4096, 1)
+        sim.check("cuMemHostGetDevicePointer", ctypes.byref(out), host, 0)
+print("alive", flush=True)
+ctypes.string_at(out.value, 1)
+"""
+    done = run_python(library, f"KIND = {kind!r}\n{body}")
+    assert (done.stdout, done.returncode) == ("alive\n", -signal.SIGSEGV), done.stderr
+
+
+def test_before_init_and_after_fork(library: Path) -> None:
+    body = """
+lib = ctypes.CDLL(sys.argv[1])
+assert lib.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) == 3
+sim = simcuda.SimCuda(sys.argv[1])
+assert sim.call("cuStreamQuery", 0) == 201
+child = os.fork()
+if child == 0:
+    os._exit(sim.call("cuInit", 0) * 16 + sim.call("cuStreamQuery", 0))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = run_python(library, body)
+    assert done.stdout == "51\n", done.stderr  # NOT_INITIALIZED, twice
+
+
+def test_exit_with_work_pending(library: Path) -> None:
+    body = """
+sim = simcuda.SimCuda(sys.argv[1])
+address = sim.alloc(0, 64)
+for _ in range(8):
+    sim.enqueue_write(sim.stream(0), address, b"x" * 64, delay=5)
+"""
+    begin = time.perf_counter()
+    done = run_python(library, body)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert time.perf_counter() - begin < 4
+
+
+def test_last_release_takes_the_context_away(library: Path) -> None:
+    body = """
+sim = simcuda.SimCuda(sys.argv[1])
+stream, address = sim.stream(0), sim.alloc(0, 64)
+sim.check("cuCtxPushCurrent", sim._contexts[0])
+sim.enqueue_write(stream, address, b"x" * 64, delay=0.01)
+sim.check("cuDevicePrimaryCtxRelease", 0)
+print(sim.call("cuStreamQuery", stream), len(sim.violations()), sim.live()["streams"], sim.live()["allocations"])
+"""
+    done = run_python(library, body)
+    assert done.stdout == "709 3 0 0\n", done.stderr
+
+
+def test_many_threads(sim: SimCuda) -> None:
+    sim.set_delay(0, 200)
+    source = sim.alloc(0, 4096)
+    sim.write(source, pattern(4096))
+    errors: list[str] = []
+
+    def save(host: Host, stream: int) -> None:
+        with sim.current(0):
+            for i in range(40):
+                event = new_event(sim)
+                sim.check("cuMemcpyDtoHAsync", host.address, source + i, 1024, stream)
+                sim.check("cuEventRecord", event, stream)
+                sim.check("cuEventSynchronize", event)
+                if host.memory[:1024] != pattern(4096)[i : i + 1024]:
+                    errors.append(f"copy {i}")
+                sim.check("cuEventDestroy", event)
+
+    hosts = [Host(sim, 4096) for _ in range(6)]
+    threads = [threading.Thread(target=save, args=(host, sim.stream(0))) for host in hosts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for host in hosts:
+        host.__exit__()
+    assert errors == []
+    assert sim.violations() == []

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Includes and imports point up only: a file may use what stands before it, and has a place before it exists."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+NATIVE = """
+error.h plan.h plan.cc schedule.h schedule.cc device.h pack.h pack.cc kernels/pack.cu kernels/embedded.h
+kernels/embedded.cc host_device.cc cuda_driver.h cuda_driver.cc cuda_info.h cuda_info.cc cuda_device.cc ring.h
+filesystem.h filesystem.cc file.h file.cc threads.h threads.cc fetch.h save.h save.cc engine.h engine.cc bindings.cc
+""".split()
+"""csrc/ in reading order."""
+
+PYTHON = "layout plan errors sharing tensors engine saving __init__ cli __main__".split()
+"""fastshard/ in reading order."""
+
+FOREIGN = {
+    "layout": set(),
+    "plan": set(),
+    "errors": {"safetensors"},
+    "engine": {"tqdm"},
+    "cli": {"tqdm"},
+}
+"""Modules that must stay usable without torch, and what they may use besides the standard library."""
+
+ONLY_HOME = {
+    r"#include [<\"]pybind11|#include [<\"]Python\.h": {"bindings.cc"},
+    r"#include <cuda\.h>": {"cuda_driver.h"},
+    r"\bcu[A-Z]\w+\(": {"cuda_driver.h", "cuda_driver.cc", "cuda_info.cc", "cuda_device.cc", "device.h"},
+    r"\bpwritev\b|\brename\b\(|\blinkat\(": {"file.cc", "filesystem.cc"},
+}
+"""One file owns each foreign interface."""
+
+
+def strip_comments(text: str) -> str:
+    return re.sub(r"//[^\n]*", "", text)
+
+
+def test_every_native_file_has_a_place() -> None:
+    present = {str(path.relative_to(ROOT / "csrc")) for path in (ROOT / "csrc").rglob("*.*")}
+    assert present == set(NATIVE)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_includes_point_up(name: str) -> None:
+    text = (ROOT / "csrc" / name).read_text()
+    for included in re.findall(r'#include "([^"]+)"', text):
+        included = included.removeprefix("../")
+        assert included in NATIVE, f"{name} includes {included}, which is not ours"
+        assert NATIVE.index(included) < NATIVE.index(name), f"{name} may not include {included}"
+
+
+@pytest.mark.parametrize("pattern", ONLY_HOME)
+def test_foreign_interfaces_have_one_home(pattern: str) -> None:
+    users = {
+        name for name in NATIVE if re.search(pattern, strip_comments((ROOT / "csrc" / name).read_text()))
+    }
+    assert users <= ONLY_HOME[pattern]
+
+
+def imports(tree: ast.AST, *, only_at_import: bool) -> set[str]:
+    """Names of the modules imported; ``only_at_import`` leaves out functions and ``if TYPE_CHECKING``."""
+    found: set[str] = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            found |= {base} if node.module else {base + alias.name for alias in node.names}
+        elif (
+            only_at_import
+            and isinstance(node, (ast.FunctionDef, ast.Lambda))
+            or only_at_import
+            and isinstance(node, ast.If)
+            and "TYPE_CHECKING" in ast.unparse(node.test)
+        ):
+            continue
+        else:
+            found |= imports(node, only_at_import=only_at_import)
+    return found
+
+
+def test_every_python_file_has_a_place() -> None:
+    assert {path.stem for path in (ROOT / "fastshard").glob("*.py")} == set(PYTHON)
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_python_imports_point_up(name: str) -> None:
+    tree = ast.parse((ROOT / "fastshard" / f"{name}.py").read_text())
+    for imported in imports(tree, only_at_import=False):
+        if not imported.startswith("."):
+            continue
+        module = imported.lstrip(".").split(".")[0]
+        if module in ("_native", "bench", "__version__"):
+            continue
+        assert module in PYTHON, f"{name} imports {imported}, which is not ours"
+        assert PYTHON.index(module) < PYTHON.index(name), f"{name} may not import {module}"
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_modules_without_torch(name: str) -> None:
+    import sys
+
+    tree = ast.parse((ROOT / "fastshard" / f"{name}.py").read_text())
+    tops = {
+        module.split(".")[0] for module in imports(tree, only_at_import=True) if not module.startswith(".")
+    }
+    assert tops - set(sys.stdlib_module_names) <= FOREIGN[name]
