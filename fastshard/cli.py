@@ -123,7 +123,7 @@ def _env(path: str) -> None:
         ("fastshard", __version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.release()}"),
         *((name, _version(name)) for name in ("torch", "safetensors")),
-        ("CPUs", f"{usable_cpus()} usable, {options.threads} writer threads"),
+        ("CPUs", f"{usable_cpus()} usable, {options.writers} writer threads"),
         ("staging memory", f"at most {_size(options.memory_budget)}"),
         (
             "CUDA kernels",

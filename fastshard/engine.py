@@ -12,7 +12,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from .errors import SaveError
@@ -38,11 +38,16 @@ class Options:
     memory_budget: int = 128 << 20
     """Bytes of staging memory, all saves of the engine together; at least 1 MiB. Contiguous host tensors
     need none of it."""
-    threads: int = field(default_factory=lambda: min(16, usable_cpus()))
-    """Writer threads."""
+    threads: int | None = None
+    """Writer threads; ``None``: one for each CPU this process may use, at most 16."""
     write_path: str = "auto"
     """``"buffered"`` (pwrite into the page cache), ``"mapped"`` (stores into the mapped file), or ``"auto"``:
     what suits the filesystem (``fastshard env PATH`` tells)."""
+
+    @property
+    def writers(self) -> int:
+        """Writer threads, decided."""
+        return min(16, usable_cpus()) if self.threads is None else self.threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +183,10 @@ class Engine:
     def _start(self) -> _native.Engine:
         from . import _native
 
-        return _native.Engine(self.options.memory_budget, self.options.threads, self.options.write_path)
+        options = self.options
+        if options.writers < 1 or options.memory_budget < 1:
+            raise ValueError("threads and memory_budget must be positive")
+        return _native.Engine(options.memory_budget, options.writers, options.write_path)
 
     def submit(
         self,
@@ -251,6 +259,8 @@ def engine_for(engine: Engine | Options | None) -> Engine:
     """The engine itself, or the one kept for these options; ``None`` stands for the default options."""
     if isinstance(engine, Engine):
         return engine
+    if engine is not None and not isinstance(engine, Options):
+        raise TypeError(f"engine must be an Engine or Options, not {type(engine).__name__}")
     options = engine or Options()
     with _kept_lock:
         if options not in _kept:

@@ -126,9 +126,9 @@ def read_header(file: BinaryIO, file_nbytes: int) -> FileHeader:
             StoredTensor(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
             for name, entry in entries.items()
         ]
-    except (ValueError, AttributeError, LookupError, TypeError) as error:
+        tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
+    except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"the header is not that of a safetensors file: {error!r}") from None
-    tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
     reached = 0
     for tensor in tensors:
         if tensor.begin != reached or tensor.end < tensor.begin:

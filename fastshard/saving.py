@@ -86,6 +86,8 @@ def save_files(
     """
     seen: dict[str, PathLike] = {}
     for filename in files:
+        _check_filename(filename)
+        _encoded(filename)
         known = seen.setdefault(os.path.realpath(filename), filename)
         if known is not filename:
             raise ValueError(f"{filename!r} and {known!r} are the same file")
@@ -115,6 +117,8 @@ def save_model(
         for name in removed:
             metadata.setdefault(name, kept)
             del state_dict[name]
+    if force_contiguous:
+        state_dict = dict(state_dict)  # there a new dict is made, whatever mapping the module returns
     try:
         save_file(
             state_dict,
@@ -176,6 +180,7 @@ def _lay_out(
         entries = _tensors.describe(tensors, allow_strided=allow_strided)
         _check_filename(filename)
         _check_metadata(metadata)
+        _tensors.check_format(entries)
         try:
             head = header(((e.name, e.code, e.shape, e.view.nbytes) for e in entries), metadata)
         except HeaderTooLarge:
@@ -222,12 +227,15 @@ def _run(
 
 
 def _check_filename(filename: object) -> None:
-    if isinstance(filename, bytes):
+    path: Any = filename
+    if not isinstance(path, str):
+        try:
+            path = os.fspath(path)
+        except TypeError as error:
+            raise TypeError(f"argument 'filename': {error}") from None
+    if isinstance(path, bytes):
         raise TypeError("argument 'filename': 'bytes' object is not an instance of 'str'")
-    if not isinstance(filename, (str, os.PathLike)):
-        raise TypeError(
-            f"argument 'filename': expected str, bytes or os.PathLike object, not {type(filename).__name__}"
-        )
+    os.fsencode(path)
 
 
 def _check_metadata(metadata: Any) -> None:
@@ -237,11 +245,13 @@ def _check_metadata(metadata: Any) -> None:
         raise TypeError(
             f"argument 'metadata': '{type(metadata).__name__}' object is not an instance of 'dict'"
         )
-    for text in (*metadata.keys(), *metadata.values()):
-        if not isinstance(text, str):
-            raise TypeError(
-                f"argument 'metadata': '{type(text).__name__}' object is not an instance of 'str'"
-            )
+    for pair in metadata.items():
+        for text in pair:
+            if not isinstance(text, str):
+                raise TypeError(
+                    f"argument 'metadata': {_tensors.what_it_is(text)} is not an instance of 'str'"
+                )
+            text.encode()
 
 
 def _encoded(filename: PathLike) -> bytes:

@@ -26,35 +26,44 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     return begin, begin + (last + 1) * tensor.element_size()
 
 
-def _disjoint(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two views of one storage have no element in common, as far as that is plain to see.
+_SEARCH_STEPS = 1000
+"""Views that cannot be told apart in so many steps count as overlapping; slices of one tensor take a few."""
 
-    Slices of one base tensor (the column halves of a matrix, say) have equal strides; then the distance of
-    their first elements is a distance in indices, and boxes of indices are compared. Anything else counts as
-    overlapping when the address ranges do.
+
+def _disjoint(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two views of one storage have no byte in common.
+
+    They have one when the distance of their first bytes is a sum of whole strides, each taken as often as
+    the sizes allow: forwards along ``a``, backwards along ``b``, and any way inside an element. Searched
+    from the widest stride down, with the reach of the narrower ones as the bound.
     """
-    (a_begin, a_end), (b_begin, b_end) = _extent(a), _extent(b)
-    if a_end <= b_begin or b_end <= a_begin:
-        return True
-    if a.dtype != b.dtype or a.stride() != b.stride():
-        return False
-    if a_begin > b_begin:
-        a, b, a_begin, b_begin = b, a, b_begin, a_begin
-    distance, remainder = divmod(b_begin - a_begin, a.element_size())
-    if remainder:
-        return False
-    dims = sorted(range(a.dim()), key=a.stride().__getitem__, reverse=True)
-    for position, dim in enumerate(dims):
-        stride = a.stride(dim)
-        if stride == 0:
-            return False
-        # Indices are only unambiguous when a dimension does not reach into the next one of the wider one.
-        if position and max(a.size(dim), b.size(dim)) * stride > a.stride(dims[position - 1]):
-            return False
-        index, distance = divmod(distance, stride)
-        if index >= a.size(dim):
+    steps = {1: (1 - b.element_size(), a.element_size() - 1)}  # stride in bytes -> least and most often
+    for tensor, sign in ((a, 1), (b, -1)):
+        for size, stride in zip(tensor.shape, tensor.stride()):
+            if size > 1 and stride > 0:
+                stride *= tensor.element_size()
+                low, high = steps.get(stride, (0, 0))
+                steps[stride] = (low, high + size - 1) if sign > 0 else (low - size + 1, high)
+    terms = [(stride, *steps[stride]) for stride in sorted(steps, reverse=True)]
+    reach = [(0, 0)]  # of the terms from here on, together
+    for stride, low, high in reversed(terms):
+        reach.insert(0, (reach[0][0] + low * stride, reach[0][1] + high * stride))
+    left = _SEARCH_STEPS
+
+    def reached(distance: int, at: int) -> bool:
+        nonlocal left
+        left -= 1
+        if at == len(terms):
+            return distance == 0
+        if left < 0:
             return True
-    return False
+        stride, low, high = terms[at]
+        least, most = reach[at + 1]
+        first = max(low, -((most - distance) // stride))
+        last = min(high, (distance - least) // stride)
+        return any(reached(distance - times * stride, at + 1) for times in range(first, last + 1))
+
+    return not reached(b.data_ptr() - a.data_ptr(), 0)
 
 
 def _clusters(tensors: Mapping[str, torch.Tensor], names: list[str]) -> Iterator[list[str]]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import _find_shared_tensors
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .layout import CODES, METADATA_KEY, RANKS
@@ -45,7 +46,7 @@ class Entry(NamedTuple):
     """What ``view`` points into."""
 
 
-def describe(tensors: Mapping[str, torch.Tensor], *, allow_strided: bool) -> list[Entry]:
+def describe(tensors: dict[str, torch.Tensor], *, allow_strided: bool) -> list[Entry]:
     """The tensors in file order. Raises what ``safetensors.torch.save_file`` raises for them.
 
     With ``allow_strided`` non-contiguous tensors are described as they lie; views that overlap are refused
@@ -64,6 +65,7 @@ def describe(tensors: Mapping[str, torch.Tensor], *, allow_strided: bool) -> lis
             dtype = tensor.dtype
             rank, code, itemsize = _DTYPES[dtype]
             if tensor.is_neg() or (code == "C64" and tensor.is_conj()):
+                sound = False
                 tensor = tensor.resolve_conj().resolve_neg()
             shape = tensor.shape
             nbytes = tensor.numel() * itemsize
@@ -76,19 +78,14 @@ def describe(tensors: Mapping[str, torch.Tensor], *, allow_strided: bool) -> lis
                 sound = False
                 tensor, view = _unusual_view(tensor, device, nbytes)
             if dtype is _FLOAT4:
-                sound = sound and len(shape) > 0
                 shape = (*shape[:-1], 2 * shape[-1]) if shape else ()
             entries.append(Entry(rank, name, code, shape, view, tensor))
     except Exception:  # whatever a stranger object raises: the reason is found in order
         _refuse(tensors, allow_strided)
         raise
-    if not sound or METADATA_KEY in tensors or overlapping(spans):
+    if not sound or overlapping(spans):
         _refuse(tensors, allow_strided)
-    for name in tensors:
-        if not isinstance(name, str):
-            raise TypeError(
-                f"argument 'tensor_dict': '{type(name).__name__}' object is not an instance of 'str'"
-            )
+    _check_names(tensors)
     entries.sort()
     return entries
 
@@ -115,7 +112,7 @@ def _device_number(device: torch.device) -> int:
     return FETCHED
 
 
-def _refuse(tensors: Mapping[str, Any], allow_strided: bool) -> None:
+def _refuse(tensors: dict[str, Any], allow_strided: bool) -> None:
     """Raises for the first fault in safetensors' order of checks; returns when there is none."""
     sparse = []
     for name, tensor in tensors.items():
@@ -135,12 +132,10 @@ def _refuse(tensors: Mapping[str, Any], allow_strided: bool) -> None:
                 "Attempted to access the data pointer on an invalid python storage."
                 f" `{name}` is a {type(tensor).__name__}: save what it wraps (`.to_local()`, `.full_tensor()`)."
             )
-    storages = by_storage(tensors)
-    if not allow_strided:
-        for names in storages:
-            for name in names if len(names) > 1 else ():
-                tensors[name].view(-1)  # torch's own error for strided views of one storage
-    shared = shared_names(tensors, storages)
+    if allow_strided:
+        shared = shared_names(tensors, by_storage(tensors))
+    else:  # by address ranges only, with torch's and Python's own errors for what it cannot flatten or measure
+        shared = [names for names in _find_shared_tensors(tensors) if len(names) > 1]
     if shared:
         raise RuntimeError(
             f"""
@@ -161,13 +156,31 @@ def _refuse(tensors: Mapping[str, Any], allow_strided: bool) -> None:
             raise NotImplementedError("Cannot copy out of meta tensor; no data!")
         if tensor.dtype not in _DTYPES:
             raise KeyError(tensor.dtype)
-        if tensor.dtype is _FLOAT4 and tensor.dim() == 0:
+
+
+def _check_names(tensors: Mapping[Any, torch.Tensor]) -> None:
+    """Raises ``TypeError`` for a name that is no string, ``UnicodeEncodeError`` for a lone surrogate in one."""
+    for name in tensors:
+        if not isinstance(name, str):
+            raise TypeError(f"argument 'tensor_dict': {what_it_is(name)} is not an instance of 'str'")
+        name.encode()
+
+
+def what_it_is(value: object) -> str:
+    """As safetensors calls it in its errors."""
+    return "'None'" if value is None else f"'{type(value).__name__}' object"
+
+
+def check_format(entries: list[Entry]) -> None:
+    """Raises ``ValueError`` or ``SafetensorError`` for what the format cannot hold."""
+    for entry in entries:
+        if entry.name == METADATA_KEY:
+            raise ValueError(f"`{METADATA_KEY}` is not a tensor name: no reader could open the file")
+        if entry.code == "F4" and not entry.shape:
             raise SafetensorError(
                 "Error while serializing: The slice is slicing for subbytes dtypes, and the slice does not end up"
                 " at a byte boundary, this is invalid."
             )
-        if name == METADATA_KEY:
-            raise ValueError(f"`{METADATA_KEY}` is not a tensor name: no reader could open the file")
 
 
 def streams_for(entries: list[Entry]) -> dict[int, int]:

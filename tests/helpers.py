@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several test files need: tensors whose every byte is known, folders and headers to compare."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastshard.layout import CODES
+
+DTYPES = [getattr(torch, name) for name in CODES if hasattr(torch, name)]
+"""All that this torch has of what the format can hold."""
+FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
+
+
+def filled(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """A contiguous tensor whose bytes differ from their neighbours' and from those of another seed."""
+    raw = torch.arange(math.prod(shape) * dtype.itemsize) * 37 + 101 * seed
+    raw = raw % (2 if dtype == torch.bool else 251)
+    return raw.to(torch.uint8).view(dtype).view(shape)
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """Every file in there, temporary ones too, with its contents."""
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+
+
+def parsed(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header, in the order of the file, and the tensors' bytes."""
+    length = int.from_bytes(data[:8], "little")
+    assert (8 + length) % 8 == 0
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
