@@ -23,6 +23,22 @@ namespace {
 
 using Released = py::call_guard<py::gil_scoped_release>;
 
+// A save as Python holds it. Should it be dropped while running (an exception that arrived between two
+// bytecodes), it is stopped first: the tensors may go right after.
+struct Handle {
+  explicit Handle(std::shared_ptr<Save> held) : save(std::move(held)) {}
+  Handle(const Handle&) = delete;
+  Handle& operator=(const Handle&) = delete;
+  ~Handle() {
+    if (save->finished()) return;
+    const py::gil_scoped_release released;
+    save->cancel();
+    save->settle();
+  }
+
+  const std::shared_ptr<Save> save;
+};
+
 // TensorView of fastshard/plan.py: (data, nbytes, device, itemsize, shape, strides); shape None: contiguous.
 TensorView view_from(py::handle object) {
   const auto tuple = py::reinterpret_borrow<py::tuple>(object);
@@ -108,8 +124,8 @@ py::list schedule_of(const py::list& files, uint64_t slot_nbytes, uint64_t packe
 }
 
 // A request in Python's numbering: the header, item 0 here, is never fetched.
-std::optional<std::tuple<uint64_t, uint32_t, uint32_t, uint64_t, uint64_t, uintptr_t>> fetch(Save& save) {
-  const std::optional<FetchRequest> request = save.fetch();
+std::optional<std::tuple<uint64_t, uint32_t, uint32_t, uint64_t, uint64_t, uintptr_t>> fetch(Handle& handle) {
+  const std::optional<FetchRequest> request = handle.save->fetch();
   if (!request) return std::nullopt;
   return std::tuple(request->id, request->file, request->item - 1, request->first_byte, request->nbytes,
                     reinterpret_cast<uintptr_t>(request->out));
@@ -137,15 +153,19 @@ PYBIND11_MODULE(_native, module) {
     }
   });
 
-  py::class_<Save, std::shared_ptr<Save>>(module, "Save")
-      .def("wait", &Save::wait, "seconds"_a, Released())
-      .def("finished", &Save::finished, Released())
-      .def("cancel", &Save::cancel, Released())
+  py::class_<Handle>(module, "Save")
+      .def(
+          "wait", [](Handle& handle, double seconds) { return handle.save->wait(seconds); }, "seconds"_a, Released())
+      .def(
+          "finished", [](const Handle& handle) { return handle.save->finished(); }, Released())
+      .def(
+          "cancel", [](Handle& handle) { handle.save->cancel(); }, Released())
       .def("fetch", &fetch)
-      .def("fetched", &Save::fetched, "request"_a)
-      .def_property_readonly("nbytes", &Save::nbytes)
-      .def_property_readonly("nbytes_written", &Save::nbytes_written)
-      .def("stats", [](const Save& save) { return to_dict(save.stats()); });
+      .def(
+          "fetched", [](Handle& handle, uint64_t request) { handle.save->fetched(request); }, "request"_a)
+      .def_property_readonly("nbytes", [](const Handle& handle) { return handle.save->nbytes(); })
+      .def_property_readonly("nbytes_written", [](const Handle& handle) { return handle.save->nbytes_written(); })
+      .def("stats", [](const Handle& handle) { return to_dict(handle.save->stats()); });
 
   py::class_<Engine, std::unique_ptr<Engine>>(module, "Engine")
       .def(py::init([](uint64_t memory_budget, size_t threads, const std::string& write_path) {
@@ -154,12 +174,13 @@ PYBIND11_MODULE(_native, module) {
            "memory_budget"_a, "threads"_a, "write_path"_a)
       .def(
           "submit",
-          [](Engine& engine, const py::list& files, const std::map<int, uintptr_t>& streams, bool durable) {
+          [](Engine& engine, const py::list& files, const std::map<int, uintptr_t>& streams, bool durable,
+             const py::object&) {
             SavePlan plan = plan_from(files);
             const py::gil_scoped_release released;
-            return engine.submit(std::move(plan), streams, durable);
+            return std::make_unique<Handle>(engine.submit(std::move(plan), streams, durable));
           },
-          "files"_a, "streams"_a, "durable"_a, py::keep_alive<0, 1>());
+          "files"_a, "streams"_a, "durable"_a, "keep_alive"_a, py::keep_alive<0, 1>(), py::keep_alive<0, 5>());
 
   // Uninitialised bytes to be filled before anybody else sees them, and their address.
   module.def(

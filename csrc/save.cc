@@ -355,6 +355,11 @@ bool Save::wait(double seconds) {
   return finished_;
 }
 
+void Save::settle() {
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [&] { return finished_; });
+}
+
 bool Save::finished() const {
   const std::lock_guard lock(mutex_);
   return finished_;

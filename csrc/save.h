@@ -58,6 +58,8 @@ class Save : public std::enable_shared_from_this<Save> {
   // True when finished, false after `seconds` or when fetch() has something. Throws what the save failed with.
   bool wait(double seconds);
   bool finished() const;
+  // Blocks until the save is finished, however it ends.
+  void settle();
   // Stops as soon as the chunks under way are done. Only for the thread that serves fetch().
   void cancel();
 

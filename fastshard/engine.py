@@ -84,13 +84,13 @@ class SaveFuture:
         self,
         native: _native.Save,
         *,
-        keep_alive: object,
+        kept: list[object],
         fetch: Callable[[int, int, int, int, int], None] | None,
         plan_seconds: float,
         description: str,
     ) -> None:
         self._native = native
-        self._keep_alive = keep_alive
+        self._kept = kept
         self._fetch = fetch
         self._plan_seconds = plan_seconds
         self._description = description
@@ -127,7 +127,7 @@ class SaveFuture:
                 raise SaveError(error.errno, error.strerror, error.filename) from None
             raise
         finally:
-            self._keep_alive = None
+            self._kept.clear()
         return self.stats
 
     @property
@@ -211,13 +211,12 @@ class Engine:
             if self._native is None:
                 self._native = self._start()
             native = self._native
+        kept = [keep_alive]
         try:
-            save = native.submit(list(files), dict(streams or {}), durable)
+            save = native.submit(list(files), dict(streams or {}), durable, kept)
         except OSError as error:
             raise SaveError(error.errno, error.strerror, error.filename) from None
-        future = SaveFuture(
-            save, keep_alive=keep_alive, fetch=fetch, plan_seconds=plan_seconds, description=description
-        )
+        future = SaveFuture(save, kept=kept, fetch=fetch, plan_seconds=plan_seconds, description=description)
         self._saves.add(future)
         return future
 

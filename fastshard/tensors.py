@@ -67,7 +67,7 @@ def describe(tensors: dict[str, torch.Tensor], *, allow_strided: bool) -> list[E
             if tensor.is_neg() or (code == "C64" and tensor.is_conj()):
                 sound = False
                 tensor = tensor.resolve_conj().resolve_neg()
-            shape = tensor.shape
+            shape: tuple[int, ...] = tensor.shape
             nbytes = tensor.numel() * itemsize
             device = HOST if tensor.is_cpu else _device_number(tensor.device)
             if tensor.is_contiguous() and device != FETCHED:
