@@ -3,6 +3,9 @@
 
 import ast
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,10 +107,31 @@ def test_python_imports_point_up(name: str) -> None:
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_modules_without_torch(name: str) -> None:
-    import sys
-
     tree = ast.parse((ROOT / "fastshard" / f"{name}.py").read_text())
     tops = {
         module.split(".")[0] for module in imports(tree, only_at_import=True) if not module.startswith(".")
     }
     assert tops - set(sys.stdlib_module_names) <= FOREIGN[name]
+
+
+def test_native_module_links_the_c_runtime_only() -> None:
+    from fastshard import _native
+
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("no readelf here")
+    shown = subprocess.run(
+        [readelf, "-d", _native.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    needed = {name.split(".so")[0] for name in re.findall(r"NEEDED.*\[(.*)\]", shown)}
+    assert needed <= {
+        "libstdc++",
+        "libgcc_s",
+        "libm",
+        "libc",
+        "libdl",
+        "libpthread",
+        "ld-linux-x86-64",
+        "ld-linux-aarch64",
+    }
+    assert Path(_native.__file__).stat().st_size < 2 << 20
