@@ -23,16 +23,32 @@ namespace {
 
 using Released = py::call_guard<py::gil_scoped_release>;
 
+// An engine as Python holds it, until closed. Closing and dropping wait for the saves under way.
+struct EngineHandle {
+  explicit EngineHandle(const Options& options) : engine(std::make_shared<Engine>(options)) {}
+  EngineHandle(const EngineHandle&) = delete;
+  EngineHandle& operator=(const EngineHandle&) = delete;
+  ~EngineHandle() { close(); }
+
+  void close() {
+    auto closing = std::move(engine);
+    const py::gil_scoped_release released;
+    closing.reset();
+  }
+
+  std::shared_ptr<Engine> engine;
+};
+
 // A save as Python holds it. Should it be dropped while running (an exception that arrived between two
 // bytecodes), it is stopped first: the tensors may go right after.
-struct Handle {
-  explicit Handle(std::shared_ptr<Save> held) : save(std::move(held)) {}
-  Handle(const Handle&) = delete;
-  Handle& operator=(const Handle&) = delete;
-  ~Handle() {
+struct SaveHandle {
+  explicit SaveHandle(std::shared_ptr<Save> held) : save(std::move(held)) {}
+  SaveHandle(const SaveHandle&) = delete;
+  SaveHandle& operator=(const SaveHandle&) = delete;
+  ~SaveHandle() {
     if (save->finished()) return;
     const py::gil_scoped_release released;
-    save->cancel();
+    save->cancel(true);
     save->settle();
   }
 
@@ -124,7 +140,7 @@ py::list schedule_of(const py::list& files, uint64_t slot_nbytes, uint64_t packe
 }
 
 // A request in Python's numbering: the header, item 0 here, is never fetched.
-std::optional<std::tuple<uint64_t, uint32_t, uint32_t, uint64_t, uint64_t, uintptr_t>> fetch(Handle& handle) {
+std::optional<std::tuple<uint64_t, uint32_t, uint32_t, uint64_t, uint64_t, uintptr_t>> fetch(SaveHandle& handle) {
   const std::optional<FetchRequest> request = handle.save->fetch();
   if (!request) return std::nullopt;
   return std::tuple(request->id, request->file, request->item - 1, request->first_byte, request->nbytes,
@@ -153,34 +169,39 @@ PYBIND11_MODULE(_native, module) {
     }
   });
 
-  py::class_<Handle>(module, "Save")
+  py::class_<SaveHandle>(module, "Save")
       .def(
-          "wait", [](Handle& handle, double seconds) { return handle.save->wait(seconds); }, "seconds"_a, Released())
+          "wait", [](SaveHandle& handle, double seconds) { return handle.save->wait(seconds); }, "seconds"_a,
+          Released())
       .def(
-          "finished", [](const Handle& handle) { return handle.save->finished(); }, Released())
+          "finished", [](const SaveHandle& handle) { return handle.save->finished(); }, Released())
       .def(
-          "cancel", [](Handle& handle) { handle.save->cancel(); }, Released())
+          "cancel", [](SaveHandle& handle, bool nobody_fetches) { handle.save->cancel(nobody_fetches); },
+          "nobody_fetches"_a, Released())
       .def("fetch", &fetch)
       .def(
-          "fetched", [](Handle& handle, uint64_t request) { handle.save->fetched(request); }, "request"_a)
-      .def_property_readonly("nbytes", [](const Handle& handle) { return handle.save->nbytes(); })
-      .def_property_readonly("nbytes_written", [](const Handle& handle) { return handle.save->nbytes_written(); })
-      .def("stats", [](const Handle& handle) { return to_dict(handle.save->stats()); });
+          "fetched", [](SaveHandle& handle, uint64_t request) { handle.save->fetched(request); }, "request"_a)
+      .def_property_readonly("nbytes", [](const SaveHandle& handle) { return handle.save->nbytes(); })
+      .def_property_readonly("nbytes_written", [](const SaveHandle& handle) { return handle.save->nbytes_written(); })
+      .def("stats", [](const SaveHandle& handle) { return to_dict(handle.save->stats()); });
 
-  py::class_<Engine, std::unique_ptr<Engine>>(module, "Engine")
+  py::class_<EngineHandle>(module, "Engine")
       .def(py::init([](uint64_t memory_budget, size_t threads, const std::string& write_path) {
-             return std::make_unique<Engine>(Options{memory_budget, threads, write_path_from(write_path)});
+             return std::make_unique<EngineHandle>(Options{memory_budget, threads, write_path_from(write_path)});
            }),
            "memory_budget"_a, "threads"_a, "write_path"_a)
       .def(
           "submit",
-          [](Engine& engine, const py::list& files, const std::map<int, uintptr_t>& streams, bool durable,
+          [](EngineHandle& handle, const py::list& files, const std::map<int, uintptr_t>& streams, bool durable,
              const py::object&) {
+            const std::shared_ptr<Engine> engine = handle.engine;
+            if (engine == nullptr) throw std::runtime_error("the engine is closed");
             SavePlan plan = plan_from(files);
             const py::gil_scoped_release released;
-            return std::make_unique<Handle>(engine.submit(std::move(plan), streams, durable));
+            return std::make_unique<SaveHandle>(engine->submit(std::move(plan), streams, durable));
           },
-          "files"_a, "streams"_a, "durable"_a, "keep_alive"_a, py::keep_alive<0, 1>(), py::keep_alive<0, 5>());
+          "files"_a, "streams"_a, "durable"_a, "keep_alive"_a, py::keep_alive<0, 5>())
+      .def("close", &EngineHandle::close);
 
   // Uninitialised bytes to be filled before anybody else sees them, and their address.
   module.def(

@@ -127,9 +127,11 @@ class Kernels {
       const CUresult loaded = driver.cuModuleLoadData(&module, embedded_kernels());
       if (loaded == CUDA_ERROR_NO_BINARY_FOR_GPU || loaded == CUDA_ERROR_UNSUPPORTED_PTX_VERSION) return;
       driver.check(loaded, "cuModuleLoadData");
+      const CUresult found = driver.cuModuleGetFunction(&pack_, module, kPackKernelName);
+      if (found != CUDA_SUCCESS) driver.cuModuleUnload(module);
+      driver.check(found, "cuModuleGetFunction");
       context_ = context;
       module_ = module;
-      FASTSHARD_CUDA(driver, cuModuleGetFunction, &pack_, module_, kPackKernelName);
     });
     return pack_;
   }

@@ -54,7 +54,7 @@ class FetchQueue {
     return waiting_.empty();
   }
 
-  // Gives up what nobody has taken. `taken_too`: the serving thread is the caller and copies nothing now.
+  // Gives up what nobody has taken. `taken_too`: also what was taken, as nobody copies to it now.
   void abort(bool taken_too) {
     {
       const std::lock_guard lock(mutex_);

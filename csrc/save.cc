@@ -165,20 +165,19 @@ void Save::write_chunks(FileJob& job) {
   const Chunk* next = job.claim();
   while (next != nullptr || !in_flight.empty()) {
     if (stop_) throw Cancelled();
-    if (next != nullptr && next->route == Route::in_place) {
-      write_in_place(job, *next);
-      next = job.claim();
-      continue;
-    }
-    if (next != nullptr && next->route == Route::packed) {
-      write_packed(job, *next);
+    if (next != nullptr && write_unstaged(job, *next)) {
       next = job.claim();
       continue;
     }
     if (next != nullptr && in_flight.size() < kMaxInFlight) {
       std::optional<Slot> slot = in_flight.empty() ? resources_.ring.acquire() : resources_.ring.try_acquire();
       if (slot) {
-        in_flight.push_back(stage(job, *next, std::move(*slot)));
+        auto staged = stage(job, *next, std::move(*slot));
+        if (staged->tickets.empty()) {
+          write_staged(job, *staged);  // packed by this thread, and still in its cache
+        } else {
+          in_flight.push_back(std::move(staged));
+        }
         next = job.claim();
         continue;
       }
@@ -186,6 +185,19 @@ void Save::write_chunks(FileJob& job) {
     write_staged(job, *in_flight.front());
     in_flight.pop_front();
   }
+}
+
+// Chunks that need no slot: written from where they lie, or packed straight into a target that is memory.
+bool Save::write_unstaged(FileJob& job, const Chunk& chunk) {
+  if (chunk.route == Route::in_place) {
+    write_in_place(job, chunk);
+    return true;
+  }
+  if (chunk.route == Route::packed && !job.buffered()) {
+    pack_into_target(job, chunk);
+    return true;
+  }
+  return false;
 }
 
 // Host memory in long runs: the kernel reads it from where it lies.
@@ -205,35 +217,27 @@ void Save::write_in_place(FileJob& job, const Chunk& chunk) {
   put(job, chunk, parts);
 }
 
-// Host memory in short runs, or for a memory target: gathered by this thread, straight into the target where
-// that is memory, else through the front of a slot, which stays in its cache until it is written.
-void Save::write_packed(FileJob& job, const Chunk& chunk) {
-  const auto ops = job.schedule.ops_of(chunk);
+void Save::pack_into_target(FileJob& job, const Chunk& chunk) {
   const auto pack = [&](std::span<std::byte> bytes) {
     const Timer timer(copy_ns_);
-    Staging staging{bytes, {}};
-    host_stream_->pack(ops, staging);
+    Staging target{bytes, {}};
+    host_stream_->pack(job.schedule.ops_of(chunk), target);
   };
   if (job.file == nullptr) {
     pack({job.plan.memory + chunk.file_offset, chunk.nbytes});
-  } else if (job.file->write_path() == WritePath::mapped) {
+  } else {
     const Window window = [&] {
       const Timer timer(write_ns_);
       return job.file->window(chunk.file_offset, chunk.nbytes);
     }();
     pack(window.bytes());
-  } else {
-    InFlight staged(*this, chunk, resources_.ring.acquire());
-    staged_pageable_ = true;
-    pack(staged.slot.bytes());
-    return write_staged(job, staged);
   }
   wrote(job, chunk);
 }
 
 std::unique_ptr<Save::InFlight> Save::stage(FileJob& job, const Chunk& chunk, Slot slot) {
   auto staged = std::make_unique<InFlight>(*this, chunk, std::move(slot));
-  if (!streams_.empty()) staged->slot.pin(*resources_.devices.begin()->second);
+  if (chunk.route == Route::device && !streams_.empty()) staged->slot.pin(*resources_.devices.begin()->second);
   (staged->slot.pinned() ? staged_pinned_ : staged_pageable_) = true;
   const Timer timer(copy_ns_);
   Staging staging{staged->slot.bytes(), staged->slot.scratch()};
@@ -295,21 +299,23 @@ CopyStream& Save::stream_for(FileJob& job, int device) {
 void Save::fail(std::exception_ptr error) {
   {
     const std::lock_guard lock(mutex_);
+    if (ending_) return;
     if (!error_) error_ = std::move(error);
   }
   stop_ = true;
   fetches_.abort(false);
 }
 
-void Save::cancel() {
+void Save::cancel(bool nobody_fetches) {
   fail(std::make_exception_ptr(Cancelled()));
-  fetches_.abort(true);
+  if (nobody_fetches) fetches_.abort(true);
 }
 
 void Save::finish() {
   std::exception_ptr error;
   {
     const std::lock_guard lock(mutex_);
+    ending_ = true;
     error = error_;
   }
   if (!error) {

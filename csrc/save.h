@@ -60,8 +60,9 @@ class Save : public std::enable_shared_from_this<Save> {
   bool finished() const;
   // Blocks until the save is finished, however it ends.
   void settle();
-  // Stops as soon as the chunks under way are done. Only for the thread that serves fetch().
-  void cancel();
+  // Stops as soon as the chunks under way are done; a finished save stays as it is. `nobody_fetches`: what
+  // was taken with fetch() will not be brought any more, and nobody is writing to its slot.
+  void cancel(bool nobody_fetches);
 
   std::optional<FetchRequest> fetch() { return fetches_.take(); }
   void fetched(uint64_t id) { fetches_.complete(id); }
@@ -77,8 +78,9 @@ class Save : public std::enable_shared_from_this<Save> {
 
   void run(FileJob& job);
   void write_chunks(FileJob& job);
+  bool write_unstaged(FileJob& job, const Chunk& chunk);
   void write_in_place(FileJob& job, const Chunk& chunk);
-  void write_packed(FileJob& job, const Chunk& chunk);
+  void pack_into_target(FileJob& job, const Chunk& chunk);
   std::unique_ptr<InFlight> stage(FileJob& job, const Chunk& chunk, Slot slot);
   void write_staged(FileJob& job, InFlight& staged);
   void put(FileJob& job, const Chunk& chunk, std::span<iovec> parts);
@@ -109,6 +111,7 @@ class Save : public std::enable_shared_from_this<Save> {
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::exception_ptr error_;
+  bool ending_ = false;  // all chunks are through: too late to fail or cancel
   bool finished_ = false;
   Stats final_;  // what cannot be told any more once the files are closed
 };

@@ -2,6 +2,7 @@
 #include "schedule.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 namespace fastshard {
 namespace {
@@ -40,7 +41,7 @@ class Builder {
     const bool long_runs = source.contiguous() || source.run_nbytes >= kInPlaceRunNbytes;
     if (!long_runs) return Route::packed;
     const bool rides = open_ && out_.chunks.back().route != Route::in_place && nbytes < kRideAlongNbytes &&
-                       nbytes <= capacity_ - out_.chunks.back().nbytes;
+                       pieces_ < limits_.max_ops && nbytes <= capacity_ - out_.chunks.back().nbytes;
     return rides ? Route::packed : Route::in_place;
   }
 
@@ -90,6 +91,9 @@ class Builder {
 }  // namespace
 
 FileSchedule make_schedule(const FilePlan& file, const ScheduleLimits& limits) {
+  if (limits.slot_nbytes == 0 || limits.packed_nbytes == 0 || limits.in_place_nbytes == 0 || limits.max_ops == 0) {
+    throw std::invalid_argument("a chunk must have room for something");
+  }
   FileSchedule schedule;
   schedule.ops.reserve(file.items.size());
   Builder builder(schedule, limits);

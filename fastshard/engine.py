@@ -95,6 +95,7 @@ class SaveFuture:
         self._plan_seconds = plan_seconds
         self._description = description
         self._pid = os.getpid()
+        self._serving = threading.Lock()
 
     def done(self) -> bool:
         """Whether the files stand, or the save has failed."""
@@ -102,7 +103,7 @@ class SaveFuture:
 
     def cancel(self) -> None:
         """Stops the save; :meth:`result` then raises ``concurrent.futures.CancelledError``."""
-        self._native.cancel()
+        self._native.cancel(nobody_fetches=False)
 
     def result(self, progress: bool = False) -> Stats:
         """Waits until the files stand under their names and returns what was done.
@@ -115,16 +116,14 @@ class SaveFuture:
         bar: Any = self._bar() if progress else contextlib.nullcontext()
         try:
             with bar:
-                while not self._native.wait(_POLL_SECONDS):
+                while not self._wait():
                     self._serve()
                     if progress:
                         bar.update(self._native.nbytes_written - bar.n)
                 if progress:
                     bar.update(self._native.nbytes - bar.n)
-        except BaseException as error:
+        except BaseException:
             self._stop()
-            if isinstance(error, OSError) and not isinstance(error, SaveError):
-                raise SaveError(error.errno, error.strerror, error.filename) from None
             raise
         finally:
             self._kept.clear()
@@ -137,17 +136,30 @@ class SaveFuture:
         figures["seconds"] += self._plan_seconds
         return Stats(plan_seconds=self._plan_seconds, **figures)
 
+    def _wait(self) -> bool:
+        """Whether the save is finished, after a while. Raises what it failed with."""
+        try:
+            return self._native.wait(_POLL_SECONDS)
+        except OSError as error:
+            raise SaveError(error.errno, error.strerror, error.filename) from None
+
     def _serve(self) -> None:
-        """Brings the bytes only Python can bring."""
-        while request := self._native.fetch():
-            ticket, *what = request
-            assert self._fetch is not None
-            self._fetch(*what)
-            self._native.fetched(ticket)
+        """Brings the bytes only Python can bring, unless another thread is at it."""
+        if self._fetch is None or not self._serving.acquire(blocking=False):
+            return
+        try:
+            while request := self._native.fetch():
+                ticket, *what = request
+                self._fetch(*what)
+                self._native.fetched(ticket)
+        finally:
+            self._serving.release()
 
     def _stop(self) -> None:
         """Cancels, and waits until nothing touches the tensors or the files any more."""
-        self._native.cancel()
+        self._native.cancel(nobody_fetches=False)
+        with self._serving:
+            self._native.cancel(nobody_fetches=True)
         while not self._native.finished():
             with contextlib.suppress(BaseException):
                 self._native.wait(_POLL_SECONDS)
@@ -203,7 +215,7 @@ class Engine:
 
         ``streams``: by CUDA ordinal, the stream behind whose present work the copies are ordered. ``fetch``:
         called as ``fetch(file, item, first_byte, nbytes, address)`` by :meth:`SaveFuture.result` for views on
-        ``plan.FETCHED``. Raises :class:`SaveError` (no space, no directory, ...) before the first copy.
+        ``plan.FETCHED``; until then such a save occupies a writer. Raises :class:`SaveError` (no space, no directory, ...) before the first copy.
         """
         with self._lock:
             if self._closed:
@@ -211,7 +223,7 @@ class Engine:
             if self._native is None:
                 self._native = self._start()
             native = self._native
-        kept = [keep_alive]
+        kept = [keep_alive, self]
         try:
             save = native.submit(list(files), dict(streams or {}), durable, kept)
         except OSError as error:
@@ -228,7 +240,9 @@ class Engine:
             if not future.done():
                 with contextlib.suppress(Exception):
                     future.result()
-        self._native = None
+        if self._native is not None:
+            self._native.close()
+            self._native = None
 
     def __enter__(self) -> Engine:
         return self

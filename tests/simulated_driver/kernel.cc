@@ -43,6 +43,17 @@ struct Gather {
   reject(result, std::string(fastshard::kPackKernelName) + ": " + what);
 }
 
+// Whether every load the kernel makes, a unit at a time, is aligned and stays in one run.
+bool loads_are_aligned(const PackEntry& entry) {
+  if (entry.nbytes % entry.unit != 0) return false;
+  for (uint64_t done = 0; done < entry.nbytes; done += entry.unit) {
+    const uint64_t offset = entry.first_byte + done;
+    if (reinterpret_cast<uintptr_t>(fastshard::packed_address(entry.view, offset)) % entry.unit != 0) return false;
+    if (!entry.view.contiguous() && offset % entry.view.run_nbytes + entry.unit > entry.view.run_nbytes) return false;
+  }
+  return true;
+}
+
 Gather check_entry(const PackLaunch& launch, const PackEntry& entry) {
   const TensorView& view = entry.view;
   if (view.ndim < 0 || view.ndim > fastshard::kMaxDims) fault(CUDA_ERROR_ILLEGAL_ADDRESS, "number of dimensions");
@@ -63,8 +74,7 @@ Gather check_entry(const PackLaunch& launch, const PackEntry& entry) {
   }
   if (!launch.in_slot(entry)) fault(CUDA_ERROR_ILLEGAL_ADDRESS, "writes outside the registered slot");
   const bool is_unit = entry.unit != 0 && entry.unit <= 16 && (entry.unit & (entry.unit - 1)) == 0;
-  if (!is_unit || entry.unit > fastshard::pack_unit(view, entry.first_byte, entry.nbytes, entry.slot_offset) ||
-      launch.slot % entry.unit != 0) {
+  if (!is_unit || !loads_are_aligned(entry) || (launch.slot + entry.slot_offset) % entry.unit != 0) {
     fault(CUDA_ERROR_MISALIGNED_ADDRESS, "unit does not divide the entry");
   }
   Gather gather{std::move(range), view};

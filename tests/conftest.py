@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of all tests: the simulated CUDA driver, the real GPU, engines that are closed.
+
+A process has one CUDA driver for good: fastshard loads it at its first use of CUDA. So the simulator and a
+real GPU never meet in one process:
+
+- without a GPU (or with ``FASTSHARD_LIBCUDA`` set, whose driver is not torch's) tests of ``sim`` run here and
+  tests of the real GPU are skipped;
+- with a GPU it is the other way round, and ``test_cuda_path.py`` starts the tests of ``sim`` in a process of
+  their own, whose ``FASTSHARD_LIBCUDA`` is the simulator.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import functools
+import gc
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import simcuda
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastshard.engine import Engine
+
+DRIVER_VARIABLE = "FASTSHARD_LIBCUDA"
+REQUIRE_VARIABLE = "FASTSHARD_REQUIRE_CUDA"
+CACHE_VARIABLE = "FASTSHARD_SIMCUDA_CACHE"
+BUDGET = 1 << 20
+"""Staging memory of ``new_engine``: two slots."""
+SLOT = 256 << 10
+"""Their size."""
+HANG_SECONDS = 60
+_LEAKS = ("streams", "events", "modules", "registrations", "contexts", "registered_bytes")
+_stderr: list[int] = []  # a copy made before pytest captures it
+
+
+def pytest_configure() -> None:
+    _stderr.append(os.dup(2))
+    # One build for everybody, the simulator's own tests included; git ignores build/.
+    os.environ.setdefault(CACHE_VARIABLE, str(Path(__file__).resolve().parents[1] / "build" / "simcuda"))
+
+
+@functools.cache
+def real_gpu() -> bool:
+    """Whether this process's CUDA driver is a real GPU's; decided once, before anything is simulated."""
+    if os.environ.get(DRIVER_VARIABLE):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def assert_same(found: bytes, expected: bytes) -> None:
+    """Without the megabytes of explanation that pytest gives."""
+    if found != expected:
+        differ = (i for i, (one, other) in enumerate(zip(found, expected, strict=False)) if one != other)
+        first = next(differ, min(len(found), len(expected)))
+        pytest.fail(f"{len(found)} bytes, expected {len(expected)}; the first difference is at {first}")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Of a file to be saved, alone in its folder."""
+    return tmp_path / "weights"
+
+
+@pytest.fixture
+def no_hang() -> Iterator[None]:
+    """Ends the process, saying where every thread is, when the test does not come to an end."""
+    faulthandler.dump_traceback_later(HANG_SECONDS, exit=True, file=_stderr[0])
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(scope="session")
+def simulated_driver() -> simcuda.SimCuda:
+    """The simulator, built if need be, as the driver of this process's fastshard."""
+    if real_gpu():
+        pytest.skip("this process has a real GPU; the simulator's tests run in a process of their own")
+    from fastshard import _native
+
+    sim = simcuda.SimCuda(simcuda.build(os.environ[CACHE_VARIABLE]))
+    with pytest.MonkeyPatch.context() as patch:  # for this process only, not for those it starts
+        patch.setenv(DRIVER_VARIABLE, str(sim.path))
+        library, _ = _native.cuda_driver_version()
+    assert library == str(sim.path), "fastshard had loaded another driver before"
+    return sim
+
+
+@pytest.fixture
+def sim(simulated_driver: simcuda.SimCuda, no_hang: None) -> Iterator[simcuda.SimCuda]:
+    """The simulator at rest. Afterwards: fastshard broke no rule of CUDA's, and all it took is given back."""
+    simulated_driver.reset()
+    before = simulated_driver.live()
+    yield simulated_driver
+
+    def leaked() -> list[str]:
+        after = simulated_driver.live()
+        return [kind for kind in _LEAKS if after[kind] > before[kind]]
+
+    violations = simulated_driver.violations()
+    simulated_driver.reset()
+    if leaked():
+        gc.collect()  # a test that expects an exception leaves cycles through its traceback
+        violations += simulated_driver.violations()
+    assert violations == []
+    assert leaked() == []
+
+
+@pytest.fixture
+def new_engine(request: pytest.FixtureRequest) -> Iterator[Callable[..., Engine]]:
+    """Makes engines with the smallest budget, or other options, and closes them."""
+    from fastshard.engine import Engine, Options
+
+    if "sim" in request.fixturenames:
+        request.getfixturevalue(
+            "sim"
+        )  # set up first, so that it looks for leaks after the engines are closed
+    engines = []
+
+    def make(**options: Any) -> Engine:
+        engines.append(Engine(Options(**{"memory_budget": BUDGET, "threads": 2, **options})))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def real_cuda() -> torch.device:
+    """The first real GPU. Without one the test is skipped, or fails where ``FASTSHARD_REQUIRE_CUDA`` is 1."""
+    if not real_gpu():
+        missing = pytest.fail if os.environ.get(REQUIRE_VARIABLE) == "1" else pytest.skip
+        missing("no real GPU: torch.cuda is not available, or the driver is simulated")
+    import torch
+
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """For what must be the same everywhere: once on the CPU, and once on a real GPU where there is one."""
+    if request.param == "cuda":
+        found: torch.device = request.getfixturevalue("real_cuda")
+        return found
+    import torch
+
+    return torch.device("cpu")
