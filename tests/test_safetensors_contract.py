@@ -548,7 +548,9 @@ def test_progress(tmp_path, capsys, monkeypatch, argument, variable, shown):
 def python(script: str, *arguments: object) -> str:
     """Output of a Python script in a process of its own."""
     command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    # Not from the checkout's top: its package would come before the installed one.
+    here = Path(__file__).parent
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=here)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
