@@ -48,7 +48,8 @@ struct SaveHandle {
   ~SaveHandle() {
     if (save->finished()) return;
     const py::gil_scoped_release released;
-    save->cancel(true);
+    save->cancel();
+    save->disown_fetches(true);
     save->settle();
   }
 
@@ -176,8 +177,9 @@ PYBIND11_MODULE(_native, module) {
       .def(
           "finished", [](const SaveHandle& handle) { return handle.save->finished(); }, Released())
       .def(
-          "cancel", [](SaveHandle& handle, bool nobody_fetches) { handle.save->cancel(nobody_fetches); },
-          "nobody_fetches"_a, Released())
+          "cancel", [](SaveHandle& handle) { handle.save->cancel(); }, Released())
+      .def(
+          "disown_fetches", [](SaveHandle& handle) { handle.save->disown_fetches(false); }, Released())
       .def("fetch", &fetch)
       .def(
           "fetched", [](SaveHandle& handle, uint64_t request) { handle.save->fetched(request); }, "request"_a)

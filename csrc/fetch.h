@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <thread>
 #include <vector>
 
 #include "device.h"
@@ -38,14 +39,14 @@ class FetchQueue {
   std::optional<FetchRequest> take() {
     const std::lock_guard lock(mutex_);
     if (waiting_.empty()) return std::nullopt;
-    taken_.push_back(waiting_.front());
+    taken_.push_back({waiting_.front(), std::this_thread::get_id()});
     waiting_.pop_front();
-    return taken_.back();
+    return taken_.back().request;
   }
   void complete(uint64_t id) {
     {
       const std::lock_guard lock(mutex_);
-      std::erase_if(taken_, [&](const FetchRequest& request) { return request.id == id; });
+      std::erase_if(taken_, [&](const Taken& taken) { return taken.request.id == id; });
     }
     settled_.notify_all();
   }
@@ -54,13 +55,21 @@ class FetchQueue {
     return waiting_.empty();
   }
 
-  // Gives up what nobody has taken. `taken_too`: also what was taken, as nobody copies to it now.
-  void abort(bool taken_too) {
+  // Gives up what nobody has taken; what was taken is waited for, as somebody may be writing to its slot.
+  void abort() {
     {
       const std::lock_guard lock(mutex_);
       aborted_ = true;
       waiting_.clear();
-      if (taken_too) taken_.clear();
+    }
+    settled_.notify_all();
+  }
+  // Gives up what was taken, too: by the calling thread, or by anybody.
+  void disown(bool anybodys) {
+    {
+      const std::lock_guard lock(mutex_);
+      const auto self = std::this_thread::get_id();
+      std::erase_if(taken_, [&](const Taken& taken) { return anybodys || taken.by == self; });
     }
     settled_.notify_all();
   }
@@ -70,6 +79,11 @@ class FetchQueue {
  private:
   class Stream;
 
+  struct Taken {
+    FetchRequest request;
+    std::thread::id by;
+  };
+
   class FetchTicket final : public Ticket {
    public:
     FetchTicket(FetchQueue& queue, uint64_t first, uint64_t last) : queue_(queue), first_(first), last_(last) {}
@@ -77,7 +91,8 @@ class FetchQueue {
       std::unique_lock lock(queue_.mutex_);
       const auto ours = [&](const FetchRequest& request) { return request.id >= first_ && request.id < last_; };
       queue_.settled_.wait(lock, [&] {
-        return std::ranges::none_of(queue_.waiting_, ours) && std::ranges::none_of(queue_.taken_, ours);
+        return std::ranges::none_of(queue_.waiting_, ours) &&
+               std::ranges::none_of(queue_.taken_, ours, [](const Taken& taken) { return taken.request; });
       });
       if (queue_.aborted_) throw Cancelled();
     }
@@ -115,7 +130,7 @@ class FetchQueue {
   mutable std::mutex mutex_;
   std::condition_variable settled_;
   std::deque<FetchRequest> waiting_;
-  std::vector<FetchRequest> taken_;
+  std::vector<Taken> taken_;
   uint64_t next_id_ = 0;
   bool aborted_ = false;
 };

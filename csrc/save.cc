@@ -303,13 +303,10 @@ void Save::fail(std::exception_ptr error) {
     if (!error_) error_ = std::move(error);
   }
   stop_ = true;
-  fetches_.abort(false);
+  fetches_.abort();
 }
 
-void Save::cancel(bool nobody_fetches) {
-  fail(std::make_exception_ptr(Cancelled()));
-  if (nobody_fetches) fetches_.abort(true);
-}
+void Save::cancel() { fail(std::make_exception_ptr(Cancelled())); }
 
 void Save::finish() {
   std::exception_ptr error;

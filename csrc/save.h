@@ -60,9 +60,10 @@ class Save : public std::enable_shared_from_this<Save> {
   bool finished() const;
   // Blocks until the save is finished, however it ends.
   void settle();
-  // Stops as soon as the chunks under way are done; a finished save stays as it is. `nobody_fetches`: what
-  // was taken with fetch() will not be brought any more, and nobody is writing to its slot.
-  void cancel(bool nobody_fetches);
+  // Stops as soon as the chunks under way are done; a save that is through with them stays as it is.
+  void cancel();
+  // What this thread, or anybody, took with fetch() will not be brought any more.
+  void disown_fetches(bool anybodys) { fetches_.disown(anybodys); }
 
   std::optional<FetchRequest> fetch() { return fetches_.take(); }
   void fetched(uint64_t id) { fetches_.complete(id); }

@@ -95,7 +95,7 @@ class SaveFuture:
         self._plan_seconds = plan_seconds
         self._description = description
         self._pid = os.getpid()
-        self._serving = threading.Lock()
+        self._settled = False
 
     def done(self) -> bool:
         """Whether the files stand, or the save has failed."""
@@ -103,7 +103,7 @@ class SaveFuture:
 
     def cancel(self) -> None:
         """Stops the save; :meth:`result` then raises ``concurrent.futures.CancelledError``."""
-        self._native.cancel(nobody_fetches=False)
+        self._native.cancel()
 
     def result(self, progress: bool = False) -> Stats:
         """Waits until the files stand under their names and returns what was done.
@@ -126,6 +126,7 @@ class SaveFuture:
             self._stop()
             raise
         finally:
+            self._settled = True
             self._kept.clear()
         return self.stats
 
@@ -144,22 +145,17 @@ class SaveFuture:
             raise SaveError(error.errno, error.strerror, error.filename) from None
 
     def _serve(self) -> None:
-        """Brings the bytes only Python can bring, unless another thread is at it."""
-        if self._fetch is None or not self._serving.acquire(blocking=False):
-            return
-        try:
-            while request := self._native.fetch():
-                ticket, *what = request
-                self._fetch(*what)
-                self._native.fetched(ticket)
-        finally:
-            self._serving.release()
+        """Brings the bytes only Python can bring."""
+        while request := self._native.fetch():
+            ticket, *what = request
+            assert self._fetch is not None
+            self._fetch(*what)
+            self._native.fetched(ticket)
 
     def _stop(self) -> None:
         """Cancels, and waits until nothing touches the tensors or the files any more."""
-        self._native.cancel(nobody_fetches=False)
-        with self._serving:
-            self._native.cancel(nobody_fetches=True)
+        self._native.cancel()
+        self._native.disown_fetches()  # of this thread: an exception has ended what it was bringing
         while not self._native.finished():
             with contextlib.suppress(BaseException):
                 self._native.wait(_POLL_SECONDS)
@@ -171,8 +167,7 @@ class SaveFuture:
 
     def __del__(self) -> None:
         # Dropped without waiting: the tensors must not go while they are being read.
-        native = getattr(self, "_native", None)
-        if native is not None and os.getpid() == self._pid and not native.finished():
+        if not getattr(self, "_settled", True) and os.getpid() == self._pid:
             with contextlib.suppress(BaseException):
                 self.result()
 

@@ -88,7 +88,8 @@ def test_env_tells_of_machine_and_filesystem(tmp_path: Path, capsys: pytest.Capt
     shown = capsys.readouterr().out
     rows = dict(line.split("  ", 1) for line in shown.splitlines() if line)
     rows = {name: value.strip() for name, value in rows.items()}
-    assert rows["fastshard"] == __version__ and rows["torch"] == torch.__version__
+    assert rows["fastshard"] == __version__
+    assert torch.__version__.startswith(rows["torch"])  # which local part is in the metadata differs
     assert rows["CUDA kernels"].startswith(("compiled in", "not compiled in"))
     assert rows["CUDA driver"]
     assert rows["filesystem"].endswith(os.path.realpath(tmp_path))

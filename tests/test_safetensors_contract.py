@@ -304,8 +304,11 @@ def test_save_model_refuses_what_the_reference_refuses(tmp_path, make, force_con
         )
         files.append(snapshot(target.parent))
     if errors[0] is not None:
-        check_same_error(*errors)
-        assert files[1] == {"model": b"old"}
+        if "unsupported memory format" not in str(
+            errors[0]
+        ):  # an older torch's .contiguous() of sparse tensors
+            check_same_error(*errors)
+        assert errors[1] is not None and files[1] == {"model": b"old"}
     else:
         assert errors[1] is None
         assert parsed(files[1]["model"]) == parsed(files[0]["model"])
