@@ -429,6 +429,7 @@ def test_ctrl_c_leaves_the_old_file(tmp_path: Path) -> None:
     save_file(TENSORS, path)
     script = BIG + textwrap.dedent("""
     import signal, threading, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has put in the background
     main = threading.main_thread().ident
     threading.Thread(target=lambda: (time.sleep(0.3), signal.pthread_kill(main, signal.SIGINT))).start()
     count = 0
