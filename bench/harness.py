@@ -14,6 +14,7 @@ import ctypes
 import gc
 import mmap
 import os
+import random
 import shutil
 import sys
 import time
@@ -153,8 +154,8 @@ class Contest:
             started, slow = time.monotonic(), 0.0
             for mode in self.settings.modes:
                 turn = [e for e in entries if e.row.mode == mode and not e.row.error]
-                first = round_ % len(turn) if turn else 0
-                for entry in turn[first:] + turn[:first]:
+                # Shuffled, not rotated: what a run leaves behind must not always fall on the same rival.
+                for entry in random.Random(round_).sample(turn, len(turn)):
                     if entry.rival.slow and round_ >= self.settings.slow_rounds:
                         continue
                     since = time.monotonic()
