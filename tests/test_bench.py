@@ -31,7 +31,6 @@ def run(directory: Path, *arguments: str) -> tuple[int, dict]:
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
     """Every case with every rival and ceiling, once."""
-    pytest.importorskip("matplotlib")
     directory = tmp_path_factory.mktemp("bench")
     arguments = ["--rivals", "all", "--no-memory", "--plot", str(directory / "bench.png")]
     with pytest.MonkeyPatch.context() as patch:

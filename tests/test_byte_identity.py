@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import BUDGET, SLOT
 
-torch = pytest.importorskip("torch")
+import torch  # noqa: E402
 
 import safetensors  # noqa: E402
 import safetensors.torch as reference  # noqa: E402

@@ -35,8 +35,8 @@ from conftest import (
 )
 from simcuda import Result, SimCuda
 
-torch = pytest.importorskip("torch")
-reference = pytest.importorskip("safetensors.torch")
+import torch  # noqa: E402
+import safetensors.torch as reference  # noqa: E402
 
 from helpers import filled  # noqa: E402
 

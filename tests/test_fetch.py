@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import BUDGET, SLOT, assert_same
 
-torch = pytest.importorskip("torch")
-reference = pytest.importorskip("safetensors.torch")
+import torch  # noqa: E402
+import safetensors.torch as reference  # noqa: E402
 
 from helpers import DTYPES, filled  # noqa: E402
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch")
+import torch  # noqa: E402
 
 import safetensors.torch as reference  # noqa: E402
 from helpers import FLOAT4, filled, parsed, snapshot  # noqa: E402

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 
-torch = pytest.importorskip("torch")
+import torch  # noqa: E402
 
 import safetensors.torch as reference  # noqa: E402
 from helpers import filled  # noqa: E402
