@@ -41,7 +41,7 @@ void sync_directory(const std::string& directory) {
 Mapping::Mapping(int fd, uint64_t offset, uint64_t nbytes, const std::string& path) {
   const auto page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
   const uint64_t lead = offset % page;
-  mapped_nbytes_ = nbytes + lead;
+  mapped_nbytes_ = (lead + nbytes + page - 1) / page * page;
   base_ = mmap(nullptr, mapped_nbytes_, PROT_READ | PROT_WRITE, MAP_SHARED, fd, static_cast<off_t>(offset - lead));
   if (base_ == MAP_FAILED) throw IoError(errno, path, "mmap");
   bytes_ = {static_cast<std::byte*>(base_) + lead, nbytes};

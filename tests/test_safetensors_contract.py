@@ -587,7 +587,7 @@ def test_public_names():
                 "load",
                 "safe_open",
             ),
-            *("stats", "Stats", "Options", "Engine", "SaveFuture", "SaveError"),
+            *("stats", "Stats", "Options", "PreparedSave", "Engine", "SaveFuture", "SaveError"),
         }
     )
     assert all(getattr(fastshard, name) is value for name, value in star.items())
