@@ -75,6 +75,8 @@ size_t Standing::next() {
   if (generation == nullptr || !generation->file.intact()) {
     generation.reset();  // its space first
     generation = make();
+    OutputFile* const file = &generation->file;
+    require_space({&file, 1});
     populate(*generation);
   }
   return next_;

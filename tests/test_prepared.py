@@ -363,21 +363,21 @@ def test_full_filesystem_is_noticed_by_prepare(small_disk: Path) -> None:  # noq
 
 
 @pytest.mark.parametrize("refuse", ["fallocate:28", "fallocate@2:28"])
-def test_nothing_is_left_of_a_failed_prepare(folder: Path, preloaded: Path, refuse: str) -> None:  # noqa: F811
+def test_nothing_is_left_of_a_failed_prepare(tmp_path: Path, preloaded: Path, refuse: str) -> None:  # noqa: F811
     script = """
     try:
         prepare({"a": torch.zeros(100)}, sys.argv[1])
     except SaveError as error:
         print(error.errno, os.listdir(os.path.dirname(sys.argv[1])))
     """
-    done = run(script, folder / "m.safetensors", env=preload(preloaded, refuse))
+    done = run(script, tmp_path / "m.safetensors", env=preload(preloaded, refuse))
     assert done.stdout.split(maxsplit=1) == [str(errno.ENOSPC), "[]\n"], done.stderr
 
 
 @pytest.mark.parametrize(
     "refuse", ["tmpfile", "fallocate", "exchange", "exchange link", "tmpfile fallocate exchange link"]
 )
-def test_filesystems_that_cannot_do_everything(folder: Path, preloaded: Path, refuse: str) -> None:  # noqa: F811
+def test_filesystems_that_cannot_do_everything(tmp_path: Path, preloaded: Path, refuse: str) -> None:  # noqa: F811
     script = """
     tensors = {"a": torch.zeros(100_000)}
     with prepare(tensors, sys.argv[1]) as prepared:
@@ -387,9 +387,9 @@ def test_filesystems_that_cannot_do_everything(folder: Path, preloaded: Path, re
             assert (load_file(sys.argv[1])["a"] == value).all()
     print(*stats.fallbacks)
     """
-    done = run(script, folder / "m.safetensors", env=preload(preloaded, refuse))
+    done = run(script, tmp_path / "m.safetensors", env=preload(preloaded, refuse))
     assert done.returncode == 0, done.stderr
-    assert names(folder) == ["m.safetensors"]
+    assert names(tmp_path) == ["m.safetensors"]
     assert done.stdout.strip() != ""
 
 
@@ -423,14 +423,14 @@ def test_dropped_without_closing(folder: Path) -> None:
     assert names(folder) == ["m.safetensors"]
 
 
-def test_exit_without_closing(folder: Path) -> None:
+def test_exit_without_closing(memory: Path) -> None:
     script = """
     prepared = prepare({"a": torch.ones(1000)}, sys.argv[1])
     prepared.save()
     prepared.save()
     """
-    done = run(script, folder / "m.safetensors")
-    assert done.returncode == 0 and names(folder) == ["m.safetensors"], done.stderr
+    done = run(script, memory / "m.safetensors")
+    assert done.returncode == 0 and names(memory) == ["m.safetensors"], done.stderr
 
 
 LOOP = """
@@ -476,7 +476,7 @@ def test_kill_leaves_a_complete_file_and_the_next_removes_the_rest(memory: Path,
     assert same(path, model(5)) and hidden(memory) == []
 
 
-def test_forked_child_must_not_use_it(folder: Path) -> None:
+def test_forked_child_must_not_use_it(memory: Path) -> None:
     script = """
     import warnings
     warnings.simplefilter("ignore")
@@ -499,10 +499,10 @@ def test_forked_child_must_not_use_it(folder: Path) -> None:
     prepared.save()
     prepared.save()
     """
-    done = run(script, folder / "m.safetensors", env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    done = run(script, memory / "m.safetensors", env={**os.environ, "PYTHONWARNINGS": "ignore"})
     assert done.stdout.splitlines() == ["this prepared save belongs to the parent process", "0"], done.stderr
-    assert same(folder / "m.safetensors", {"a": torch.full((1000,), 2.0)})
-    assert names(folder) == ["m.safetensors", "m.safetensors.child"]
+    assert same(memory / "m.safetensors", {"a": torch.full((1000,), 2.0)})
+    assert names(memory) == ["m.safetensors", "m.safetensors.child"]
 
 
 def test_many_threads_take_turns(memory: Path) -> None:

@@ -582,6 +582,7 @@ def test_public_names():
                 "save_model",
                 "save",
                 "save_files",
+                "prepare",
                 "load_file",
                 "load_model",
                 "load",
