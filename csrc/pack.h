@@ -8,12 +8,6 @@
 
 #include "plan.h"
 
-#ifdef __CUDACC__
-#define FASTSHARD_HOST_DEVICE __host__ __device__
-#else
-#define FASTSHARD_HOST_DEVICE
-#endif
-
 namespace fastshard {
 
 // Address of the run with this index, runs counted in row-major order of the view's shape.
