@@ -241,4 +241,9 @@ FASTSHARD_HOST_DEVICE inline auto visit_cast(DType from, DType to, Visitor&& vis
   }
 }
 
+// On the CPU: `count` elements that lie `stride` bytes apart, to `out`, where they lie together. Neither side has
+// to be aligned.
+using CastRow = void (*)(const std::byte* source, int64_t stride, uint64_t count, std::byte* out);
+CastRow row_cast(DType from, DType to);
+
 }  // namespace fastshard

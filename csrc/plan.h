@@ -82,7 +82,7 @@ struct TensorView {
 TensorView make_view(const std::byte* data, int device, uint64_t itemsize, const std::vector<int64_t>& shape,
                      const std::vector<int64_t>& strides);
 
-// One tensor's place in a file: its bytes, packed, begin at `file_offset`.
+// One tensor's place in a file: its bytes, cast and packed, begin at `file_offset`.
 struct WriteItem {
   TensorView source;
   uint64_t file_offset = 0;
@@ -101,7 +101,7 @@ struct SavePlan {
   std::vector<FilePlan> files;
 };
 
-// Throws std::invalid_argument unless the items tile every file exactly.
+// Throws std::invalid_argument unless the items tile every file exactly, and casts are possible and aligned.
 void check(const SavePlan& plan);
 
 }  // namespace fastshard

@@ -4,6 +4,7 @@
 // The slot is page-locked host memory seen through its device address: the stores go over the link
 // themselves, so no device memory is needed at all. Neighbouring threads store neighbouring units,
 // so a warp fills whole 128-byte lines.
+#include "../cast.h"
 #include "../pack.h"
 
 namespace {
@@ -15,6 +16,21 @@ __device__ void pack_entry(const fastshard::PackEntry& entry, std::byte* slot) {
   for (uint64_t i = threadIdx.x; i < units; i += blockDim.x) {
     out[i] = *reinterpret_cast<const Unit*>(fastshard::packed_address(entry.view, entry.first_byte + i * sizeof(Unit)));
   }
+}
+
+// Element by element; source and target are aligned (pack_unit).
+__device__ void cast_entry(const fastshard::PackEntry& entry, std::byte* slot) {
+  fastshard::visit_cast(entry.view.from, entry.view.to, [&](auto from, auto to) {
+    constexpr fastshard::DType kFrom = decltype(from)::value;
+    constexpr fastshard::DType kTo = decltype(to)::value;
+    using In = typename fastshard::Element<kFrom>::storage_type;
+    using Out = typename fastshard::Element<kTo>::storage_type;
+    Out* out = reinterpret_cast<Out*>(slot + entry.slot_offset);
+    for (uint64_t i = threadIdx.x; i < entry.nbytes / sizeof(Out); i += blockDim.x) {
+      const std::byte* source = fastshard::cast_address(entry.view, entry.first_byte + i * sizeof(Out));
+      out[i] = fastshard::cast_element<kFrom, kTo>(*reinterpret_cast<const In*>(source));
+    }
+  });
 }
 
 }  // namespace
@@ -33,6 +49,10 @@ extern "C" __global__ void __launch_bounds__(fastshard::kPackThreads)
       reinterpret_cast<uint32_t*>(storage)[word] = words[word];
     }
     __syncthreads();
+    if (entry.view.cast()) {
+      cast_entry(entry, slot);
+      continue;
+    }
     switch (entry.unit) {
       case 16:
         pack_entry<uint4>(entry, slot);
