@@ -13,31 +13,24 @@ template <DType From, DType To>
   std::memcpy(out, &cast, sizeof cast);
 }
 
-template <DType From, DType To>
-void cast_together(const std::byte* __restrict source, uint64_t count, std::byte* __restrict out) {
-  for (uint64_t i = 0; i < count; ++i) cast_one<From, To>(source + i * itemsize(From), out + i * itemsize(To));
-}
-
+// The shifts by different numbers of places that make it a vector loop came to x86 with AVX2.
 #if defined(__x86_64__)
-// The shifts by different numbers of places that a vector loop needs come with AVX2.
+#define FASTSHARD_VECTORS [[gnu::target("avx2")]]
+const bool have_vectors = __builtin_cpu_supports("avx2");
+#else
+#define FASTSHARD_VECTORS
+constexpr bool have_vectors = true;
+#endif
+
 template <DType From, DType To>
-[[gnu::target("avx2")]] void cast_together_avx2(const std::byte* __restrict source, uint64_t count,
-                                                std::byte* __restrict out) {
+FASTSHARD_VECTORS void cast_together(const std::byte* __restrict source, uint64_t count, std::byte* __restrict out) {
   for (uint64_t i = 0; i < count; ++i) cast_one<From, To>(source + i * itemsize(From), out + i * itemsize(To));
 }
-#endif
 
 template <DType From, DType To>
 void cast_row(const std::byte* source, int64_t stride, uint64_t count, std::byte* out) {
-  if (stride != itemsize(From)) {
-    for (uint64_t i = 0; i < count; ++i, source += stride, out += itemsize(To)) cast_one<From, To>(source, out);
-    return;
-  }
-#if defined(__x86_64__)
-  static const bool avx2 = __builtin_cpu_supports("avx2");
-  if (avx2) return cast_together_avx2<From, To>(source, count, out);
-#endif
-  cast_together<From, To>(source, count, out);
+  if (stride == itemsize(From) && have_vectors) return cast_together<From, To>(source, count, out);
+  for (uint64_t i = 0; i < count; ++i, source += stride, out += itemsize(To)) cast_one<From, To>(source, out);
 }
 
 }  // namespace

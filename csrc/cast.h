@@ -212,57 +212,64 @@ FASTSHARD_HOST_DEVICE inline typename Element<To>::storage_type cast_element(
   return casting::narrowed<To>(casting::widened<From>(bits));
 }
 
-// A type as an argument: DTypeConstant<...>::value.
+// A type as an argument: decltype(argument)::value.
 template <DType kType>
 struct DTypeConstant {
   static constexpr DType value = kType;
 };
 
-namespace casting {
-
+// visitor(DTypeConstant<from>{}) with a type that can be cast.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif
-template <DType From, typename Visitor>
-FASTSHARD_HOST_DEVICE inline auto visit_target(DType to, Visitor&& visitor) {
-  switch (to) {
+template <typename Visitor>
+FASTSHARD_HOST_DEVICE inline auto visit_source(DType from, Visitor&& visitor) {
+  switch (from) {
+    case DType::f64:
+      return visitor(DTypeConstant<DType::f64>{});
     case DType::f16:
-      return visitor(DTypeConstant<From>{}, DTypeConstant<DType::f16>{});
+      return visitor(DTypeConstant<DType::f16>{});
     case DType::bf16:
-      return visitor(DTypeConstant<From>{}, DTypeConstant<DType::bf16>{});
+      return visitor(DTypeConstant<DType::bf16>{});
     case DType::f8_e4m3:
-      return visitor(DTypeConstant<From>{}, DTypeConstant<DType::f8_e4m3>{});
-    case DType::f8_e4m3_sat:
-      return visitor(DTypeConstant<From>{}, DTypeConstant<DType::f8_e4m3_sat>{});
+      return visitor(DTypeConstant<DType::f8_e4m3>{});
     case DType::f8_e5m2:
-      return visitor(DTypeConstant<From>{}, DTypeConstant<DType::f8_e5m2>{});
+      return visitor(DTypeConstant<DType::f8_e5m2>{});
     default:
-      return visitor(DTypeConstant<From>{}, DTypeConstant<DType::f32>{});
+      return visitor(DTypeConstant<DType::f32>{});
   }
 }
 
-}  // namespace casting
+// The same with a type to which there is a cast.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <typename Visitor>
+FASTSHARD_HOST_DEVICE inline auto visit_target(DType to, Visitor&& visitor) {
+  switch (to) {
+    case DType::f16:
+      return visitor(DTypeConstant<DType::f16>{});
+    case DType::bf16:
+      return visitor(DTypeConstant<DType::bf16>{});
+    case DType::f8_e4m3:
+      return visitor(DTypeConstant<DType::f8_e4m3>{});
+    case DType::f8_e4m3_sat:
+      return visitor(DTypeConstant<DType::f8_e4m3_sat>{});
+    case DType::f8_e5m2:
+      return visitor(DTypeConstant<DType::f8_e5m2>{});
+    default:
+      return visitor(DTypeConstant<DType::f32>{});
+  }
+}
 
-// visitor(DTypeConstant<from>, DTypeConstant<to>) with the types of a view that is cast (see check() in plan.h).
+// visitor(DTypeConstant<from>{}, DTypeConstant<to>{}): 36 functions, so in kernels rather one after the other.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif
 template <typename Visitor>
 FASTSHARD_HOST_DEVICE inline auto visit_cast(DType from, DType to, Visitor&& visitor) {
-  switch (from) {
-    case DType::f64:
-      return casting::visit_target<DType::f64>(to, visitor);
-    case DType::f16:
-      return casting::visit_target<DType::f16>(to, visitor);
-    case DType::bf16:
-      return casting::visit_target<DType::bf16>(to, visitor);
-    case DType::f8_e4m3:
-      return casting::visit_target<DType::f8_e4m3>(to, visitor);
-    case DType::f8_e5m2:
-      return casting::visit_target<DType::f8_e5m2>(to, visitor);
-    default:
-      return casting::visit_target<DType::f32>(to, visitor);
-  }
+  return visit_source(
+      from, [&](auto source) { return visit_target(to, [&](auto target) { return visitor(source, target); }); });
 }
 
 // On the CPU: `count` elements that lie `stride` bytes apart, to `out`, where they lie together. Neither side has

@@ -18,19 +18,21 @@ __device__ void pack_entry(const fastshard::PackEntry& entry, std::byte* slot) {
   }
 }
 
-// Element by element; source and target are aligned (pack_unit).
+// Element by element, by way of float32; source and target are aligned (pack_unit).
 __device__ void cast_entry(const fastshard::PackEntry& entry, std::byte* slot) {
-  fastshard::visit_cast(entry.view.from, entry.view.to, [&](auto from, auto to) {
-    constexpr fastshard::DType kFrom = decltype(from)::value;
-    constexpr fastshard::DType kTo = decltype(to)::value;
-    using In = typename fastshard::Element<kFrom>::storage_type;
-    using Out = typename fastshard::Element<kTo>::storage_type;
-    Out* out = reinterpret_cast<Out*>(slot + entry.slot_offset);
-    for (uint64_t i = threadIdx.x; i < entry.nbytes / sizeof(Out); i += blockDim.x) {
-      const std::byte* source = fastshard::cast_address(entry.view, entry.first_byte + i * sizeof(Out));
-      out[i] = fastshard::cast_element<kFrom, kTo>(*reinterpret_cast<const In*>(source));
-    }
-  });
+  const uint32_t out_nbytes = fastshard::itemsize(entry.view.to);
+  for (uint64_t done = threadIdx.x * out_nbytes; done < entry.nbytes; done += blockDim.x * out_nbytes) {
+    const std::byte* source = fastshard::cast_address(entry.view, entry.first_byte + done);
+    std::byte* out = slot + entry.slot_offset + done;
+    const uint32_t value = fastshard::visit_source(entry.view.from, [&](auto type) {
+      using Bits = typename fastshard::Element<decltype(type)::value>::storage_type;
+      return fastshard::casting::widened<decltype(type)::value>(*reinterpret_cast<const Bits*>(source));
+    });
+    fastshard::visit_target(entry.view.to, [&](auto type) {
+      using Bits = typename fastshard::Element<decltype(type)::value>::storage_type;
+      *reinterpret_cast<Bits*>(out) = fastshard::casting::narrowed<decltype(type)::value>(value);
+    });
+  }
 }
 
 }  // namespace
