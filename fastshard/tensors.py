@@ -123,7 +123,7 @@ def _cast(entry: Entry, dtype: torch.dtype) -> Entry:
         view = view._replace(nbytes=nbytes, cast=(CASTS[entry.code], _number_of(dtype)))
     else:
         try:
-            torch.empty(1, dtype=tensor.dtype).to(dtype)
+            torch.empty(1, dtype=tensor.dtype, device="cpu").to(dtype)
         except Exception as error:
             raise type(error)(f"cannot save `{entry.name}` as {dtype}: {error}") from None
         view = TensorView(0, nbytes, FETCHED)
@@ -134,7 +134,7 @@ def _cast(entry: Entry, dtype: torch.dtype) -> Entry:
 @functools.cache
 def _number_of(dtype: torch.dtype) -> int:
     """The engine's cast that does what this torch does: up to 2.12 too large for float8_e4m3fn is NaN there."""
-    saturates = dtype is torch.float8_e4m3fn and not torch.tensor(1e4).to(dtype).float().isnan()
+    saturates = dtype is torch.float8_e4m3fn and not torch.tensor(1e4, device="cpu").to(dtype).float().isnan()
     return CASTS["F8_E4M3_SAT" if saturates else _TARGETS[dtype]]
 
 
@@ -271,7 +271,7 @@ def fetch(
     step = _PIECE_NBYTES // source.element_size()
     for begin in range(0, len(out), step):
         piece = out[begin : begin + step]
-        as_they_are = torch.empty(len(piece), dtype=source.dtype)
+        as_they_are = torch.empty(len(piece), dtype=source.dtype, device="cpu")
         _copy_range(source, first + begin, len(piece), as_they_are)
         piece.copy_(as_they_are.view(tensor.dtype))
 
