@@ -120,7 +120,8 @@ def _cast(entry: Entry, dtype: torch.dtype) -> Entry:
         return entry
     nbytes = tensor.numel() * dtype.itemsize
     if entry.code in CASTS and view.device != FETCHED:
-        view = view._replace(nbytes=nbytes, cast=(CASTS[entry.code], _number_of(dtype)))
+        cast = CASTS[entry.code], _number_of(dtype)
+        view = TensorView(view.data, nbytes, view.device, view.itemsize, view.shape, view.strides, cast)
     else:
         try:
             torch.empty(1, dtype=tensor.dtype, device="cpu").to(dtype)
@@ -128,7 +129,7 @@ def _cast(entry: Entry, dtype: torch.dtype) -> Entry:
             raise type(error)(f"cannot save `{entry.name}` as {dtype}: {error}") from None
         view = TensorView(0, nbytes, FETCHED)
     rank, code, _ = _DTYPES[dtype]
-    return entry._replace(rank=rank, code=code, view=view)
+    return Entry(rank, entry.name, code, entry.shape, view, tensor)
 
 
 @functools.cache
