@@ -260,8 +260,22 @@ def _ceiling(name: str, about: str, prepare: Prepare, **fields: Any) -> Rival:
 
 
 _ALL = (
-    _ceiling("memcpy-1", "memory to memory, one thread", _memcpy(1), modes=(RETURN,), footprint=0.0),
-    _ceiling("memcpy-n", "memory to memory, all CPUs", _memcpy(cpu_count()), modes=(RETURN,), footprint=0.0),
+    _ceiling(
+        "memcpy-1",
+        "memory to memory, one thread",
+        _memcpy(1),
+        modes=(RETURN,),
+        devices=("cpu",),
+        footprint=0.0,
+    ),
+    _ceiling(
+        "memcpy-n",
+        "memory to memory, all CPUs",
+        _memcpy(cpu_count()),
+        modes=(RETURN,),
+        devices=("cpu",),
+        footprint=0.0,
+    ),
     _ceiling(
         "memcpy-all",
         "into as large a touched buffer, all CPUs (torch's copy_: ordinary stores, none non-temporal)",

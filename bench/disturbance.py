@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from .machine import device_kind
+from . import machine
 from .samples import Disturbance
 
 QUIET_S = 0.5
@@ -31,8 +31,8 @@ class _Steps:
     """The job."""
 
     def __init__(self, device: str) -> None:
-        self._cuda = device_kind(device) == "cuda"
-        size = SIZE[device_kind(device)]
+        self._cuda = machine.device_kind(device) == "cuda"
+        size = SIZE[machine.device_kind(device)]
         dtype = torch.bfloat16 if self._cuda else torch.float32
         self._a, self._b, self._out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
 

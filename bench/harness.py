@@ -25,11 +25,11 @@ from pathlib import Path
 
 import torch
 
-from . import ceilings, disturbance, memory
+from . import ceilings, disturbance, machine, memory
 from .cases import CPU, FULL_NBYTES, SHM, Case
 from .ceilings import CEILINGS
-from .machine import cpu_count, device_kind, free_nbytes, memory_nbytes
-from .rivals import US, Job, Rival, Unavailable
+from .machine import cpu_count, free_nbytes, memory_nbytes
+from .rivals import BASE, US, Job, Rival, Unavailable
 from .samples import DURABLE, GIB, MIB, CaseResult, Disturbance, Row
 from .verify import Mismatch, Reference
 
@@ -39,6 +39,7 @@ LEAST_NBYTES = 64 * MIB
 """A case on tmpfs that would have to be smaller than this is not run."""
 STANDING_CHECKS = 3
 """Runs of a standing save that are verified: each of its generations, and the first of them again."""
+WATCHED = (US, BASE, "prepared")
 NO_TIME = "no time left"
 
 
@@ -129,7 +130,7 @@ def _settle(entry: _Entry, nbytes: int, out: Path) -> None:
 
 
 def _synchronize(device: str) -> None:
-    if device_kind(device) != CPU:
+    if machine.device_kind(device) != CPU:
         torch.cuda.synchronize(device)
 
 
@@ -155,7 +156,7 @@ def _close(run: Callable[[], None]) -> None:
 
 def fitting(case: Case, settings: Settings) -> int:
     """The size at which the case is run: what was asked for, or less where ``--shm`` or memory is scarce."""
-    kind = device_kind(settings.device)
+    kind = machine.device_kind(settings.device)
     wanted = min(settings.nbytes, case.natural(kind) or settings.nbytes)
     if case.place != SHM or settings.shm is None:
         return wanted
@@ -182,7 +183,7 @@ class Contest:
 
     def __init__(self, case: Case, rivals: list[Rival], settings: Settings) -> None:
         self.case, self.settings = case, settings
-        self.kind = device_kind(settings.device)
+        self.kind = machine.device_kind(settings.device)
         self.nbytes = fitting(case, settings)
         out = settings.out_of(case)
         assert out
@@ -292,8 +293,8 @@ class Contest:
         return _Entry(rival, job, row, rival.prepare(job))
 
     def disturbances(self) -> None:
-        """What a job beside each save notices of it; slow rivals are known well enough."""
-        for rival in (r for r in self.rivals if not r.slow and r.modes[0] in self.modes):
+        """What a job beside the save of each of WATCHED notices."""
+        for rival in (r for r in self.rivals if r.name in WATCHED and r.modes[0] in self.modes):
             if not self.settings.in_time():
                 return
             row = Row(rival.name, rival.modes[0])
@@ -353,7 +354,7 @@ def run_case(
     del contest
     ceilings.forget()
     gc.collect()
-    if device_kind(settings.device) != CPU:
+    if machine.device_kind(settings.device) != CPU:
         torch.cuda.empty_cache()
     for name in names if case.memory else ():
         if name in settings.memory and settings.in_time():

@@ -136,6 +136,10 @@ def describe(directory: Path, device: str, shm: Path | None = None) -> dict[str,
     }
     for package in ("torch", "safetensors", "fastshard"):
         found[package] = _version(package)
+    if found["fastshard"] is None:  # a checkout on the path, not an installation
+        import fastshard
+
+        found["fastshard"] = fastshard.__version__
     if shm is not None:
         found["shm"] = {
             "directory": str(shm),

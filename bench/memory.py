@@ -23,8 +23,9 @@ from pathlib import Path
 
 import torch
 
+from . import machine
 from .cases import CASES, CPU
-from .machine import MEMORY_BACKED, device_kind, memory_nbytes, mount_of
+from .machine import MEMORY_BACKED, memory_nbytes, mount_of
 from .rivals import RIVALS, Job, Rival
 from .samples import Memory
 
@@ -37,7 +38,7 @@ def probe(spec: str) -> None:
     case, rival, nbytes, device, out = json.loads(spec)
     shards = CASES[case].build(nbytes, device)
     run = RIVALS[rival].prepare(Job(shards, Path(out), durable=False, dtype=CASES[case].dtype))
-    if device_kind(device) != CPU:
+    if machine.device_kind(device) != CPU:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what building left over must not serve as the save's own
     gc.collect()
@@ -53,14 +54,14 @@ def _pinned(rival: Rival, device: str) -> int:
     """Page-locked memory the save had at its peak, by the books of those who took it."""
     detail = rival.detail() if rival.detail else {}
     staged: int = detail.get("staging_nbytes", 0) if detail.get("staging") == "pinned" else 0
-    if device_kind(device) == CPU or not hasattr(torch.cuda, "host_memory_stats"):
+    if machine.device_kind(device) == CPU or not hasattr(torch.cuda, "host_memory_stats"):
         return staged
     return staged + int(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0))
 
 
 def _device_free(device: str) -> int:
     """Free memory of the GPU, all processes together; nothing for host tensors."""
-    return 0 if device_kind(device) == CPU else int(torch.cuda.mem_get_info(device)[0])
+    return 0 if machine.device_kind(device) == CPU else int(torch.cuda.mem_get_info(device)[0])
 
 
 def _held(pid: int, with_shared: bool) -> int:

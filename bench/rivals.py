@@ -260,12 +260,13 @@ def _torch_save_d2h(job: Job) -> Callable[[], None]:
     return _configured(_torch_save(job), compute_crc32=False, use_pinned_memory_for_d2h=True)
 
 
+def _staging(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, device="cpu", pin_memory=True)
+
+
 def _torch_save_pinned(job: Job) -> Callable[[], None]:
     """The best one can do by hand: page-locked copies that are kept, so that locking is paid once."""
-    sources = job.contiguous()
-    staged = [
-        {name: torch.empty_like(t, device="cpu", pin_memory=True) for name, t in s.items()} for s in sources
-    ]
+    staged = [{name: _staging(t) for name, t in shard.items()} for shard in job.contiguous()]
     save = _torch_save_nocrc(replace(job, shards=staged, dtype=None))
 
     def stage_and_save() -> None:
@@ -281,13 +282,17 @@ def _torch_save_pinned(job: Job) -> Callable[[], None]:
 def _checkpoint(job: Job, make_writer: Callable[[], Any]) -> Callable[[], None]:
     """torch.distributed.checkpoint in one process; without a process group it needs no telling."""
     from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.api import CheckpointException
 
     make_writer()
 
     def save() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "torch.distributed is uninitialized": as intended
-            checkpoint.save(job.merged(), storage_writer=make_writer())
+            try:
+                checkpoint.save(job.merged(), storage_writer=make_writer())
+            except CheckpointException as error:  # a BaseException, which nobody expects
+                raise RuntimeError(f"DCP failed: {list(error.failures.values())}") from None
 
     return _then_sync(job, save)
 
