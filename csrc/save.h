@@ -6,6 +6,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <exception>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -13,12 +14,8 @@
 #include <string>
 #include <vector>
 
-#include "device.h"
 #include "fetch.h"
-#include "file.h"
-#include "ring.h"
-#include "schedule.h"
-#include "threads.h"
+#include "writer.h"
 
 namespace fastshard {
 
@@ -29,27 +26,20 @@ struct Stats {
   double copy_seconds = 0;      // thread-seconds spent packing or waiting for device copies
   double write_seconds = 0;     // thread-seconds in pwrite (mapped: in page population)
   double sync_seconds = 0;      // thread-seconds in fsync
-  std::string write_path;       // "buffered", "mapped", "memory"; joined by "+" where files differ
-  std::string staging;          // "none", "pageable", "pinned"
+  std::string write_path;       // name_of(WritePath), "standing" or "memory"; joined by "+" where files differ
+  std::string staging;          // "none", "in place" (devices copied into the target), "pageable", "pinned"
   uint64_t staging_nbytes = 0;  // peak of staged bytes held at once
   std::vector<std::string> fallbacks;
-};
-
-// What a save uses of its engine; all of it outlives the save.
-struct Resources {
-  Ring& ring;
-  WorkerPool& workers;
-  WriteBehind& write_behind;
-  Device& host;
-  std::map<int, Device*> devices;  // by CUDA ordinal, for those in the plan
 };
 
 // Thread-safe. Tensors must stay alive and unchanged until the save is finished.
 class Save : public std::enable_shared_from_this<Save> {
  public:
   // Orders the copies behind the caller's `streams` (by CUDA ordinal), makes and reserves every file. Throws
-  // with nothing left behind.
-  Save(SavePlan plan, const std::map<int, uintptr_t>& streams, WritePath write_path, bool durable, Resources resources);
+  // with nothing left behind. `commit`, where given, runs when every byte is in its place: what makes targets
+  // that are memory visible.
+  Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams, WritePath write_path,
+       bool durable, std::function<void()> commit, Resources resources);
   ~Save();
 
   // Gives the work to the writers; once.
@@ -69,45 +59,32 @@ class Save : public std::enable_shared_from_this<Save> {
   void fetched(uint64_t id) { fetches_.complete(id); }
 
   uint64_t nbytes() const { return nbytes_; }
-  uint64_t nbytes_written() const { return nbytes_written_.load(std::memory_order_relaxed); }
+  uint64_t nbytes_written() const { return progress_.nbytes_written.load(std::memory_order_relaxed); }
   Stats stats() const;
 
  private:
-  struct FileJob;
-  struct InFlight;
   using Clock = std::chrono::steady_clock;
 
-  void run(FileJob& job);
-  void write_chunks(FileJob& job);
-  bool write_unstaged(FileJob& job, const Chunk& chunk);
-  void write_in_place(FileJob& job, const Chunk& chunk);
-  void pack_into_target(FileJob& job, const Chunk& chunk);
-  std::unique_ptr<InFlight> stage(FileJob& job, const Chunk& chunk, Slot slot);
-  void write_staged(FileJob& job, InFlight& staged);
-  void put(FileJob& job, const Chunk& chunk, std::span<iovec> parts);
-  void wrote(FileJob& job, const Chunk& chunk);
-  CopyStream& stream_for(FileJob& job, int device);
-  std::vector<OutputFile*> files() const;
+  void end_file(size_t index);
+  void attempt(const std::function<void()>& step);
+  std::vector<OutputFile*> open_files() const;
   void describe_files(Stats& stats) const;
   void fail(std::exception_ptr error);
   void finish();
 
-  const SavePlan plan_;
+  const std::shared_ptr<const SavePlan> plan_;
   const bool durable_;
-  Resources resources_;
+  const std::function<void()> commit_;
+  const Resources resources_;
   uint64_t nbytes_ = 0;
   const Clock::time_point started_ = Clock::now();
-  std::unique_ptr<CopyStream> host_stream_;
-  std::map<int, std::unique_ptr<CopyStream>> streams_;
+  CopyStreams streams_;
   FetchQueue fetches_;
-  std::vector<std::unique_ptr<FileJob>> jobs_;
-
-  std::atomic<bool> stop_ = false;
+  Progress progress_;
+  // By index in the plan; null where the target is memory.
+  std::vector<std::shared_ptr<OutputFile>> files_;
+  std::vector<std::unique_ptr<FileWriter>> writers_;
   std::atomic<size_t> unfinished_files_ = 0;
-  std::atomic<uint64_t> nbytes_written_ = 0;
-  std::atomic<int64_t> copy_ns_ = 0, write_ns_ = 0, sync_ns_ = 0;
-  std::atomic<uint64_t> staged_nbytes_ = 0, peak_staged_nbytes_ = 0;
-  std::atomic<bool> staged_pinned_ = false, staged_pageable_ = false;
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;

@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "writer.h"
+
+#include <algorithm>
+#include <deque>
+#include <optional>
+#include <vector>
+
+#include "error.h"
+#include "pack.h"
+#include "streaming.h"
+
+namespace fastshard {
+namespace {
+
+// Staged chunks one writer keeps under way: enough for the copy engine never to wait for the disk.
+constexpr size_t kMaxInFlight = 4;
+// Chunks of host memory packed straight into the target: windows of a mapped file, few calls for each; of
+// memory, small enough for all writers to end together.
+constexpr uint64_t kWindowNbytes = 16 << 20;
+constexpr uint64_t kMemoryNbytes = 4 << 20;
+
+}  // namespace
+
+// A chunk being copied: into its slot, or, where the target is page-locked, straight into that (the slot then
+// only lends its scratch). The destructor waits for the copies: only then may the memory go.
+struct FileWriter::InFlight {
+  InFlight(Progress& totals, const Chunk& what, Slot where)
+      : progress(totals), chunk(what), slot(std::move(where)), bytes(slot.bytes().first(chunk.nbytes)) {}
+  ~InFlight() {
+    for (const auto& ticket : tickets) {
+      try {
+        ticket->wait();
+      } catch (...) {
+        // Already known, or about to be thrown for the chunk that failed first.
+      }
+    }
+    progress.staged_nbytes -= staged_nbytes;
+  }
+  InFlight(const InFlight&) = delete;
+  InFlight& operator=(const InFlight&) = delete;
+
+  void wait() {
+    const Timer timer(progress.copy_ns);
+    for (const auto& ticket : tickets) ticket->wait();
+    tickets.clear();
+  }
+
+  void copy_into_slot() {
+    staged_nbytes = chunk.nbytes;
+    const uint64_t now = progress.staged_nbytes += staged_nbytes;
+    uint64_t peak = progress.peak_staged_nbytes;
+    while (now > peak && !progress.peak_staged_nbytes.compare_exchange_weak(peak, now)) {
+    }
+    (slot.pinned() ? progress.staged_pinned : progress.staged_pageable) = true;
+  }
+  void copy_into_target(std::span<std::byte> target) {
+    bytes = target;
+    in_target = true;
+    progress.copied_in_place = true;
+  }
+
+  Progress& progress;
+  const Chunk& chunk;
+  Slot slot;
+  std::span<std::byte> bytes;  // where the copies go
+  bool in_target = false;
+  uint64_t staged_nbytes = 0;
+  std::optional<Mapping> window;
+  std::unique_ptr<Registration> registration;  // of the window; goes before it
+  std::vector<std::unique_ptr<Ticket>> tickets;
+};
+
+FileWriter::FileWriter(const FilePlan& plan, std::shared_ptr<OutputFile> file, const Resources& resources,
+                       const CopyStreams& streams, std::unique_ptr<CopyStream> fetched, Progress& progress)
+    : plan_(plan),
+      file_(std::move(file)),
+      resources_(resources),
+      streams_(streams),
+      fetched_(std::move(fetched)),
+      host_(resources.host.open(0)),
+      progress_(progress) {
+  ScheduleLimits limits;
+  limits.slot_nbytes = resources_.ring.slot_nbytes();
+  if (!buffered()) {
+    limits.in_place = false;
+    limits.packed_nbytes = file_ == nullptr ? kMemoryNbytes : kWindowNbytes;
+    writers_ = resources_.workers.threads();
+  }
+  schedule_ = make_schedule(plan_, limits);
+  writers_ = std::clamp<size_t>(schedule_.chunks.size(), 1, writers_);
+}
+
+const Chunk* FileWriter::claim() {
+  const size_t index = next_chunk_++;
+  return index < schedule_.chunks.size() ? &schedule_.chunks[index] : nullptr;
+}
+
+// For each chunk: take a slot, ask each device that owns a part to pack into it, wait for the oldest, write
+// it at its offset and let the slot go. A writer blocks for a slot only while it holds none, so one slot is
+// enough to finish.
+void FileWriter::write_chunks() {
+  std::deque<std::unique_ptr<InFlight>> in_flight;
+  const Chunk* next = claim();
+  while (next != nullptr || !in_flight.empty()) {
+    if (progress_.stop) throw Cancelled();
+    if (next != nullptr && write_unstaged(*next)) {
+      next = claim();
+      continue;
+    }
+    if (next != nullptr && in_flight.size() < kMaxInFlight) {
+      std::optional<Slot> slot = in_flight.empty() ? resources_.ring.acquire() : resources_.ring.try_acquire();
+      if (slot) {
+        auto staged = stage(*next, std::move(*slot));
+        if (staged->tickets.empty()) {
+          write_staged(*staged);  // packed by this thread, and still in its cache
+        } else {
+          in_flight.push_back(std::move(staged));
+        }
+        next = claim();
+        continue;
+      }
+    }
+    write_staged(*in_flight.front());
+    in_flight.pop_front();
+  }
+}
+
+// Chunks that need no slot: written from where they lie, or packed straight into a target that is memory.
+bool FileWriter::write_unstaged(const Chunk& chunk) {
+  if (chunk.route == Route::in_place) {
+    write_in_place(chunk);
+    return true;
+  }
+  if (chunk.route == Route::packed && !buffered()) {
+    pack_into_target(chunk);
+    return true;
+  }
+  return false;
+}
+
+// Host memory in long runs: the kernel reads it from where it lies.
+void FileWriter::write_in_place(const Chunk& chunk) {
+  std::vector<iovec> parts;
+  parts.reserve(chunk.op_count);
+  for (const CopyOp& op : schedule_.ops_of(chunk)) {
+    for (uint64_t done = 0; done < op.nbytes;) {
+      const uint64_t at = op.first_byte + done;
+      const uint64_t run_left =
+          op.source->contiguous() ? op.nbytes - done : op.source->run_nbytes - at % op.source->run_nbytes;
+      const uint64_t nbytes = std::min(op.nbytes - done, run_left);
+      parts.push_back({const_cast<std::byte*>(packed_address(*op.source, at)), nbytes});
+      done += nbytes;
+    }
+  }
+  put(chunk, parts);
+}
+
+void FileWriter::pack_into_target(const Chunk& chunk) {
+  const auto pack = [&](std::span<std::byte> bytes, bool streaming) {
+    const Timer timer(progress_.copy_ns);
+    Staging target{bytes, {}, streaming};
+    host_->pack(schedule_.ops_of(chunk), target);
+  };
+  if (file_ == nullptr) {
+    pack(target_memory(chunk), plan_.memory.streaming);
+  } else {
+    const Mapping window = window_of(chunk);
+    pack(window.bytes(), true);
+  }
+  wrote(chunk);
+}
+
+// The chunk's part of a target that is memory, its pages writable.
+std::span<std::byte> FileWriter::target_memory(const Chunk& chunk) {
+  const std::span<std::byte> bytes{plan_.memory.bytes + chunk.file_offset, chunk.nbytes};
+  if (plan_.memory.populate) {
+    const Timer timer(progress_.write_ns);
+    populate(bytes, plan_.path);
+  }
+  return bytes;
+}
+
+Mapping FileWriter::window_of(const Chunk& chunk) {
+  const Timer timer(progress_.write_ns);
+  return file_->window(chunk.file_offset, chunk.nbytes);
+}
+
+// Where the chunk's copies go: straight into the target if a device can write there, else into the slot.
+void FileWriter::place(InFlight& staged) {
+  const Chunk& chunk = staged.chunk;
+  if (file_ == nullptr && plan_.memory.page_locked) return staged.copy_into_target(target_memory(chunk));
+  if (chunk.route == Route::device && !resources_.devices.empty()) {
+    Device& device = *resources_.devices.begin()->second;
+    if (file_ != nullptr && file_->write_path() == WritePath::registered && !registration_refused_) {
+      staged.window = window_of(chunk);
+      staged.registration = device.register_staging(staged.window->bytes());
+      if (staged.registration != nullptr) return staged.copy_into_target(staged.window->bytes());
+      registration_refused_ = true;
+    }
+    staged.slot.pin(device);
+  }
+  staged.copy_into_slot();
+}
+
+std::unique_ptr<FileWriter::InFlight> FileWriter::stage(const Chunk& chunk, Slot slot) {
+  auto staged = std::make_unique<InFlight>(progress_, chunk, std::move(slot));
+  place(*staged);
+  const Timer timer(progress_.copy_ns);
+  Staging staging{staged->bytes, staged->slot.scratch()};
+  // Ops of one device are handed over together: many small ones then cost one launch.
+  std::vector<CopyOp> ops(schedule_.ops_of(chunk).begin(), schedule_.ops_of(chunk).end());
+  std::ranges::stable_sort(ops, {}, [](const CopyOp& op) { return op.source->device; });
+  for (auto first = ops.begin(); first != ops.end();) {
+    const int device = first->source->device;
+    const auto last = std::find_if(first, ops.end(), [&](const CopyOp& op) { return op.source->device != device; });
+    if (auto ticket = stream_for(device).pack({first, last}, staging)) {
+      staged->tickets.push_back(std::move(ticket));
+    }
+    first = last;
+  }
+  return staged;
+}
+
+void FileWriter::write_staged(InFlight& staged) {
+  staged.wait();
+  const Chunk& chunk = staged.chunk;
+  if (staged.in_target) return wrote(chunk);
+  if (buffered()) {
+    iovec part{staged.bytes.data(), staged.bytes.size()};
+    return put(chunk, {&part, 1});
+  }
+  const Timer timer(progress_.write_ns);
+  if (file_ == nullptr) {
+    copy_streaming(target_memory(chunk).data(), staged.bytes.data(), staged.bytes.size());
+  } else {
+    if (!staged.window) staged.window = window_of(chunk);
+    copy_streaming(staged.window->bytes().data(), staged.bytes.data(), staged.bytes.size());
+  }
+  wrote(chunk);
+}
+
+void FileWriter::put(const Chunk& chunk, std::span<iovec> parts) {
+  {
+    const Timer timer(progress_.write_ns);
+    file_->write(parts, chunk.file_offset);
+  }
+  wrote(chunk);
+}
+
+void FileWriter::wrote(const Chunk& chunk) {
+  progress_.nbytes_written.fetch_add(chunk.nbytes, std::memory_order_relaxed);
+  if (file_ != nullptr && file_->has_writeback()) {
+    resources_.write_behind.post(file_, chunk.file_offset, chunk.nbytes);
+  }
+}
+
+CopyStream& FileWriter::stream_for(int device) {
+  if (device == kHost) return *host_;
+  if (device == kFetched) return *fetched_;
+  return *streams_.at(device);
+}
+
+}  // namespace fastshard
