@@ -20,6 +20,9 @@ FULL_NBYTES = {CPU: 4 * GIB, CUDA: 8 * GIB}
 """What the goals speak of where a case has no size of its own."""
 
 
+BLOCK_NUMEL = 8 * MIB
+
+
 class Filler:
     """Random bits at the speed of memory: one random block, with another salt for each tensor.
 
@@ -27,10 +30,11 @@ class Filler:
     two that were swapped.
     """
 
-    def __init__(self, device: str, seed: int = 0) -> None:
+    def __init__(self, device: str, nbytes: int, seed: int = 0) -> None:
         generator = torch.Generator(device).manual_seed(seed)
+        size = (min(BLOCK_NUMEL, nbytes // 2),)
         self._block = torch.randint(
-            -(1 << 15), 1 << 15, (8 * MIB,), dtype=torch.int16, device=device, generator=generator
+            -(1 << 15), 1 << 15, size, dtype=torch.int16, device=device, generator=generator
         )
         self._salt = 0
         self.device = device
@@ -47,9 +51,10 @@ class Filler:
 class NumberFiller:
     """Numbers as weights have them, for what is cast: random bits hold NaNs and infinities."""
 
-    def __init__(self, device: str, dtype: torch.dtype, seed: int = 0) -> None:
+    def __init__(self, device: str, nbytes: int, dtype: torch.dtype, seed: int = 0) -> None:
         generator = torch.Generator(device).manual_seed(seed)
-        self._block = torch.randn(8 * MIB, dtype=torch.float32, device=device, generator=generator).to(dtype)
+        numel = min(BLOCK_NUMEL, nbytes // dtype.itemsize)
+        self._block = torch.randn(numel, dtype=torch.float32, device=device, generator=generator).to(dtype)
         self._turn = 0
         self.device, self.dtype = device, dtype
 
@@ -64,7 +69,7 @@ class NumberFiller:
 
 def blocks(nbytes: int, device: str, files: int = 1, numbers: torch.dtype | None = None) -> list[Shard]:
     """Tensors of about 64 MiB, spread over ``files`` files: random bits, or ``numbers`` of that type."""
-    fill = NumberFiller(device, numbers) if numbers else Filler(device)
+    fill = NumberFiller(device, nbytes, numbers) if numbers else Filler(device, nbytes)
     per_file = max(4, round(nbytes / files / (64 * MIB)))
     numel = nbytes // files // per_file // (numbers or BF16).itemsize
     cols = 8192 if numel >= MIB else 64
@@ -101,7 +106,7 @@ QWEN_NBYTES = 2 * sum(math.prod(shape) for _, shape in qwen_shapes())
 
 def qwen(nbytes: int, device: str, files: int = 1) -> list[Shard]:
     """A Qwen2-0.5B-shaped dict, in order, cut into ``files`` shards of about equal bytes."""
-    fill = Filler(device)
+    fill = Filler(device, nbytes)
     shards: list[Shard] = [{} for _ in range(files)]
     shapes = list(qwen_shapes(max(1.0, math.sqrt(QWEN_NBYTES / nbytes))))
     total = sum(math.prod(shape) for _, shape in shapes)
@@ -118,7 +123,7 @@ SMALL_NBYTES = 16 * 1024
 
 def small(nbytes: int, device: str) -> list[Shard]:
     """Tensors of 16 KiB: what is paid for each tensor, rather than for each byte."""
-    fill = Filler(device)
+    fill = Filler(device, nbytes)
     return [{f"experts.{i}.scale": fill(SMALL_NBYTES // 128, 64) for i in range(nbytes // SMALL_NBYTES)}]
 
 
@@ -127,7 +132,7 @@ STRIDED_COUNT = 64
 
 def strided(nbytes: int, device: str) -> list[Shard]:
     """The right half of the columns of each of 64 matrices, as tensor parallelism cuts a weight."""
-    fill = Filler(device)
+    fill = Filler(device, nbytes)
     rows = max(1, math.isqrt(nbytes // STRIDED_COUNT // 4))
     return [{f"layers.{i}.weight": fill(rows, 4 * rows)[:, 2 * rows :] for i in range(STRIDED_COUNT)}]
 
@@ -138,7 +143,7 @@ RANKS = 8
 def columns(nbytes: int, device: str) -> list[Shard]:
     """Each matrix cut by columns into eight, a slice for each file: what eight ranks of tensor parallelism
     save. Rows of a slice are 2 KiB."""
-    fill = Filler(device)
+    fill = Filler(device, nbytes)
     count = max(4, round(nbytes / (64 * MIB)))
     numel = nbytes // count // 2
     width = 1024 if numel >= MIB else 8

@@ -72,10 +72,18 @@ def _for(seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() > end
 
 
-def measure(rival: str, run: Callable[[], None], device: str, quiet_s: float = QUIET_S) -> Disturbance:
+def measure(rival: str, run: Callable[[], None], device: str, quiet_s: float | None = None) -> Disturbance:
     """One save, ``run()``, on a thread of its own, while the job's steps go on in this one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one that shares its step among the cores waits for the slowest of them
+    try:
+        return _measure(rival, run, _Steps(device), quiet_s or QUIET_S)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(rival: str, run: Callable[[], None], steps: _Steps, quiet_s: float) -> Disturbance:
     found = Disturbance(rival)
-    steps = _Steps(device)
     steps.run_until(_for(quiet_s / 4))
     alone = statistics.median(steps.run_until(_for(quiet_s)))
     failed: list[Exception] = []

@@ -186,7 +186,8 @@ class _Standing:
             raise Unavailable("this fastshard has no prepare")
         (path,), (tensors,) = job.paths, job.shards
         cast = {} if job.dtype is None else {"dtype": job.dtype}
-        self._prepared = fastshard.prepare(tensors, path, allow_strided=job.strided, **cast)
+        keywords = _accepts(fastshard.prepare, allow_strided=job.strided, **cast)
+        self._prepared = fastshard.prepare(tensors, path, **keywords)
 
     def __call__(self) -> None:
         self._prepared.save()

@@ -273,7 +273,7 @@ class Standing:
     """The call that begins to write something else."""
     made: list[Standing] = []
 
-    def __init__(self, tensors, path, **_):
+    def __init__(self, tensors, path, *, allow_strided):
         self.tensors, self.path, self.calls, self.closed = tensors, path, 0, False
         self.made.append(self)
 
