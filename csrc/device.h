@@ -50,9 +50,9 @@ class CopyStream {
 class Device {
  public:
   virtual ~Device() = default;
-  // Page-locks `slot` for this device's copy engine; null where that is refused (copies then take the
-  // driver's slower pageable way).
-  virtual std::unique_ptr<Registration> register_staging(std::span<std::byte> slot) = 0;
+  // Page-locks `pages`, whole ones, for this device's copy engine; null where that is refused (copies then take
+  // the driver's slower pageable way).
+  virtual std::unique_ptr<Registration> register_staging(std::span<std::byte> pages) = 0;
   // A copy stream ordered behind what is enqueued on the caller's `stream` now.
   virtual std::unique_ptr<CopyStream> open(uintptr_t stream) = 0;
 };

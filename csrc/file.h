@@ -30,10 +30,12 @@ class Mapping {
   }
   ~Mapping();
   std::span<std::byte> bytes() const { return bytes_; }
+  // All pages that hold a part of it: what can be page-locked.
+  std::span<std::byte> pages() const { return {static_cast<std::byte*>(base_), mapped_nbytes_}; }
 
  private:
   void* base_;
-  uint64_t mapped_nbytes_;
+  uint64_t mapped_nbytes_;  // whole pages
   std::span<std::byte> bytes_;
 };
 

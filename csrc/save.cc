@@ -105,6 +105,7 @@ void Save::finish() {
     file->discard();
   }
   streams_.clear();
+  commit_ = nullptr;  // and what it holds
   // Whoever waits may count on the files being closed: a nameless one holds its space until then.
   std::vector<std::shared_ptr<OutputFile>> closing;
   {

@@ -74,7 +74,7 @@ class Save : public std::enable_shared_from_this<Save> {
 
   const std::shared_ptr<const SavePlan> plan_;
   const bool durable_;
-  const std::function<void()> commit_;
+  std::function<void()> commit_;
   const Resources resources_;
   uint64_t nbytes_ = 0;
   const Clock::time_point started_ = Clock::now();

@@ -65,7 +65,7 @@ void Standing::populate(Generation& generation) {
   // Kernels refuse to pin a disk's page cache for a device; from there its bytes take two hops.
   if (generation.file.has_writeback()) return;
   for (Device* device : devices_) {
-    generation.registration = device->register_staging(bytes);
+    generation.registration = device->register_staging(generation.mapping->pages());
     if (generation.registration != nullptr) break;  // it serves all devices
   }
 }
@@ -75,6 +75,8 @@ size_t Standing::next() {
   if (generation == nullptr || !generation->file.intact()) {
     generation.reset();  // its space first
     generation = make();
+    OutputFile* const file = &generation->file;
+    require_space({&file, 1});
     populate(*generation);
   }
   return next_;

@@ -194,7 +194,7 @@ void FileWriter::place(InFlight& staged) {
     Device& device = *resources_.devices.begin()->second;
     if (file_ != nullptr && file_->write_path() == WritePath::registered && !registration_refused_) {
       staged.window = window_of(chunk);
-      staged.registration = device.register_staging(staged.window->bytes());
+      staged.registration = device.register_staging(staged.window->pages());
       if (staged.registration != nullptr) return staged.copy_into_target(staged.window->bytes());
       registration_refused_ = true;
     }

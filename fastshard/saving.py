@@ -225,8 +225,9 @@ def _run(
 
 def finish(future: SaveFuture, progress: bool | None) -> Stats:
     """Waits for a save, and keeps its figures for :func:`stats`."""
-    _newest.stats = future.result(progress_wanted(progress))
-    return _newest.stats
+    figures = future.result(progress_wanted(progress))
+    _newest.stats = figures
+    return figures
 
 
 def fetcher(entries_of: list[list[_tensors.Entry]]) -> Callable[[int, int, int, int, int], None]:

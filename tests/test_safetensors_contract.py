@@ -582,12 +582,13 @@ def test_public_names():
                 "save_model",
                 "save",
                 "save_files",
+                "prepare",
                 "load_file",
                 "load_model",
                 "load",
                 "safe_open",
             ),
-            *("stats", "Stats", "Options", "Engine", "SaveFuture", "SaveError"),
+            *("stats", "Stats", "Options", "PreparedSave", "Engine", "SaveFuture", "SaveError"),
         }
     )
     assert all(getattr(fastshard, name) is value for name, value in star.items())
