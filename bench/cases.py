@@ -198,7 +198,8 @@ class Case:
     @property
     def bound_by(self) -> dict[str, tuple[str, ...]]:
         """For each mode the ceilings that bound it."""
-        return {RETURN: self.bound or (self.writer,), DURABLE: (self.writer, "direct")}
+        writer = (self.writer, "link") if self.place == SHM else (self.writer,)
+        return {RETURN: self.bound or writer, DURABLE: (self.writer, "direct")}
 
 
 _ONE = ("fastshard", "safetensors")

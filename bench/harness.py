@@ -109,7 +109,8 @@ def empty(directory: Path) -> None:
 
 def _extra_copies(entry: _Entry) -> float:
     """Memory the run will take, in multiples of the bytes saved."""
-    changed = entry.job.strided or entry.job.dtype is not None
+    on_device = any(t.device.type != CPU for shard in entry.job.shards for t in shard.values())
+    changed = entry.job.strided or entry.job.dtype is not None or on_device
     copies = changed and entry.rival.writes is not None and not entry.rival.name.startswith(US)
     return entry.rival.footprint + copies
 

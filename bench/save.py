@@ -231,6 +231,8 @@ def main(argv: list[str] | None = None) -> int:
     kind = machine.device_kind(args.device)
     if kind not in KINDS or (kind != CPU and not torch.cuda.is_available()):
         parser.error(f"--device {args.device}: torch has none here")
+    if ":" in args.device:
+        torch.cuda.set_device(args.device)  # streams and events are the current device's
     if args.dir:
         args.dir.mkdir(parents=True, exist_ok=True)
     directory = args.shm or SHM
