@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -353,7 +354,7 @@ def test_out_of_time_nothing_more_is_begun(tmp_path, capsys):
     assert "NOT VERIFIED" in capsys.readouterr().out
 
 
-def test_slow_rivals_go_first_when_time_runs_out(tmp_path, monkeypatch):
+def test_slow_rivals_are_the_first_to_be_left_out_when_time_runs_out(tmp_path, monkeypatch):
     def prepare(job):
         return lambda: None
 
@@ -520,6 +521,18 @@ def test_page_locked_memory_is_what_the_savers_say(monkeypatch):
     rival.detail = None
     monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: {"allocated_bytes.peak": 5}, raising=False)
     assert memory._pinned(rival, "cuda:0") == 5
+
+
+def test_files_import_what_comes_before_them():
+    """In the order of the package's own description; the demonstration stands beside it."""
+    order = re.findall(r"``(\w+)``", (ROOT / "bench" / "__init__.py").read_text())
+    assert {path.stem for path in (ROOT / "bench").glob("*.py")} == {*order, "__init__", "demo"}
+    for i, name in enumerate(order):
+        text = (ROOT / "bench" / f"{name}.py").read_text()
+        used = set(re.findall(r"^\s*from \.(\w+) import", text, re.M))
+        for line in re.findall(r"^from \. import (.+)$", text, re.M):
+            used |= set(line.split(", "))
+        assert used <= set(order[:i]), name
 
 
 def test_ballast_of_nothing():
