@@ -14,6 +14,7 @@ struct Options {
   uint64_t memory_budget = 128 << 20;  // bytes of staging memory, all saves of the engine together
   size_t threads = 1;                  // writers
   WritePath write_path = WritePath::automatic;
+  uint64_t device_scratch = 64 << 20;  // bytes of each device's own memory, to pack in
 };
 
 // Thread-safe. Saves run on the engine's threads; the destructor waits for them.

@@ -161,6 +161,7 @@ void Save::run(FileJob& job) {
 // it at its offset and let the slot go. A writer blocks for a slot only while it holds none, so one slot is
 // enough to finish.
 void Save::write_chunks(FileJob& job) {
+  const Ring::Share share(resources_.ring);
   std::deque<std::unique_ptr<InFlight>> in_flight;
   const Chunk* next = job.claim();
   while (next != nullptr || !in_flight.empty()) {
@@ -169,8 +170,9 @@ void Save::write_chunks(FileJob& job) {
       next = job.claim();
       continue;
     }
-    if (next != nullptr && in_flight.size() < kMaxInFlight) {
-      std::optional<Slot> slot = in_flight.empty() ? resources_.ring.acquire() : resources_.ring.try_acquire();
+    if (next != nullptr && in_flight.size() < std::min(kMaxInFlight, share.slots())) {
+      const int node = node_of(job, *next);
+      std::optional<Slot> slot = in_flight.empty() ? resources_.ring.acquire(node) : resources_.ring.try_acquire(node);
       if (slot) {
         auto staged = stage(job, *next, std::move(*slot));
         if (staged->tickets.empty()) {
@@ -185,6 +187,16 @@ void Save::write_chunks(FileJob& job) {
     write_staged(job, *in_flight.front());
     in_flight.pop_front();
   }
+}
+
+// Of the first device that packs into the chunk's slot.
+int Save::node_of(FileJob& job, const Chunk& chunk) const {
+  if (chunk.route != Route::device) return -1;
+  for (const CopyOp& op : job.schedule.ops_of(chunk)) {
+    const auto device = resources_.devices.find(op.source->device);
+    if (device != resources_.devices.end()) return device->second->numa_node();
+  }
+  return -1;
 }
 
 // Chunks that need no slot: written from where they lie, or packed straight into a target that is memory.
@@ -327,12 +339,16 @@ void Save::finish() {
     resources_.write_behind.forget(file);
     file->discard();
   }
+  DeviceUse use;
+  for (const auto& [ordinal, stream] : streams_) stream->add_use(use);
   streams_.clear();
   // Whoever waits may count on the files being closed: a nameless one holds its space until then.
   std::vector<std::shared_ptr<OutputFile>> closing;
   {
     const std::lock_guard lock(mutex_);
     describe_files(final_);
+    final_.device_scratch_nbytes = use.scratch_nbytes;
+    final_.fallbacks.insert(final_.fallbacks.end(), use.fallbacks.begin(), use.fallbacks.end());
     for (const auto& job : jobs_) closing.push_back(std::move(job->file));
   }
   closing.clear();

@@ -32,6 +32,7 @@ struct Stats {
   std::string write_path;       // "buffered", "mapped", "memory"; joined by "+" where files differ
   std::string staging;          // "none", "pageable", "pinned"
   uint64_t staging_nbytes = 0;  // peak of staged bytes held at once
+  uint64_t device_scratch_nbytes = 0;  // device memory that was packed in
   std::vector<std::string> fallbacks;
 };
 
@@ -79,6 +80,7 @@ class Save : public std::enable_shared_from_this<Save> {
 
   void run(FileJob& job);
   void write_chunks(FileJob& job);
+  int node_of(FileJob& job, const Chunk& chunk) const;
   bool write_unstaged(FileJob& job, const Chunk& chunk);
   void write_in_place(FileJob& job, const Chunk& chunk);
   void pack_into_target(FileJob& job, const Chunk& chunk);

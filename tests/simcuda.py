@@ -97,8 +97,9 @@ def build(directory: str | os.PathLike[str]) -> Path:
     """Compiles the driver into `directory` unless it is up to date there, and returns its path."""
     directory = Path(directory)
     library = directory / "libsimcuda.so"
-    sources = [*sorted(_SOURCES.glob("*.cc")), _CSRC / "pack.cc", _CSRC / "plan.cc"]
-    inputs = [*sources, *_SOURCES.glob("*.h"), _CSRC / "pack.h", _CSRC / "plan.h"]
+    ours = [_CSRC / name for name in ("plan.cc", "cast.cc", "pack.cc", "kernels/table.cc")]
+    sources = [*sorted(_SOURCES.glob("*.cc")), *ours]
+    inputs = [*sources, *_SOURCES.glob("*.h"), *_CSRC.glob("*.h"), *_CSRC.glob("kernels/*")]
     if library.exists() and library.stat().st_mtime >= max(path.stat().st_mtime for path in inputs):
         return library
     include = cuda_include()
@@ -106,11 +107,12 @@ def build(directory: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError("cuda.h not found: set CUDA_HOME, or pip install nvidia-cuda-runtime")
     compiler = os.environ.get("CXX") or shutil.which("g++") or "g++"
     flags = ["-std=c++20", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-pthread"]
+    flags.append("-Wno-unknown-pragmas")  # of nvcc's
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
 
         def compile_one(source: Path) -> str:
-            target = os.path.join(scratch, source.stem + ".o")
+            target = os.path.join(scratch, f"{source.parent.name}.{source.stem}.o")
             _run([compiler, *flags, "-isystem", str(include), "-c", str(source), "-o", target])
             return target
 
