@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "plan.h"
 
@@ -50,9 +51,30 @@ struct Element<DType::f8_e5m2> {
 
 namespace casting {
 
+// As `condition ? yes : no`, which compilers on the CPU make branches of, and then no vector loop.
+template <typename Word>
+FASTSHARD_HOST_DEVICE inline Word chosen(bool condition, Word yes, Word no) {
+#ifdef __CUDA_ARCH__
+  return condition ? yes : no;
+#else
+  const Word mask = Word{0} - static_cast<Word>(condition);
+  return (yes & mask) | (no & ~mask);
+#endif
+}
+
+// a < b, both below half of Word's range: so compared as signed numbers, for which there are vector instructions.
+template <typename Word>
+FASTSHARD_HOST_DEVICE inline bool less(Word a, Word b) {
+  return static_cast<std::make_signed_t<Word>>(a) < static_cast<std::make_signed_t<Word>>(b);
+}
+template <typename Word>
+FASTSHARD_HOST_DEVICE inline Word smaller(Word a, Word b) {
+  return chosen(less(a, b), a, b);
+}
+
 // Right shift, to nearest, ties to even. 0 < shift; the sum must not overflow.
 template <typename Word>
-FASTSHARD_HOST_DEVICE inline Word shifted(Word value, uint32_t shift) {
+FASTSHARD_HOST_DEVICE inline Word shifted(Word value, Word shift) {
   return static_cast<Word>((value + (Word{1} << (shift - 1)) - 1 + ((value >> shift) & 1)) >> shift);
 }
 
@@ -66,7 +88,7 @@ FASTSHARD_HOST_DEVICE inline uint32_t scaled(uint32_t value, int exponent) {
   uint32_t bits;
   std::memcpy(&bits, &number, sizeof bits);
 #endif
-  return value == 0 ? 0 : bits + (static_cast<uint32_t>(exponent) << 23);
+  return chosen(value == 0, 0u, bits + (static_cast<uint32_t>(exponent) << 23));
 }
 
 // To the bits of a float32.
@@ -87,10 +109,11 @@ template <>
 FASTSHARD_HOST_DEVICE inline uint32_t widened<DType::f16>(uint16_t bits) {
   const uint32_t sign = (bits & 0x8000u) << 16;
   const uint32_t magnitude = bits & 0x7fffu;
-  const uint32_t special = 0x7f800000u | magnitude << 13 | (magnitude > 0x7c00u ? 0x400000u : 0u);
+  const uint32_t special = 0x7f800000u | magnitude << 13 | chosen(less(0x7c00u, magnitude), 0x400000u, 0u);
   const uint32_t normal = (magnitude << 13) + (112u << 23);
   const uint32_t subnormal = scaled(magnitude, -24);
-  return sign | (magnitude >= 0x7c00u ? special : magnitude >= 0x400u ? normal : subnormal);
+  const uint32_t number = chosen(less(magnitude, 0x400u), subnormal, normal);
+  return sign | chosen(less(magnitude, 0x7c00u), number, special);
 }
 
 template <>
@@ -104,7 +127,8 @@ FASTSHARD_HOST_DEVICE inline uint32_t widened<DType::f8_e4m3>(uint8_t bits) {
   const uint32_t magnitude = bits & 0x7fu;
   const uint32_t normal = (magnitude << 20) + (120u << 23);
   const uint32_t subnormal = scaled(magnitude, -9);
-  return sign | (magnitude == 0x7fu ? 0x7ff00000u : magnitude >= 8 ? normal : subnormal);
+  const uint32_t number = chosen(less(magnitude, 8u), subnormal, normal);
+  return sign | chosen(magnitude == 0x7fu, 0x7ff00000u, number);
 }
 
 // To fewer bits: to float32 too, where it comes from a float64.
@@ -114,15 +138,15 @@ FASTSHARD_HOST_DEVICE inline uint32_t widened<DType::f64>(uint64_t bits) {
   const uint64_t magnitude = bits & 0x7fffffffffffffffu;
   const uint64_t infinity = uint64_t{0x7ff} << 52;
   const uint64_t fraction = magnitude & 0xfffffffffffffu;
-  const auto exponent = static_cast<uint32_t>(magnitude >> 52);
-  // Subnormal in float32: in units of 2^-149. From 64 places on nothing is left anyway.
-  const uint32_t places = exponent < 863 ? 63 : 926 - exponent;
-  const uint64_t subnormal = shifted(fraction | uint64_t{1} << 52, exponent < 897 ? places : 63);
-  const uint64_t normal = shifted(magnitude - (uint64_t{896} << 52), 29);
-  const uint64_t number = exponent < 897 ? subnormal : normal;
-  const uint64_t finite = number < 0x7f800000u ? number : 0x7f800000u;
+  const uint64_t exponent = magnitude >> 52;
+  // Subnormal in float32: in units of 2^-149. From 54 places on nothing is left.
+  const uint64_t places = smaller<uint64_t>(926 - smaller<uint64_t>(exponent, 896), 63);
+  const uint64_t subnormal = shifted<uint64_t>(fraction | uint64_t{1} << 52, places);
+  const uint64_t normal = shifted<uint64_t>(magnitude - (uint64_t{896} << 52), 29);
+  const uint64_t number = chosen(less<uint64_t>(exponent, 897), subnormal, normal);
+  const uint64_t finite = smaller<uint64_t>(number, 0x7f800000u);
   const uint64_t nan = 0x7fc00000u | fraction >> 29;
-  return sign | static_cast<uint32_t>(magnitude > infinity ? nan : finite);
+  return sign | static_cast<uint32_t>(chosen(less(infinity, magnitude), nan, finite));
 }
 
 // From the bits of a float32 to a sign, an exponent of that bias, and so many bits of mantissa. What is too
@@ -131,19 +155,19 @@ template <uint32_t kBias, uint32_t kMantissa, uint32_t kSign, uint32_t kOverflow
 FASTSHARD_HOST_DEVICE inline uint32_t narrowed(uint32_t bits) {
   constexpr uint32_t kDrop = 23 - kMantissa;
   constexpr uint32_t kFirstNormal = 128 - kBias;  // exponent, as float32 has it
-  const uint32_t sign = (bits & 0x80000000u) != 0 ? kSign : 0;
+  const uint32_t sign = (bits >> 31) * kSign;
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t exponent = magnitude >> 23;
   const uint32_t fraction = magnitude & 0x7fffffu;
-  // Subnormal: in units of the smallest one. From 31 places on nothing is left, nor of a subnormal float32.
+  // Subnormal: in units of the smallest one. From 25 places on nothing is left.
   constexpr uint32_t kPlaces = 151 - kBias - kMantissa;
-  const uint32_t places = exponent + 31 < kPlaces ? 31 : kPlaces - exponent;
-  const uint32_t subnormal = shifted(fraction | 0x800000u, exponent < kFirstNormal ? places : 31);
+  const uint32_t places = smaller(kPlaces - smaller(exponent, kFirstNormal - 1), 31u);
+  const uint32_t subnormal = shifted(fraction | 0x800000u, places);
   const uint32_t normal = shifted(magnitude - ((kFirstNormal - 1) << 23), kDrop);
-  const uint32_t number = exponent < kFirstNormal ? subnormal : normal;
-  const uint32_t finite = number < kOverflow ? number : kOverflow;
+  const uint32_t number = chosen(less(exponent, kFirstNormal), subnormal, normal);
+  const uint32_t finite = smaller(number, kOverflow);
   const uint32_t nan = kNan | (fraction >> kDrop & kPayload);
-  return sign | (magnitude > 0x7f800000u ? nan : finite);
+  return sign | chosen(less(0x7f800000u, magnitude), nan, finite);
 }
 
 template <DType To>
@@ -156,7 +180,7 @@ FASTSHARD_HOST_DEVICE inline uint32_t narrowed<DType::f32>(uint32_t bits) {
 
 template <>
 FASTSHARD_HOST_DEVICE inline uint16_t narrowed<DType::bf16>(uint32_t bits) {
-  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : shifted(bits, 16));
+  return static_cast<uint16_t>(chosen(less(0x7f800000u, bits & 0x7fffffffu), 0x7fc0u, shifted(bits, 16u)));
 }
 
 template <>
@@ -188,57 +212,64 @@ FASTSHARD_HOST_DEVICE inline typename Element<To>::storage_type cast_element(
   return casting::narrowed<To>(casting::widened<From>(bits));
 }
 
-// A type as an argument: DTypeConstant<...>::value.
+// A type as an argument: decltype(argument)::value.
 template <DType kType>
 struct DTypeConstant {
   static constexpr DType value = kType;
 };
 
-namespace casting {
-
+// visitor(DTypeConstant<from>{}) with a type that can be cast.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif
-template <DType From, typename Visitor>
-FASTSHARD_HOST_DEVICE inline auto visit_target(DType to, Visitor&& visitor) {
-  switch (to) {
+template <typename Visitor>
+FASTSHARD_HOST_DEVICE inline auto visit_source(DType from, Visitor&& visitor) {
+  switch (from) {
+    case DType::f64:
+      return visitor(DTypeConstant<DType::f64>{});
     case DType::f16:
-      return visitor(DTypeConstant<From>{}, DTypeConstant<DType::f16>{});
+      return visitor(DTypeConstant<DType::f16>{});
     case DType::bf16:
-      return visitor(DTypeConstant<From>{}, DTypeConstant<DType::bf16>{});
+      return visitor(DTypeConstant<DType::bf16>{});
     case DType::f8_e4m3:
-      return visitor(DTypeConstant<From>{}, DTypeConstant<DType::f8_e4m3>{});
-    case DType::f8_e4m3_sat:
-      return visitor(DTypeConstant<From>{}, DTypeConstant<DType::f8_e4m3_sat>{});
+      return visitor(DTypeConstant<DType::f8_e4m3>{});
     case DType::f8_e5m2:
-      return visitor(DTypeConstant<From>{}, DTypeConstant<DType::f8_e5m2>{});
+      return visitor(DTypeConstant<DType::f8_e5m2>{});
     default:
-      return visitor(DTypeConstant<From>{}, DTypeConstant<DType::f32>{});
+      return visitor(DTypeConstant<DType::f32>{});
   }
 }
 
-}  // namespace casting
+// The same with a type to which there is a cast.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <typename Visitor>
+FASTSHARD_HOST_DEVICE inline auto visit_target(DType to, Visitor&& visitor) {
+  switch (to) {
+    case DType::f16:
+      return visitor(DTypeConstant<DType::f16>{});
+    case DType::bf16:
+      return visitor(DTypeConstant<DType::bf16>{});
+    case DType::f8_e4m3:
+      return visitor(DTypeConstant<DType::f8_e4m3>{});
+    case DType::f8_e4m3_sat:
+      return visitor(DTypeConstant<DType::f8_e4m3_sat>{});
+    case DType::f8_e5m2:
+      return visitor(DTypeConstant<DType::f8_e5m2>{});
+    default:
+      return visitor(DTypeConstant<DType::f32>{});
+  }
+}
 
-// visitor(DTypeConstant<from>, DTypeConstant<to>) with the types of a view that is cast (see check() in plan.h).
+// visitor(DTypeConstant<from>{}, DTypeConstant<to>{}): 36 functions, so in kernels rather one after the other.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif
 template <typename Visitor>
 FASTSHARD_HOST_DEVICE inline auto visit_cast(DType from, DType to, Visitor&& visitor) {
-  switch (from) {
-    case DType::f64:
-      return casting::visit_target<DType::f64>(to, visitor);
-    case DType::f16:
-      return casting::visit_target<DType::f16>(to, visitor);
-    case DType::bf16:
-      return casting::visit_target<DType::bf16>(to, visitor);
-    case DType::f8_e4m3:
-      return casting::visit_target<DType::f8_e4m3>(to, visitor);
-    case DType::f8_e5m2:
-      return casting::visit_target<DType::f8_e5m2>(to, visitor);
-    default:
-      return casting::visit_target<DType::f32>(to, visitor);
-  }
+  return visit_source(
+      from, [&](auto source) { return visit_target(to, [&](auto target) { return visitor(source, target); }); });
 }
 
 // On the CPU: `count` elements that lie `stride` bytes apart, to `out`, where they lie together. Neither side has

@@ -40,6 +40,7 @@ def save_file(
     durable: bool = False,
     progress: bool | None = None,
     allow_strided: bool = False,
+    dtype: torch.dtype | None = None,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a dict of tensors in safetensors format, byte for byte what ``safetensors.torch.save_file`` writes.
@@ -57,15 +58,19 @@ def save_file(
         progress: show a tqdm bar; ``None``: if the environment variable ``FASTSHARD_PROGRESS`` says so.
         allow_strided: pack non-contiguous tensors straight into the file instead of refusing them. Slices
             of one tensor are fine as long as they have no element in common.
+        dtype: cast every floating-point tensor to this on its way into the file, as ``module.to(dtype)``
+            does, without a second copy in memory: ``torch.float32``, ``float16``, ``bfloat16``,
+            ``float8_e4m3fn`` or ``float8_e5m2``. The bytes are those of ``tensor.to(dtype)`` on the CPU,
+            except that a NaN saved as ``bfloat16`` is always 0x7fc0 (torch's depends on strides and length).
         engine: an :class:`Engine`, or :class:`Options` (an engine is kept for them), or the default one.
 
     Raises:
         ValueError, RuntimeError, KeyError, NotImplementedError, TypeError: for tensors that cannot be
-            saved, as safetensors does.
+            saved, as safetensors does; ``ValueError`` also for another ``dtype``.
         SaveError: a system call failed; both a ``SafetensorError`` and an ``OSError``.
         SafetensorError: the header would be too long for readers.
     """
-    _save({filename: tensors}, metadata, durable, progress, allow_strided, engine)
+    _save({filename: tensors}, metadata, durable, progress, allow_strided, dtype, engine)
 
 
 def save_files(
@@ -75,6 +80,7 @@ def save_files(
     durable: bool = False,
     progress: bool | None = None,
     allow_strided: bool = False,
+    dtype: torch.dtype | None = None,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves many files at once, in parallel: all of them become visible, or none.
@@ -91,7 +97,7 @@ def save_files(
         known = seen.setdefault(os.path.realpath(filename), filename)
         if known is not filename:
             raise ValueError(f"{filename!r} and {known!r} are the same file")
-    _save(files, metadata, durable, progress, allow_strided, engine)
+    _save(files, metadata, durable, progress, allow_strided, dtype, engine)
 
 
 def save_model(
@@ -103,6 +109,7 @@ def save_model(
     durable: bool = False,
     progress: bool | None = None,
     allow_strided: bool = False,
+    dtype: torch.dtype | None = None,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a module's parameters and buffers, of tied tensors only one; see ``safetensors.torch.save_model``.
@@ -111,6 +118,7 @@ def save_model(
     With ``force_contiguous`` strided tensors are packed straight into the file. The other arguments and the
     errors are those of :func:`save_file`.
     """
+    _tensors.check_dtype(dtype)
     state_dict = model.state_dict()
     for kept, removed in _remove_duplicate_names(state_dict).items():
         metadata = {} if metadata is None else metadata
@@ -127,6 +135,7 @@ def save_model(
             durable=durable,
             progress=progress,
             allow_strided=allow_strided or force_contiguous,
+            dtype=dtype,
             engine=engine,
         )
     except ValueError as error:
@@ -140,16 +149,17 @@ def save(
     *,
     progress: bool | None = None,
     allow_strided: bool = False,
+    dtype: torch.dtype | None = None,
     engine: Engine | Options | None = None,
 ) -> bytes:
     """The bytes that :func:`save_file` would write. Arguments and errors are the same."""
     from . import _native
 
     began = time.perf_counter()
-    entries, head = _lay_out(tensors, metadata, allow_strided)
+    entries, head = _lay_out(tensors, metadata, allow_strided, dtype)
     data, address = _native.new_bytes(len(head) + sum(entry.view.nbytes for entry in entries))
     plan = FilePlan((address, len(data)), head, [entry.view for entry in entries])
-    _run([plan], [entries], began, False, progress, "Saving to memory", engine)
+    _run([plan], [entries], dtype, began, False, progress, "Saving to memory", engine)
     return data
 
 
@@ -159,25 +169,31 @@ def _save(
     durable: bool,
     progress: bool | None,
     allow_strided: bool,
+    dtype: torch.dtype | None,
     engine: Engine | Options | None,
 ) -> None:
     began = time.perf_counter()
     plans = []
     entries_of = []
     for filename, tensors in files.items():
-        entries, head = _lay_out(tensors, metadata, allow_strided, filename)
+        entries, head = _lay_out(tensors, metadata, allow_strided, dtype, filename)
         plans.append(FilePlan(_encoded(filename), head, [entry.view for entry in entries]))
         entries_of.append(entries)
     description = os.path.basename(os.fspath(next(iter(files)))) if len(files) == 1 else f"{len(files)} files"
-    _run(plans, entries_of, began, durable, progress, description, engine)
+    _run(plans, entries_of, dtype, began, durable, progress, description, engine)
 
 
 def _lay_out(
-    tensors: StateDict, metadata: dict[str, str] | None, allow_strided: bool, filename: object = ""
+    tensors: StateDict,
+    metadata: dict[str, str] | None,
+    allow_strided: bool,
+    dtype: torch.dtype | None,
+    filename: object = "",
 ) -> tuple[list[_tensors.Entry], bytes]:
     """The tensors in file order, and the header that goes before them."""
+    _tensors.check_dtype(dtype)
     with _collector_paused():
-        entries = _tensors.describe(tensors, allow_strided=allow_strided)
+        entries = _tensors.describe(tensors, allow_strided=allow_strided, dtype=dtype)
         _check_filename(filename)
         _check_metadata(metadata)
         _tensors.check_format(entries)
@@ -204,6 +220,7 @@ def _collector_paused() -> Iterator[None]:
 def _run(
     plans: list[FilePlan],
     entries_of: list[list[_tensors.Entry]],
+    dtype: torch.dtype | None,
     began: float,
     durable: bool,
     progress: bool | None,
@@ -211,7 +228,7 @@ def _run(
     engine: Engine | Options | None,
 ) -> None:
     def fetch(file: int, item: int, first_byte: int, nbytes: int, address: int) -> None:
-        _tensors.fetch(entries_of[file][item].tensor, first_byte, nbytes, address)
+        _tensors.fetch(entries_of[file][item].tensor, first_byte, nbytes, address, dtype)
 
     streams = _tensors.streams_for([entry for entries in entries_of for entry in entries])
     future = engine_for(engine).submit(

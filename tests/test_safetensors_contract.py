@@ -44,7 +44,7 @@ TENSORS = {"a": filled((100,)), "b": filled((3, 5), torch.bfloat16, 1)}
 
 # Signatures ----------------------------------------------------------------------------------------------
 
-EXTRAS = {"durable": False, "progress": None, "allow_strided": False, "engine": None}
+EXTRAS = {"durable": False, "progress": None, "allow_strided": False, "dtype": None, "engine": None}
 
 
 @pytest.mark.parametrize("name", ["save_file", "save", "save_model"])

@@ -90,20 +90,7 @@ __device__ __forceinline__ Four load_as(const Places& places, uint32_t count, bo
 
 // The first `count` elements; or, if they lie `together`, all four from an aligned places.at[0] on.
 __device__ __noinline__ Four load_wide(DType from, Places places, uint32_t count, bool together) {
-  switch (from) {
-    case DType::f64:
-      return load_as<DType::f64>(places, count, together);
-    case DType::f16:
-      return load_as<DType::f16>(places, count, together);
-    case DType::bf16:
-      return load_as<DType::bf16>(places, count, together);
-    case DType::f8_e4m3:
-      return load_as<DType::f8_e4m3>(places, count, together);
-    case DType::f8_e5m2:
-      return load_as<DType::f8_e5m2>(places, count, together);
-    default:
-      return load_as<DType::f32>(places, count, together);
-  }
+  return visit_source(from, [&](auto type) { return load_as<decltype(type)::value>(places, count, together); });
 }
 
 template <DType To>
@@ -115,20 +102,7 @@ __device__ __forceinline__ Four narrowed_to(Four wide) {
 
 // Elements of type `to`, each in its low bits.
 __device__ __noinline__ Four narrow(DType to, Four wide) {
-  switch (to) {
-    case DType::f16:
-      return narrowed_to<DType::f16>(wide);
-    case DType::bf16:
-      return narrowed_to<DType::bf16>(wide);
-    case DType::f8_e4m3:
-      return narrowed_to<DType::f8_e4m3>(wide);
-    case DType::f8_e4m3_sat:
-      return narrowed_to<DType::f8_e4m3_sat>(wide);
-    case DType::f8_e5m2:
-      return narrowed_to<DType::f8_e5m2>(wide);
-    default:
-      return wide;
-  }
+  return visit_target(to, [&](auto type) { return narrowed_to<decltype(type)::value>(wide); });
 }
 
 // One element of `nbytes`.
