@@ -221,6 +221,14 @@ PYBIND11_MODULE(_native, module) {
             return std::make_unique<SaveHandle>(engine->submit(std::move(plan), streams, durable));
           },
           "files"_a, "streams"_a, "durable"_a, "keep_alive"_a, py::keep_alive<0, 5>())
+      .def(
+          "numa_node",
+          [](EngineHandle& handle, int ordinal) {
+            const std::shared_ptr<Engine> engine = handle.engine;
+            if (engine == nullptr) throw std::runtime_error("the engine is closed");
+            return engine->device(ordinal).numa_node();
+          },
+          "ordinal"_a, Released())
       .def("close", &EngineHandle::close);
 
   // Uninitialised bytes to be filled before anybody else sees them, and their address.

@@ -32,6 +32,8 @@ constexpr unsigned kMaxLinkBlocks = 64;
 constexpr unsigned kScratchBlocks = 2;
 // Row distances above this are not accepted as a pitch (CU_DEVICE_ATTRIBUTE_MAX_PITCH is 2 GiB - 1 everywhere).
 constexpr uint64_t kMaxPitch = (uint64_t{1} << 31) - 1;
+// More copies out of scratch, and small ones, cost more than stores over the link.
+constexpr uint64_t kManyPieces = 16;
 // Left in the staging scratch beside tables, for casts that the kernel cannot do.
 constexpr uint64_t kCastNbytes = 4096;
 
@@ -183,8 +185,19 @@ class CudaStream final : public CopyStream {
       for (const CopyOp& op : gathers) copy_gather(op, staging);
       return;
     }
-    if (pack_stream_ && gather_through_scratch(kernel, gathers, staging)) return;
+    if (pack_stream_ && !scattered(gathers) && gather_through_scratch(kernel, gathers, staging)) return;
     gather_over_link(kernel, gathers, staging);
+  }
+
+  // Whether other things lie between most of them in the slot: each piece would be a copy of its own.
+  static bool scattered(const std::vector<CopyOp>& gathers) {
+    uint64_t pieces = 1;
+    uint64_t nbytes = gathers[0].nbytes;
+    for (size_t i = 1; i < gathers.size(); ++i) {
+      pieces += gathers[i - 1].chunk_offset + gathers[i - 1].nbytes != gathers[i].chunk_offset;
+      nbytes += gathers[i].nbytes;
+    }
+    return pieces >= kManyPieces && nbytes / pieces < kEngineCopyNbytes;
   }
 
   static uint64_t table_capacity(const Staging& staging) {

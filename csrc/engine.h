@@ -26,9 +26,10 @@ class Engine {
   // Starts a save and returns while it runs. Throws what stops it before the first copy.
   std::shared_ptr<Save> submit(SavePlan plan, const std::map<int, uintptr_t>& streams, bool durable);
 
- private:
+  // A CUDA device, opened by the first who asks and kept.
   Device& device(int ordinal);
 
+ private:
   const Options options_;
   const std::unique_ptr<Device> host_ = make_host_device();
   std::mutex mutex_;

@@ -174,6 +174,18 @@ class SimCuda:
         self._allocations[address] = (device, nbytes)
         return address
 
+    def alloc_pieces(self, device: int, nbytes: list[int]) -> int:
+        """Allocations side by side, each of whole pages: as memory that was reserved once and mapped in pieces."""
+        sizes = (ctypes.c_uint64 * len(nbytes))(*nbytes)
+        address = ctypes.c_uint64()
+        if self._lib.sim_alloc_pieces(device, sizes, len(nbytes), ctypes.byref(address)) != 0:
+            raise ValueError(f"no such pieces: {nbytes}")
+        begin = address.value
+        for size in nbytes:
+            self._allocations[begin] = (device, size)
+            begin += size
+        return address.value
+
     def free(self, address: int) -> None:
         device, _ = self._allocations.pop(address)
         with self.current(device):
@@ -272,6 +284,14 @@ class SimCuda:
     def peak(self, kind: str) -> int:
         """How many of a kind existed at once since the last reset."""
         return int(self._lib.sim_peak(kind.encode()))
+
+    def forget_peaks(self) -> None:
+        """Peaks are counted from what exists now on."""
+        self._lib.sim_forget_peaks()
+
+    def reset_failures(self) -> None:
+        """Injected failures that have not happened will not."""
+        self._lib.sim_reset_failures()
 
     def reset(self) -> None:
         """Waits for all work, forgets what was set, counted and injected, and frees what this object made."""
