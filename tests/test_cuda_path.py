@@ -819,6 +819,22 @@ def test_blocks_come_back_after_any_failure(
     save(engine, {path: sources})
 
 
+@needs_kernel
+@pytest.mark.parametrize(("function", "nth"), [("cuEventRecord", 2), ("cuEventRecord", 3), ("cuMemcpyDtoHAsync", 1)])
+def test_slots_are_kept_until_packing_beside_a_failure_is_done(
+    sim: SimCuda, new_engine: NewEngine, path: Path, function: str, nth: int
+) -> None:
+    """The table of the kernel lies in the slot, and its target is a block that another chunk may get."""
+    sources = gathered(sim, count=1)
+    sim.fail(function, Result.UNKNOWN, nth)
+    with sim.paused():
+        future = submit(new_engine(), {path: sources})
+        wait_until(lambda: sim.count("cuLaunchKernel") == 1 and sim.count("cuStreamSynchronize") > 0)
+        assert stays_unfinished(future)
+    with pytest.raises(RuntimeError, match=f"{function} failed: CUDA_ERROR_UNKNOWN"):
+        future.result()
+
+
 # Memory next to the device.
 
 
