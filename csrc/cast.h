@@ -71,6 +71,10 @@ template <typename Word>
 FASTSHARD_HOST_DEVICE inline Word smaller(Word a, Word b) {
   return chosen(less(a, b), a, b);
 }
+template <typename Word>
+FASTSHARD_HOST_DEVICE inline Word larger(Word a, Word b) {
+  return chosen(less(a, b), b, a);
+}
 
 // Right shift, to nearest, ties to even. 0 < shift; the sum must not overflow.
 template <typename Word>
@@ -139,11 +143,10 @@ FASTSHARD_HOST_DEVICE inline uint32_t widened<DType::f64>(uint64_t bits) {
   const uint64_t infinity = uint64_t{0x7ff} << 52;
   const uint64_t fraction = magnitude & 0xfffffffffffffu;
   const uint64_t exponent = magnitude >> 52;
-  // Subnormal in float32: in units of 2^-149. From 54 places on nothing is left.
-  const uint64_t places = smaller<uint64_t>(926 - smaller<uint64_t>(exponent, 896), 63);
-  const uint64_t subnormal = shifted<uint64_t>(fraction | uint64_t{1} << 52, places);
-  const uint64_t normal = shifted<uint64_t>(magnitude - (uint64_t{896} << 52), 29);
-  const uint64_t number = chosen(less<uint64_t>(exponent, 897), subnormal, normal);
+  // What is subnormal as float32 loses more places, and from 54 on everything.
+  const uint64_t raised = larger<uint64_t>(exponent, 897);
+  const uint64_t places = smaller<uint64_t>(29 + raised - exponent, 63);
+  const uint64_t number = shifted<uint64_t>(fraction | uint64_t{1} << 52, places) + ((raised - 897) << 23);
   const uint64_t finite = smaller<uint64_t>(number, 0x7f800000u);
   const uint64_t nan = 0x7fc00000u | fraction >> 29;
   return sign | static_cast<uint32_t>(chosen(less(infinity, magnitude), nan, finite));
@@ -159,12 +162,11 @@ FASTSHARD_HOST_DEVICE inline uint32_t narrowed(uint32_t bits) {
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t exponent = magnitude >> 23;
   const uint32_t fraction = magnitude & 0x7fffffu;
-  // Subnormal: in units of the smallest one. From 25 places on nothing is left.
-  constexpr uint32_t kPlaces = 151 - kBias - kMantissa;
-  const uint32_t places = smaller(kPlaces - smaller(exponent, kFirstNormal - 1), 31u);
-  const uint32_t subnormal = shifted(fraction | 0x800000u, places);
-  const uint32_t normal = shifted(magnitude - ((kFirstNormal - 1) << 23), kDrop);
-  const uint32_t number = chosen(less(exponent, kFirstNormal), subnormal, normal);
+  // What is subnormal there loses more places, and from 25 on everything. The bit before the mantissa, where it
+  // is left, counts as one in the exponent.
+  const uint32_t raised = larger(exponent, kFirstNormal);
+  const uint32_t places = smaller(kDrop + raised - exponent, 31u);
+  const uint32_t number = shifted(fraction | 0x800000u, places) + ((raised - kFirstNormal) << kMantissa);
   const uint32_t finite = smaller(number, kOverflow);
   const uint32_t nan = kNan | (fraction >> kDrop & kPayload);
   return sign | chosen(less(0x7f800000u, magnitude), nan, finite);

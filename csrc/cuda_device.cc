@@ -147,7 +147,7 @@ class CudaStream final : public CopyStream {
     try {
       std::vector<CopyOp> gathers;
       for (const CopyOp& op : ops) {
-        if (!op.source->cast() && op.source->contiguous() && op.nbytes >= kEngineCopyNbytes) {
+        if (op.source->contiguous() && op.nbytes >= kEngineCopyNbytes) {
           copy(op.source->data + op.first_byte, op.nbytes, staging.bytes.data() + op.chunk_offset);
         } else {
           gathers.push_back(op);

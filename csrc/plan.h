@@ -57,8 +57,9 @@ struct TensorView {
   DType from = DType::raw;
   DType to = DType::raw;  // raw: not cast
 
-  FASTSHARD_HOST_DEVICE bool contiguous() const { return ndim == 0; }
   FASTSHARD_HOST_DEVICE bool cast() const { return to != DType::raw; }
+  // Whether the packed bytes are a range of memory, which those of a cast are not.
+  FASTSHARD_HOST_DEVICE bool contiguous() const { return ndim == 0 && !cast(); }
 
   // Packed, in the file.
   FASTSHARD_HOST_DEVICE uint64_t packed_run_nbytes() const {
