@@ -180,8 +180,7 @@ class CudaStream final : public CopyStream {
   void gather(std::vector<CopyOp>& gathers, Staging& staging) {
     const CUfunction kernel = gather_ == Gather::pitched ? nullptr : kernels_->pack(context_);
     CUdeviceptr tables = 0;
-    if (kernel == nullptr ||
-        driver().cuMemHostGetDevicePointer(&tables, staging.scratch.data(), 0) != CUDA_SUCCESS) {
+    if (kernel == nullptr || driver().cuMemHostGetDevicePointer(&tables, staging.scratch.data(), 0) != CUDA_SUCCESS) {
       for (const CopyOp& op : gathers) copy_gather(op, staging);
       return;
     }
@@ -279,7 +278,8 @@ class CudaStream final : public CopyStream {
     FASTSHARD_CUDA(driver(), cuEventRecord, block.packed.get(), pack_stream_->get());
     FASTSHARD_CUDA(driver(), cuStreamWaitEvent, stream_.get(), block.packed.get(), 0);
     for (const auto& [first, last] : ranges) {
-      copy(reinterpret_cast<const std::byte*>(block.memory + first - begin), last - first, staging.bytes.data() + first);
+      copy(reinterpret_cast<const std::byte*>(block.memory + first - begin), last - first,
+           staging.bytes.data() + first);
     }
     FASTSHARD_CUDA(driver(), cuEventRecord, block.drained.get(), stream_.get());
     return next;

@@ -28,7 +28,8 @@ FASTSHARD_HOST_DEVICE inline const std::byte* packed_address(const TensorView& v
 }
 
 // The widest unit (a power of two up to 16) that divides all of: source addresses, strides, lengths and the
-// position of one gather. Of a cast: an element of the target. 0: a cast of what is not aligned, which the kernel cannot do.
+// position of one gather. Of a cast: an element of the target. 0: a cast of what is not aligned, which the kernel
+// cannot do.
 uint32_t pack_unit(const TensorView& view, uint64_t first_byte, uint64_t nbytes, uint64_t position);
 
 // The CPU pack: (cast and) packed bytes [first_byte, first_byte + nbytes) of a view of host memory, to `out`.

@@ -101,8 +101,8 @@ class Ring {
   bool available() const { return !free_.empty() || blocks_.size() < slots_; }
 
   Slot take(int node) {
-    const auto near = std::find_if(free_.rbegin(), free_.rend(),
-                                   [&](const Block* block) { return node < 0 || block->node == node; });
+    const auto near =
+        std::find_if(free_.rbegin(), free_.rend(), [&](const Block* block) { return node < 0 || block->node == node; });
     const bool make = free_.empty() || (near == free_.rend() && blocks_.size() < slots_);
     if (make) {
       void* memory = mmap(nullptr, block_nbytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

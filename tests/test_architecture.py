@@ -36,7 +36,15 @@ FOREIGN = {
 ONLY_HOME = {
     r"#include [<\"]pybind11|#include [<\"]Python\.h": {"bindings.cc"},
     r"#include <cuda\.h>": {"cuda_driver.h"},
-    r"\bcu[A-Z]\w+\(": {"cuda_driver.h", "cuda_driver.cc", "cuda_info.cc", "cuda_context.h", "cuda_scratch.cc", "cuda_device.cc", "device.h"},
+    r"\bcu[A-Z]\w+\(": {
+        "cuda_driver.h",
+        "cuda_driver.cc",
+        "cuda_info.cc",
+        "cuda_context.h",
+        "cuda_scratch.cc",
+        "cuda_device.cc",
+        "device.h",
+    },
     r"\bpwritev\b|\brename\b\(|\blinkat\(": {"file.cc", "filesystem.cc"},
 }
 """One file owns each foreign interface."""

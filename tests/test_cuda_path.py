@@ -701,7 +701,14 @@ def gathered(sim: SimCuda, device: int = 0, seed: int = 0, count: int = 24) -> l
 def test_scratch_holds_what_the_option_allows(sim: SimCuda, new_engine: NewEngine, tmp_path: Path) -> None:
     files = {tmp_path / f"{i}.part": gathered(sim, i % 2, seed=i) for i in range(4)}
     tensors = sim.live()["allocated_bytes"]
-    for option, most in [(0, 0), (100_000, 0), (200_000, 200_000), (SLOT, SLOT), (MIB, MIB), (64 * MIB, 64 * MIB)]:
+    for option, most in [
+        (0, 0),
+        (100_000, 0),
+        (200_000, 200_000),
+        (SLOT, SLOT),
+        (MIB, MIB),
+        (64 * MIB, 64 * MIB),
+    ]:
         engine = new_engine(memory_budget=4 * MIB, threads=4, device_scratch=option)
         stats = save(engine, files)
         used = sim.live()["allocated_bytes"] - tensors
@@ -820,7 +827,9 @@ def test_blocks_come_back_after_any_failure(
 
 
 @needs_kernel
-@pytest.mark.parametrize(("function", "nth"), [("cuEventRecord", 2), ("cuEventRecord", 3), ("cuMemcpyDtoHAsync", 1)])
+@pytest.mark.parametrize(
+    ("function", "nth"), [("cuEventRecord", 2), ("cuEventRecord", 3), ("cuMemcpyDtoHAsync", 1)]
+)
 def test_slots_are_kept_until_packing_beside_a_failure_is_done(
     sim: SimCuda, new_engine: NewEngine, path: Path, function: str, nth: int
 ) -> None:

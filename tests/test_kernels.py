@@ -194,7 +194,12 @@ def test_casts(pair: tuple[int, int]) -> None:
 @pytest.mark.parametrize("itemsize", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize(
     ("base", "order"),
-    [((256, 512), (1, 0)), ((3, 18, 20, 40), (0, 3, 1, 2)), ((80, 9, 70), (2, 1, 0)), ((70, 6, 5, 80), (3, 1, 2, 0))],
+    [
+        ((256, 512), (1, 0)),
+        ((3, 18, 20, 40), (0, 3, 1, 2)),
+        ((80, 9, 70), (2, 1, 0)),
+        ((70, 6, 5, 80), (3, 1, 2, 0)),
+    ],
 )
 def test_transposed_views_go_through_tiles(
     base: tuple[int, ...], order: tuple[int, ...], itemsize: int
@@ -260,7 +265,13 @@ def test_a_full_table_says_so() -> None:
     sizes, error = (ctypes.c_uint32 * 2)(), ctypes.create_string_buffer(256)
     arguments = [ctypes.c_size_t(out.nbytes), ctypes.c_size_t(SCRATCH), ctypes.c_uint(3), 0]
     result = library().sim_pack(
-        ops, ctypes.c_size_t(2000), ctypes.c_void_p(out.ctypes.data), *arguments, sizes, error, ctypes.c_size_t(256)
+        ops,
+        ctypes.c_size_t(2000),
+        ctypes.c_void_p(out.ctypes.data),
+        *arguments,
+        sizes,
+        error,
+        ctypes.c_size_t(256),
     )
     assert result == 0, error.value
     taken = sum(op.taken for op in ops)
@@ -290,7 +301,13 @@ def views(draw: st.DrawFn) -> View:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    views(), st.floats(0, 1), st.floats(0, 1), st.integers(0, 40), st.integers(0, 16), st.integers(1, 9), st.booleans()
+    views(),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.integers(0, 40),
+    st.integers(0, 16),
+    st.integers(1, 9),
+    st.booleans(),
 )
 def test_any_view_cut_anywhere(
     view: View, begin: float, end: float, offset: int, lead: int, grid: int, backwards: bool

@@ -143,8 +143,7 @@ __device__ inline void cast_entry(const PackEntry& entry, const PackDim* dims, s
     if (count == 0) continue;
     Places places;
     const bool together = locate(entry, dims, first, places.at) >= kBatch && count == kBatch &&
-                          dims[0].stride == entry.unit &&
-                          reinterpret_cast<uintptr_t>(places.at[0]) % in_alignment == 0;
+                          dims[0].stride == entry.unit && reinterpret_cast<uintptr_t>(places.at[0]) % in_alignment == 0;
     const Four cast = narrow(entry.to, load_wide(entry.from, places, count, together));
     std::byte* const target = out + uint64_t{first} * size;
     if (index == 0 || count < kBatch) {

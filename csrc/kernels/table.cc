@@ -210,7 +210,8 @@ void PackTable::add_box(const Walk& walk, const std::byte* source, uint32_t offs
   const bool whole = plane <= kEntryNbytes;
   const uint32_t step_batch = whole ? static_cast<uint32_t>(kEntryNbytes / plane) : 1;
   const uint32_t step_wide = whole ? wide.size : tile_wide;
-  const uint32_t step_high = whole ? high : std::max(tile_high, kEntryNbytes / (tile_wide * size) / tile_high * tile_high);
+  const uint32_t step_high =
+      whole ? high : std::max(tile_high, kEntryNbytes / (tile_wide * size) / tile_high * tile_high);
   for (uint32_t b = 0; b < batch.size; b += step_batch) {
     for (uint32_t w = 0; w < wide.size; w += step_wide) {
       for (uint32_t h = 0; h < high; h += step_high) {

@@ -25,9 +25,9 @@ inline constexpr uint32_t kMaxLevels = kMaxDims + 1;
 
 // One level of a strided walk.
 struct PackDim {
-  int64_t stride;       // of the source, in bytes
-  uint32_t size;        // below 2^31
-  uint32_t magic;       // for divided(); the outermost dimension of a gather is not divided by
+  int64_t stride;  // of the source, in bytes
+  uint32_t size;   // below 2^31
+  uint32_t magic;  // for divided(); the outermost dimension of a gather is not divided by
   uint32_t shift;
   uint32_t out_stride;  // of a tile
 };
@@ -46,11 +46,11 @@ struct alignas(8) PackEntry {
   uint16_t dims;            // index of the first
   uint8_t dim_count;
   PackKind kind;
-  uint8_t unit;             // bytes that lie together in the source, at a multiple of as many; of a cast: an element
+  uint8_t unit;  // bytes that lie together in the source, at a multiple of as many; of a cast: an element
   DType from, to;
-  uint8_t log_wide;         // tiles: elements of dims[1] and dims[0] in one tile, powers of two
+  uint8_t log_wide;  // tiles: elements of dims[1] and dims[0] in one tile, powers of two
   uint8_t log_high;
-  bool wide_loads;          // tiles of elements below 4 bytes: four bytes at a time, everything being aligned
+  bool wide_loads;  // tiles of elements below 4 bytes: four bytes at a time, everything being aligned
   bool wide_stores;
   uint8_t padding = 0;
 };

@@ -118,7 +118,8 @@ __device__ __noinline__ void store_tile(const PackEntry& entry, const PackDim* d
 template <typename Part>
 __device__ __forceinline__ void load_any(const PackEntry& entry, const PackDim* dims, Tile tile, std::byte* shared) {
   constexpr uint32_t kParts = sizeof(Part) < 4 ? 4 / sizeof(Part) : 1;
-  if (kParts != 1 && entry.wide_loads) return load_tile<Part, kParts>(entry, dims, tile, reinterpret_cast<Part*>(shared));
+  if (kParts != 1 && entry.wide_loads)
+    return load_tile<Part, kParts>(entry, dims, tile, reinterpret_cast<Part*>(shared));
   load_tile<Part, 1>(entry, dims, tile, reinterpret_cast<Part*>(shared));
 }
 

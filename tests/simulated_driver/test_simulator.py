@@ -418,7 +418,9 @@ COPY, GATHER, TILES = range(3)
 
 def pack_entry(source: int, out: int, count: int, unit: int, kind: int = COPY, dims: int = 0) -> bytes:
     """An entry of csrc/kernels/table.h; tests/test_kernels.py has all kinds of them."""
-    return struct.pack("<QIIIHBBBBBBB??B", source, out, 0, count, 0, dims, kind, unit, 0, 0, 1, 1, False, False, 0)
+    return struct.pack(
+        "<QIIIHBBBBBBB??B", source, out, 0, count, 0, dims, kind, unit, 0, 0, 1, 1, False, False, 0
+    )
 
 
 def pack_dim(stride: int, size: int, out_stride: int = 0) -> bytes:
