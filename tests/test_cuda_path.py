@@ -734,6 +734,7 @@ def test_no_memory_for_scratch(sim: SimCuda, new_engine: NewEngine, tmp_path: Pa
     calls += sim.count("cuMemAlloc")
     assert calls == 1  # asked once a save
     sim.reset_failures()
+    (tmp_path / "0.part").unlink()
     stats = save(engine, {tmp_path / "1.part": sources})
     assert stats.device_scratch_nbytes > 0
     assert stats.fallbacks == ()

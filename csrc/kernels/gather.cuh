@@ -64,7 +64,7 @@ __device__ __forceinline__ uint4 joined(const uint4 (&units)[1]) { return units[
 template <typename Unit, typename Load>
 __device__ __forceinline__ void store_words(uint32_t words, std::byte* out, Load load) {
   constexpr uint32_t kUnits = 16 / sizeof(Unit);
-  constexpr uint32_t kAhead = sizeof(Unit) == 16 ? 4 : sizeof(Unit) == 8 ? 2 : 1;
+  constexpr uint32_t kAhead = sizeof(Unit) == 16 ? 2 : 1;
 #pragma unroll 1
   for (uint32_t first = threadIdx.x; first < words; first += kAhead * kPackThreads) {
     Unit units[kAhead][kUnits];
