@@ -100,6 +100,7 @@ const Chunk* FileWriter::claim() {
 // it at its offset and let the slot go. A writer blocks for a slot only while it holds none, so one slot is
 // enough to finish.
 void FileWriter::write_chunks() {
+  const Ring::Share share(resources_.ring);
   std::deque<std::unique_ptr<InFlight>> in_flight;
   const Chunk* next = claim();
   while (next != nullptr || !in_flight.empty()) {
@@ -108,8 +109,9 @@ void FileWriter::write_chunks() {
       next = claim();
       continue;
     }
-    if (next != nullptr && in_flight.size() < kMaxInFlight) {
-      std::optional<Slot> slot = in_flight.empty() ? resources_.ring.acquire() : resources_.ring.try_acquire();
+    if (next != nullptr && in_flight.size() < std::min(kMaxInFlight, share.slots())) {
+      const int node = node_of(*next);
+      std::optional<Slot> slot = in_flight.empty() ? resources_.ring.acquire(node) : resources_.ring.try_acquire(node);
       if (slot) {
         auto staged = stage(*next, std::move(*slot));
         if (staged->tickets.empty()) {
@@ -124,6 +126,16 @@ void FileWriter::write_chunks() {
     write_staged(*in_flight.front());
     in_flight.pop_front();
   }
+}
+
+// Of the first device that packs into the chunk's slot.
+int FileWriter::node_of(const Chunk& chunk) const {
+  if (chunk.route != Route::device) return -1;
+  for (const CopyOp& op : schedule_.ops_of(chunk)) {
+    const auto device = resources_.devices.find(op.source->device);
+    if (device != resources_.devices.end()) return device->second->numa_node();
+  }
+  return -1;
 }
 
 // Chunks that need no slot: written from where they lie, or packed straight into a target that is memory.
