@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cuda_info.h"
+#include "direct_io.h"
 #include "engine.h"
 #include "kernels/embedded.h"
 
@@ -104,10 +105,10 @@ SavePlan plan_from(const py::list& files) {
 }
 
 WritePath write_path_from(const std::string& name) {
-  for (const WritePath path : {WritePath::automatic, WritePath::buffered, WritePath::mapped}) {
+  for (const WritePath path : {WritePath::automatic, WritePath::buffered, WritePath::direct, WritePath::mapped}) {
     if (name == name_of(path)) return path;
   }
-  throw std::invalid_argument("write_path must be 'auto', 'buffered' or 'mapped', not '" + name + "'");
+  throw std::invalid_argument("write_path must be 'auto', 'buffered', 'direct' or 'mapped', not '" + name + "'");
 }
 
 py::dict to_dict(const Stats& stats) {
@@ -119,10 +120,10 @@ py::dict to_dict(const Stats& stats) {
 
 // (chunks, ops) of each file, for the tests of the schedule.
 py::list schedule_of(const py::list& files, uint64_t slot_nbytes, uint64_t packed_nbytes, uint64_t in_place_nbytes,
-                     uint32_t max_ops, bool in_place) {
+                     uint32_t max_ops, bool in_place, uint64_t block_nbytes) {
   const SavePlan plan = plan_from(files);
   check(plan);
-  const ScheduleLimits limits{slot_nbytes, packed_nbytes, in_place_nbytes, max_ops, in_place};
+  const ScheduleLimits limits{slot_nbytes, packed_nbytes, in_place_nbytes, max_ops, in_place, block_nbytes};
   py::list result;
   for (const FilePlan& file : plan.files) {
     const FileSchedule schedule = make_schedule(file, limits);
@@ -188,21 +189,22 @@ PYBIND11_MODULE(_native, module) {
       .def("stats", [](const SaveHandle& handle) { return to_dict(handle.save->stats()); });
 
   py::class_<EngineHandle>(module, "Engine")
-      .def(py::init([](uint64_t memory_budget, size_t threads, const std::string& write_path) {
-             return std::make_unique<EngineHandle>(Options{memory_budget, threads, write_path_from(write_path)});
+      .def(py::init([](uint64_t memory_budget, size_t threads, const std::string& write_path, bool io_uring) {
+             return std::make_unique<EngineHandle>(
+                 Options{memory_budget, threads, write_path_from(write_path), io_uring});
            }),
-           "memory_budget"_a, "threads"_a, "write_path"_a)
+           "memory_budget"_a, "threads"_a, "write_path"_a, "io_uring"_a = true)
       .def(
           "submit",
           [](EngineHandle& handle, const py::list& files, const std::map<int, uintptr_t>& streams, bool durable,
-             const py::object&) {
+             bool keep_cached, const py::object&) {
             const std::shared_ptr<Engine> engine = handle.engine;
             if (engine == nullptr) throw std::runtime_error("the engine is closed");
             SavePlan plan = plan_from(files);
             const py::gil_scoped_release released;
-            return std::make_unique<SaveHandle>(engine->submit(std::move(plan), streams, durable));
+            return std::make_unique<SaveHandle>(engine->submit(std::move(plan), streams, durable, keep_cached));
           },
-          "files"_a, "streams"_a, "durable"_a, "keep_alive"_a, py::keep_alive<0, 5>())
+          "files"_a, "streams"_a, "durable"_a, "keep_cached"_a, "keep_alive"_a, py::keep_alive<0, 6>())
       .def("close", &EngineHandle::close);
 
   // Uninitialised bytes to be filled before anybody else sees them, and their address.
@@ -219,17 +221,21 @@ PYBIND11_MODULE(_native, module) {
   module.def("leak", [](const py::object& object) { object.inc_ref(); }, "object"_a);
 
   module.def("schedule", &schedule_of, "files"_a, "slot_nbytes"_a, "packed_nbytes"_a, "in_place_nbytes"_a, "max_ops"_a,
-             "in_place"_a);
+             "in_place"_a, "block_nbytes"_a = 1);
   module.def("kernels_compiled_in", [] { return embedded_kernels() != nullptr; });
   module.def("cuda_devices", &cuda_devices, Released());
   module.def("cuda_driver_version", &cuda_driver_version, Released());
   module.def(
       "filesystem",
-      [](const std::string& directory, const std::string& write_path) {
+      [](const std::string& directory, const std::string& write_path, bool durable, bool keep_cached, bool from_device,
+         uint64_t nbytes) {
         const FileSystem filesystem = filesystem_of(directory, directory);
-        const Choice choice = choose_write_path(filesystem, write_path_from(write_path));
+        const Choice choice =
+            choose_write_path(filesystem, {write_path_from(write_path), durable, keep_cached, from_device, nbytes});
         return std::tuple(filesystem.type, std::string(name_of(choice.path)), choice.reason);
       },
-      "directory"_a, "write_path"_a = "auto");
+      "directory"_a, "write_path"_a = "auto", "durable"_a = false, "keep_cached"_a = true, "from_device"_a = false,
+      "nbytes"_a = uint64_t{1} << 30);
+  module.def("io_uring_refusal", &io_uring_refusal);
   module.def("probe", &probe, "directory"_a, Released());
 }

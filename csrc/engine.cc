@@ -30,16 +30,18 @@ Engine::Engine(const Options& options)
       ring_(slot_nbytes(options), options.memory_budget / (slot_nbytes(options) + kScratchNbytes)),
       workers_(checked_threads(options)) {}
 
-std::shared_ptr<Save> Engine::submit(SavePlan plan, const std::map<int, uintptr_t>& streams, bool durable) {
+std::shared_ptr<Save> Engine::submit(SavePlan plan, const std::map<int, uintptr_t>& streams, bool durable,
+                                     bool keep_cached) {
   check(plan);
-  Resources resources{ring_, workers_, write_behind_, *host_, {}};
+  Resources resources{ring_, workers_, write_behind_, *host_, {}, io_uring_refused_};
   for (const FilePlan& file : plan.files) {
     for (const WriteItem& item : file.items) {
       const int ordinal = item.source.device;
       if (ordinal >= 0 && !resources.devices.contains(ordinal)) resources.devices[ordinal] = &device(ordinal);
     }
   }
-  auto save = std::make_shared<Save>(std::move(plan), streams, options_.write_path, durable, std::move(resources));
+  const Intent intent{.wanted = options_.write_path, .durable = durable, .keep_cached = keep_cached};
+  auto save = std::make_shared<Save>(std::move(plan), streams, intent, std::move(resources));
   save->start();
   return save;
 }

@@ -6,6 +6,7 @@
 #include <memory>
 #include <mutex>
 
+#include "direct_io.h"
 #include "save.h"
 
 namespace fastshard {
@@ -14,6 +15,7 @@ struct Options {
   uint64_t memory_budget = 128 << 20;  // bytes of staging memory, all saves of the engine together
   size_t threads = 1;                  // writers
   WritePath write_path = WritePath::automatic;
+  bool io_uring = true;  // for direct writes, where the kernel allows it
 };
 
 // Thread-safe. Saves run on the engine's threads; the destructor waits for them.
@@ -23,12 +25,13 @@ class Engine {
   explicit Engine(const Options& options);
 
   // Starts a save and returns while it runs. Throws what stops it before the first copy.
-  std::shared_ptr<Save> submit(SavePlan plan, const std::map<int, uintptr_t>& streams, bool durable);
+  std::shared_ptr<Save> submit(SavePlan plan, const std::map<int, uintptr_t>& streams, bool durable, bool keep_cached);
 
  private:
   Device& device(int ordinal);
 
   const Options options_;
+  const int io_uring_refused_ = options_.io_uring ? io_uring_refusal() : EPERM;
   const std::unique_ptr<Device> host_ = make_host_device();
   std::mutex mutex_;
   std::map<int, std::unique_ptr<Device>> devices_;

@@ -24,6 +24,9 @@ struct KnownType {
   const char* name;
 };
 
+// Below this a save is over before a second write could be under way.
+constexpr uint64_t kDirectNbytes = 16 << 20;
+
 // Magic numbers that linux/magic.h does not have are the filesystems' own (statfs(2)).
 constexpr KnownType kKnownTypes[] = {
     {EXT4_SUPER_MAGIC, "ext4"}, {0x58465342, "xfs"},      {BTRFS_SUPER_MAGIC, "btrfs"},
@@ -49,6 +52,8 @@ const char* name_of(WritePath path) {
       return "auto";
     case WritePath::buffered:
       return "buffered";
+    case WritePath::direct:
+      return "direct";
     case WritePath::mapped:
       return "mapped";
   }
@@ -69,13 +74,19 @@ FileSystem filesystem_of(const std::string& directory, const std::string& path) 
     found.type = text.data();
   }
   found.memory_backed = magic == TMPFS_MAGIC || magic == RAMFS_MAGIC;
+  found.direct_io = found.type == "ext4" || found.type == "xfs";
   return found;
 }
 
-Choice choose_write_path(const FileSystem& filesystem, WritePath wanted) {
-  if (wanted != WritePath::automatic) return {wanted, "asked for"};
+Choice choose_write_path(const FileSystem& filesystem, const Intent& intent) {
+  if (intent.wanted != WritePath::automatic) return {intent.wanted, "asked for"};
   if (filesystem.memory_backed) {
     return {WritePath::buffered, "new file in memory: write(2) fills fresh pages without a fault for each"};
+  }
+  const bool large = intent.nbytes >= kDirectNbytes;
+  if (!intent.keep_cached && large) return {WritePath::direct, "nothing is to stay in the page cache"};
+  if (intent.durable && large && filesystem.direct_io) {
+    return {WritePath::direct, "waits for the disk anyway: past the page cache, several writes under way"};
   }
   return {WritePath::buffered,
           "new file: preallocated, one writer of large pwrites a file, writeback started behind it"};

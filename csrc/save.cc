@@ -7,9 +7,8 @@
 
 namespace fastshard {
 
-Save::Save(SavePlan plan, const std::map<int, uintptr_t>& streams, WritePath write_path, bool durable,
-           Resources resources)
-    : plan_(std::move(plan)), durable_(durable), resources_(std::move(resources)), fetches_([this] {
+Save::Save(SavePlan plan, const std::map<int, uintptr_t>& streams, const Intent& intent, Resources resources)
+    : plan_(std::move(plan)), intent_(intent), resources_(std::move(resources)), fetches_([this] {
         // Under the lock, so that it cannot fall between the waiter's look and its sleep.
         const std::lock_guard lock(mutex_);
         changed_.notify_all();
@@ -18,11 +17,12 @@ Save::Save(SavePlan plan, const std::map<int, uintptr_t>& streams, WritePath wri
     const auto stream = streams.find(ordinal);
     streams_.emplace(ordinal, device->open(stream == streams.end() ? 0 : stream->second));
   }
+  for (const FilePlan& file : plan_.files) nbytes_ += file.nbytes;
+  intent_.nbytes = nbytes_;
+  intent_.from_device = !resources_.devices.empty();
   for (uint32_t index = 0; index < plan_.files.size(); ++index) {
     const FilePlan& file = plan_.files[index];
-    nbytes_ += file.nbytes;
-    files_.push_back(file.memory != nullptr ? nullptr
-                                            : std::make_shared<OutputFile>(file.path, file.nbytes, write_path));
+    files_.push_back(file.memory != nullptr ? nullptr : std::make_shared<OutputFile>(file.path, file.nbytes, intent_));
     writers_.push_back(
         std::make_unique<FileWriter>(file, files_.back(), resources_, streams_, fetches_.stream(index), progress_));
   }
@@ -52,9 +52,10 @@ void Save::start() {
 // The last writer of a file syncs it; the last file's publishes them all.
 void Save::end_file(size_t index) {
   attempt([&] {
-    if (!durable_ || files_[index] == nullptr) return;
+    if (files_[index] == nullptr) return;
     const Timer timer(progress_.sync_ns);
-    files_[index]->sync();
+    files_[index]->end_writing();
+    if (intent_.durable && files_[index]->keep_cached()) files_[index]->sync();
   });
   if (--unfinished_files_ == 0) finish();
 }
@@ -90,7 +91,7 @@ void Save::finish() {
   if (!error) {
     try {
       const Timer timer(progress_.sync_ns);
-      publish(open_files(), durable_);
+      publish(open_files(), intent_.durable);
     } catch (...) {
       error = std::current_exception();
     }
@@ -167,6 +168,9 @@ void Save::describe_files(Stats& stats) const {
   for (const auto& file : files_) {
     paths.insert(file == nullptr ? "memory" : name_of(file->write_path()));
     if (file != nullptr) fallbacks.insert(file->fallbacks().begin(), file->fallbacks().end());
+  }
+  if (progress_.io_uring_refused != 0) {
+    fallbacks.insert("io_uring refused: " + std::generic_category().message(progress_.io_uring_refused));
   }
   for (const std::string& path : paths) stats.write_path += (stats.write_path.empty() ? "" : "+") + path;
   stats.fallbacks.assign(fallbacks.begin(), fallbacks.end());

@@ -24,9 +24,9 @@ struct Stats {
   uint64_t nbytes = 0;          // of the finished files
   double seconds = 0;           // from submit to finish
   double copy_seconds = 0;      // thread-seconds spent packing or waiting for device copies
-  double write_seconds = 0;     // thread-seconds in pwrite (mapped: in page population)
+  double write_seconds = 0;     // thread-seconds in pwrite (direct: waiting for writes; mapped: in page population)
   double sync_seconds = 0;      // thread-seconds in fsync
-  std::string write_path;       // "buffered", "mapped", "memory"; joined by "+" where files differ
+  std::string write_path;       // "buffered", "direct", "mapped", "memory"; joined by "+" where files differ
   std::string staging;          // "none", "pageable", "pinned"
   uint64_t staging_nbytes = 0;  // peak of staged bytes held at once
   std::vector<std::string> fallbacks;
@@ -37,7 +37,7 @@ class Save : public std::enable_shared_from_this<Save> {
  public:
   // Orders the copies behind the caller's `streams` (by CUDA ordinal), makes and reserves every file. Throws
   // with nothing left behind.
-  Save(SavePlan plan, const std::map<int, uintptr_t>& streams, WritePath write_path, bool durable, Resources resources);
+  Save(SavePlan plan, const std::map<int, uintptr_t>& streams, const Intent& intent, Resources resources);
   ~Save();
 
   // Gives the work to the writers; once.
@@ -71,7 +71,7 @@ class Save : public std::enable_shared_from_this<Save> {
   void finish();
 
   const SavePlan plan_;
-  const bool durable_;
+  Intent intent_;
   const Resources resources_;
   uint64_t nbytes_ = 0;
   const Clock::time_point started_ = Clock::now();

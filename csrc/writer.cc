@@ -2,11 +2,14 @@
 #include "writer.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <optional>
+#include <unordered_map>
 #include <vector>
 
+#include "direct_io.h"
 #include "error.h"
 #include "pack.h"
 
@@ -17,6 +20,14 @@ namespace {
 constexpr size_t kMaxInFlight = 4;
 // Windows of memory targets and mapped files: few calls, and shares small enough for all writers.
 constexpr uint64_t kWindowNbytes = 16 << 20;
+// Direct writes under way: enough for the disk never to wait for the copies.
+constexpr unsigned kMaxDirect = 8;
+constexpr uint64_t kDirectNbytes = 8 << 20;
+
+uint64_t knob(const char* n, uint64_t d) {
+  const char* v = getenv(n);
+  return v ? strtoull(v, nullptr, 10) : d;
+}
 
 }  // namespace
 
@@ -64,7 +75,14 @@ FileWriter::FileWriter(const FilePlan& plan, std::shared_ptr<OutputFile> file, c
       progress_(progress) {
   ScheduleLimits limits;
   limits.slot_nbytes = resources_.ring.slot_nbytes();
-  if (!buffered()) {
+  if (direct()) {
+    limits.in_place = false;
+    limits.block_nbytes = file_->block_nbytes();
+    limits.slot_nbytes =
+        std::min(limits.slot_nbytes, knob("DCHUNK", kDirectNbytes)) / limits.block_nbytes * limits.block_nbytes;
+    limits.packed_nbytes = limits.slot_nbytes;
+    writers_ = knob("DWRITERS", 1);
+  } else if (!buffered()) {
     limits.in_place = false;
     limits.packed_nbytes = kWindowNbytes;
     writers_ = resources_.workers.threads();
@@ -82,6 +100,7 @@ const Chunk* FileWriter::claim() {
 // it at its offset and let the slot go. A writer blocks for a slot only while it holds none, so one slot is
 // enough to finish.
 void FileWriter::write_chunks() {
+  if (direct()) return write_chunks_directly();
   std::deque<std::unique_ptr<InFlight>> in_flight;
   const Chunk* next = claim();
   while (next != nullptr || !in_flight.empty()) {
@@ -106,6 +125,66 @@ void FileWriter::write_chunks() {
     write_staged(*in_flight.front());
     in_flight.pop_front();
   }
+}
+
+// The same past the page cache, where writes go on while further chunks are copied: a slot goes when its write is
+// complete. Here, too, a writer blocks for a slot only while it holds none.
+void FileWriter::write_chunks_directly() {
+  std::deque<std::unique_ptr<InFlight>> copying;
+  std::unordered_map<uint64_t, std::unique_ptr<InFlight>> writing;  // by file offset
+  const unsigned depth = (unsigned)knob("DDEPTH", kMaxDirect);
+  const std::unique_ptr<DirectQueue> queue =  // the first to go: waits for the writes
+      make_direct_queue(file_->descriptor(), file_->path(), file_->block_nbytes(), depth,
+                        resources_.io_uring_refused == 0);
+  progress_.io_uring_refused = resources_.io_uring_refused;
+  const auto finish_one = [&](bool wait) {
+    const Timer timer(progress_.write_ns);
+    const std::optional<uint64_t> offset = queue->reap(wait);
+    if (!offset) return false;
+    const auto written = writing.find(*offset);
+    wrote(written->second->chunk);
+    writing.erase(written);
+    return true;
+  };
+  const Chunk* next = claim();
+  while (next != nullptr || !copying.empty() || !writing.empty()) {
+    if (progress_.stop) throw Cancelled();
+    while (!writing.empty() && finish_one(false)) {
+    }
+    const bool none_held = copying.empty() && writing.empty();
+    if (next != nullptr && copying.size() < kMaxInFlight && writing.size() < depth) {
+      std::optional<Slot> slot = none_held ? resources_.ring.acquire() : resources_.ring.try_acquire();
+      if (slot) {
+        auto staged = stage(*next, std::move(*slot));
+        // One that this thread has packed is ready, whatever devices still bring for those before it.
+        const bool ready = staged->tickets.empty();
+        ready ? copying.push_front(std::move(staged)) : copying.push_back(std::move(staged));
+        next = claim();
+        if (!ready) continue;
+      }
+    }
+    if (copying.empty() || writing.size() == depth) {
+      if (!writing.empty()) finish_one(true);
+      continue;
+    }
+    std::unique_ptr<InFlight> staged = std::move(copying.front());
+    copying.pop_front();
+    staged->wait();
+    const Timer timer(progress_.write_ns);
+    const uint64_t offset = staged->chunk.file_offset;
+    const std::span<const std::byte> blocks = whole_blocks(*staged);
+    writing.emplace(offset, std::move(staged));
+    queue->submit(blocks, offset, offset);
+  }
+}
+
+// The chunk as it is written: the file's last one is filled up with zeros, which end_writing() cuts off.
+std::span<const std::byte> FileWriter::whole_blocks(const InFlight& staged) const {
+  const uint64_t nbytes = staged.chunk.nbytes;
+  const uint64_t block = file_->block_nbytes();
+  const std::span<std::byte> bytes = staged.slot.bytes().first((nbytes + block - 1) / block * block);
+  std::ranges::fill(bytes.subspan(nbytes), std::byte{0});
+  return bytes;
 }
 
 // Chunks that need no slot: written from where they lie, or packed straight into a target that is memory.
@@ -206,6 +285,7 @@ void FileWriter::put(const Chunk& chunk, std::span<iovec> parts) {
 
 void FileWriter::wrote(const Chunk& chunk) {
   progress_.nbytes_written.fetch_add(chunk.nbytes, std::memory_order_relaxed);
+  if (buffered() && !file_->keep_cached()) return file_->evict_behind(chunk.file_offset, chunk.nbytes);
   if (file_ != nullptr && file_->has_writeback()) {
     resources_.write_behind.post(file_, chunk.file_offset, chunk.nbytes);
   }

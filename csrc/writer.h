@@ -24,6 +24,7 @@ struct Resources {
   WriteBehind& write_behind;
   Device& host;
   std::map<int, Device*> devices;  // by CUDA ordinal, for those in the plan
+  int io_uring_refused = 0;        // errno; 0: direct writes may use it
 };
 
 // What all writers of a save add up, and what stops them.
@@ -33,6 +34,7 @@ struct Progress {
   std::atomic<int64_t> copy_ns = 0, write_ns = 0, sync_ns = 0;
   std::atomic<uint64_t> staged_nbytes = 0, peak_staged_nbytes = 0;
   std::atomic<bool> staged_pinned = false, staged_pageable = false;
+  std::atomic<int> io_uring_refused = 0;  // errno
 };
 
 // Adds the time it lives to a counter of nanoseconds.
@@ -55,7 +57,8 @@ class Timer {
 using CopyStreams = std::map<int, std::unique_ptr<CopyStream>>;
 
 // A file of the plan on its way. A file of the page cache has one writer (a second one only fights for the
-// inode's lock); mapped files and memory are shared by all.
+// inode's lock), and so has a direct one (more only share the same slots and the same disk); mapped files and
+// memory are shared by all.
 class FileWriter {
  public:
   // `file` is null when the plan's target is memory. `fetched` brings what only Python can.
@@ -71,12 +74,15 @@ class FileWriter {
   struct InFlight;
 
   bool buffered() const { return file_ != nullptr && file_->write_path() == WritePath::buffered; }
+  bool direct() const { return file_ != nullptr && file_->write_path() == WritePath::direct; }
+  void write_chunks_directly();
   const Chunk* claim();
   bool write_unstaged(const Chunk& chunk);
   void write_in_place(const Chunk& chunk);
   void pack_into_target(const Chunk& chunk);
   std::unique_ptr<InFlight> stage(const Chunk& chunk, Slot slot);
   void write_staged(InFlight& staged);
+  std::span<const std::byte> whole_blocks(const InFlight& staged) const;
   void put(const Chunk& chunk, std::span<iovec> parts);
   void wrote(const Chunk& chunk);
   CopyStream& stream_for(int device);

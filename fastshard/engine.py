@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from . import _native
 
 PROGRESS_VARIABLE: Final = "FASTSHARD_PROGRESS"
+IO_URING_VARIABLE: Final = "FASTSHARD_IO_URING"
 _POLL_SECONDS: Final = 0.1
 """How long Ctrl-C or the progress bar may have to wait."""
 
@@ -41,8 +42,8 @@ class Options:
     threads: int | None = None
     """Writer threads; ``None``: one for each CPU this process may use, at most 16."""
     write_path: str = "auto"
-    """``"buffered"`` (pwrite into the page cache), ``"mapped"`` (stores into the mapped file), or ``"auto"``:
-    what suits the filesystem (``fastshard env PATH`` tells)."""
+    """``"buffered"`` (pwrite into the page cache), ``"direct"`` (past it, from staging memory), ``"mapped"``
+    (stores into the mapped file), or ``"auto"``: what suits save and filesystem (``fastshard env PATH`` tells)."""
 
     @property
     def writers(self) -> int:
@@ -64,17 +65,17 @@ class Stats:
     copy_seconds: float
     """Packing, and waiting for copies from devices."""
     write_seconds: float
-    """In pwrite, or populating mapped pages."""
+    """In pwrite, waiting for direct writes, or populating mapped pages."""
     sync_seconds: float
     """In fsync and rename."""
     write_path: str
-    """``"buffered"``, ``"mapped"`` or ``"memory"``."""
+    """``"buffered"``, ``"direct"``, ``"mapped"`` or ``"memory"``."""
     staging: str
     """``"none"`` (written from the tensors' own memory), ``"pageable"`` or ``"pinned"``."""
     staging_nbytes: int
     """Most bytes staged at once."""
     fallbacks: tuple[str, ...]
-    """What the filesystem refused; something else was done instead."""
+    """What filesystem or kernel refused; something else was done instead."""
 
 
 class SaveFuture:
@@ -193,7 +194,9 @@ class Engine:
         options = self.options
         if options.writers < 1 or options.memory_budget < 1:
             raise ValueError("threads and memory_budget must be positive")
-        return _native.Engine(options.memory_budget, options.writers, options.write_path)
+        return _native.Engine(
+            options.memory_budget, options.writers, options.write_path, io_uring_allowed()
+        )
 
     def submit(
         self,
@@ -202,6 +205,7 @@ class Engine:
         keep_alive: object,
         streams: Mapping[int, int] | None = None,
         durable: bool = False,
+        keep_cached: bool = True,
         fetch: Callable[[int, int, int, int, int], None] | None = None,
         plan_seconds: float = 0.0,
         description: str = "Saving",
@@ -220,7 +224,7 @@ class Engine:
             native = self._native
         kept = [keep_alive, self]
         try:
-            save = native.submit(list(files), dict(streams or {}), durable, kept)
+            save = native.submit(list(files), dict(streams or {}), durable, keep_cached, kept)
         except OSError as error:
             raise SaveError(error.errno, error.strerror, error.filename) from None
         future = SaveFuture(save, kept=kept, fetch=fetch, plan_seconds=plan_seconds, description=description)
@@ -281,6 +285,11 @@ def progress_wanted(progress: bool | None) -> bool:
     if progress is None:
         return os.environ.get(PROGRESS_VARIABLE, "0").lower() not in ("", "0", "false", "no", "off")
     return progress
+
+
+def io_uring_allowed() -> bool:
+    """Whether direct writes may use io_uring where the kernel lets them; ``FASTSHARD_IO_URING=0``: threads."""
+    return os.environ.get(IO_URING_VARIABLE, "1") != "0"
 
 
 @atexit.register

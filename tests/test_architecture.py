@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 NATIVE = """
 error.h plan.h plan.cc schedule.h schedule.cc device.h pack.h pack.cc kernels/pack.cu kernels/embedded.h
 kernels/embedded.cc host_device.cc cuda_driver.h cuda_driver.cc cuda_info.h cuda_info.cc cuda_device.cc ring.h
-filesystem.h filesystem.cc file.h file.cc threads.h threads.cc writer.h writer.cc
+filesystem.h filesystem.cc file.h file.cc threads.h threads.cc direct_io.h direct_io.cc writer.h writer.cc
 fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """.split()
 """csrc/ in reading order."""
@@ -36,6 +36,7 @@ ONLY_HOME = {
     r"#include [<\"]pybind11|#include [<\"]Python\.h": {"bindings.cc"},
     r"#include <cuda\.h>": {"cuda_driver.h"},
     r"\bcu[A-Z]\w+\(": {"cuda_driver.h", "cuda_driver.cc", "cuda_info.cc", "cuda_device.cc", "device.h"},
+    r"\bio_uring_(?:setup|enter)\b|SYS_": {"direct_io.cc"},
     r"\bpwritev\b|\brename\b\(|\blinkat\(": {"file.cc", "filesystem.cc"},
 }
 """One file owns each foreign interface."""
