@@ -38,6 +38,7 @@ def save_file(
     metadata: dict[str, str] | None = None,
     *,
     durable: bool = False,
+    keep_cached: bool = True,
     progress: bool | None = None,
     allow_strided: bool = False,
     engine: Engine | Options | None = None,
@@ -54,6 +55,10 @@ def save_file(
         metadata: written into the header in this order.
         durable: return when file and directory are on stable storage (fsync), not as soon as others can
             read the file.
+        keep_cached: ``False``: nothing of the file is left in the page cache when the call returns, so that the
+            save pushes nothing else out of it (a live server's working set); the call then waits for the disk.
+            ``True`` promises nothing: durable saves may go past the page cache. A filesystem in memory
+            ignores it.
         progress: show a tqdm bar; ``None``: if the environment variable ``FASTSHARD_PROGRESS`` says so.
         allow_strided: pack non-contiguous tensors straight into the file instead of refusing them. Slices
             of one tensor are fine as long as they have no element in common.
@@ -65,7 +70,7 @@ def save_file(
         SaveError: a system call failed; both a ``SafetensorError`` and an ``OSError``.
         SafetensorError: the header would be too long for readers.
     """
-    _save({filename: tensors}, metadata, durable, progress, allow_strided, engine)
+    _save({filename: tensors}, metadata, durable, keep_cached, progress, allow_strided, engine)
 
 
 def save_files(
@@ -73,6 +78,7 @@ def save_files(
     metadata: dict[str, str] | None = None,
     *,
     durable: bool = False,
+    keep_cached: bool = True,
     progress: bool | None = None,
     allow_strided: bool = False,
     engine: Engine | Options | None = None,
@@ -91,7 +97,7 @@ def save_files(
         known = seen.setdefault(os.path.realpath(filename), filename)
         if known is not filename:
             raise ValueError(f"{filename!r} and {known!r} are the same file")
-    _save(files, metadata, durable, progress, allow_strided, engine)
+    _save(files, metadata, durable, keep_cached, progress, allow_strided, engine)
 
 
 def save_model(
@@ -101,6 +107,7 @@ def save_model(
     force_contiguous: bool = True,
     *,
     durable: bool = False,
+    keep_cached: bool = True,
     progress: bool | None = None,
     allow_strided: bool = False,
     engine: Engine | Options | None = None,
@@ -125,6 +132,7 @@ def save_model(
             filename,
             metadata,
             durable=durable,
+            keep_cached=keep_cached,
             progress=progress,
             allow_strided=allow_strided or force_contiguous,
             engine=engine,
@@ -149,7 +157,7 @@ def save(
     entries, head = _lay_out(tensors, metadata, allow_strided)
     data, address = _native.new_bytes(len(head) + sum(entry.view.nbytes for entry in entries))
     plan = FilePlan((address, len(data)), head, [entry.view for entry in entries])
-    _run([plan], [entries], began, False, progress, "Saving to memory", engine)
+    _run([plan], [entries], began, False, True, progress, "Saving to memory", engine)
     return data
 
 
@@ -157,6 +165,7 @@ def _save(
     files: Mapping[PathLike, StateDict],
     metadata: dict[str, str] | None,
     durable: bool,
+    keep_cached: bool,
     progress: bool | None,
     allow_strided: bool,
     engine: Engine | Options | None,
@@ -169,7 +178,7 @@ def _save(
         plans.append(FilePlan(_encoded(filename), head, [entry.view for entry in entries]))
         entries_of.append(entries)
     description = os.path.basename(os.fspath(next(iter(files)))) if len(files) == 1 else f"{len(files)} files"
-    _run(plans, entries_of, began, durable, progress, description, engine)
+    _run(plans, entries_of, began, durable, keep_cached, progress, description, engine)
 
 
 def _lay_out(
@@ -206,6 +215,7 @@ def _run(
     entries_of: list[list[_tensors.Entry]],
     began: float,
     durable: bool,
+    keep_cached: bool,
     progress: bool | None,
     description: str,
     engine: Engine | Options | None,
@@ -219,6 +229,7 @@ def _run(
         keep_alive=entries_of,
         streams=streams,
         durable=durable,
+        keep_cached=keep_cached,
         fetch=fetch,
         plan_seconds=time.perf_counter() - began,
         description=description,

@@ -16,6 +16,7 @@ import faulthandler
 import functools
 import gc
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,3 +154,12 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     import torch
 
     return torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that refuses calls."""
+    library = tmp_path_factory.mktemp("preload") / "refusing_filesystem.so"
+    source = Path(__file__).with_name("refusing_filesystem.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return library

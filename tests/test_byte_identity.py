@@ -29,7 +29,7 @@ PAGE = 4096
 ENGINES = [
     Options(memory_budget=BUDGET, threads=threads, write_path=write_path)
     for threads in (1, 3)
-    for write_path in ("buffered", "mapped")
+    for write_path in ("buffered", "direct", "mapped")
 ]
 
 deterministic = settings(derandomize=True, deadline=None, max_examples=300)

@@ -118,7 +118,7 @@ def noise(nbytes: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(nbytes)
 
 
-@pytest.mark.parametrize("write_path", ["buffered", "mapped"])
+@pytest.mark.parametrize("write_path", ["buffered", "direct", "mapped"])
 def test_large_and_small(new_engine: NewEngine, path: Path, write_path: str) -> None:
     items = [noise(5 * SLOT + 3), b"", *[noise(i, seed=i) for i in range(100)], noise(2 * SLOT, seed=1)]
     library = Library(items)

@@ -44,7 +44,7 @@ TENSORS = {"a": filled((100,)), "b": filled((3, 5), torch.bfloat16, 1)}
 
 # Signatures ----------------------------------------------------------------------------------------------
 
-EXTRAS = {"durable": False, "progress": None, "allow_strided": False, "engine": None}
+EXTRAS = {"durable": False, "keep_cached": True, "progress": None, "allow_strided": False, "engine": None}
 
 
 @pytest.mark.parametrize("name", ["save_file", "save", "save_model"])
@@ -59,7 +59,7 @@ def test_signatures_begin_as_the_references(name):
 def test_extras_are_keyword_only_and_the_same_everywhere(name):
     parameters = inspect.signature(getattr(fastshard, name)).parameters.values()
     extras = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    expected = {key: value for key, value in EXTRAS.items() if (name, key) != ("save", "durable")}
+    expected = {key: value for key, value in EXTRAS.items() if name != "save" or key not in ("durable", "keep_cached")}
     assert extras == expected
 
 
