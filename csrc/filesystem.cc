@@ -24,8 +24,10 @@ struct KnownType {
   const char* name;
 };
 
-// Below this a save is over before a second write could be under way.
+// Smaller saves are over before direct writes could overlap.
 constexpr uint64_t kDirectNbytes = 16 << 20;
+// Durable saves of device memory: staged in any case, so that direct writes save them a copy. Not measured on a GPU yet.
+constexpr bool kDirectFromDevice = true;
 
 // Magic numbers that linux/magic.h does not have are the filesystems' own (statfs(2)).
 constexpr KnownType kKnownTypes[] = {
@@ -85,7 +87,7 @@ Choice choose_write_path(const FileSystem& filesystem, const Intent& intent) {
   }
   const bool large = intent.nbytes >= kDirectNbytes;
   if (!intent.keep_cached && large) return {WritePath::direct, "nothing is to stay in the page cache"};
-  if (intent.durable && large && filesystem.direct_io) {
+  if (intent.durable && large && filesystem.direct_io && (kDirectFromDevice || !intent.from_device)) {
     return {WritePath::direct, "waits for the disk anyway: past the page cache, several writes under way"};
   }
   return {WritePath::buffered,

@@ -136,6 +136,8 @@ def test_from_a_device(engines: NewEngine, sim: object, tmp_path: Path) -> None:
         stats = save(engines(threads=threads), files, durable=True)
         assert (stats.write_path, stats.staging) == ("direct", "pinned")
     small = [on_device(sim, noise(1, seed=i)) for i in range(2 * PAGE)]  # type: ignore[arg-type]
+    for path in files:
+        path.unlink()
     save(engines(), {tmp_path / "small": small})
 
 
@@ -206,7 +208,7 @@ def test_failed_writes_leave_the_old_file(path: Path, preloaded: Path, refuse: s
 def test_a_write_that_fails_in_the_middle(path: Path, preloaded: Path, uring: str) -> None:
     """At the limit of a file's size: a short write, then an error."""
     save_file(OTHERS, path)
-    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ((5 << 20) + 5000,) * 2)\n" + SAVE
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ((5 << 20) + 8192,) * 2)\n" + SAVE
     done = run(limited, path, env={**preload(preloaded, "fallocate"), IO_URING_VARIABLE: uring})
     assert json.loads(done.stdout) == {"errno": errno.EFBIG, "filename": str(path)}, done.stderr
     assert same(path, OTHERS) and names(path.parent) == [path.name]
