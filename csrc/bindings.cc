@@ -92,23 +92,70 @@ FilePlan file_from(py::handle object) {
   } else {
     const auto [address, nbytes] = tuple[0].cast<std::pair<uintptr_t, uint64_t>>();
     if (nbytes != file.nbytes) throw std::invalid_argument("the memory target does not have the plan's size");
-    file.memory = reinterpret_cast<std::byte*>(address);
+    file.memory.bytes = reinterpret_cast<std::byte*>(address);
   }
   return file;
 }
 
-SavePlan plan_from(const py::list& files) {
-  SavePlan plan;
-  plan.files.reserve(files.size());
-  for (const py::handle file : files) plan.files.push_back(file_from(file));
+std::shared_ptr<SavePlan> plan_from(const py::list& files) {
+  auto plan = std::make_shared<SavePlan>();
+  plan->files.reserve(files.size());
+  for (const py::handle file : files) plan->files.push_back(file_from(file));
   return plan;
 }
 
+// A prepared save as Python holds it: one plan for each generation of the file, as each has its own address.
+// Python sees to it that there is one save at a time.
+struct PreparedHandle {
+  PreparedHandle(std::shared_ptr<Engine> of, const py::object& file, size_t generations) : engine(std::move(of)) {
+    if (engine == nullptr) throw std::runtime_error("the engine is closed");
+    bind(file, generations);
+    const py::gil_scoped_release released;
+    standing = engine->stand(*plans.front(), generations);
+  }
+  PreparedHandle(const PreparedHandle&) = delete;
+  PreparedHandle& operator=(const PreparedHandle&) = delete;
+  ~PreparedHandle() { close(); }
+
+  void bind(const py::object& file, size_t generations) {
+    std::vector<std::shared_ptr<SavePlan>> bound;
+    py::list files;
+    files.append(file);
+    while (bound.size() < generations) bound.push_back(plan_from(files));
+    check(*bound.at(0));
+    if (!plans.empty() && bound[0]->files[0].nbytes != plans[0]->files[0].nbytes) {
+      throw std::invalid_argument("the file would have another size");
+    }
+    plans = std::move(bound);
+  }
+
+  std::unique_ptr<SaveHandle> submit(const std::map<int, uintptr_t>& streams, bool durable) {
+    if (standing == nullptr) throw std::runtime_error("the prepared save is closed");
+    const py::gil_scoped_release released;
+    const size_t generation = standing->next();
+    plans[generation]->files[0].memory = standing->target(generation);
+    const auto commit = [target = standing, generation, durable] { target->publish(generation, durable); };
+    return std::make_unique<SaveHandle>(engine->submit(plans[generation], streams, durable, true, commit));
+  }
+
+  void close() {
+    const py::gil_scoped_release released;
+    standing.reset();
+    engine.reset();
+  }
+
+  std::shared_ptr<Engine> engine;
+  std::shared_ptr<Standing> standing;
+  std::vector<std::shared_ptr<SavePlan>> plans;
+};
+
 WritePath write_path_from(const std::string& name) {
-  for (const WritePath path : {WritePath::automatic, WritePath::buffered, WritePath::direct, WritePath::mapped}) {
+  for (const WritePath path :
+       {WritePath::automatic, WritePath::buffered, WritePath::direct, WritePath::mapped, WritePath::registered}) {
     if (name == name_of(path)) return path;
   }
-  throw std::invalid_argument("write_path must be 'auto', 'buffered', 'direct' or 'mapped', not '" + name + "'");
+  throw std::invalid_argument("write_path must be 'auto', 'buffered', 'direct', 'mapped' or 'registered', not '" +
+                              name + "'");
 }
 
 py::dict to_dict(const Stats& stats) {
@@ -121,11 +168,11 @@ py::dict to_dict(const Stats& stats) {
 // (chunks, ops) of each file, for the tests of the schedule.
 py::list schedule_of(const py::list& files, uint64_t slot_nbytes, uint64_t packed_nbytes, uint64_t in_place_nbytes,
                      uint32_t max_ops, bool in_place, uint64_t block_nbytes) {
-  const SavePlan plan = plan_from(files);
-  check(plan);
+  const std::shared_ptr<const SavePlan> plan = plan_from(files);
+  check(*plan);
   const ScheduleLimits limits{slot_nbytes, packed_nbytes, in_place_nbytes, max_ops, in_place, block_nbytes};
   py::list result;
-  for (const FilePlan& file : plan.files) {
+  for (const FilePlan& file : plan->files) {
     const FileSchedule schedule = make_schedule(file, limits);
     py::list chunks;
     for (const Chunk& chunk : schedule.chunks) {
@@ -200,12 +247,31 @@ PYBIND11_MODULE(_native, module) {
              bool keep_cached, const py::object&) {
             const std::shared_ptr<Engine> engine = handle.engine;
             if (engine == nullptr) throw std::runtime_error("the engine is closed");
-            SavePlan plan = plan_from(files);
+            std::shared_ptr<const SavePlan> plan = plan_from(files);
             const py::gil_scoped_release released;
             return std::make_unique<SaveHandle>(engine->submit(std::move(plan), streams, durable, keep_cached));
           },
           "files"_a, "streams"_a, "durable"_a, "keep_cached"_a, "keep_alive"_a, py::keep_alive<0, 6>())
+      .def(
+          "prepare",
+          [](EngineHandle& handle, const py::object& file, size_t generations) {
+            return std::make_unique<PreparedHandle>(handle.engine, file, generations);
+          },
+          "file"_a, "generations"_a)
       .def("close", &EngineHandle::close);
+
+  py::class_<PreparedHandle>(module, "Prepared")
+      .def(
+          "submit",
+          [](PreparedHandle& handle, const std::map<int, uintptr_t>& streams, bool durable, const py::object&) {
+            return handle.submit(streams, durable);
+          },
+          "streams"_a, "durable"_a, "keep_alive"_a, py::keep_alive<0, 4>())
+      .def(
+          "bind", [](PreparedHandle& handle, const py::object& file) { handle.bind(file, handle.plans.size()); },
+          "file"_a)
+      .def("fallbacks", [](const PreparedHandle& handle) { return py::tuple(py::cast(handle.standing->fallbacks())); })
+      .def("close", &PreparedHandle::close);
 
   // Uninitialised bytes to be filled before anybody else sees them, and their address.
   module.def(

@@ -27,11 +27,12 @@ class Registration {
   virtual ~Registration() = default;
 };
 
-// Where a chunk is staged: a slot, of which pack() fills `bytes` and takes what it needs from the front of
-// `scratch` (memory with the slot's registration and lifetime).
+// Where a chunk is staged: pack() fills `bytes`, of a slot or of a page-locked target, and takes what it needs
+// from the front of `scratch` (memory of a slot, page-locked where the slot is).
 struct Staging {
   std::span<std::byte> bytes;
   std::span<std::byte> scratch;
+  bool streaming = false;  // `bytes` are the target itself: stores of the CPU go past its caches
 };
 // Scratch that is always enough: a kernel's table entry for each op of a chunk and each 64 KiB of it.
 inline constexpr uint64_t kScratchNbytes = 256 << 10;
@@ -49,9 +50,9 @@ class CopyStream {
 class Device {
  public:
   virtual ~Device() = default;
-  // Page-locks `slot` for this device's copy engine; null where that is refused (copies then take the
-  // driver's slower pageable way).
-  virtual std::unique_ptr<Registration> register_staging(std::span<std::byte> slot) = 0;
+  // Page-locks `pages`, whole ones, for this device's copy engine; null where that is refused (copies then take
+  // the driver's slower pageable way).
+  virtual std::unique_ptr<Registration> register_staging(std::span<std::byte> pages) = 0;
   // A copy stream ordered behind what is enqueued on the caller's `stream` now.
   virtual std::unique_ptr<CopyStream> open(uintptr_t stream) = 0;
 };

@@ -30,20 +30,33 @@ Engine::Engine(const Options& options)
       ring_(slot_nbytes(options), options.memory_budget / (slot_nbytes(options) + kScratchNbytes)),
       workers_(checked_threads(options)) {}
 
-std::shared_ptr<Save> Engine::submit(SavePlan plan, const std::map<int, uintptr_t>& streams, bool durable,
-                                     bool keep_cached) {
+std::shared_ptr<Save> Engine::submit(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams,
+                                     bool durable, bool keep_cached, std::function<void()> commit) {
+  check(*plan);
+  Resources resources{ring_, workers_, write_behind_, *host_, devices_of(*plan), io_uring_refused_};
+  const Intent intent{.wanted = options_.write_path, .durable = durable, .keep_cached = keep_cached};
+  auto save = std::make_shared<Save>(std::move(plan), streams, intent, std::move(commit), std::move(resources));
+  save->start();
+  return save;
+}
+
+std::shared_ptr<Standing> Engine::stand(const SavePlan& plan, size_t generations) {
   check(plan);
-  Resources resources{ring_, workers_, write_behind_, *host_, {}, io_uring_refused_};
+  std::vector<Device*> devices;
+  for (const auto& [ordinal, device] : devices_of(plan)) devices.push_back(device);
+  const FilePlan& file = plan.files.at(0);
+  return std::make_shared<Standing>(file.path, file.nbytes, generations, std::move(devices), workers_);
+}
+
+std::map<int, Device*> Engine::devices_of(const SavePlan& plan) {
+  std::map<int, Device*> devices;
   for (const FilePlan& file : plan.files) {
     for (const WriteItem& item : file.items) {
       const int ordinal = item.source.device;
-      if (ordinal >= 0 && !resources.devices.contains(ordinal)) resources.devices[ordinal] = &device(ordinal);
+      if (ordinal >= 0 && !devices.contains(ordinal)) devices[ordinal] = &device(ordinal);
     }
   }
-  const Intent intent{.wanted = options_.write_path, .durable = durable, .keep_cached = keep_cached};
-  auto save = std::make_shared<Save>(std::move(plan), streams, intent, std::move(resources));
-  save->start();
-  return save;
+  return devices;
 }
 
 Device& Engine::device(int ordinal) {

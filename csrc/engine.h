@@ -8,6 +8,7 @@
 
 #include "direct_io.h"
 #include "save.h"
+#include "standing.h"
 
 namespace fastshard {
 
@@ -25,9 +26,13 @@ class Engine {
   explicit Engine(const Options& options);
 
   // Starts a save and returns while it runs. Throws what stops it before the first copy.
-  std::shared_ptr<Save> submit(SavePlan plan, const std::map<int, uintptr_t>& streams, bool durable, bool keep_cached);
+  std::shared_ptr<Save> submit(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams,
+                               bool durable, bool keep_cached, std::function<void()> commit = {});
+  // Makes the standing target of a prepared save, a plan of one file. The engine must outlive its use.
+  std::shared_ptr<Standing> stand(const SavePlan& plan, size_t generations);
 
  private:
+  std::map<int, Device*> devices_of(const SavePlan& plan);
   Device& device(int ordinal);
 
   const Options options_;

@@ -57,31 +57,53 @@ bool set_direct(int fd, bool direct) {
   return flags >= 0 && fcntl(fd, F_SETFL, direct ? flags | O_DIRECT : flags & ~O_DIRECT) == 0;
 }
 
+bool can_populate() {
+#ifdef MADV_POPULATE_WRITE
+  return madvise(nullptr, 0, MADV_POPULATE_WRITE) == 0;  // since Linux 5.14
+#else
+  return false;
+#endif
+}
+
 // fsync; filesystems that have nothing to sync say EINVAL.
 void sync_descriptor(int fd, const std::string& path) {
   if (fsync(fd) != 0 && errno != EINVAL) throw IoError(errno, path, "fsync");
 }
 
+void sync_directory(const std::string& directory) {
+  const Descriptor folder(open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (!folder) throw IoError(errno, directory, "open");
+  sync_descriptor(folder.get(), directory);
+}
+
 }  // namespace
 
-Window::Window(int fd, uint64_t offset, uint64_t nbytes, const std::string& path) {
+Mapping::Mapping(int fd, uint64_t offset, uint64_t nbytes, const std::string& path) {
   const auto page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
   const uint64_t lead = offset % page;
-  mapped_nbytes_ = nbytes + lead;
+  mapped_nbytes_ = (lead + nbytes + page - 1) / page * page;
   base_ = mmap(nullptr, mapped_nbytes_, PROT_READ | PROT_WRITE, MAP_SHARED, fd, static_cast<off_t>(offset - lead));
   if (base_ == MAP_FAILED) throw IoError(errno, path, "mmap");
   bytes_ = {static_cast<std::byte*>(base_) + lead, nbytes};
+  // A tmpfs mounted with huge=advise then has a fault for each 2 MiB; nowhere else does it mean anything.
+  madvise(base_, mapped_nbytes_, MADV_HUGEPAGE);
+}
+
+Mapping::~Mapping() {
+  if (base_ != nullptr) munmap(base_, mapped_nbytes_);
+}
+
+void populate(std::span<std::byte> bytes, const std::string& path) {
 #ifdef MADV_POPULATE_WRITE
-  // One call instead of a fault for each page, and an error code where a store would be a SIGBUS.
-  if (madvise(base_, mapped_nbytes_, MADV_POPULATE_WRITE) != 0 && errno != EINVAL) {
-    const int error = errno == EFAULT ? ENOSPC : errno;
-    munmap(base_, mapped_nbytes_);
-    throw IoError(error, path, "populate");
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t lead = reinterpret_cast<uintptr_t>(bytes.data()) % page;
+  while (madvise(bytes.data() - lead, bytes.size() + lead, MADV_POPULATE_WRITE) != 0) {
+    if (errno == EINVAL) return;  // a kernel before 5.14: the stores will fault
+    if (errno == EINTR) continue;
+    throw IoError(errno == EFAULT ? ENOSPC : errno, path, "populate");
   }
 #endif
 }
-
-Window::~Window() { munmap(base_, mapped_nbytes_); }
 
 OutputFile::OutputFile(const std::string& path, uint64_t nbytes, const Intent& intent)
     : path_(path), nbytes_(nbytes), keep_cached_(intent.keep_cached) {
@@ -138,11 +160,15 @@ void OutputFile::resolve_target() {
 void OutputFile::open_temporary() {
   fd_ = Descriptor(open(directory_.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0666));
   // A nameless file can only be given a name through /proc.
-  if (fd_ && access(self_path(fd_.get()).c_str(), F_OK) == 0) return;
+  if (fd_ && access(self_path(fd_.get()).c_str(), F_OK) == 0) {
+    mark_in_use(fd_.get());
+    return;
+  }
   if (errno != ENOENT && errno != EACCES) note_fallback("O_TMPFILE");
   const std::string name = temporary_name(directory_);
   fd_ = Descriptor(open(name.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
   if (!fd_) fail("open");
+  mark_in_use(fd_.get());
   temporary_ = name;
 }
 
@@ -158,9 +184,14 @@ void OutputFile::adopt_replaced_attributes() {
 }
 
 void OutputFile::preallocate() {
-  // Makes later writes cheaper on disk filesystems and dearer on tmpfs, where only a mapping needs it: a store
-  // to a page that cannot be had is a SIGBUS.
-  if (memory_backed_ && write_path_ != WritePath::mapped) return;
+  // Makes later writes cheaper on disk filesystems and dearer on tmpfs, where it would also make small pages of
+  // what could be huge ones. There only a mapping needs it, on kernels that cannot populate: a store to a page
+  // that cannot be had is a SIGBUS.
+  if (memory_backed_ && write_path_ == WritePath::buffered) return;
+  if (memory_backed_ && can_populate()) {
+    if (ftruncate(fd_.get(), static_cast<off_t>(nbytes_)) != 0) fail("ftruncate");
+    return;
+  }
   int result;
   do {
     result = fallocate(fd_.get(), 0, 0, static_cast<off_t>(round_up(nbytes_, block_nbytes_)));
@@ -169,7 +200,7 @@ void OutputFile::preallocate() {
   if (preallocated_) return;
   if (!unsupported(errno)) fail("fallocate");
   note_fallback("fallocate");
-  if (write_path_ == WritePath::mapped) write_path_ = WritePath::buffered;
+  if (write_path_ != WritePath::direct) write_path_ = WritePath::buffered;
 }
 
 // Proves direct I/O by a write, as some filesystems take the flag and refuse the writes. Where it does not work the
@@ -232,6 +263,17 @@ void OutputFile::write(std::span<iovec> parts, uint64_t offset) {
       parts.front().iov_len -= left;
     }
   }
+}
+
+Mapping OutputFile::window(uint64_t offset, uint64_t nbytes) {
+  Mapping window(fd_.get(), offset, nbytes, path_);
+  populate(window.bytes(), path_);
+  return window;
+}
+
+Mapping OutputFile::map() {
+  if (ftruncate(fd_.get(), static_cast<off_t>(nbytes_)) != 0) fail("ftruncate");
+  return Mapping(fd_.get(), 0, nbytes_, path_);
 }
 
 void OutputFile::start_writeback(uint64_t offset, uint64_t nbytes) noexcept {
@@ -366,6 +408,18 @@ void OutputFile::discard() noexcept {
   if (state_ != State::replaced) state_ = State::temporary;
 }
 
+bool OutputFile::has_name(const std::string& name) const {
+  struct stat ours, theirs;
+  return fstat(fd_.get(), &ours) == 0 && lstat(name.c_str(), &theirs) == 0 && ours.st_dev == theirs.st_dev &&
+         ours.st_ino == theirs.st_ino;
+}
+
+bool OutputFile::intact() const {
+  struct stat info;
+  if (state_ != State::temporary || fstat(fd_.get(), &info) != 0) return false;
+  return static_cast<uint64_t>(info.st_size) == nbytes_ && (temporary_.empty() || has_name(temporary_));
+}
+
 void publish(std::span<OutputFile* const> files, bool durable) {
   // Nothing can fail after the only rename of a single file, so its old contents need not be kept.
   const bool keep_old = files.size() > 1;
@@ -373,17 +427,29 @@ void publish(std::span<OutputFile* const> files, bool durable) {
   if (durable) {
     std::set<std::string> directories;
     for (const OutputFile* file : files) directories.insert(file->directory_);
-    for (const std::string& directory : directories) {
-      const Descriptor folder(open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-      if (!folder) throw IoError(errno, directory, "open");
-      sync_descriptor(folder.get(), directory);
-    }
+    for (const std::string& directory : directories) sync_directory(directory);
   }
   for (OutputFile* file : files) {
     if (file->state_ == OutputFile::State::exchanged) unlink(file->temporary_.c_str());
     file->temporary_.clear();
     file->state_ = OutputFile::State::replaced;
   }
+}
+
+void swap_into_place(OutputFile& file, OutputFile* previous, bool durable) {
+  file.put_in_place(true);
+  const std::string old = file.state_ == OutputFile::State::exchanged ? file.temporary_ : "";
+  file.temporary_.clear();
+  file.state_ = OutputFile::State::replaced;
+  if (!old.empty()) {
+    if (previous != nullptr && previous->has_name(old)) {
+      previous->temporary_ = old;
+      previous->state_ = OutputFile::State::temporary;
+    } else {
+      unlink(old.c_str());
+    }
+  }
+  if (durable) sync_directory(file.directory_);
 }
 
 }  // namespace fastshard

@@ -17,20 +17,32 @@
 
 namespace fastshard {
 
-// A range of a file mapped for writing, its pages already there.
-class Window {
+// A range of a file mapped for reading and writing.
+class Mapping {
  public:
-  Window(int fd, uint64_t offset, uint64_t nbytes, const std::string& path);
-  ~Window();
-  Window(const Window&) = delete;
-  Window& operator=(const Window&) = delete;
+  Mapping(int fd, uint64_t offset, uint64_t nbytes, const std::string& path);
+  Mapping(Mapping&& other) noexcept
+      : base_(std::exchange(other.base_, nullptr)), mapped_nbytes_(other.mapped_nbytes_), bytes_(other.bytes_) {}
+  Mapping& operator=(Mapping&& other) noexcept {
+    std::swap(base_, other.base_);
+    std::swap(mapped_nbytes_, other.mapped_nbytes_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  ~Mapping();
   std::span<std::byte> bytes() const { return bytes_; }
+  // All pages that hold a part of it: what can be page-locked.
+  std::span<std::byte> pages() const { return {static_cast<std::byte*>(base_), mapped_nbytes_}; }
 
  private:
   void* base_;
-  uint64_t mapped_nbytes_;
+  uint64_t mapped_nbytes_;  // whole pages
   std::span<std::byte> bytes_;
 };
+
+// Makes the pages of a mapped range writable: one call instead of a fault for each, and IoError(ENOSPC), naming
+// `path`, where a store would be a SIGBUS.
+void populate(std::span<std::byte> bytes, const std::string& path);
 
 // A file being written: a nameless or hidden sibling of its target until publish(). The destructor removes
 // what was not published. write(), window() and start_writeback() may be called by several threads at once.
@@ -49,8 +61,10 @@ class OutputFile {
 
   // Writes all of `parts` (changed on the way) at `offset`.
   void write(std::span<iovec> parts, uint64_t offset);
-  // Mapped path only: the memory of [offset, offset + nbytes).
-  Window window(uint64_t offset, uint64_t nbytes) { return Window(fd_.get(), offset, nbytes, path_); }
+  // Mapped path only: the populated memory of [offset, offset + nbytes).
+  Mapping window(uint64_t offset, uint64_t nbytes);
+  // The memory of the whole file, which gets its size by this.
+  Mapping map();
   // Asks the disk to start on a written range. A hint: never fails.
   void start_writeback(uint64_t offset, uint64_t nbytes) noexcept;
   bool has_writeback() const { return !memory_backed_ && write_path_ != WritePath::direct; }
@@ -74,6 +88,11 @@ class OutputFile {
 
   friend void require_space(std::span<OutputFile* const> files);
   friend void publish(std::span<OutputFile* const> files, bool durable);
+  friend void swap_into_place(OutputFile& file, OutputFile* previous, bool durable);
+
+  // For files that are published more than once: whether it can be, nobody having cut it or taken its name.
+  bool intact() const;
+  const std::string& directory() const { return directory_; }
 
  private:
   // How far the file has come, and so what undoing it takes.
@@ -93,6 +112,7 @@ class OutputFile {
   void put_in_place(bool keep_old);
   void replace_target(bool keep_old);
   void copy_to_target();
+  bool has_name(const std::string& name) const;
   [[noreturn]] void fail(const char* action) const;
   void note_fallback(const std::string& refused, int error = errno);
 
@@ -120,5 +140,9 @@ void require_space(std::span<OutputFile* const> files);
 // were get their old contents back. Contents must be complete. `durable`: the names are on stable storage too.
 // Between the first and the last rename a kill leaves some files new and some old, each complete.
 void publish(std::span<OutputFile* const> files, bool durable);
+
+// publish() for a file that will be written again: `previous`, the one published before, is a hidden file
+// afterwards, to be published again. Should somebody else have taken its place, that file goes instead.
+void swap_into_place(OutputFile& file, OutputFile* previous, bool durable);
 
 }  // namespace fastshard

@@ -3,6 +3,7 @@
 
 #include <fcntl.h>
 #include <linux/magic.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
@@ -13,6 +14,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <functional>
 #include <system_error>
 
@@ -26,7 +28,8 @@ struct KnownType {
 
 // Smaller saves are over before direct writes could overlap.
 constexpr uint64_t kDirectNbytes = 16 << 20;
-// Durable saves of device memory: staged in any case, so that direct writes save them a copy. Not measured on a GPU yet.
+// Durable saves of device memory: staged in any case, so that direct writes save them a copy. Not measured on a GPU
+// yet.
 constexpr bool kDirectFromDevice = true;
 
 // Magic numbers that linux/magic.h does not have are the filesystems' own (statfs(2)).
@@ -39,6 +42,9 @@ constexpr KnownType kKnownTypes[] = {
     {CEPH_SUPER_MAGIC, "ceph"}, {0x6A656A63, "virtiofs"}, {HUGETLBFS_MAGIC, "hugetlbfs"},
     {0x19830326, "beegfs"},
 };
+
+constexpr char kTemporaryPrefix[] = ".fastshard-";
+constexpr char kTemporarySuffix[] = ".tmp";
 
 std::string reason(int error) { return std::generic_category().message(error); }
 
@@ -58,6 +64,8 @@ const char* name_of(WritePath path) {
       return "direct";
     case WritePath::mapped:
       return "mapped";
+    case WritePath::registered:
+      return "registered";
   }
   return "unknown";
 }
@@ -97,9 +105,23 @@ Choice choose_write_path(const FileSystem& filesystem, const Intent& intent) {
 std::string temporary_name(const std::string& directory) {
   uint64_t number;
   if (getrandom(&number, sizeof number, 0) != sizeof number) throw IoError(errno, directory, "getrandom");
-  std::array<char, 48> name;
-  std::snprintf(name.data(), name.size(), "/.fastshard-%016llx.tmp", static_cast<unsigned long long>(number));
-  return directory + name.data();
+  std::array<char, 17> digits;
+  std::snprintf(digits.data(), digits.size(), "%016llx", static_cast<unsigned long long>(number));
+  return directory + "/" + kTemporaryPrefix + digits.data() + kTemporarySuffix;
+}
+
+void mark_in_use(int fd) { flock(fd, LOCK_EX | LOCK_NB); }
+
+void remove_leftovers(const std::string& directory) {
+  std::error_code failed;  // nothing to be done about it, and nothing that has to be
+  for (const auto& entry : std::filesystem::directory_iterator(directory, failed)) {
+    const std::string name = entry.path().filename();
+    if (!name.starts_with(kTemporaryPrefix) || !name.ends_with(kTemporarySuffix)) continue;
+    const Descriptor file(open(entry.path().c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
+    struct stat info;
+    if (!file || fstat(file.get(), &info) != 0 || !S_ISREG(info.st_mode)) continue;
+    if (flock(file.get(), LOCK_EX | LOCK_NB) == 0) unlink(entry.path().c_str());
+  }
 }
 
 std::vector<std::pair<std::string, std::string>> probe(const std::string& directory) {

@@ -13,9 +13,10 @@ namespace fastshard {
 
 enum class WritePath {
   automatic,
-  buffered,  // pwrite into the page cache
-  direct,    // past the page cache, from staging slots
-  mapped,    // stores into the reserved file, mapped window by window
+  buffered,    // pwrite into the page cache
+  direct,      // past the page cache, from staging slots
+  mapped,      // stores into the reserved file, mapped window by window
+  registered,  // as mapped; devices copy straight into the windows, page-locked for them one by one
 };
 const char* name_of(WritePath path);
 
@@ -68,5 +69,10 @@ std::vector<std::pair<std::string, std::string>> probe(const std::string& direct
 
 // A hidden name no loader looks at: it starts with a dot and does not end in .safetensors.
 std::string temporary_name(const std::string& directory);
+// Tells remove_leftovers that the file behind `fd` belongs to a living process, for as long as it is open.
+void mark_in_use(int fd);
+// Removes the hidden files of processes that were killed. Only for filesystems that no other machine sees: a
+// lock is how the living are told from the dead.
+void remove_leftovers(const std::string& directory);
 
 }  // namespace fastshard

@@ -2,6 +2,7 @@
 // CPU tensors: packing is done by the calling thread, so there is nothing to wait for.
 #include "device.h"
 #include "pack.h"
+#include "streaming.h"
 
 namespace fastshard {
 namespace {
@@ -10,7 +11,12 @@ class HostStream final : public CopyStream {
  public:
   std::unique_ptr<Ticket> pack(std::span<const CopyOp> ops, Staging& staging) override {
     for (const CopyOp& op : ops) {
-      pack_bytes(*op.source, op.first_byte, op.nbytes, staging.bytes.subspan(op.chunk_offset, op.nbytes).data());
+      std::byte* out = staging.bytes.subspan(op.chunk_offset, op.nbytes).data();
+      if (staging.streaming && op.source->contiguous()) {
+        copy_streaming(out, op.source->data + op.first_byte, op.nbytes);
+      } else {
+        pack_bytes(*op.source, op.first_byte, op.nbytes, out);
+      }
     }
     return nullptr;
   }

@@ -49,10 +49,18 @@ struct WriteItem {
   uint64_t file_offset = 0;
 };
 
+// Memory of exactly the plan's size that takes the place of a file.
+struct MemoryTarget {
+  std::byte* bytes = nullptr;
+  bool streaming = false;    // larger than any cache and its pages are there: stores go past the caches
+  bool page_locked = false;  // devices copy straight into it
+  bool populate = false;     // a disk's page cache: pages must be made writable again before each store
+};
+
 // One output file: the items back to back, `nbytes` in all. The first item is the header.
 struct FilePlan {
   std::string path;
-  std::byte* memory = nullptr;  // instead of a file: write to these `nbytes` bytes
+  MemoryTarget memory;  // instead of a file, where it has an address
   std::vector<std::byte> header;
   std::vector<WriteItem> items;
   uint64_t nbytes = 0;

@@ -7,8 +7,13 @@
 
 namespace fastshard {
 
-Save::Save(SavePlan plan, const std::map<int, uintptr_t>& streams, const Intent& intent, Resources resources)
-    : plan_(std::move(plan)), intent_(intent), resources_(std::move(resources)), fetches_([this] {
+Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams, const Intent& intent,
+           std::function<void()> commit, Resources resources)
+    : plan_(std::move(plan)),
+      intent_(intent),
+      commit_(std::move(commit)),
+      resources_(std::move(resources)),
+      fetches_([this] {
         // Under the lock, so that it cannot fall between the waiter's look and its sleep.
         const std::lock_guard lock(mutex_);
         changed_.notify_all();
@@ -17,12 +22,13 @@ Save::Save(SavePlan plan, const std::map<int, uintptr_t>& streams, const Intent&
     const auto stream = streams.find(ordinal);
     streams_.emplace(ordinal, device->open(stream == streams.end() ? 0 : stream->second));
   }
-  for (const FilePlan& file : plan_.files) nbytes_ += file.nbytes;
+  for (const FilePlan& file : plan_->files) nbytes_ += file.nbytes;
   intent_.nbytes = nbytes_;
   intent_.from_device = !resources_.devices.empty();
-  for (uint32_t index = 0; index < plan_.files.size(); ++index) {
-    const FilePlan& file = plan_.files[index];
-    files_.push_back(file.memory != nullptr ? nullptr : std::make_shared<OutputFile>(file.path, file.nbytes, intent_));
+  for (uint32_t index = 0; index < plan_->files.size(); ++index) {
+    const FilePlan& file = plan_->files[index];
+    files_.push_back(file.memory.bytes != nullptr ? nullptr
+                                                  : std::make_shared<OutputFile>(file.path, file.nbytes, intent_));
     writers_.push_back(
         std::make_unique<FileWriter>(file, files_.back(), resources_, streams_, fetches_.stream(index), progress_));
   }
@@ -37,7 +43,7 @@ void Save::start() {
   // The largest first: the last writer to finish then has the least left.
   std::vector<size_t> order(writers_.size());
   std::iota(order.begin(), order.end(), size_t{0});
-  std::ranges::stable_sort(order, std::greater(), [&](size_t index) { return plan_.files[index].nbytes; });
+  std::ranges::stable_sort(order, std::greater(), [&](size_t index) { return plan_->files[index].nbytes; });
   for (const size_t index : order) {
     const auto working = std::make_shared<std::atomic<size_t>>(writers_[index]->writers());
     for (size_t share = writers_[index]->writers(); share > 0; --share) {
@@ -92,6 +98,7 @@ void Save::finish() {
     try {
       const Timer timer(progress_.sync_ns);
       publish(open_files(), intent_.durable);
+      if (commit_) commit_();
     } catch (...) {
       error = std::current_exception();
     }
@@ -101,6 +108,7 @@ void Save::finish() {
     file->discard();
   }
   streams_.clear();
+  commit_ = nullptr;  // and what it holds
   // Whoever waits may count on the files being closed: a nameless one holds its space until then.
   std::vector<std::shared_ptr<OutputFile>> closing;
   {
@@ -153,20 +161,26 @@ Stats Save::stats() const {
       stats.seconds = std::chrono::duration<double>(Clock::now() - started_).count();
     }
   }
-  stats.files = plan_.files.size();
+  stats.files = plan_->files.size();
   stats.nbytes = nbytes_;
   stats.copy_seconds = 1e-9 * static_cast<double>(progress_.copy_ns);
   stats.write_seconds = 1e-9 * static_cast<double>(progress_.write_ns);
   stats.sync_seconds = 1e-9 * static_cast<double>(progress_.sync_ns);
-  stats.staging = progress_.staged_pinned ? "pinned" : progress_.staged_pageable ? "pageable" : "none";
+  stats.staging = progress_.staged_pinned     ? "pinned"
+                  : progress_.staged_pageable ? "pageable"
+                  : progress_.copied_in_place ? "in place"
+                                              : "none";
   stats.staging_nbytes = progress_.peak_staged_nbytes;
   return stats;
 }
 
 void Save::describe_files(Stats& stats) const {
   std::set<std::string> paths, fallbacks;
-  for (const auto& file : files_) {
-    paths.insert(file == nullptr ? "memory" : name_of(file->write_path()));
+  for (size_t index = 0; index < files_.size(); ++index) {
+    const OutputFile* file = files_[index].get();
+    paths.insert(file != nullptr                        ? name_of(file->write_path())
+                 : plan_->files[index].memory.streaming ? "standing"
+                                                        : "memory");
     if (file != nullptr) fallbacks.insert(file->fallbacks().begin(), file->fallbacks().end());
   }
   if (progress_.io_uring_refused != 0) {

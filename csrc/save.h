@@ -26,8 +26,8 @@ struct Stats {
   double copy_seconds = 0;      // thread-seconds spent packing or waiting for device copies
   double write_seconds = 0;     // thread-seconds in pwrite (direct: waiting for writes; mapped: in page population)
   double sync_seconds = 0;      // thread-seconds in fsync
-  std::string write_path;       // "buffered", "direct", "mapped", "memory"; joined by "+" where files differ
-  std::string staging;          // "none", "pageable", "pinned"
+  std::string write_path;       // name_of(WritePath), "standing" or "memory"; joined by "+" where files differ
+  std::string staging;          // "none", "in place" (devices copied into the target), "pageable", "pinned"
   uint64_t staging_nbytes = 0;  // peak of staged bytes held at once
   std::vector<std::string> fallbacks;
 };
@@ -36,8 +36,10 @@ struct Stats {
 class Save : public std::enable_shared_from_this<Save> {
  public:
   // Orders the copies behind the caller's `streams` (by CUDA ordinal), makes and reserves every file. Throws
-  // with nothing left behind.
-  Save(SavePlan plan, const std::map<int, uintptr_t>& streams, const Intent& intent, Resources resources);
+  // with nothing left behind. `commit`, where given, runs when every byte is in its place: what makes targets
+  // that are memory visible.
+  Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams, const Intent& intent,
+       std::function<void()> commit, Resources resources);
   ~Save();
 
   // Gives the work to the writers; once.
@@ -70,8 +72,9 @@ class Save : public std::enable_shared_from_this<Save> {
   void fail(std::exception_ptr error);
   void finish();
 
-  const SavePlan plan_;
+  const std::shared_ptr<const SavePlan> plan_;
   Intent intent_;
+  std::function<void()> commit_;
   const Resources resources_;
   uint64_t nbytes_ = 0;
   const Clock::time_point started_ = Clock::now();

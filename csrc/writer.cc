@@ -2,8 +2,6 @@
 #include "writer.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <deque>
 #include <optional>
 #include <unordered_map>
@@ -12,33 +10,28 @@
 #include "direct_io.h"
 #include "error.h"
 #include "pack.h"
+#include "streaming.h"
 
 namespace fastshard {
 namespace {
 
 // Staged chunks one writer keeps under way: enough for the copy engine never to wait for the disk.
 constexpr size_t kMaxInFlight = 4;
-// Windows of memory targets and mapped files: few calls, and shares small enough for all writers.
+// Chunks of host memory packed straight into the target: windows of a mapped file, few calls for each; of
+// memory, small enough for all writers to end together.
 constexpr uint64_t kWindowNbytes = 16 << 20;
+constexpr uint64_t kMemoryNbytes = 4 << 20;
 // Direct writes under way: enough for the disk never to wait for the copies.
 constexpr unsigned kMaxDirect = 8;
 constexpr uint64_t kDirectNbytes = 8 << 20;
 
-uint64_t knob(const char* n, uint64_t d) {
-  const char* v = getenv(n);
-  return v ? strtoull(v, nullptr, 10) : d;
-}
-
 }  // namespace
 
-// A chunk being copied into its slot. The destructor waits for the copies: only then may the slot go.
+// A chunk being copied: into its slot, or, where the target is page-locked, straight into that (the slot then
+// only lends its scratch). The destructor waits for the copies: only then may the memory go.
 struct FileWriter::InFlight {
-  InFlight(Progress& totals, const Chunk& what, Slot where) : progress(totals), chunk(what), slot(std::move(where)) {
-    const uint64_t now = progress.staged_nbytes += chunk.nbytes;
-    uint64_t peak = progress.peak_staged_nbytes;
-    while (now > peak && !progress.peak_staged_nbytes.compare_exchange_weak(peak, now)) {
-    }
-  }
+  InFlight(Progress& totals, const Chunk& what, Slot where)
+      : progress(totals), chunk(what), slot(std::move(where)), bytes(slot.bytes().first(chunk.nbytes)) {}
   ~InFlight() {
     for (const auto& ticket : tickets) {
       try {
@@ -47,7 +40,7 @@ struct FileWriter::InFlight {
         // Already known, or about to be thrown for the chunk that failed first.
       }
     }
-    progress.staged_nbytes -= chunk.nbytes;
+    progress.staged_nbytes -= staged_nbytes;
   }
   InFlight(const InFlight&) = delete;
   InFlight& operator=(const InFlight&) = delete;
@@ -58,9 +51,28 @@ struct FileWriter::InFlight {
     tickets.clear();
   }
 
+  void copy_into_slot() {
+    staged_nbytes = chunk.nbytes;
+    const uint64_t now = progress.staged_nbytes += staged_nbytes;
+    uint64_t peak = progress.peak_staged_nbytes;
+    while (now > peak && !progress.peak_staged_nbytes.compare_exchange_weak(peak, now)) {
+    }
+    (slot.pinned() ? progress.staged_pinned : progress.staged_pageable) = true;
+  }
+  void copy_into_target(std::span<std::byte> target) {
+    bytes = target;
+    in_target = true;
+    progress.copied_in_place = true;
+  }
+
   Progress& progress;
   const Chunk& chunk;
   Slot slot;
+  std::span<std::byte> bytes;  // where the copies go
+  bool in_target = false;
+  uint64_t staged_nbytes = 0;
+  std::optional<Mapping> window;
+  std::unique_ptr<Registration> registration;  // of the window; goes before it
   std::vector<std::unique_ptr<Ticket>> tickets;
 };
 
@@ -78,13 +90,11 @@ FileWriter::FileWriter(const FilePlan& plan, std::shared_ptr<OutputFile> file, c
   if (direct()) {
     limits.in_place = false;
     limits.block_nbytes = file_->block_nbytes();
-    limits.slot_nbytes =
-        std::min(limits.slot_nbytes, knob("DCHUNK", kDirectNbytes)) / limits.block_nbytes * limits.block_nbytes;
+    limits.slot_nbytes = std::min(limits.slot_nbytes, kDirectNbytes) / limits.block_nbytes * limits.block_nbytes;
     limits.packed_nbytes = limits.slot_nbytes;
-    writers_ = knob("DWRITERS", 1);
   } else if (!buffered()) {
     limits.in_place = false;
-    limits.packed_nbytes = kWindowNbytes;
+    limits.packed_nbytes = file_ == nullptr ? kMemoryNbytes : kWindowNbytes;
     writers_ = resources_.workers.threads();
   }
   schedule_ = make_schedule(plan_, limits);
@@ -132,9 +142,8 @@ void FileWriter::write_chunks() {
 void FileWriter::write_chunks_directly() {
   std::deque<std::unique_ptr<InFlight>> copying;
   std::unordered_map<uint64_t, std::unique_ptr<InFlight>> writing;  // by file offset
-  const unsigned depth = (unsigned)knob("DDEPTH", kMaxDirect);
-  const std::unique_ptr<DirectQueue> queue =  // the first to go: waits for the writes
-      make_direct_queue(file_->descriptor(), file_->path(), file_->block_nbytes(), depth,
+  const std::unique_ptr<DirectQueue> queue =                        // the first to go: waits for the writes
+      make_direct_queue(file_->descriptor(), file_->path(), file_->block_nbytes(), kMaxDirect,
                         resources_.io_uring_refused == 0);
   progress_.io_uring_refused = resources_.io_uring_refused;
   const auto finish_one = [&](bool wait) {
@@ -152,7 +161,7 @@ void FileWriter::write_chunks_directly() {
     while (!writing.empty() && finish_one(false)) {
     }
     const bool none_held = copying.empty() && writing.empty();
-    if (next != nullptr && copying.size() < kMaxInFlight && writing.size() < depth) {
+    if (next != nullptr && copying.size() < kMaxInFlight && writing.size() < kMaxDirect) {
       std::optional<Slot> slot = none_held ? resources_.ring.acquire() : resources_.ring.try_acquire();
       if (slot) {
         auto staged = stage(*next, std::move(*slot));
@@ -163,7 +172,7 @@ void FileWriter::write_chunks_directly() {
         if (!ready) continue;
       }
     }
-    if (copying.empty() || writing.size() == depth) {
+    if (copying.empty() || writing.size() == kMaxDirect) {
       if (!writing.empty()) finish_one(true);
       continue;
     }
@@ -218,29 +227,57 @@ void FileWriter::write_in_place(const Chunk& chunk) {
 }
 
 void FileWriter::pack_into_target(const Chunk& chunk) {
-  const auto pack = [&](std::span<std::byte> bytes) {
+  const auto pack = [&](std::span<std::byte> bytes, bool streaming) {
     const Timer timer(progress_.copy_ns);
-    Staging target{bytes, {}};
+    Staging target{bytes, {}, streaming};
     host_->pack(schedule_.ops_of(chunk), target);
   };
   if (file_ == nullptr) {
-    pack({plan_.memory + chunk.file_offset, chunk.nbytes});
+    pack(target_memory(chunk), plan_.memory.streaming);
   } else {
-    const Window window = [&] {
-      const Timer timer(progress_.write_ns);
-      return file_->window(chunk.file_offset, chunk.nbytes);
-    }();
-    pack(window.bytes());
+    const Mapping window = window_of(chunk);
+    pack(window.bytes(), true);
   }
   wrote(chunk);
 }
 
+// The chunk's part of a target that is memory, its pages writable.
+std::span<std::byte> FileWriter::target_memory(const Chunk& chunk) {
+  const std::span<std::byte> bytes{plan_.memory.bytes + chunk.file_offset, chunk.nbytes};
+  if (plan_.memory.populate) {
+    const Timer timer(progress_.write_ns);
+    populate(bytes, plan_.path);
+  }
+  return bytes;
+}
+
+Mapping FileWriter::window_of(const Chunk& chunk) {
+  const Timer timer(progress_.write_ns);
+  return file_->window(chunk.file_offset, chunk.nbytes);
+}
+
+// Where the chunk's copies go: straight into the target if a device can write there, else into the slot.
+void FileWriter::place(InFlight& staged) {
+  const Chunk& chunk = staged.chunk;
+  if (file_ == nullptr && plan_.memory.page_locked) return staged.copy_into_target(target_memory(chunk));
+  if (chunk.route == Route::device && !resources_.devices.empty()) {
+    Device& device = *resources_.devices.begin()->second;
+    if (file_ != nullptr && file_->write_path() == WritePath::registered && !registration_refused_) {
+      staged.window = window_of(chunk);
+      staged.registration = device.register_staging(staged.window->pages());
+      if (staged.registration != nullptr) return staged.copy_into_target(staged.window->bytes());
+      registration_refused_ = true;
+    }
+    staged.slot.pin(device);
+  }
+  staged.copy_into_slot();
+}
+
 std::unique_ptr<FileWriter::InFlight> FileWriter::stage(const Chunk& chunk, Slot slot) {
   auto staged = std::make_unique<InFlight>(progress_, chunk, std::move(slot));
-  if (chunk.route == Route::device && !streams_.empty()) staged->slot.pin(*resources_.devices.begin()->second);
-  (staged->slot.pinned() ? progress_.staged_pinned : progress_.staged_pageable) = true;
+  place(*staged);
   const Timer timer(progress_.copy_ns);
-  Staging staging{staged->slot.bytes(), staged->slot.scratch()};
+  Staging staging{staged->bytes, staged->slot.scratch()};
   // Ops of one device are handed over together: many small ones then cost one launch.
   std::vector<CopyOp> ops(schedule_.ops_of(chunk).begin(), schedule_.ops_of(chunk).end());
   std::ranges::stable_sort(ops, {}, [](const CopyOp& op) { return op.source->device; });
@@ -258,19 +295,17 @@ std::unique_ptr<FileWriter::InFlight> FileWriter::stage(const Chunk& chunk, Slot
 void FileWriter::write_staged(InFlight& staged) {
   staged.wait();
   const Chunk& chunk = staged.chunk;
-  const std::span<std::byte> bytes = staged.slot.bytes().first(chunk.nbytes);
+  if (staged.in_target) return wrote(chunk);
   if (buffered()) {
-    iovec part{bytes.data(), bytes.size()};
+    iovec part{staged.bytes.data(), staged.bytes.size()};
     return put(chunk, {&part, 1});
   }
-  {
-    const Timer timer(progress_.write_ns);
-    if (file_ == nullptr) {
-      std::memcpy(plan_.memory + chunk.file_offset, bytes.data(), bytes.size());
-    } else {
-      const Window window = file_->window(chunk.file_offset, chunk.nbytes);
-      std::memcpy(window.bytes().data(), bytes.data(), bytes.size());
-    }
+  const Timer timer(progress_.write_ns);
+  if (file_ == nullptr) {
+    copy_streaming(target_memory(chunk).data(), staged.bytes.data(), staged.bytes.size());
+  } else {
+    if (!staged.window) staged.window = window_of(chunk);
+    copy_streaming(staged.window->bytes().data(), staged.bytes.data(), staged.bytes.size());
   }
   wrote(chunk);
 }

@@ -33,7 +33,7 @@ struct Progress {
   std::atomic<uint64_t> nbytes_written = 0;
   std::atomic<int64_t> copy_ns = 0, write_ns = 0, sync_ns = 0;
   std::atomic<uint64_t> staged_nbytes = 0, peak_staged_nbytes = 0;
-  std::atomic<bool> staged_pinned = false, staged_pageable = false;
+  std::atomic<bool> staged_pinned = false, staged_pageable = false, copied_in_place = false;
   std::atomic<int> io_uring_refused = 0;  // errno
 };
 
@@ -80,7 +80,10 @@ class FileWriter {
   bool write_unstaged(const Chunk& chunk);
   void write_in_place(const Chunk& chunk);
   void pack_into_target(const Chunk& chunk);
+  std::span<std::byte> target_memory(const Chunk& chunk);
+  Mapping window_of(const Chunk& chunk);
   std::unique_ptr<InFlight> stage(const Chunk& chunk, Slot slot);
+  void place(InFlight& staged);
   void write_staged(InFlight& staged);
   std::span<const std::byte> whole_blocks(const InFlight& staged) const;
   void put(const Chunk& chunk, std::span<iovec> parts);
@@ -97,6 +100,7 @@ class FileWriter {
   FileSchedule schedule_;
   size_t writers_ = 1;
   std::atomic<size_t> next_chunk_ = 0;
+  std::atomic<bool> registration_refused_ = false;
 };
 
 }  // namespace fastshard

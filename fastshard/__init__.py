@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .engine import SaveFuture as SaveFuture
     from .engine import Stats as Stats
     from .errors import SaveError as SaveError
+    from .prepared import PreparedSave as PreparedSave
+    from .prepared import prepare as prepare
     from .saving import save as save
     from .saving import save_file as save_file
     from .saving import save_files as save_files
@@ -32,12 +34,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "Engine": "fastshard.engine",
     "Options": "fastshard.engine",
+    "PreparedSave": "fastshard.prepared",
     "SaveError": "fastshard.errors",
     "SaveFuture": "fastshard.engine",
     "Stats": "fastshard.engine",
     "load": "safetensors.torch",
     "load_file": "safetensors.torch",
     "load_model": "safetensors.torch",
+    "prepare": "fastshard.prepared",
     "safe_open": "safetensors",
     "save": "fastshard.saving",
     "save_file": "fastshard.saving",

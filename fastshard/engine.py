@@ -11,7 +11,7 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -43,7 +43,8 @@ class Options:
     """Writer threads; ``None``: one for each CPU this process may use, at most 16."""
     write_path: str = "auto"
     """``"buffered"`` (pwrite into the page cache), ``"direct"`` (past it, from staging memory), ``"mapped"``
-    (stores into the mapped file), or ``"auto"``: what suits save and filesystem (``fastshard env PATH`` tells)."""
+    (stores into the mapped file), ``"registered"`` (as mapped, with devices copying straight into page-locked
+    windows), or ``"auto"``: what suits save and filesystem (``fastshard env PATH`` tells)."""
 
     @property
     def writers(self) -> int:
@@ -69,13 +70,24 @@ class Stats:
     sync_seconds: float
     """In fsync and rename."""
     write_path: str
-    """``"buffered"``, ``"direct"``, ``"mapped"`` or ``"memory"``."""
+    """``"buffered"``, ``"direct"``, ``"mapped"``, ``"registered"``, ``"standing"`` (a prepared save) or
+    ``"memory"``."""
     staging: str
-    """``"none"`` (written from the tensors' own memory), ``"pageable"`` or ``"pinned"``."""
+    """``"none"`` (written from the tensors' own memory), ``"in place"`` (devices copied into the target itself),
+    ``"pageable"`` or ``"pinned"``."""
     staging_nbytes: int
     """Most bytes staged at once."""
     fallbacks: tuple[str, ...]
     """What filesystem or kernel refused; something else was done instead."""
+
+
+@contextlib.contextmanager
+def _save_errors() -> Iterator[None]:
+    """Failed system calls of the native module, as :class:`SaveError`."""
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(error.errno, error.strerror, error.filename) from None
 
 
 class SaveFuture:
@@ -140,10 +152,8 @@ class SaveFuture:
 
     def _wait(self) -> bool:
         """Whether the save is finished, after a while. Raises what it failed with."""
-        try:
+        with _save_errors():
             return self._native.wait(_POLL_SECONDS)
-        except OSError as error:
-            raise SaveError(error.errno, error.strerror, error.filename) from None
 
     def _serve(self) -> None:
         """Brings the bytes only Python can bring."""
@@ -185,6 +195,7 @@ class Engine:
         self._lock = threading.Lock()
         self._closed = False
         self._saves: weakref.WeakSet[SaveFuture] = weakref.WeakSet()
+        self._prepared: weakref.WeakSet[_native.Prepared] = weakref.WeakSet()
         self._native: _native.Engine | None = self._start()
         _engines.add(self)
 
@@ -194,9 +205,7 @@ class Engine:
         options = self.options
         if options.writers < 1 or options.memory_budget < 1:
             raise ValueError("threads and memory_budget must be positive")
-        return _native.Engine(
-            options.memory_budget, options.writers, options.write_path, io_uring_allowed()
-        )
+        return _native.Engine(options.memory_budget, options.writers, options.write_path, io_uring_allowed())
 
     def submit(
         self,
@@ -216,20 +225,49 @@ class Engine:
         called as ``fetch(file, item, first_byte, nbytes, address)`` by :meth:`SaveFuture.result` for views on
         ``plan.FETCHED``; until then such a save occupies a writer. Raises :class:`SaveError` (no space, no directory, ...) before the first copy.
         """
+        native = self._running()
+        kept = [keep_alive, self]
+        with _save_errors():
+            save = native.submit(list(files), dict(streams or {}), durable, keep_cached, kept)
+        future = SaveFuture(save, kept=kept, fetch=fetch, plan_seconds=plan_seconds, description=description)
+        self._saves.add(future)
+        return future
+
+    def prepare(self, file: FilePlan, generations: int) -> _native.Prepared:
+        """Makes the standing files of a prepared save (:func:`fastshard.prepare`). Raises as :meth:`submit`,
+        and ``ValueError`` for less than two generations."""
+        native = self._running()
+        with _save_errors():
+            prepared = native.prepare(file, generations)
+        self._prepared.add(prepared)
+        return prepared
+
+    def submit_prepared(
+        self,
+        prepared: _native.Prepared,
+        *,
+        keep_alive: object,
+        streams: Mapping[int, int],
+        durable: bool,
+        fetch: Callable[[int, int, int, int, int], None] | None,
+        description: str,
+    ) -> SaveFuture:
+        """Starts filling the next generation of a prepared save; as :meth:`submit`."""
+        self._running()
+        kept = [keep_alive, prepared, self]
+        with _save_errors():
+            save = prepared.submit(dict(streams), durable, kept)
+        future = SaveFuture(save, kept=kept, fetch=fetch, plan_seconds=0.0, description=description)
+        self._saves.add(future)
+        return future
+
+    def _running(self) -> _native.Engine:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the engine is closed")
             if self._native is None:
                 self._native = self._start()
-            native = self._native
-        kept = [keep_alive, self]
-        try:
-            save = native.submit(list(files), dict(streams or {}), durable, keep_cached, kept)
-        except OSError as error:
-            raise SaveError(error.errno, error.strerror, error.filename) from None
-        future = SaveFuture(save, kept=kept, fetch=fetch, plan_seconds=plan_seconds, description=description)
-        self._saves.add(future)
-        return future
+            return self._native
 
     def close(self) -> None:
         """Waits for the saves under way and releases threads and staging memory. May be called twice."""
@@ -239,6 +277,8 @@ class Engine:
             if not future.done():
                 with contextlib.suppress(Exception):
                     future.result()
+        for prepared in list(self._prepared):
+            prepared.close()
         if self._native is not None:
             self._native.close()
             self._native = None
@@ -256,7 +296,9 @@ class Engine:
         self._lock = threading.Lock()
         for future in list(self._saves):
             _native.leak(future._native)
-        self._saves = weakref.WeakSet()
+        for prepared in list(self._prepared):
+            _native.leak(prepared)
+        self._saves, self._prepared = weakref.WeakSet(), weakref.WeakSet()
         if self._native is not None:
             _native.leak(self._native)
             self._native = None

@@ -8,7 +8,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import _remove_duplicate_names
 
 from . import tensors as _tensors
-from .engine import Engine, Options, Stats, engine_for, progress_wanted
+from .engine import Engine, Options, SaveFuture, Stats, engine_for, progress_wanted
 from .errors import SaveError
 from .layout import HeaderTooLarge, header
 from .plan import FilePlan
@@ -92,8 +92,8 @@ def save_files(
     """
     seen: dict[str, PathLike] = {}
     for filename in files:
-        _check_filename(filename)
-        _encoded(filename)
+        check_filename(filename)
+        encoded_path(filename)
         known = seen.setdefault(os.path.realpath(filename), filename)
         if known is not filename:
             raise ValueError(f"{filename!r} and {known!r} are the same file")
@@ -154,7 +154,7 @@ def save(
     from . import _native
 
     began = time.perf_counter()
-    entries, head = _lay_out(tensors, metadata, allow_strided)
+    entries, head = lay_out(tensors, metadata, allow_strided)
     data, address = _native.new_bytes(len(head) + sum(entry.view.nbytes for entry in entries))
     plan = FilePlan((address, len(data)), head, [entry.view for entry in entries])
     _run([plan], [entries], began, False, True, progress, "Saving to memory", engine)
@@ -174,20 +174,20 @@ def _save(
     plans = []
     entries_of = []
     for filename, tensors in files.items():
-        entries, head = _lay_out(tensors, metadata, allow_strided, filename)
-        plans.append(FilePlan(_encoded(filename), head, [entry.view for entry in entries]))
+        entries, head = lay_out(tensors, metadata, allow_strided, filename)
+        plans.append(FilePlan(encoded_path(filename), head, [entry.view for entry in entries]))
         entries_of.append(entries)
     description = os.path.basename(os.fspath(next(iter(files)))) if len(files) == 1 else f"{len(files)} files"
     _run(plans, entries_of, began, durable, keep_cached, progress, description, engine)
 
 
-def _lay_out(
+def lay_out(
     tensors: StateDict, metadata: dict[str, str] | None, allow_strided: bool, filename: object = ""
 ) -> tuple[list[_tensors.Entry], bytes]:
     """The tensors in file order, and the header that goes before them."""
     with _collector_paused():
         entries = _tensors.describe(tensors, allow_strided=allow_strided)
-        _check_filename(filename)
+        check_filename(filename)
         _check_metadata(metadata)
         _tensors.check_format(entries)
         try:
@@ -220,9 +220,6 @@ def _run(
     description: str,
     engine: Engine | Options | None,
 ) -> None:
-    def fetch(file: int, item: int, first_byte: int, nbytes: int, address: int) -> None:
-        _tensors.fetch(entries_of[file][item].tensor, first_byte, nbytes, address)
-
     streams = _tensors.streams_for([entry for entries in entries_of for entry in entries])
     future = engine_for(engine).submit(
         plans,
@@ -230,14 +227,30 @@ def _run(
         streams=streams,
         durable=durable,
         keep_cached=keep_cached,
-        fetch=fetch,
+        fetch=fetcher(entries_of),
         plan_seconds=time.perf_counter() - began,
         description=description,
     )
-    _newest.stats = future.result(progress_wanted(progress))
+    finish(future, progress)
 
 
-def _check_filename(filename: object) -> None:
+def finish(future: SaveFuture, progress: bool | None) -> Stats:
+    """Waits for a save, and keeps its figures for :func:`stats`."""
+    figures = future.result(progress_wanted(progress))
+    _newest.stats = figures
+    return figures
+
+
+def fetcher(entries_of: list[list[_tensors.Entry]]) -> Callable[[int, int, int, int, int], None]:
+    """What brings the bytes only Python can bring, for the entries of each file."""
+
+    def fetch(file: int, item: int, first_byte: int, nbytes: int, address: int) -> None:
+        _tensors.fetch(entries_of[file][item].tensor, first_byte, nbytes, address)
+
+    return fetch
+
+
+def check_filename(filename: object) -> None:
     path: Any = filename
     if not isinstance(path, str):
         try:
@@ -265,7 +278,7 @@ def _check_metadata(metadata: Any) -> None:
             text.encode()
 
 
-def _encoded(filename: PathLike) -> bytes:
+def encoded_path(filename: PathLike) -> bytes:
     path = os.fsencode(filename)
     if b"\0" in path:
         raise SaveError(22, os.strerror(22), filename)

@@ -13,14 +13,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 NATIVE = """
-error.h plan.h plan.cc schedule.h schedule.cc device.h pack.h pack.cc kernels/pack.cu kernels/embedded.h
+error.h plan.h plan.cc schedule.h schedule.cc device.h pack.h pack.cc streaming.h streaming.cc kernels/pack.cu kernels/embedded.h
 kernels/embedded.cc host_device.cc cuda_driver.h cuda_driver.cc cuda_info.h cuda_info.cc cuda_device.cc ring.h
-filesystem.h filesystem.cc file.h file.cc threads.h threads.cc direct_io.h direct_io.cc writer.h writer.cc
-fetch.h save.h save.cc engine.h engine.cc bindings.cc
+filesystem.h filesystem.cc file.h file.cc threads.h threads.cc direct_io.h direct_io.cc standing.h standing.cc
+writer.h writer.cc fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """.split()
 """csrc/ in reading order."""
 
-PYTHON = "layout plan errors sharing tensors engine saving __init__ cli __main__".split()
+PYTHON = "layout plan errors sharing tensors engine saving prepared __init__ cli __main__".split()
 """fastshard/ in reading order."""
 
 FOREIGN = {

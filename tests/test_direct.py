@@ -25,7 +25,7 @@ from conftest import BUDGET, assert_same
 from helpers import filled, names, preload, run, same
 
 import fastshard
-from fastshard import Options, SaveError, _native, save_file, save_files
+from fastshard import Options, _native, save_file, save_files
 from fastshard.engine import IO_URING_VARIABLE, Engine
 from fastshard.plan import HOST, FilePlan, TensorView
 

@@ -19,9 +19,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from helpers import names, preload, run, same
+from safetensors.torch import load_file
 
 import fastshard
 from fastshard import Options, SaveError, save_file, save_files

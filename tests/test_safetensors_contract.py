@@ -59,7 +59,9 @@ def test_signatures_begin_as_the_references(name):
 def test_extras_are_keyword_only_and_the_same_everywhere(name):
     parameters = inspect.signature(getattr(fastshard, name)).parameters.values()
     extras = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    expected = {key: value for key, value in EXTRAS.items() if name != "save" or key not in ("durable", "keep_cached")}
+    expected = {
+        key: value for key, value in EXTRAS.items() if name != "save" or key not in ("durable", "keep_cached")
+    }
     assert extras == expected
 
 
@@ -582,12 +584,13 @@ def test_public_names():
                 "save_model",
                 "save",
                 "save_files",
+                "prepare",
                 "load_file",
                 "load_model",
                 "load",
                 "safe_open",
             ),
-            *("stats", "Stats", "Options", "Engine", "SaveFuture", "SaveError"),
+            *("stats", "Stats", "Options", "PreparedSave", "Engine", "SaveFuture", "SaveError"),
         }
     )
     assert all(getattr(fastshard, name) is value for name, value in star.items())
