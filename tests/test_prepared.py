@@ -21,10 +21,10 @@ import pytest
 import safetensors.torch as reference
 import torch
 from conftest import BUDGET, SLOT, assert_same
-from helpers import filled
+from helpers import filled, names, preload, run, same
 from simcuda import Result, SimCuda
 from test_cuda_path import noise, on_device, on_host, varied
-from test_files import names, preload, preloaded, run, same, small_disk  # noqa: F401
+from test_files import small_disk  # noqa: F401
 
 import fastshard
 from fastshard import SaveError, prepare
@@ -363,7 +363,7 @@ def test_full_filesystem_is_noticed_by_prepare(small_disk: Path) -> None:  # noq
 
 
 @pytest.mark.parametrize("refuse", ["fallocate:28", "fallocate@2:28"])
-def test_nothing_is_left_of_a_failed_prepare(tmp_path: Path, preloaded: Path, refuse: str) -> None:  # noqa: F811
+def test_nothing_is_left_of_a_failed_prepare(tmp_path: Path, preloaded: Path, refuse: str) -> None:
     script = """
     try:
         prepare({"a": torch.zeros(100)}, sys.argv[1])
@@ -377,7 +377,7 @@ def test_nothing_is_left_of_a_failed_prepare(tmp_path: Path, preloaded: Path, re
 @pytest.mark.parametrize(
     "refuse", ["tmpfile", "fallocate", "exchange", "exchange link", "tmpfile fallocate exchange link"]
 )
-def test_filesystems_that_cannot_do_everything(tmp_path: Path, preloaded: Path, refuse: str) -> None:  # noqa: F811
+def test_filesystems_that_cannot_do_everything(tmp_path: Path, preloaded: Path, refuse: str) -> None:
     script = """
     tensors = {"a": torch.zeros(100_000)}
     with prepare(tensors, sys.argv[1]) as prepared:
