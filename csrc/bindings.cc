@@ -4,11 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cuda_info.h"
@@ -57,17 +59,31 @@ struct SaveHandle {
   const std::shared_ptr<Save> save;
 };
 
-// TensorView of fastshard/plan.py: (data, nbytes, device, itemsize, shape, strides); shape None: contiguous.
+// A pair of the numbers of fastshard/plan.py.
+std::pair<DType, DType> cast_from(const py::object& object) {
+  const auto [from, to] = object.cast<std::pair<uint8_t, uint8_t>>();
+  if (std::max(from, to) > static_cast<uint8_t>(DType::f8_e4m3_sat) || to == static_cast<uint8_t>(DType::raw)) {
+    throw std::invalid_argument("there is no such cast");
+  }
+  return {static_cast<DType>(from), static_cast<DType>(to)};
+}
+
+// TensorView of fastshard/plan.py: (data, nbytes, device, itemsize, shape, strides, cast); shape None: contiguous.
 TensorView view_from(py::handle object) {
   const auto tuple = py::reinterpret_borrow<py::tuple>(object);
+  const auto [from, to] = tuple[6].is_none() ? std::pair(DType::raw, DType::raw) : cast_from(tuple[6]);
   const auto* data = reinterpret_cast<const std::byte*>(tuple[0].cast<uintptr_t>());
   const int device = tuple[2].cast<int>();
   if (tuple[4].is_none()) {
-    return TensorView{.data = data, .device = device, .run_nbytes = tuple[1].cast<uint64_t>()};
+    TensorView view{.data = data, .device = device, .run_nbytes = tuple[1].cast<uint64_t>(), .from = from, .to = to};
+    if (view.cast()) view.run_nbytes = view.run_nbytes / itemsize(to) * itemsize(from);
+    return view;
   }
   TensorView view = make_view(data, device, tuple[3].cast<uint64_t>(), tuple[4].cast<std::vector<int64_t>>(),
                               tuple[5].cast<std::vector<int64_t>>());
-  if (view.nbytes() != tuple[1].cast<uint64_t>()) throw std::invalid_argument("nbytes and shape disagree");
+  view.from = from;
+  view.to = to;
+  if (view.packed_nbytes() != tuple[1].cast<uint64_t>()) throw std::invalid_argument("nbytes and shape disagree");
   return view;
 }
 
@@ -84,7 +100,7 @@ FilePlan file_from(py::handle object) {
   uint64_t offset = header.size();
   for (const py::handle view : items) {
     file.items.push_back({view_from(view), offset});
-    offset += file.items.back().source.nbytes();
+    offset += file.items.back().source.packed_nbytes();
   }
   file.nbytes = offset;
   if (py::isinstance<py::bytes>(tuple[0])) {

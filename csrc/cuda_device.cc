@@ -6,6 +6,7 @@
 #include <mutex>
 #include <vector>
 
+#include "cast.h"
 #include "cuda_driver.h"
 #include "device.h"
 #include "kernels/embedded.h"
@@ -197,7 +198,10 @@ class CudaStream final : public CopyStream {
         }
       }
       if (!gathers.empty() && !launch(gathers, staging)) {
-        for (const CopyOp* op : gathers) copy_strided(*op, staging.bytes.data() + op->chunk_offset);
+        for (const CopyOp* op : gathers) {
+          std::byte* const out = staging.bytes.data() + op->chunk_offset;
+          op->source->cast() ? copy_and_cast(*op, staging.scratch, out) : copy_strided(*op, out);
+        }
       }
       ticket->record(stream_);
     } catch (...) {
@@ -216,7 +220,8 @@ class CudaStream final : public CopyStream {
   }
 
   // One launch for all gathers of a chunk; its table goes into the staging scratch, so it lives exactly as
-  // long as the launch needs it. False where there is no kernel or the slot is not page-locked.
+  // long as the launch needs it. False where there is no kernel, the slot is not page-locked, or a cast is of
+  // what is not aligned.
   bool launch(const std::vector<const CopyOp*>& gathers, Staging& staging) {
     const CUfunction kernel = kernels_->pack(context_);
     CUdeviceptr slot = 0;
@@ -234,6 +239,7 @@ class CudaStream final : public CopyStream {
         PackEntry entry{*op->source, op->first_byte + done, std::min(kEntryNbytes, op->nbytes - done),
                         op->chunk_offset + done, 0};
         entry.unit = pack_unit(entry.view, entry.first_byte, entry.nbytes, entry.slot_offset);
+        if (entry.unit == 0) return false;
         table[count++] = entry;
       }
     }
@@ -266,6 +272,23 @@ class CudaStream final : public CopyStream {
       copy_rows(packed_address(view, next), stride, run, rows, out);
       out += rows * run;
       next += rows * run;
+    }
+  }
+
+  // Without the kernel: cast by the CPU, a piece after the other through the scratch.
+  void copy_and_cast(const CopyOp& op, std::span<std::byte> scratch, std::byte* out) {
+    TensorView source = *op.source;
+    source.to = DType::raw;
+    const uint64_t in_nbytes = itemsize(op.source->from);
+    const uint64_t out_nbytes = itemsize(op.source->to);
+    const uint64_t end = (op.first_byte + op.nbytes) / out_nbytes;
+    for (uint64_t next = op.first_byte / out_nbytes; next < end;) {
+      const uint64_t count = std::min(end - next, scratch.size() / in_nbytes);
+      copy_strided({&source, op.item, 0, next * in_nbytes, count * in_nbytes}, scratch.data());
+      FASTSHARD_CUDA(driver(), cuStreamSynchronize, stream_);
+      row_cast(op.source->from, op.source->to)(scratch.data(), itemsize(op.source->from), count, out);
+      out += count * out_nbytes;
+      next += count;
     }
   }
 

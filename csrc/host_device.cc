@@ -12,7 +12,7 @@ class HostStream final : public CopyStream {
   std::unique_ptr<Ticket> pack(std::span<const CopyOp> ops, Staging& staging) override {
     for (const CopyOp& op : ops) {
       std::byte* out = staging.bytes.subspan(op.chunk_offset, op.nbytes).data();
-      if (staging.streaming && op.source->contiguous()) {
+      if (staging.streaming && op.source->contiguous() && !op.source->cast()) {
         copy_streaming(out, op.source->data + op.first_byte, op.nbytes);
       } else {
         pack_bytes(*op.source, op.first_byte, op.nbytes, out);

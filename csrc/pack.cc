@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cast.h"
+
 namespace fastshard {
 namespace {
 
@@ -80,9 +82,73 @@ bool pack_transposed(const std::byte* source, int64_t rows, int64_t columns, int
   }
 }
 
+// As pack_transposed(), each element cast.
+void cast_transposed(CastRow cast, const TensorView& view, const std::byte* source, int64_t rows, int64_t columns,
+                     std::byte* out) {
+  const int64_t stride = view.stride_nbytes[view.ndim - 1];
+  for (int64_t row0 = 0; row0 < rows; row0 += kTile) {
+    const int64_t row1 = std::min(rows, row0 + kTile);
+    for (int64_t column0 = 0; column0 < columns; column0 += kTile) {
+      const int64_t width = std::min(columns - column0, kTile);
+      for (int64_t row = row0; row < row1; ++row) {
+        cast(source + row * itemsize(view.from) + column0 * stride, stride, static_cast<uint64_t>(width),
+             out + (row * columns + column0) * itemsize(view.to));
+      }
+    }
+  }
+}
+
+// `count` elements from the `first` on, cast. The counterpart of pack_bytes() below.
+void pack_cast(const TensorView& view, uint64_t first, uint64_t count, std::byte* out) {
+  const CastRow cast = row_cast(view.from, view.to);
+  const int64_t in_nbytes = itemsize(view.from);
+  const uint64_t out_nbytes = itemsize(view.to);
+  if (view.ndim == 0) return cast(view.data + first * itemsize(view.from), in_nbytes, count, out);
+  const uint64_t run = view.run_nbytes / itemsize(view.from);
+  const auto columns = static_cast<uint64_t>(view.shape[view.ndim - 1]);
+  const int64_t stride = view.stride_nbytes[view.ndim - 1];
+  const bool transposed = run == 1 && view.ndim >= 2 && view.stride_nbytes[view.ndim - 2] == in_nbytes;
+
+  const uint64_t end = first + count;
+  for (uint64_t next = first; next < end;) {
+    const uint64_t column = next / run % columns;
+    const std::byte* source = run_address(view, next / run);
+    uint64_t taken = 0;
+    if (run == 1) {
+      const uint64_t height = transposed ? static_cast<uint64_t>(view.shape[view.ndim - 2]) : 1;
+      const uint64_t rows = column != 0 ? 0 : std::min(height - next / columns % height, (end - next) / columns);
+      if (rows > 1) {
+        cast_transposed(cast, view, source, static_cast<int64_t>(rows), static_cast<int64_t>(columns), out);
+        taken = rows * columns;
+      } else {
+        taken = std::min(columns - column, end - next);
+        cast(source, stride, taken, out);
+      }
+    } else {
+      // Runs of this row, the first and the last of which may be cut.
+      uint64_t inside = next % run;
+      for (uint64_t left = columns - column; left != 0 && next + taken < end; --left) {
+        const uint64_t piece = std::min(run - inside, end - next - taken);
+        cast(source + inside * itemsize(view.from), in_nbytes, piece, out + taken * out_nbytes);
+        taken += piece;
+        source += stride;
+        inside = 0;
+      }
+    }
+    out += taken * out_nbytes;
+    next += taken;
+  }
+}
+
 }  // namespace
 
 uint32_t pack_unit(const TensorView& view, uint64_t first_byte, uint64_t nbytes, uint64_t slot_offset) {
+  if (view.cast()) {
+    uint64_t source = reinterpret_cast<uintptr_t>(view.data);
+    for (int dim = 0; dim < view.ndim; ++dim) source |= static_cast<uint64_t>(view.stride_nbytes[dim]);
+    const bool aligned = source % itemsize(view.from) == 0 && slot_offset % itemsize(view.to) == 0;
+    return aligned ? itemsize(view.to) : 0;
+  }
   uint64_t bits = reinterpret_cast<uintptr_t>(view.data) | first_byte | nbytes | slot_offset;
   if (view.ndim != 0) bits |= view.run_nbytes;
   for (int dim = 0; dim < view.ndim; ++dim) bits |= static_cast<uint64_t>(view.stride_nbytes[dim]);
@@ -92,6 +158,7 @@ uint32_t pack_unit(const TensorView& view, uint64_t first_byte, uint64_t nbytes,
 }
 
 void pack_bytes(const TensorView& view, uint64_t first_byte, uint64_t nbytes, std::byte* out) {
+  if (view.cast()) return pack_cast(view, first_byte / itemsize(view.to), nbytes / itemsize(view.to), out);
   if (view.ndim == 0) {
     std::memcpy(out, view.data + first_byte, nbytes);
     return;

@@ -39,6 +39,20 @@ TensorView make_view(const std::byte* data, int device, uint64_t itemsize, const
   return view;
 }
 
+namespace {
+
+void check_cast(const WriteItem& item) {
+  const TensorView& view = item.source;
+  if (view.from == DType::raw || view.from == DType::f8_e4m3_sat || view.to == DType::f64) {
+    throw std::invalid_argument("there is no such cast");
+  }
+  if (view.run_nbytes % itemsize(view.from) != 0) throw std::invalid_argument("a run of a cast splits an element");
+  // Then no chunk that ends on a page ends inside an element.
+  if (item.file_offset % itemsize(view.to) != 0) throw std::invalid_argument("the target of a cast is not aligned");
+}
+
+}  // namespace
+
 void check(const SavePlan& plan) {
   for (const FilePlan& file : plan.files) {
     uint64_t expected = 0;
@@ -47,7 +61,8 @@ void check(const SavePlan& plan) {
         throw std::invalid_argument("items do not tile " + file.path + ": offset " + std::to_string(item.file_offset) +
                                     " where " + std::to_string(expected) + " was expected");
       }
-      const uint64_t nbytes = item.source.nbytes();
+      if (item.source.cast()) check_cast(item);
+      const uint64_t nbytes = item.source.packed_nbytes();
       if (nbytes != 0 && item.source.data == nullptr && item.source.device != kFetched) {
         throw std::invalid_argument("an item of " + file.path + " has bytes but no address");
       }

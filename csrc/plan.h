@@ -8,6 +8,13 @@
 #include <string>
 #include <vector>
 
+// For what the kernels use, too (cast.h, pack.h); nvcc compiles it as C++17.
+#ifdef __CUDACC__
+#define FASTSHARD_HOST_DEVICE __host__ __device__
+#else
+#define FASTSHARD_HOST_DEVICE
+#endif
+
 namespace fastshard {
 
 // Where a tensor's bytes are. Zero and above is the CUDA device of that ordinal.
@@ -18,9 +25,28 @@ inline constexpr int kFetched = -2;
 // Dimensions left after neighbouring ones are merged; fastshard/tensors.py makes anything above contiguous.
 inline constexpr int kMaxDims = 8;
 
+// Element types that can be cast (cast.h) on the way out. raw: the bytes are copied as they are. f8_e4m3_sat is
+// f8_e4m3 as a target, in which what is too large becomes the largest number, not NaN.
+enum class DType : uint8_t { raw, f64, f32, f16, bf16, f8_e4m3, f8_e5m2, f8_e4m3_sat };
+
+FASTSHARD_HOST_DEVICE constexpr uint32_t itemsize(DType type) {
+  switch (type) {
+    case DType::f64:
+      return 8;
+    case DType::f32:
+      return 4;
+    case DType::f16:
+    case DType::bf16:
+      return 2;
+    default:
+      return 1;
+  }
+}
+
 // Non-owning strided memory of one tensor, as bytes: an array of `shape` whose elements are runs of
 // `run_nbytes` contiguous bytes. A contiguous tensor is a single run with no dimensions left.
-// Plain enough to be handed to a kernel as it is.
+// Its elements may be cast while they are packed: `data`, strides and runs are those of the source, what is
+// counted in a file, a chunk or an op is packed bytes. Plain enough to be handed to a kernel as it is.
 struct TensorView {
   const std::byte* data = nullptr;
   int32_t device = kHost;
@@ -28,10 +54,24 @@ struct TensorView {
   uint64_t run_nbytes = 0;
   int64_t shape[kMaxDims] = {};
   int64_t stride_nbytes[kMaxDims] = {};
+  DType from = DType::raw;
+  DType to = DType::raw;  // raw: not cast
 
-  bool contiguous() const { return ndim == 0; }
-  uint64_t nbytes() const {
-    uint64_t total = run_nbytes;
+  FASTSHARD_HOST_DEVICE bool cast() const { return to != DType::raw; }
+  // Whether the packed bytes are a range of memory, which those of a cast are not.
+  FASTSHARD_HOST_DEVICE bool contiguous() const { return ndim == 0 && !cast(); }
+
+  // Packed, in the file.
+  FASTSHARD_HOST_DEVICE uint64_t packed_run_nbytes() const {
+    return cast() ? run_nbytes / itemsize(from) * itemsize(to) : run_nbytes;
+  }
+  FASTSHARD_HOST_DEVICE uint64_t packed_nbytes() const { return packed_run_nbytes() * runs(); }
+  // Of the source, an element that lies there twice (stride 0) counted twice.
+  FASTSHARD_HOST_DEVICE uint64_t source_nbytes() const { return run_nbytes * runs(); }
+
+ private:
+  FASTSHARD_HOST_DEVICE uint64_t runs() const {
+    uint64_t total = 1;
     for (int dim = 0; dim < ndim; ++dim) total *= static_cast<uint64_t>(shape[dim]);
     return total;
   }
@@ -43,7 +83,7 @@ struct TensorView {
 TensorView make_view(const std::byte* data, int device, uint64_t itemsize, const std::vector<int64_t>& shape,
                      const std::vector<int64_t>& strides);
 
-// One tensor's place in a file: its bytes, packed, begin at `file_offset`.
+// One tensor's place in a file: its bytes, cast and packed, begin at `file_offset`.
 struct WriteItem {
   TensorView source;
   uint64_t file_offset = 0;
@@ -70,7 +110,7 @@ struct SavePlan {
   std::vector<FilePlan> files;
 };
 
-// Throws std::invalid_argument unless the items tile every file exactly.
+// Throws std::invalid_argument unless the items tile every file exactly, and casts are possible and aligned.
 void check(const SavePlan& plan);
 
 }  // namespace fastshard

@@ -15,7 +15,7 @@ class Builder {
   Builder(FileSchedule& out, const ScheduleLimits& limits) : out_(out), limits_(limits) {}
 
   void add(const TensorView& source, uint32_t item) {
-    const uint64_t nbytes = source.nbytes();
+    const uint64_t nbytes = source.packed_nbytes();
     for (uint64_t done = 0; done < nbytes;) {
       const Route route = route_of(source, nbytes - done);
       if (open_ && !can_take(route)) close();
@@ -39,6 +39,7 @@ class Builder {
   Route route_of(const TensorView& source, uint64_t nbytes) const {
     if (source.device != kHost) return Route::device;
     if (!limits_.in_place) return Route::packed;
+    if (source.cast()) return Route::packed;
     const bool long_runs = source.contiguous() || source.run_nbytes >= kInPlaceRunNbytes;
     if (!long_runs) return Route::packed;
     const bool rides = open_ && out_.chunks.back().route != Route::in_place && nbytes < kRideAlongNbytes &&
@@ -70,6 +71,7 @@ class Builder {
 
   void close() { open_ = false; }
 
+  // Runs are counted in place only, where nothing is cast.
   uint64_t room_for(const TensorView& source, uint64_t first, uint64_t nbytes) const {
     const Chunk& chunk = out_.chunks.back();
     uint64_t take = std::min(nbytes, capacity_ - chunk.nbytes);

@@ -10,7 +10,8 @@
 
 namespace fastshard {
 
-// One gather: the packed bytes [first_byte, first_byte + nbytes) of `source` go to `chunk_offset` of the chunk.
+// One gather: the (cast and) packed bytes [first_byte, first_byte + nbytes) of `source` go to `chunk_offset` of the
+// chunk.
 struct CopyOp {
   const TensorView* source;
   uint32_t item;  // index in FilePlan::items
@@ -21,7 +22,7 @@ struct CopyOp {
 
 enum class Route : uint8_t {
   in_place,  // host memory in long runs: written from where it lies, without staging
-  packed,    // host memory, gathered by the CPU
+  packed,    // host memory, gathered or cast by the CPU
   device,    // through a staging slot; some of it comes from a device
 };
 

@@ -38,7 +38,7 @@ class Options:
 
     memory_budget: int = 128 << 20
     """Bytes of staging memory, all saves of the engine together; at least 1 MiB. Contiguous host tensors
-    need none of it."""
+    that are not cast need none of it."""
     threads: int | None = None
     """Writer threads; ``None``: one for each CPU this process may use, at most 16."""
     write_path: str = "auto"

@@ -3,12 +3,25 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Final, NamedTuple
 
 HOST = -1
 """Device number of host memory; zero and above are CUDA ordinals."""
 FETCHED = -2
 """Device number of tensors whose bytes Python brings, a slot at a time."""
+
+CASTS: Final[Mapping[str, int]] = {
+    "F64": 1,
+    "F32": 2,
+    "F16": 3,
+    "BF16": 4,
+    "F8_E4M3": 5,
+    "F8_E5M2": 6,
+    "F8_E4M3_SAT": 7,
+}
+"""Element types that the engine casts: their codes, and their numbers (``DType`` in csrc/plan.h). Nothing is
+cast to F64. As F8_E4M3_SAT what is too large becomes the largest number, as F8_E4M3 NaN."""
 
 
 class TensorView(NamedTuple):
@@ -17,14 +30,16 @@ class TensorView(NamedTuple):
     data: int
     """Address of the first element; 0 for :data:`FETCHED`."""
     nbytes: int
-    """Size when packed."""
+    """Size when cast and packed."""
     device: int
     itemsize: int = 1
-    """Bytes of one element."""
+    """Bytes of one element, before it is cast."""
     shape: tuple[int, ...] | None = None
     """``None``: contiguous."""
     strides: tuple[int, ...] | None = None
     """In elements, as torch gives them."""
+    cast: tuple[int, int] | None = None
+    """From and to: numbers of :data:`CASTS`; ``None``: the bytes as they are."""
 
 
 class FilePlan(NamedTuple):

@@ -8,6 +8,8 @@ import os
 import threading
 from typing import Any
 
+import torch
+
 from . import tensors as _tensors
 from .engine import Engine, Options, Stats, engine_for
 from .plan import FilePlan
@@ -22,6 +24,7 @@ def prepare(
     generations: int = 2,
     durable: bool = False,
     allow_strided: bool = False,
+    dtype: torch.dtype | None = None,
     engine: Engine | Options | None = None,
 ) -> PreparedSave:
     """Makes everything ready for saving these tensors to this file again and again.
@@ -47,14 +50,16 @@ def prepare(
         tensors: as for :func:`fastshard.save_file`; they are read anew by every save. Tensors that have to be
             copied before they can be saved (lazy conjugate or negative bits, more than 8 strided dimensions) are
             refused, as a copy would not follow them.
-        filename, metadata, durable, allow_strided, engine: as for :func:`fastshard.save_file`.
+        filename, metadata, durable, allow_strided, dtype, engine: as for :func:`fastshard.save_file`.
         generations: buffers; two at least.
 
     Raises:
         What :func:`fastshard.save_file` raises; a filesystem with no room for all buffers is ``SaveError`` with
         ``errno.ENOSPC`` here, and never later.
     """
-    return PreparedSave(tensors, filename, metadata, generations, durable, allow_strided, engine_for(engine))
+    return PreparedSave(
+        tensors, filename, metadata, generations, durable, allow_strided, dtype, engine_for(engine)
+    )
 
 
 class PreparedSave:
@@ -69,6 +74,7 @@ class PreparedSave:
         generations: int,
         durable: bool,
         allow_strided: bool,
+        dtype: torch.dtype | None,
         engine: Engine,
     ) -> None:
         check_filename(filename)
@@ -79,6 +85,7 @@ class PreparedSave:
         self._metadata = metadata
         self._durable = durable
         self._allow_strided = allow_strided
+        self._dtype = dtype
         self._engine = engine
         self._lock = threading.Lock()
         self._pid = os.getpid()
@@ -109,7 +116,7 @@ class PreparedSave:
                 keep_alive=self._entries,
                 streams=_tensors.streams_for(self._entries),
                 durable=self._durable,
-                fetch=fetcher([self._entries]),
+                fetch=fetcher([self._entries], self._dtype),
                 description=os.path.basename(os.fspath(self.filename)),
             )
             figures = finish(future, progress)
@@ -146,7 +153,7 @@ class PreparedSave:
             raise RuntimeError("this prepared save belongs to the parent process")
 
     def _plan(self, tensors: StateDict) -> tuple[list[_tensors.Entry], bytes]:
-        entries, header = lay_out(tensors, self._metadata, self._allow_strided, self.filename)
+        entries, header = lay_out(tensors, self._metadata, self._allow_strided, self._dtype, self.filename)
         for entry in entries:
             if entry.tensor is not tensors[entry.name]:
                 raise ValueError(

@@ -41,6 +41,7 @@ def save_file(
     keep_cached: bool = True,
     progress: bool | None = None,
     allow_strided: bool = False,
+    dtype: torch.dtype | None = None,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a dict of tensors in safetensors format, byte for byte what ``safetensors.torch.save_file`` writes.
@@ -62,15 +63,19 @@ def save_file(
         progress: show a tqdm bar; ``None``: if the environment variable ``FASTSHARD_PROGRESS`` says so.
         allow_strided: pack non-contiguous tensors straight into the file instead of refusing them. Slices
             of one tensor are fine as long as they have no element in common.
+        dtype: cast every floating-point tensor to this on its way into the file, as ``module.to(dtype)``
+            does, without a second copy in memory: ``torch.float32``, ``float16``, ``bfloat16``,
+            ``float8_e4m3fn`` or ``float8_e5m2``. The bytes are those of ``tensor.to(dtype)`` on the CPU,
+            except that a NaN saved as ``bfloat16`` is always 0x7fc0 (torch's depends on strides and length).
         engine: an :class:`Engine`, or :class:`Options` (an engine is kept for them), or the default one.
 
     Raises:
         ValueError, RuntimeError, KeyError, NotImplementedError, TypeError: for tensors that cannot be
-            saved, as safetensors does.
+            saved, as safetensors does; ``ValueError`` also for another ``dtype``.
         SaveError: a system call failed; both a ``SafetensorError`` and an ``OSError``.
         SafetensorError: the header would be too long for readers.
     """
-    _save({filename: tensors}, metadata, durable, keep_cached, progress, allow_strided, engine)
+    _save({filename: tensors}, metadata, durable, keep_cached, progress, allow_strided, dtype, engine)
 
 
 def save_files(
@@ -81,6 +86,7 @@ def save_files(
     keep_cached: bool = True,
     progress: bool | None = None,
     allow_strided: bool = False,
+    dtype: torch.dtype | None = None,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves many files at once, in parallel: all of them become visible, or none.
@@ -97,7 +103,7 @@ def save_files(
         known = seen.setdefault(os.path.realpath(filename), filename)
         if known is not filename:
             raise ValueError(f"{filename!r} and {known!r} are the same file")
-    _save(files, metadata, durable, keep_cached, progress, allow_strided, engine)
+    _save(files, metadata, durable, keep_cached, progress, allow_strided, dtype, engine)
 
 
 def save_model(
@@ -110,6 +116,7 @@ def save_model(
     keep_cached: bool = True,
     progress: bool | None = None,
     allow_strided: bool = False,
+    dtype: torch.dtype | None = None,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a module's parameters and buffers, of tied tensors only one; see ``safetensors.torch.save_model``.
@@ -118,6 +125,7 @@ def save_model(
     With ``force_contiguous`` strided tensors are packed straight into the file. The other arguments and the
     errors are those of :func:`save_file`.
     """
+    _tensors.check_dtype(dtype)
     state_dict = model.state_dict()
     for kept, removed in _remove_duplicate_names(state_dict).items():
         metadata = {} if metadata is None else metadata
@@ -135,6 +143,7 @@ def save_model(
             keep_cached=keep_cached,
             progress=progress,
             allow_strided=allow_strided or force_contiguous,
+            dtype=dtype,
             engine=engine,
         )
     except ValueError as error:
@@ -148,16 +157,17 @@ def save(
     *,
     progress: bool | None = None,
     allow_strided: bool = False,
+    dtype: torch.dtype | None = None,
     engine: Engine | Options | None = None,
 ) -> bytes:
     """The bytes that :func:`save_file` would write. Arguments and errors are the same."""
     from . import _native
 
     began = time.perf_counter()
-    entries, head = lay_out(tensors, metadata, allow_strided)
+    entries, head = lay_out(tensors, metadata, allow_strided, dtype)
     data, address = _native.new_bytes(len(head) + sum(entry.view.nbytes for entry in entries))
     plan = FilePlan((address, len(data)), head, [entry.view for entry in entries])
-    _run([plan], [entries], began, False, True, progress, "Saving to memory", engine)
+    _run([plan], [entries], dtype, began, False, True, progress, "Saving to memory", engine)
     return data
 
 
@@ -168,25 +178,31 @@ def _save(
     keep_cached: bool,
     progress: bool | None,
     allow_strided: bool,
+    dtype: torch.dtype | None,
     engine: Engine | Options | None,
 ) -> None:
     began = time.perf_counter()
     plans = []
     entries_of = []
     for filename, tensors in files.items():
-        entries, head = lay_out(tensors, metadata, allow_strided, filename)
+        entries, head = lay_out(tensors, metadata, allow_strided, dtype, filename)
         plans.append(FilePlan(encoded_path(filename), head, [entry.view for entry in entries]))
         entries_of.append(entries)
     description = os.path.basename(os.fspath(next(iter(files)))) if len(files) == 1 else f"{len(files)} files"
-    _run(plans, entries_of, began, durable, keep_cached, progress, description, engine)
+    _run(plans, entries_of, dtype, began, durable, keep_cached, progress, description, engine)
 
 
 def lay_out(
-    tensors: StateDict, metadata: dict[str, str] | None, allow_strided: bool, filename: object = ""
+    tensors: StateDict,
+    metadata: dict[str, str] | None,
+    allow_strided: bool,
+    dtype: torch.dtype | None,
+    filename: object = "",
 ) -> tuple[list[_tensors.Entry], bytes]:
     """The tensors in file order, and the header that goes before them."""
+    _tensors.check_dtype(dtype)
     with _collector_paused():
-        entries = _tensors.describe(tensors, allow_strided=allow_strided)
+        entries = _tensors.describe(tensors, allow_strided=allow_strided, dtype=dtype)
         check_filename(filename)
         _check_metadata(metadata)
         _tensors.check_format(entries)
@@ -213,6 +229,7 @@ def _collector_paused() -> Iterator[None]:
 def _run(
     plans: list[FilePlan],
     entries_of: list[list[_tensors.Entry]],
+    dtype: torch.dtype | None,
     began: float,
     durable: bool,
     keep_cached: bool,
@@ -227,7 +244,7 @@ def _run(
         streams=streams,
         durable=durable,
         keep_cached=keep_cached,
-        fetch=fetcher(entries_of),
+        fetch=fetcher(entries_of, dtype),
         plan_seconds=time.perf_counter() - began,
         description=description,
     )
@@ -241,11 +258,13 @@ def finish(future: SaveFuture, progress: bool | None) -> Stats:
     return figures
 
 
-def fetcher(entries_of: list[list[_tensors.Entry]]) -> Callable[[int, int, int, int, int], None]:
+def fetcher(
+    entries_of: list[list[_tensors.Entry]], dtype: torch.dtype | None
+) -> Callable[[int, int, int, int, int], None]:
     """What brings the bytes only Python can bring, for the entries of each file."""
 
     def fetch(file: int, item: int, first_byte: int, nbytes: int, address: int) -> None:
-        _tensors.fetch(entries_of[file][item].tensor, first_byte, nbytes, address)
+        _tensors.fetch(entries_of[file][item].tensor, first_byte, nbytes, address, dtype)
 
     return fetch
 

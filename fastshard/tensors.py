@@ -9,6 +9,7 @@ safetensors looks.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from safetensors.torch import _find_shared_tensors
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .layout import CODES, METADATA_KEY, RANKS
-from .plan import FETCHED, HOST, TensorView
+from .plan import CASTS, FETCHED, HOST, TensorView
 from .sharing import by_storage, overlapping, shared_names
 
 _MAX_DIMS = 8  # kMaxDims in csrc/plan.h
@@ -30,6 +31,11 @@ _DTYPES: dict[torch.dtype, tuple[int, str, int]] = {
 }
 _FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_TARGETS: dict[torch.dtype, str] = {
+    getattr(torch, name): CODES[name]
+    for name in ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+}
+_PIECE_NBYTES = 1 << 20  # cast at once by torch
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
@@ -46,11 +52,14 @@ class Entry(NamedTuple):
     """What ``view`` points into."""
 
 
-def describe(tensors: dict[str, torch.Tensor], *, allow_strided: bool) -> list[Entry]:
+def describe(
+    tensors: dict[str, torch.Tensor], *, allow_strided: bool, dtype: torch.dtype | None = None
+) -> list[Entry]:
     """The tensors in file order. Raises what ``safetensors.torch.save_file`` raises for them.
 
     With ``allow_strided`` non-contiguous tensors are described as they lie; views that overlap are refused
-    all the same.
+    all the same. With ``dtype``, one that passed :func:`check_dtype`, floating-point tensors are described as
+    cast to it; what torch raises where it knows no such cast is raised with the tensor's name.
     """
     if not isinstance(tensors, dict):
         raise ValueError(f"Expected a dict of [str, torch.Tensor] but received {type(tensors)}")
@@ -62,8 +71,8 @@ def describe(tensors: dict[str, torch.Tensor], *, allow_strided: bool) -> list[E
             if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
                 sound = False
                 break
-            dtype = tensor.dtype
-            rank, code, itemsize = _DTYPES[dtype]
+            source = tensor.dtype
+            rank, code, itemsize = _DTYPES[source]
             if tensor.is_neg() or (code == "C64" and tensor.is_conj()):
                 sound = False
                 tensor = tensor.resolve_conj().resolve_neg()
@@ -77,7 +86,7 @@ def describe(tensors: dict[str, torch.Tensor], *, allow_strided: bool) -> list[E
             else:
                 sound = False
                 tensor, view = _unusual_view(tensor, device, nbytes)
-            if dtype is _FLOAT4:
+            if source is _FLOAT4:
                 shape = (*shape[:-1], 2 * shape[-1]) if shape else ()
             entries.append(Entry(rank, name, code, shape, view, tensor))
     except Exception:  # whatever a stranger object raises: the reason is found in order
@@ -86,8 +95,48 @@ def describe(tensors: dict[str, torch.Tensor], *, allow_strided: bool) -> list[E
     if not sound or overlapping(spans):
         _refuse(tensors, allow_strided)
     _check_names(tensors)
+    if dtype is not None:
+        entries = [_cast(entry, dtype) for entry in entries]
     entries.sort()
     return entries
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raises ``ValueError`` unless tensors can be cast to it on the way out; ``None`` is fine."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in _TARGETS):
+        names = ", ".join(map(str, _TARGETS))
+        raise ValueError(f"cannot save as {dtype}: dtype must be one of {names}")
+
+
+def _is_cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether ``module.to(dtype)`` changes such a tensor."""
+    return dtype is not None and tensor.dtype is not dtype and tensor.is_floating_point()
+
+
+def _cast(entry: Entry, dtype: torch.dtype) -> Entry:
+    """The entry, its tensor cast if that is a floating-point one: by the engine if it can, else by torch."""
+    tensor, view = entry.tensor, entry.view
+    if not _is_cast(tensor, dtype):
+        return entry
+    nbytes = tensor.numel() * dtype.itemsize
+    if entry.code in CASTS and view.device != FETCHED:
+        cast = CASTS[entry.code], _number_of(dtype)
+        view = TensorView(view.data, nbytes, view.device, view.itemsize, view.shape, view.strides, cast)
+    else:
+        try:
+            torch.empty(1, dtype=tensor.dtype, device="cpu").to(dtype)
+        except Exception as error:
+            raise type(error)(f"cannot save `{entry.name}` as {dtype}: {error}") from None
+        view = TensorView(0, nbytes, FETCHED)
+    rank, code, _ = _DTYPES[dtype]
+    return Entry(rank, entry.name, code, entry.shape, view, tensor)
+
+
+@functools.cache
+def _number_of(dtype: torch.dtype) -> int:
+    """The engine's cast that does what this torch does: up to 2.12 too large for float8_e4m3fn is NaN there."""
+    saturates = dtype is torch.float8_e4m3fn and not torch.tensor(1e4, device="cpu").to(dtype).float().isnan()
+    return CASTS["F8_E4M3_SAT" if saturates else _TARGETS[dtype]]
 
 
 def _unusual_view(tensor: torch.Tensor, device: int, nbytes: int) -> tuple[torch.Tensor, TensorView]:
@@ -200,17 +249,32 @@ def streams_for(entries: list[Entry]) -> dict[int, int]:
     return streams
 
 
-def fetch(tensor: torch.Tensor, first_byte: int, nbytes: int, address: int) -> None:
+def fetch(
+    tensor: torch.Tensor, first_byte: int, nbytes: int, address: int, dtype: torch.dtype | None = None
+) -> None:
     """Copies packed bytes ``[first_byte, first_byte + nbytes)`` of a tensor on any device to host memory.
 
-    The way for accelerators without a native device: through torch, a slot at a time.
+    The way for accelerators without a native device: through torch, a slot at a time. With ``dtype`` the bytes
+    are those of the tensor when saved as that.
     """
     memory = (ctypes.c_char * nbytes).from_address(address)
     # As integers: not every backend copies every dtype (float4, say).
     source = tensor.detach().view(_INTEGERS[tensor.element_size()])
-    out = torch.frombuffer(memory, dtype=source.dtype)
-    itemsize = source.element_size()
-    _copy_range(source, first_byte // itemsize, nbytes // itemsize, out)
+    if not _is_cast(tensor, dtype):
+        out = torch.frombuffer(memory, dtype=source.dtype)
+        itemsize = source.element_size()
+        _copy_range(source, first_byte // itemsize, nbytes // itemsize, out)
+        return
+    assert dtype is not None
+    out = torch.frombuffer(memory, dtype=dtype)
+    first = first_byte // dtype.itemsize
+    # Cast here, not on the device, which may know neither dtype and need memory for it.
+    step = _PIECE_NBYTES // source.element_size()
+    for begin in range(0, len(out), step):
+        piece = out[begin : begin + step]
+        as_they_are = torch.empty(len(piece), dtype=source.dtype, device="cpu")
+        _copy_range(source, first + begin, len(piece), as_they_are)
+        piece.copy_(as_they_are.view(tensor.dtype))
 
 
 def _copy_range(source: torch.Tensor, first: int, count: int, out: torch.Tensor) -> None:

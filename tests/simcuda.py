@@ -97,8 +97,9 @@ def build(directory: str | os.PathLike[str]) -> Path:
     """Compiles the driver into `directory` unless it is up to date there, and returns its path."""
     directory = Path(directory)
     library = directory / "libsimcuda.so"
-    sources = [*sorted(_SOURCES.glob("*.cc")), _CSRC / "pack.cc", _CSRC / "plan.cc"]
-    inputs = [*sources, *_SOURCES.glob("*.h"), _CSRC / "pack.h", _CSRC / "plan.h"]
+    shared = [_CSRC / f"{name}.cc" for name in ("cast", "pack", "plan")]
+    sources = [*sorted(_SOURCES.glob("*.cc")), *shared]
+    inputs = [*sources, *_SOURCES.glob("*.h"), *[source.with_suffix(".h") for source in shared]]
     if library.exists() and library.stat().st_mtime >= max(path.stat().st_mtime for path in inputs):
         return library
     include = cuda_include()

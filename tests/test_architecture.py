@@ -13,10 +13,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 NATIVE = """
-error.h plan.h plan.cc schedule.h schedule.cc device.h pack.h pack.cc streaming.h streaming.cc kernels/pack.cu kernels/embedded.h
-kernels/embedded.cc host_device.cc cuda_driver.h cuda_driver.cc cuda_info.h cuda_info.cc cuda_device.cc ring.h
-filesystem.h filesystem.cc file.h file.cc threads.h threads.cc direct_io.h direct_io.cc standing.h standing.cc
-writer.h writer.cc fetch.h save.h save.cc engine.h engine.cc bindings.cc
+error.h plan.h plan.cc schedule.h schedule.cc device.h cast.h cast.cc pack.h pack.cc streaming.h streaming.cc
+kernels/pack.cu kernels/embedded.h kernels/embedded.cc host_device.cc cuda_driver.h cuda_driver.cc cuda_info.h
+cuda_info.cc cuda_device.cc ring.h filesystem.h filesystem.cc file.h file.cc threads.h threads.cc direct_io.h
+direct_io.cc standing.h standing.cc crc32.h crc32.cc writer.h writer.cc fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """.split()
 """csrc/ in reading order."""
 

@@ -43,7 +43,7 @@ from helpers import filled  # noqa: E402
 import fastshard  # noqa: E402
 from fastshard import _native  # noqa: E402
 from fastshard.engine import Engine, SaveFuture, Stats  # noqa: E402
-from fastshard.plan import HOST, FilePlan, TensorView  # noqa: E402
+from fastshard.plan import CASTS, HOST, FilePlan, TensorView  # noqa: E402
 
 MIB = 1 << 20
 HEADER = b"a header"
@@ -586,7 +586,7 @@ import ctypes
 import sys
 from pathlib import Path
 from fastshard.engine import Engine
-from fastshard.plan import HOST, FilePlan, TensorView
+from fastshard.plan import CASTS, HOST, FilePlan, TensorView
 path = Path(sys.argv[1])
 data = bytearray(b"from the host")
 address = ctypes.addressof(ctypes.c_char.from_buffer(data))
@@ -848,6 +848,84 @@ def test_save_file_fails(
     assert os.listdir(path.parent) == []
 
 
+# Cast on the way out (test_casts.py has the numbers).
+
+CASTABLE = [
+    getattr(torch, name)
+    for name in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+]
+
+
+def castable() -> dict[str, torch.Tensor]:
+    """Of every type, by every way: many small ones, more than a slot, strided, and what is not cast."""
+    generator = torch.Generator().manual_seed(3)
+
+    def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * 9).to(dtype)
+
+    return {
+        **{f"{dtype}.{n}": numbers(n, 3, dtype=dtype) for dtype in CASTABLE for n in (1, 2, 50)},
+        "large": numbers(400, 501),
+        "large double": numbers(90_001, dtype=torch.float64),
+        "half": numbers(300, 200, dtype=torch.float16)[:, :77],
+        "transposed": numbers(200, 301).t(),
+        "every other": numbers(20_001, dtype=torch.bfloat16)[::2],
+        "int": torch.arange(100),
+        "bytes": torch.arange(100, dtype=torch.uint8),
+        "empty": torch.empty(0, 2),
+        "scalar": torch.tensor(0.1),
+    }
+
+
+def cast_bytes(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> bytes:
+    on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+    return reference_bytes({n: t.to(dtype) if t.is_floating_point() else t for n, t in on_cpu.items()})
+
+
+@pytest.mark.parametrize("dtype", CASTABLE[1:], ids=str)
+def test_casts(
+    sim: SimCuda,
+    upload: Uploader,
+    current_streams: dict[int, int],
+    new_engine: NewEngine,
+    path: Path,
+    mode: str,
+    dtype: torch.dtype,
+) -> None:
+    fastshard.save_file(upload.all(castable()), path, dtype=dtype, allow_strided=True, engine=new_engine())
+    assert_same(path.read_bytes(), cast_bytes(castable(), dtype))
+    if mode == "kernel" and _native.kernels_compiled_in():
+        assert sim.count("cuMemcpy2DAsync") == sim.count("cuStreamSynchronize") == 0
+
+
+def test_casts_of_what_no_kernel_can_load(
+    upload: Uploader, current_streams: dict[int, int], new_engine: NewEngine, path: Path
+) -> None:
+    """Floats at an odd address."""
+    floats = torch.randn(3000)
+    odd = torch.frombuffer(bytearray(b"." + floats.numpy().tobytes()), dtype=torch.uint8)
+    plan = TensorView(upload(odd).data_ptr() + 1, 6000, 0, cast=(CASTS["F32"], CASTS["BF16"]))
+    new_engine().submit([FilePlan(os.fsencode(path), HEADER, [plan])], keep_alive=None).result()
+    assert_same(path.read_bytes(), HEADER + bytes(floats.to(torch.bfloat16).view(torch.uint8).numpy()))
+
+
+def test_failing_casts_leave_nothing(
+    sim: SimCuda,
+    upload: Uploader,
+    current_streams: dict[int, int],
+    new_engine: NewEngine,
+    path: Path,
+    mode: str,
+) -> None:
+    launches = mode == "kernel" and _native.kernels_compiled_in()
+    sim.fail("cuLaunchKernel" if launches else "cuMemcpyDtoHAsync", Result.LAUNCH_FAILED, nth=1)
+    with pytest.raises(RuntimeError, match="LAUNCH_FAILED"):
+        fastshard.save_file(
+            upload.all(castable()), path, dtype=torch.bfloat16, allow_strided=True, engine=new_engine()
+        )
+    assert os.listdir(path.parent) == []
+
+
 # A real GPU, where there is one; what needs no stream is done on the CPU, too.
 
 
@@ -912,6 +990,12 @@ def test_real_and_host_tensors_in_one_file(device: torch.device, new_engine: New
     mixed = {name: tensor if i % 2 else moved[name] for i, (name, tensor) in enumerate(model().items())}
     fastshard.save_file(mixed, path, engine=new_engine())
     assert_same(path.read_bytes(), reference_bytes(model()))
+
+
+@pytest.mark.parametrize("dtype", CASTABLE[1:], ids=str)
+def test_real_casts(device: torch.device, new_engine: NewEngine, path: Path, dtype: torch.dtype) -> None:
+    fastshard.save_file(to(castable(), device), path, dtype=dtype, allow_strided=True, engine=new_engine())
+    assert_same(path.read_bytes(), cast_bytes(castable(), dtype))
 
 
 def synchronize(device: torch.device) -> None:

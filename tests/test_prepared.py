@@ -109,6 +109,17 @@ def test_strided_tensors(folder: Path) -> None:
             assert_same((folder / "m.safetensors").read_bytes(), reference.save(dense))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float32])
+def test_cast(folder: Path, dtype: torch.dtype) -> None:
+    tensors = {"a": torch.randn(700, 1000), "b": torch.randn(5000, dtype=torch.float16), "n": torch.arange(5)}
+    with prepare(tensors, folder / "m.safetensors", dtype=dtype) as prepared:
+        for _ in range(3):
+            tensors["a"] += 1
+            prepared.save()
+            cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+            assert_same((folder / "m.safetensors").read_bytes(), reference.save(cast))
+
+
 def test_no_tensors(folder: Path) -> None:
     with prepare({}, folder / "m.safetensors") as prepared:
         prepared.save()

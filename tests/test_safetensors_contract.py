@@ -44,7 +44,14 @@ TENSORS = {"a": filled((100,)), "b": filled((3, 5), torch.bfloat16, 1)}
 
 # Signatures ----------------------------------------------------------------------------------------------
 
-EXTRAS = {"durable": False, "keep_cached": True, "progress": None, "allow_strided": False, "engine": None}
+EXTRAS = {
+    "durable": False,
+    "keep_cached": True,
+    "progress": None,
+    "allow_strided": False,
+    "dtype": None,
+    "engine": None,
+}
 
 
 @pytest.mark.parametrize("name", ["save_file", "save", "save_model"])

@@ -4,6 +4,7 @@
 // The slot is page-locked host memory seen through its device address: the stores go over the link
 // themselves, so no device memory is needed at all. Neighbouring threads store neighbouring units,
 // so a warp fills whole 128-byte lines.
+#include "../cast.h"
 #include "../pack.h"
 
 namespace {
@@ -14,6 +15,23 @@ __device__ void pack_entry(const fastshard::PackEntry& entry, std::byte* slot) {
   Unit* out = reinterpret_cast<Unit*>(slot + entry.slot_offset);
   for (uint64_t i = threadIdx.x; i < units; i += blockDim.x) {
     out[i] = *reinterpret_cast<const Unit*>(fastshard::packed_address(entry.view, entry.first_byte + i * sizeof(Unit)));
+  }
+}
+
+// Element by element, by way of float32; source and target are aligned (pack_unit).
+__device__ void cast_entry(const fastshard::PackEntry& entry, std::byte* slot) {
+  const uint32_t out_nbytes = fastshard::itemsize(entry.view.to);
+  for (uint64_t done = threadIdx.x * out_nbytes; done < entry.nbytes; done += blockDim.x * out_nbytes) {
+    const std::byte* source = fastshard::cast_address(entry.view, entry.first_byte + done);
+    std::byte* out = slot + entry.slot_offset + done;
+    const uint32_t value = fastshard::visit_source(entry.view.from, [&](auto type) {
+      using Bits = typename fastshard::Element<decltype(type)::value>::storage_type;
+      return fastshard::casting::widened<decltype(type)::value>(*reinterpret_cast<const Bits*>(source));
+    });
+    fastshard::visit_target(entry.view.to, [&](auto type) {
+      using Bits = typename fastshard::Element<decltype(type)::value>::storage_type;
+      *reinterpret_cast<Bits*>(out) = fastshard::casting::narrowed<decltype(type)::value>(value);
+    });
   }
 }
 
@@ -33,6 +51,10 @@ extern "C" __global__ void __launch_bounds__(fastshard::kPackThreads)
       reinterpret_cast<uint32_t*>(storage)[word] = words[word];
     }
     __syncthreads();
+    if (entry.view.cast()) {
+      cast_entry(entry, slot);
+      continue;
+    }
     switch (entry.unit) {
       case 16:
         pack_entry<uint4>(entry, slot);

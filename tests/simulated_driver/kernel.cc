@@ -43,8 +43,12 @@ struct Gather {
   reject(result, std::string(fastshard::kPackKernelName) + ": " + what);
 }
 
-// Whether every load the kernel makes, a unit at a time, is aligned and stays in one run.
+// Whether every load the kernel makes, a unit (of a cast: an element) at a time, is aligned and stays in one run.
 bool loads_are_aligned(const PackEntry& entry) {
+  if (entry.view.cast()) {
+    const bool whole = entry.first_byte % entry.unit == 0 && entry.nbytes % entry.unit == 0;
+    return whole && entry.unit == fastshard::pack_unit(entry.view, entry.first_byte, entry.nbytes, entry.slot_offset);
+  }
   if (entry.nbytes % entry.unit != 0) return false;
   for (uint64_t done = 0; done < entry.nbytes; done += entry.unit) {
     const uint64_t offset = entry.first_byte + done;
@@ -65,7 +69,7 @@ Gather check_entry(const PackLaunch& launch, const PackEntry& entry) {
     const int64_t extent = (view.shape[dim] - 1) * view.stride_nbytes[dim];
     (extent < 0 ? begin : end) += static_cast<uintptr_t>(extent);
   }
-  if (entry.nbytes > view.nbytes() || entry.first_byte > view.nbytes() - entry.nbytes) {
+  if (entry.nbytes > view.packed_nbytes() || entry.first_byte > view.packed_nbytes() - entry.nbytes) {
     fault(CUDA_ERROR_ILLEGAL_ADDRESS, "gathers beyond the end of the tensor");
   }
   auto range = find_range(state().allocations, begin, end - begin);

@@ -411,14 +411,16 @@ class Kernel:
         return result
 
 
-ENTRY_NBYTES = 8 + 4 + 4 + 8 + 64 + 64 + 8 + 8 + 8 + 4 + 4
+ENTRY_NBYTES = 8 + 4 + 4 + 8 + 64 + 64 + 8 + 8 + 8 + 8 + 4 + 4
 
 
 def pack_entry(
     data: int, run: int, shape: list[int], strides: list[int], first: int, nbytes: int, offset: int, unit: int
 ) -> bytes:
     dims = [*shape, *[0] * (8 - len(shape)), *strides, *[0] * (8 - len(strides))]
-    return struct.pack("QiiQ16qQQQII", data, 0, len(shape), run, *dims, first, nbytes, offset, unit, 0)
+    return struct.pack(
+        "QiiQ16qBB6xQQQII", data, 0, len(shape), run, *dims, 0, 0, first, nbytes, offset, unit, 0
+    )
 
 
 def packed(data: bytes, start: int, run: int, shape: list[int], strides: list[int]) -> bytes:
