@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cuda_info.h"
+#include "direct_io.h"
 #include "engine.h"
 #include "kernels/embedded.h"
 
@@ -144,13 +145,14 @@ struct PreparedHandle {
     plans = std::move(bound);
   }
 
-  std::unique_ptr<SaveHandle> submit(const std::map<int, uintptr_t>& streams, bool durable) {
+  std::unique_ptr<SaveHandle> submit(const std::map<int, uintptr_t>& streams, bool durable, bool checksums) {
     if (standing == nullptr) throw std::runtime_error("the prepared save is closed");
     const py::gil_scoped_release released;
     const size_t generation = standing->next();
     plans[generation]->files[0].memory = standing->target(generation);
-    const auto commit = [target = standing, generation, durable] { target->publish(generation, durable); };
-    return std::make_unique<SaveHandle>(engine->submit(plans[generation], streams, durable, commit));
+    const auto commit = [target = standing, generation, durable] { return target->publish(generation, durable); };
+    return std::make_unique<SaveHandle>(
+        engine->submit(plans[generation], streams, {.durable = durable, .checksums = checksums}, commit));
   }
 
   void close() {
@@ -165,10 +167,12 @@ struct PreparedHandle {
 };
 
 WritePath write_path_from(const std::string& name) {
-  for (const WritePath path : {WritePath::automatic, WritePath::buffered, WritePath::mapped, WritePath::registered}) {
+  for (const WritePath path :
+       {WritePath::automatic, WritePath::buffered, WritePath::direct, WritePath::mapped, WritePath::registered}) {
     if (name == name_of(path)) return path;
   }
-  throw std::invalid_argument("write_path must be 'auto', 'buffered', 'mapped' or 'registered', not '" + name + "'");
+  throw std::invalid_argument("write_path must be 'auto', 'buffered', 'direct', 'mapped' or 'registered', not '" +
+                              name + "'");
 }
 
 py::dict to_dict(const Stats& stats) {
@@ -181,10 +185,10 @@ py::dict to_dict(const Stats& stats) {
 
 // (chunks, ops) of each file, for the tests of the schedule.
 py::list schedule_of(const py::list& files, uint64_t slot_nbytes, uint64_t packed_nbytes, uint64_t in_place_nbytes,
-                     uint32_t max_ops, bool in_place) {
+                     uint32_t max_ops, bool in_place, uint64_t block_nbytes) {
   const std::shared_ptr<const SavePlan> plan = plan_from(files);
   check(*plan);
-  const ScheduleLimits limits{slot_nbytes, packed_nbytes, in_place_nbytes, max_ops, in_place};
+  const ScheduleLimits limits{slot_nbytes, packed_nbytes, in_place_nbytes, max_ops, in_place, block_nbytes};
   py::list result;
   for (const FilePlan& file : plan->files) {
     const FileSchedule schedule = make_schedule(file, limits);
@@ -247,25 +251,28 @@ PYBIND11_MODULE(_native, module) {
           "fetched", [](SaveHandle& handle, uint64_t request) { handle.save->fetched(request); }, "request"_a)
       .def_property_readonly("nbytes", [](const SaveHandle& handle) { return handle.save->nbytes(); })
       .def_property_readonly("nbytes_written", [](const SaveHandle& handle) { return handle.save->nbytes_written(); })
+      .def("checksums", [](const SaveHandle& handle) { return handle.save->checksums(); })
       .def("stats", [](const SaveHandle& handle) { return to_dict(handle.save->stats()); });
 
   py::class_<EngineHandle>(module, "Engine")
-      .def(py::init([](uint64_t memory_budget, size_t threads, const std::string& write_path, uint64_t device_scratch) {
+      .def(py::init([](uint64_t memory_budget, size_t threads, const std::string& write_path, uint64_t device_scratch,
+                       bool io_uring) {
              return std::make_unique<EngineHandle>(
-                 Options{memory_budget, threads, write_path_from(write_path), device_scratch});
+                 Options{memory_budget, threads, write_path_from(write_path), device_scratch, io_uring});
            }),
-           "memory_budget"_a, "threads"_a, "write_path"_a, "device_scratch"_a)
+           "memory_budget"_a, "threads"_a, "write_path"_a, "device_scratch"_a, "io_uring"_a = true)
       .def(
           "submit",
           [](EngineHandle& handle, const py::list& files, const std::map<int, uintptr_t>& streams, bool durable,
-             const py::object&) {
+             bool keep_cached, bool checksums, const py::object&) {
             const std::shared_ptr<Engine> engine = handle.engine;
             if (engine == nullptr) throw std::runtime_error("the engine is closed");
             std::shared_ptr<const SavePlan> plan = plan_from(files);
             const py::gil_scoped_release released;
-            return std::make_unique<SaveHandle>(engine->submit(std::move(plan), streams, durable));
+            return std::make_unique<SaveHandle>(engine->submit(
+                std::move(plan), streams, {.durable = durable, .keep_cached = keep_cached, .checksums = checksums}));
           },
-          "files"_a, "streams"_a, "durable"_a, "keep_alive"_a, py::keep_alive<0, 5>())
+          "files"_a, "streams"_a, "durable"_a, "keep_cached"_a, "checksums"_a, "keep_alive"_a, py::keep_alive<0, 7>())
       .def(
           "prepare",
           [](EngineHandle& handle, const py::object& file, size_t generations) {
@@ -285,14 +292,12 @@ PYBIND11_MODULE(_native, module) {
   py::class_<PreparedHandle>(module, "Prepared")
       .def(
           "submit",
-          [](PreparedHandle& handle, const std::map<int, uintptr_t>& streams, bool durable, const py::object&) {
-            return handle.submit(streams, durable);
-          },
-          "streams"_a, "durable"_a, "keep_alive"_a, py::keep_alive<0, 4>())
+          [](PreparedHandle& handle, const std::map<int, uintptr_t>& streams, bool durable, bool checksums,
+             const py::object&) { return handle.submit(streams, durable, checksums); },
+          "streams"_a, "durable"_a, "checksums"_a, "keep_alive"_a, py::keep_alive<0, 5>())
       .def(
           "bind", [](PreparedHandle& handle, const py::object& file) { handle.bind(file, handle.plans.size()); },
           "file"_a)
-      .def("fallbacks", [](const PreparedHandle& handle) { return py::tuple(py::cast(handle.standing->fallbacks())); })
       .def("close", &PreparedHandle::close);
 
   // Uninitialised bytes to be filled before anybody else sees them, and their address.
@@ -309,17 +314,25 @@ PYBIND11_MODULE(_native, module) {
   module.def("leak", [](const py::object& object) { object.inc_ref(); }, "object"_a);
 
   module.def("schedule", &schedule_of, "files"_a, "slot_nbytes"_a, "packed_nbytes"_a, "in_place_nbytes"_a, "max_ops"_a,
-             "in_place"_a);
+             "in_place"_a, "block_nbytes"_a = 1);
   module.def("kernels_compiled_in", [] { return embedded_kernels() != nullptr; });
   module.def("cuda_devices", &cuda_devices, Released());
   module.def("cuda_driver_version", &cuda_driver_version, Released());
   module.def(
       "filesystem",
-      [](const std::string& directory, const std::string& write_path) {
+      [](const std::string& directory, const std::string& write_path, bool durable, bool keep_cached, bool from_device,
+         uint64_t nbytes, size_t writers) {
         const FileSystem filesystem = filesystem_of(directory, directory);
-        const Choice choice = choose_write_path(filesystem, write_path_from(write_path));
+        const Choice choice = choose_write_path(filesystem, {.wanted = write_path_from(write_path),
+                                                             .durable = durable,
+                                                             .keep_cached = keep_cached,
+                                                             .from_device = from_device,
+                                                             .nbytes = nbytes,
+                                                             .writers = writers});
         return std::tuple(filesystem.type, std::string(name_of(choice.path)), choice.reason);
       },
-      "directory"_a, "write_path"_a = "auto");
+      "directory"_a, "write_path"_a = "auto", "durable"_a = false, "keep_cached"_a = true, "from_device"_a = false,
+      "nbytes"_a = uint64_t{1} << 30, "writers"_a = 1);
+  module.def("io_uring_refusal", &io_uring_refusal);
   module.def("probe", &probe, "directory"_a, Released());
 }

@@ -31,11 +31,11 @@ Engine::Engine(const Options& options)
       workers_(checked_threads(options)) {}
 
 std::shared_ptr<Save> Engine::submit(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams,
-                                     bool durable, std::function<void()> commit) {
+                                     Intent intent, std::function<std::vector<std::string>()> commit) {
   check(*plan);
-  Resources resources{ring_, workers_, write_behind_, *host_, devices_of(*plan)};
-  auto save = std::make_shared<Save>(std::move(plan), streams, options_.write_path, durable, std::move(commit),
-                                     std::move(resources));
+  Resources resources{ring_, workers_, write_behind_, *host_, devices_of(*plan), io_uring_refused_};
+  intent.wanted = options_.write_path;
+  auto save = std::make_shared<Save>(std::move(plan), streams, intent, std::move(commit), std::move(resources));
   save->start();
   return save;
 }

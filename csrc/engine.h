@@ -6,6 +6,7 @@
 #include <memory>
 #include <mutex>
 
+#include "direct_io.h"
 #include "save.h"
 #include "standing.h"
 
@@ -16,6 +17,7 @@ struct Options {
   size_t threads = 1;                  // writers
   WritePath write_path = WritePath::automatic;
   uint64_t device_scratch = 64 << 20;  // bytes of each device's own memory, to pack in
+  bool io_uring = true;                // for direct writes, where the kernel allows it
 };
 
 // Thread-safe. Saves run on the engine's threads; the destructor waits for them.
@@ -24,9 +26,10 @@ class Engine {
   // Throws std::invalid_argument for a budget below 1 MiB or no threads.
   explicit Engine(const Options& options);
 
-  // Starts a save and returns while it runs. Throws what stops it before the first copy.
+  // Starts a save and returns while it runs; the write path it wants is the engine's. Throws what stops it before
+  // the first copy.
   std::shared_ptr<Save> submit(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams,
-                               bool durable, std::function<void()> commit = {});
+                               Intent intent, std::function<std::vector<std::string>()> commit = {});
   // Makes the standing target of a prepared save, a plan of one file. The engine must outlive its use.
   std::shared_ptr<Standing> stand(const SavePlan& plan, size_t generations);
 
@@ -37,6 +40,7 @@ class Engine {
   std::map<int, Device*> devices_of(const SavePlan& plan);
 
   const Options options_;
+  const int io_uring_refused_ = options_.io_uring ? io_uring_refusal() : EPERM;
   const std::unique_ptr<Device> host_ = make_host_device();
   std::mutex mutex_;
   std::map<int, std::unique_ptr<Device>> devices_;

@@ -9,7 +9,11 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <map>
+#include <memory>
+#include <new>
 #include <set>
 
 namespace fastshard {
@@ -24,6 +28,34 @@ std::string parent_of(const std::string& path) {
 }
 
 std::string self_path(int fd) { return "/proc/self/fd/" + std::to_string(fd); }
+
+uint64_t round_up(uint64_t nbytes, uint64_t unit) { return (nbytes + unit - 1) / unit * unit; }
+
+// Direct I/O in blocks of at least a page, as smaller ones are slow where the filesystem's own are larger.
+constexpr uint64_t kMinBlockNbytes = 4096;
+constexpr uint64_t kMaxBlockNbytes = 64 << 10;
+// Written ranges that wait for the disk while the next one is written.
+constexpr size_t kRangesBehind = 4;
+
+// 0 where there is no direct I/O that staging slots, which are aligned to pages, could do.
+uint64_t direct_block_nbytes(int fd) {
+#ifdef STATX_DIOALIGN  // Linux 6.1
+  struct statx info;
+  if (statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &info) == 0 && (info.stx_mask & STATX_DIOALIGN) != 0) {
+    const uint64_t block = info.stx_dio_offset_align;
+    if (block == 0 || block > kMaxBlockNbytes || info.stx_dio_mem_align > kMinBlockNbytes) return 0;
+    return std::max(kMinBlockNbytes, block);
+  }
+#else
+  static_cast<void>(fd);
+#endif
+  return kMinBlockNbytes;
+}
+
+bool set_direct(int fd, bool direct) {
+  const int flags = fcntl(fd, F_GETFL);
+  return flags >= 0 && fcntl(fd, F_SETFL, direct ? flags | O_DIRECT : flags & ~O_DIRECT) == 0;
+}
 
 bool can_populate() {
 #ifdef MADV_POPULATE_WRITE
@@ -73,14 +105,17 @@ void populate(std::span<std::byte> bytes, const std::string& path) {
 #endif
 }
 
-OutputFile::OutputFile(const std::string& path, uint64_t nbytes, WritePath wanted) : path_(path), nbytes_(nbytes) {
+OutputFile::OutputFile(const std::string& path, uint64_t nbytes, const Intent& intent)
+    : path_(path), nbytes_(nbytes), keep_cached_(intent.keep_cached) {
   resolve_target();
   const FileSystem filesystem = filesystem_of(directory_, path_);
   memory_backed_ = filesystem.memory_backed;
-  write_path_ = choose_write_path(filesystem, wanted).path;
+  if (memory_backed_) keep_cached_ = true;  // its files are the page cache
+  write_path_ = choose_write_path(filesystem, intent).path;
   open_temporary();
   try {
     adopt_replaced_attributes();
+    if (write_path_ == WritePath::direct) try_direct();
     preallocate();
   } catch (...) {
     discard();
@@ -92,8 +127,8 @@ OutputFile::~OutputFile() { discard(); }
 
 void OutputFile::fail(const char* action) const { throw IoError(errno, path_, action); }
 
-void OutputFile::note_fallback(const std::string& refused) {
-  fallbacks_.push_back(refused + " refused: " + std::generic_category().message(errno));
+void OutputFile::note_fallback(const std::string& refused, int error) {
+  fallbacks_.push_back(refused + " refused: " + std::generic_category().message(error));
 }
 
 void OutputFile::resolve_target() {
@@ -159,12 +194,37 @@ void OutputFile::preallocate() {
   }
   int result;
   do {
-    result = fallocate(fd_.get(), 0, 0, static_cast<off_t>(nbytes_));
+    result = fallocate(fd_.get(), 0, 0, static_cast<off_t>(round_up(nbytes_, block_nbytes_)));
   } while (result != 0 && errno == EINTR);
   preallocated_ = result == 0;
   if (preallocated_) return;
   if (!unsupported(errno)) fail("fallocate");
   note_fallback("fallocate");
+  if (write_path_ != WritePath::direct) write_path_ = WritePath::buffered;
+}
+
+// Proves direct I/O by a write, as some filesystems take the flag and refuse the writes. Where it does not work the
+// file is buffered.
+void OutputFile::try_direct() {
+  const auto works = [&] {
+    errno = EINVAL;
+    if (memory_backed_) return false;  // takes the flag, too, of late, and ignores it
+    block_nbytes_ = direct_block_nbytes(fd_.get());
+    if (block_nbytes_ == 0 || !set_direct(fd_.get(), true)) return false;
+    const std::unique_ptr<void, void (*)(void*)> block(std::aligned_alloc(kMinBlockNbytes, block_nbytes_), std::free);
+    if (block == nullptr) throw std::bad_alloc();
+    std::memset(block.get(), 0, block_nbytes_);
+    ssize_t written;
+    do {
+      written = pwrite(fd_.get(), block.get(), block_nbytes_, 0);
+    } while (written < 0 && errno == EINTR);
+    if (written < 0 && !unsupported(errno)) fail("write");
+    return written >= 0;
+  };
+  if (works()) return;
+  note_fallback("O_DIRECT");
+  set_direct(fd_.get(), false);
+  block_nbytes_ = 1;
   write_path_ = WritePath::buffered;
 }
 
@@ -219,6 +279,34 @@ Mapping OutputFile::map() {
 void OutputFile::start_writeback(uint64_t offset, uint64_t nbytes) noexcept {
   sync_file_range(fd_.get(), static_cast<off_t>(offset), static_cast<off_t>(nbytes), SYNC_FILE_RANGE_WRITE);
 }
+
+void OutputFile::evict_behind(uint64_t offset, uint64_t nbytes) noexcept {
+  start_writeback(offset, nbytes);
+  behind_.emplace_back(offset, nbytes);
+  while (behind_.size() > kRangesBehind) {
+    const auto [begin, length] = behind_.front();
+    behind_.pop_front();
+    sync_file_range(fd_.get(), static_cast<off_t>(begin), static_cast<off_t>(length),
+                    SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+    posix_fadvise(fd_.get(), static_cast<off_t>(begin), static_cast<off_t>(length), POSIX_FADV_DONTNEED);
+  }
+}
+
+void OutputFile::end_writing() {
+  if (write_path_ == WritePath::direct) {
+    set_direct(fd_.get(), false);  // whoever reads or copies it from here on is not bound to blocks
+    int result;
+    do {
+      result = ftruncate(fd_.get(), static_cast<off_t>(nbytes_));
+    } while (result != 0 && errno == EINTR);
+    if (result != 0) fail("ftruncate");
+  }
+  if (keep_cached_) return;
+  sync();  // a page that is not on the disk stays: of a direct file the last one, which ftruncate has zeroed the end of
+  evict();
+}
+
+void OutputFile::evict() noexcept { posix_fadvise(fd_.get(), 0, 0, POSIX_FADV_DONTNEED); }
 
 void OutputFile::sync() { sync_descriptor(fd_.get(), path_); }
 
@@ -304,6 +392,10 @@ void OutputFile::copy_to_target() {
     offset += got;
   }
   sync_descriptor(out.get(), path_);
+  if (!keep_cached_) {
+    posix_fadvise(out.get(), 0, 0, POSIX_FADV_DONTNEED);
+    evict();
+  }
   unlink(temporary_.c_str());
   temporary_.clear();
 }

@@ -6,6 +6,7 @@
 #include <sys/uio.h>
 
 #include <cstdint>
+#include <deque>
 #include <optional>
 #include <span>
 #include <string>
@@ -49,7 +50,7 @@ class OutputFile {
  public:
   // Checks the target, makes the temporary with the target's final mode, and preallocates `nbytes` where that
   // is of use; a full disk is IoError(ENOSPC). A symbolic link is followed: its destination is replaced.
-  OutputFile(const std::string& path, uint64_t nbytes, WritePath wanted);
+  OutputFile(const std::string& path, uint64_t nbytes, const Intent& intent);
   ~OutputFile();
   OutputFile(const OutputFile&) = delete;
   OutputFile& operator=(const OutputFile&) = delete;
@@ -66,7 +67,19 @@ class OutputFile {
   Mapping map();
   // Asks the disk to start on a written range. A hint: never fails.
   void start_writeback(uint64_t offset, uint64_t nbytes) noexcept;
-  bool has_writeback() const { return !memory_backed_; }
+  bool has_writeback() const { return !memory_backed_ && write_path_ != WritePath::direct; }
+  // Direct path only: what addresses, lengths and offsets of writes to descriptor() must be multiples of. The end of
+  // the last block is cut off again by end_writing().
+  uint64_t block_nbytes() const { return block_nbytes_; }
+  int descriptor() const { return fd_.get(); }
+  const std::string& path() const { return path_; }
+  // With keep_cached == false, behind a single writer: starts writeback of a written range, and takes out of the
+  // page cache what was written some ranges before it. So neither dirty nor clean pages pile up.
+  void evict_behind(uint64_t offset, uint64_t nbytes) noexcept;
+  bool keep_cached() const { return keep_cached_; }
+  // All chunks are written: the file gets its size. With keep_cached == false nothing of it is in the page cache
+  // afterwards (and so all of it on the disk).
+  void end_writing();
   // Returns when the contents are on stable storage.
   void sync();
   // Gives the file up: nothing of it remains, and what stood under its name stands there again. Nothing
@@ -94,12 +107,14 @@ class OutputFile {
   void open_temporary();
   void adopt_replaced_attributes();
   void preallocate();
+  void try_direct();
+  void evict() noexcept;
   void put_in_place(bool keep_old);
   void replace_target(bool keep_old);
   void copy_to_target();
   bool has_name(const std::string& name) const;
   [[noreturn]] void fail(const char* action) const;
-  void note_fallback(const std::string& refused);
+  void note_fallback(const std::string& refused, int error = errno);
 
   std::string path_;    // as the caller wrote it, for messages
   std::string target_;  // links resolved
@@ -112,6 +127,9 @@ class OutputFile {
   State state_ = State::temporary;
   WritePath write_path_ = WritePath::buffered;
   bool memory_backed_ = false;
+  bool keep_cached_;
+  uint64_t block_nbytes_ = 1;
+  std::deque<std::pair<uint64_t, uint64_t>> behind_;  // ranges being written back: (offset, nbytes)
   std::vector<std::string> fallbacks_;
 };
 

@@ -26,6 +26,12 @@ struct KnownType {
   const char* name;
 };
 
+// Smaller saves are over before direct writes could overlap.
+constexpr uint64_t kDirectNbytes = 16 << 20;
+// Durable saves of device memory: staged in any case, so that direct writes save them a copy. Not measured on a GPU
+// yet.
+constexpr bool kDirectFromDevice = true;
+
 // Magic numbers that linux/magic.h does not have are the filesystems' own (statfs(2)).
 constexpr KnownType kKnownTypes[] = {
     {EXT4_SUPER_MAGIC, "ext4"}, {0x58465342, "xfs"},      {BTRFS_SUPER_MAGIC, "btrfs"},
@@ -36,6 +42,10 @@ constexpr KnownType kKnownTypes[] = {
     {CEPH_SUPER_MAGIC, "ceph"}, {0x6A656A63, "virtiofs"}, {HUGETLBFS_MAGIC, "hugetlbfs"},
     {0x19830326, "beegfs"},
 };
+
+// Populating pages costs a thread about twice the time of a write(2) into them, but any number of threads can do it
+// for one file, of which only one can write.
+constexpr size_t kMappingWriters = 4;
 
 constexpr char kTemporaryPrefix[] = ".fastshard-";
 constexpr char kTemporarySuffix[] = ".tmp";
@@ -54,6 +64,8 @@ const char* name_of(WritePath path) {
       return "auto";
     case WritePath::buffered:
       return "buffered";
+    case WritePath::direct:
+      return "direct";
     case WritePath::mapped:
       return "mapped";
     case WritePath::registered:
@@ -76,13 +88,22 @@ FileSystem filesystem_of(const std::string& directory, const std::string& path) 
     found.type = text.data();
   }
   found.memory_backed = magic == TMPFS_MAGIC || magic == RAMFS_MAGIC;
+  found.direct_io = found.type == "ext4" || found.type == "xfs";
   return found;
 }
 
-Choice choose_write_path(const FileSystem& filesystem, WritePath wanted) {
-  if (wanted != WritePath::automatic) return {wanted, "asked for"};
+Choice choose_write_path(const FileSystem& filesystem, const Intent& intent) {
+  if (intent.wanted != WritePath::automatic) return {intent.wanted, "asked for"};
+  if (filesystem.memory_backed && intent.writers >= kMappingWriters) {
+    return {WritePath::mapped, "new file in memory, and threads enough for each to populate its pages in parallel"};
+  }
   if (filesystem.memory_backed) {
     return {WritePath::buffered, "new file in memory: write(2) fills fresh pages without a fault for each"};
+  }
+  const bool large = intent.nbytes >= kDirectNbytes;
+  if (!intent.keep_cached && large) return {WritePath::direct, "nothing is to stay in the page cache"};
+  if (intent.durable && large && filesystem.direct_io && (kDirectFromDevice || !intent.from_device)) {
+    return {WritePath::direct, "waits for the disk anyway: past the page cache, several writes under way"};
   }
   return {WritePath::buffered,
           "new file: preallocated, one writer of large pwrites a file, writeback started behind it"};

@@ -14,6 +14,7 @@ namespace fastshard {
 enum class WritePath {
   automatic,
   buffered,    // pwrite into the page cache
+  direct,      // past the page cache, from staging slots
   mapped,      // stores into the reserved file, mapped window by window
   registered,  // as mapped; devices copy straight into the windows, page-locked for them one by one
 };
@@ -41,17 +42,29 @@ class Descriptor {
 struct FileSystem {
   std::string type;            // "ext4", "tmpfs", ...; the magic in hex where it has no name here
   bool memory_backed = false;  // no disk behind it: nothing to preallocate or to write back
+  bool direct_io = false;      // O_DIRECT is known to reach the disk, several writes at a time
 };
 
 // Throws IoError, naming `path`, when the directory cannot be looked at.
 FileSystem filesystem_of(const std::string& directory, const std::string& path);
 
+// What a save asks of its files.
+struct Intent {
+  WritePath wanted = WritePath::automatic;
+  bool durable = false;      // on stable storage when the save returns
+  bool keep_cached = true;   // false: nothing left in the page cache when the save returns
+  bool from_device = false;  // some of it comes from a GPU
+  bool checksums = false;    // CRC-32 of each tensor, taken as it passes
+  uint64_t nbytes = 0;       // of all its files together
+  size_t writers = 1;        // threads, for each file
+};
+
 struct Choice {
   WritePath path;
   std::string reason;
 };
-// The write path for a new file on `filesystem`; `wanted` wins where it is not automatic.
-Choice choose_write_path(const FileSystem& filesystem, WritePath wanted);
+// The write path for new files on `filesystem`; a wanted one wins where it is not automatic.
+Choice choose_write_path(const FileSystem& filesystem, const Intent& intent);
 
 // Each ability tried with a temporary file in `directory`: (ability, "yes" or why not). For `fastshard env`.
 std::vector<std::pair<std::string, std::string>> probe(const std::string& directory);

@@ -7,10 +7,10 @@
 
 namespace fastshard {
 
-Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams, WritePath write_path,
-           bool durable, std::function<void()> commit, Resources resources)
+Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams, const Intent& intent,
+           std::function<std::vector<std::string>()> commit, Resources resources)
     : plan_(std::move(plan)),
-      durable_(durable),
+      intent_(intent),
       commit_(std::move(commit)),
       resources_(std::move(resources)),
       fetches_([this] {
@@ -22,13 +22,16 @@ Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>&
     const auto stream = streams.find(ordinal);
     streams_.emplace(ordinal, device->open(stream == streams.end() ? 0 : stream->second));
   }
+  for (const FilePlan& file : plan_->files) nbytes_ += file.nbytes;
+  intent_.nbytes = nbytes_;
+  intent_.from_device = !resources_.devices.empty();
+  intent_.writers = resources_.workers.threads() / std::max<size_t>(1, plan_->files.size());
   for (uint32_t index = 0; index < plan_->files.size(); ++index) {
     const FilePlan& file = plan_->files[index];
-    nbytes_ += file.nbytes;
     files_.push_back(file.memory.bytes != nullptr ? nullptr
-                                                  : std::make_shared<OutputFile>(file.path, file.nbytes, write_path));
-    writers_.push_back(
-        std::make_unique<FileWriter>(file, files_.back(), resources_, streams_, fetches_.stream(index), progress_));
+                                                  : std::make_shared<OutputFile>(file.path, file.nbytes, intent_));
+    writers_.push_back(std::make_unique<FileWriter>(file, files_.back(), resources_, streams_, fetches_.stream(index),
+                                                    intent_.checksums, progress_));
   }
   require_space(open_files());
 }
@@ -56,9 +59,10 @@ void Save::start() {
 // The last writer of a file syncs it; the last file's publishes them all.
 void Save::end_file(size_t index) {
   attempt([&] {
-    if (!durable_ || files_[index] == nullptr) return;
+    if (files_[index] == nullptr) return;
     const Timer timer(progress_.sync_ns);
-    files_[index]->sync();
+    files_[index]->end_writing();
+    if (intent_.durable && files_[index]->keep_cached()) files_[index]->sync();
   });
   if (--unfinished_files_ == 0) finish();
 }
@@ -85,6 +89,7 @@ void Save::fail(std::exception_ptr error) {
 void Save::cancel() { fail(std::make_exception_ptr(Cancelled())); }
 
 void Save::finish() {
+  DeviceUse use;
   std::exception_ptr error;
   {
     const std::lock_guard lock(mutex_);
@@ -94,8 +99,8 @@ void Save::finish() {
   if (!error) {
     try {
       const Timer timer(progress_.sync_ns);
-      publish(open_files(), durable_);
-      if (commit_) commit_();
+      publish(open_files(), intent_.durable);
+      if (commit_) use.fallbacks = commit_();
     } catch (...) {
       error = std::current_exception();
     }
@@ -104,10 +109,12 @@ void Save::finish() {
     resources_.write_behind.forget(file);
     file->discard();
   }
-  DeviceUse use;
   for (const auto& [ordinal, stream] : streams_) stream->add_use(use);
   streams_.clear();
   commit_ = nullptr;  // and what it holds
+  if (!error && intent_.checksums) {
+    for (const auto& writer : writers_) checksums_.push_back(writer->checksums());
+  }
   // Whoever waits may count on the files being closed: a nameless one holds its space until then.
   std::vector<std::shared_ptr<OutputFile>> closing;
   {
@@ -183,6 +190,9 @@ void Save::describe_files(Stats& stats) const {
                  : plan_->files[index].memory.streaming ? "standing"
                                                         : "memory");
     if (file != nullptr) fallbacks.insert(file->fallbacks().begin(), file->fallbacks().end());
+  }
+  if (progress_.io_uring_refused != 0) {
+    fallbacks.insert("io_uring refused: " + std::generic_category().message(progress_.io_uring_refused));
   }
   for (const std::string& path : paths) stats.write_path += (stats.write_path.empty() ? "" : "+") + path;
   stats.fallbacks.assign(fallbacks.begin(), fallbacks.end());

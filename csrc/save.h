@@ -24,7 +24,7 @@ struct Stats {
   uint64_t nbytes = 0;                 // of the finished files
   double seconds = 0;                  // from submit to finish
   double copy_seconds = 0;             // thread-seconds spent packing or waiting for device copies
-  double write_seconds = 0;            // thread-seconds in pwrite (mapped: in page population)
+  double write_seconds = 0;            // thread-seconds in pwrite (direct: waiting for writes; mapped: populating)
   double sync_seconds = 0;             // thread-seconds in fsync
   std::string write_path;              // name_of(WritePath), "standing" or "memory"; joined by "+" where files differ
   std::string staging;                 // "none", "in place" (devices copied into the target), "pageable", "pinned"
@@ -38,9 +38,9 @@ class Save : public std::enable_shared_from_this<Save> {
  public:
   // Orders the copies behind the caller's `streams` (by CUDA ordinal), makes and reserves every file. Throws
   // with nothing left behind. `commit`, where given, runs when every byte is in its place: what makes targets
-  // that are memory visible.
-  Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams, WritePath write_path,
-       bool durable, std::function<void()> commit, Resources resources);
+  // that are memory visible; it returns fallbacks.
+  Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams, const Intent& intent,
+       std::function<std::vector<std::string>()> commit, Resources resources);
   ~Save();
 
   // Gives the work to the writers; once.
@@ -62,6 +62,8 @@ class Save : public std::enable_shared_from_this<Save> {
   uint64_t nbytes() const { return nbytes_; }
   uint64_t nbytes_written() const { return progress_.nbytes_written.load(std::memory_order_relaxed); }
   Stats stats() const;
+  // Of the items of each file, once finished, if they were asked for.
+  const std::vector<std::vector<uint32_t>>& checksums() const { return checksums_; }
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -74,8 +76,8 @@ class Save : public std::enable_shared_from_this<Save> {
   void finish();
 
   const std::shared_ptr<const SavePlan> plan_;
-  const bool durable_;
-  std::function<void()> commit_;
+  Intent intent_;
+  std::function<std::vector<std::string>()> commit_;
   const Resources resources_;
   uint64_t nbytes_ = 0;
   const Clock::time_point started_ = Clock::now();
@@ -92,6 +94,7 @@ class Save : public std::enable_shared_from_this<Save> {
   std::exception_ptr error_;
   bool ending_ = false;  // all chunks are through: too late to fail or cancel
   bool finished_ = false;
+  std::vector<std::vector<uint32_t>> checksums_;
   Stats final_;  // what cannot be told any more once the files are closed
 };
 

@@ -29,6 +29,7 @@ class Builder {
       out_.ops.push_back({&source, item, static_cast<uint32_t>(chunk.nbytes), done, take});
       chunk.op_count += 1;
       chunk.nbytes += take;
+      if (route == Route::device) chunk.route = Route::device;
       pieces_ += chunk.route == Route::in_place ? runs_touched(source, done, take) : 1;
       done += take;
     }
@@ -46,9 +47,11 @@ class Builder {
     return rides ? Route::packed : Route::in_place;
   }
 
-  bool can_take(Route route) const {
+  bool can_take(Route route) {
     const Chunk& chunk = out_.chunks.back();
-    if (pieces_ >= limits_.max_ops || chunk.nbytes >= capacity_) return false;
+    if (pieces_ >= limits_.max_ops) capacity_ = std::min(capacity_, round_up(chunk.nbytes, limits_.block_nbytes));
+    if (chunk.nbytes >= capacity_) return false;
+    if (limits_.block_nbytes > 1) return true;
     // Device bytes want a slot of their own, but take host bytes along.
     return route == chunk.route || (route == Route::packed && chunk.route == Route::device);
   }
@@ -58,7 +61,8 @@ class Builder {
     const uint64_t limit = route == Route::in_place ? limits_.in_place_nbytes
                            : route == Route::device ? limits_.slot_nbytes
                                                     : std::min(limits_.packed_nbytes, limits_.slot_nbytes);
-    const uint64_t end = (offset + limit) / kChunkAlignment * kChunkAlignment;
+    const uint64_t alignment = std::max(kChunkAlignment, limits_.block_nbytes);
+    const uint64_t end = (offset + limit) / alignment * alignment;
     capacity_ = end > offset ? end - offset : limit;
     out_.chunks.push_back({offset, 0, static_cast<uint32_t>(out_.ops.size()), 0, route});
     pieces_ = 0;
@@ -79,6 +83,8 @@ class Builder {
     return take;
   }
 
+  static uint64_t round_up(uint64_t nbytes, uint64_t unit) { return (nbytes + unit - 1) / unit * unit; }
+
   static uint32_t runs_touched(const TensorView& source, uint64_t first, uint64_t nbytes) {
     return static_cast<uint32_t>((first + nbytes - 1) / source.run_nbytes - first / source.run_nbytes + 1);
   }
@@ -95,6 +101,10 @@ class Builder {
 FileSchedule make_schedule(const FilePlan& file, const ScheduleLimits& limits) {
   if (limits.slot_nbytes == 0 || limits.packed_nbytes == 0 || limits.in_place_nbytes == 0 || limits.max_ops == 0) {
     throw std::invalid_argument("a chunk must have room for something");
+  }
+  if (limits.block_nbytes > 1 && (limits.in_place || limits.packed_nbytes < limits.slot_nbytes ||
+                                  limits.slot_nbytes < std::max(kChunkAlignment, limits.block_nbytes))) {
+    throw std::invalid_argument("chunks of whole blocks are staged, and as large as a slot of at least one");
   }
   FileSchedule schedule;
   schedule.ops.reserve(file.items.size());

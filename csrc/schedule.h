@@ -51,6 +51,9 @@ struct ScheduleLimits {
   uint64_t in_place_nbytes = 16 << 20;  // a chunk written from its own memory
   uint32_t max_ops = 1024;              // ops (staged) or runs (in place: IOV_MAX) in a chunk
   bool in_place = true;                 // false: pack everything (the target is memory)
+  // Every chunk but the last ends on a multiple of this, a power of two (direct I/O): then a chunk may have as many ops
+  // more as end in its last block, and host and device memory share chunks. Needs in_place == false.
+  uint64_t block_nbytes = 1;
 };
 
 // Runs of at least this many bytes are handed to pwritev as they are; shorter ones are packed first.

@@ -16,7 +16,7 @@ constexpr uint64_t kPopulateNbytes = 64 << 20;
 }  // namespace
 
 struct Standing::Generation {
-  Generation(const std::string& path, uint64_t nbytes) : file(path, nbytes, WritePath::mapped) {}
+  Generation(const std::string& path, uint64_t nbytes) : file(path, nbytes, Intent{.wanted = WritePath::mapped}) {}
 
   OutputFile file;
   std::unique_ptr<Mapping> mapping;
@@ -66,8 +66,9 @@ void Standing::populate(Generation& generation) {
   if (generation.file.has_writeback()) return;
   for (Device* device : devices_) {
     generation.registration = device->register_staging(generation.mapping->pages());
-    if (generation.registration != nullptr) break;  // it serves all devices
+    if (generation.registration != nullptr) return;  // it serves all devices
   }
+  if (!devices_.empty()) fallbacks_.insert("page-locking the file refused by the driver");
 }
 
 size_t Standing::next() {
@@ -90,21 +91,14 @@ MemoryTarget Standing::target(size_t generation) {
           .populate = chosen.file.has_writeback()};
 }
 
-void Standing::publish(size_t generation, bool durable) {
+std::vector<std::string> Standing::publish(size_t generation, bool durable) {
   Generation& filled = *generations_[generation];
   if (durable) filled.file.sync();
   swap_into_place(filled.file, published_ != nullptr ? &published_->file : nullptr, durable);
   published_ = &filled;
   next_ = (generation + 1) % generations_.size();
-}
-
-std::vector<std::string> Standing::fallbacks() const {
-  const Generation& first = *generations_.front();
-  std::vector<std::string> fallbacks = first.file.fallbacks();
-  if (!devices_.empty() && !first.file.has_writeback() && first.registration == nullptr) {
-    fallbacks.emplace_back("page-locking the file refused by the driver");
-  }
-  return fallbacks;
+  fallbacks_.insert(filled.file.fallbacks().begin(), filled.file.fallbacks().end());
+  return {fallbacks_.begin(), fallbacks_.end()};
 }
 
 }  // namespace fastshard

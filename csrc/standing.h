@@ -4,6 +4,7 @@
 #pragma once
 
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -30,10 +31,9 @@ class Standing {
   // replaced its file meanwhile.
   size_t next();
   MemoryTarget target(size_t generation);
-  // Puts a filled generation in place of whatever stands under the path. Throws IoError with the path as it was.
-  void publish(size_t generation, bool durable);
-  // What the filesystem or a driver refused and what was done instead.
-  std::vector<std::string> fallbacks() const;
+  // Puts a filled generation in place of whatever stands under the path, and tells what filesystem or driver have
+  // refused until now. Throws IoError with the path as it was.
+  std::vector<std::string> publish(size_t generation, bool durable);
 
  private:
   struct Generation;
@@ -48,6 +48,7 @@ class Standing {
   std::vector<std::unique_ptr<Generation>> generations_;
   size_t next_ = 0;
   Generation* published_ = nullptr;
+  std::set<std::string> fallbacks_;
 };
 
 }  // namespace fastshard

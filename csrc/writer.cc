@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <deque>
 #include <optional>
+#include <unordered_map>
 #include <vector>
 
+#include "direct_io.h"
 #include "error.h"
 #include "pack.h"
 #include "streaming.h"
@@ -19,6 +21,9 @@ constexpr size_t kMaxInFlight = 4;
 // memory, small enough for all writers to end together.
 constexpr uint64_t kWindowNbytes = 16 << 20;
 constexpr uint64_t kMemoryNbytes = 4 << 20;
+// Direct writes under way: enough for the disk never to wait for the copies.
+constexpr unsigned kMaxDirect = 8;
+constexpr uint64_t kDirectNbytes = 8 << 20;
 
 }  // namespace
 
@@ -72,7 +77,8 @@ struct FileWriter::InFlight {
 };
 
 FileWriter::FileWriter(const FilePlan& plan, std::shared_ptr<OutputFile> file, const Resources& resources,
-                       const CopyStreams& streams, std::unique_ptr<CopyStream> fetched, Progress& progress)
+                       const CopyStreams& streams, std::unique_ptr<CopyStream> fetched, bool checksums,
+                       Progress& progress)
     : plan_(plan),
       file_(std::move(file)),
       resources_(resources),
@@ -80,15 +86,38 @@ FileWriter::FileWriter(const FilePlan& plan, std::shared_ptr<OutputFile> file, c
       fetched_(std::move(fetched)),
       host_(resources.host.open(0)),
       progress_(progress) {
+  if (checksums) {
+    for (const WriteItem& item : plan_.items) checksums_.emplace_back(item.source.packed_nbytes());
+  }
   ScheduleLimits limits;
   limits.slot_nbytes = resources_.ring.slot_nbytes();
-  if (!buffered()) {
+  if (direct()) {
+    limits.in_place = false;
+    limits.block_nbytes = file_->block_nbytes();
+    limits.slot_nbytes = std::min(limits.slot_nbytes, kDirectNbytes) / limits.block_nbytes * limits.block_nbytes;
+    limits.packed_nbytes = limits.slot_nbytes;
+  } else if (!buffered()) {
     limits.in_place = false;
     limits.packed_nbytes = file_ == nullptr ? kMemoryNbytes : kWindowNbytes;
     writers_ = resources_.workers.threads();
   }
   schedule_ = make_schedule(plan_, limits);
   writers_ = std::clamp<size_t>(schedule_.chunks.size(), 1, writers_);
+}
+
+std::vector<uint32_t> FileWriter::checksums() const {
+  std::vector<uint32_t> values;
+  for (const Crc32& checksum : checksums_) values.push_back(checksum.value());
+  return values;
+}
+
+// While the bytes are in a cache, if they are.
+void FileWriter::add_checksums(const Chunk& chunk, std::span<const std::byte> bytes) {
+  if (checksums_.empty()) return;
+  const Timer timer(progress_.copy_ns);
+  for (const CopyOp& op : schedule_.ops_of(chunk)) {
+    checksums_[op.item].add(op.first_byte, bytes.subspan(op.chunk_offset, op.nbytes));
+  }
 }
 
 const Chunk* FileWriter::claim() {
@@ -100,6 +129,7 @@ const Chunk* FileWriter::claim() {
 // it at its offset and let the slot go. A writer blocks for a slot only while it holds none, so one slot is
 // enough to finish.
 void FileWriter::write_chunks() {
+  if (direct()) return write_chunks_directly();
   const Ring::Share share(resources_.ring);
   std::deque<std::unique_ptr<InFlight>> in_flight;
   const Chunk* next = claim();
@@ -126,6 +156,68 @@ void FileWriter::write_chunks() {
     write_staged(*in_flight.front());
     in_flight.pop_front();
   }
+}
+
+// The same past the page cache, where writes go on while further chunks are copied: a slot goes when its write is
+// complete. Here, too, a writer blocks for a slot only while it holds none.
+void FileWriter::write_chunks_directly() {
+  const Ring::Share share(resources_.ring);
+  std::deque<std::unique_ptr<InFlight>> copying;
+  std::unordered_map<uint64_t, std::unique_ptr<InFlight>> writing;  // by file offset
+  const std::unique_ptr<DirectQueue> queue =                        // the first to go: waits for the writes
+      make_direct_queue(file_->descriptor(), file_->path(), file_->block_nbytes(), kMaxDirect,
+                        resources_.io_uring_refused == 0);
+  progress_.io_uring_refused = resources_.io_uring_refused;
+  const auto finish_one = [&](bool wait) {
+    const Timer timer(progress_.write_ns);
+    const std::optional<uint64_t> offset = queue->reap(wait);
+    if (!offset) return false;
+    const auto written = writing.find(*offset);
+    wrote(written->second->chunk);
+    writing.erase(written);
+    return true;
+  };
+  const Chunk* next = claim();
+  while (next != nullptr || !copying.empty() || !writing.empty()) {
+    if (progress_.stop) throw Cancelled();
+    while (!writing.empty() && finish_one(false)) {
+    }
+    const size_t held = copying.size() + writing.size();
+    if (next != nullptr && copying.size() < kMaxInFlight && writing.size() < kMaxDirect && held < share.slots()) {
+      const int node = node_of(*next);
+      std::optional<Slot> slot = held == 0 ? resources_.ring.acquire(node) : resources_.ring.try_acquire(node);
+      if (slot) {
+        auto staged = stage(*next, std::move(*slot));
+        // One that this thread has packed is ready, whatever devices still bring for those before it.
+        const bool ready = staged->tickets.empty();
+        ready ? copying.push_front(std::move(staged)) : copying.push_back(std::move(staged));
+        next = claim();
+        if (!ready) continue;
+      }
+    }
+    if (copying.empty() || writing.size() == kMaxDirect) {
+      if (!writing.empty()) finish_one(true);
+      continue;
+    }
+    std::unique_ptr<InFlight> staged = std::move(copying.front());
+    copying.pop_front();
+    staged->wait();
+    add_checksums(staged->chunk, staged->bytes);
+    const Timer timer(progress_.write_ns);
+    const uint64_t offset = staged->chunk.file_offset;
+    const std::span<const std::byte> blocks = whole_blocks(*staged);
+    writing.emplace(offset, std::move(staged));
+    queue->submit(blocks, offset, offset);
+  }
+}
+
+// The chunk as it is written: the file's last one is filled up with zeros, which end_writing() cuts off.
+std::span<const std::byte> FileWriter::whole_blocks(const InFlight& staged) const {
+  const uint64_t nbytes = staged.chunk.nbytes;
+  const uint64_t block = file_->block_nbytes();
+  const std::span<std::byte> bytes = staged.slot.bytes().first((nbytes + block - 1) / block * block);
+  std::ranges::fill(bytes.subspan(nbytes), std::byte{0});
+  return bytes;
 }
 
 // Of the first device that packs into the chunk's slot.
@@ -161,7 +253,9 @@ void FileWriter::write_in_place(const Chunk& chunk) {
       const uint64_t run_left =
           op.source->contiguous() ? op.nbytes - done : op.source->run_nbytes - at % op.source->run_nbytes;
       const uint64_t nbytes = std::min(op.nbytes - done, run_left);
-      parts.push_back({const_cast<std::byte*>(packed_address(*op.source, at)), nbytes});
+      const std::byte* const address = packed_address(*op.source, at);
+      if (!checksums_.empty()) checksums_[op.item].add(at, {address, nbytes});
+      parts.push_back({const_cast<std::byte*>(address), nbytes});
       done += nbytes;
     }
   }
@@ -170,9 +264,12 @@ void FileWriter::write_in_place(const Chunk& chunk) {
 
 void FileWriter::pack_into_target(const Chunk& chunk) {
   const auto pack = [&](std::span<std::byte> bytes, bool streaming) {
-    const Timer timer(progress_.copy_ns);
-    Staging target{bytes, {}, streaming};
-    host_->pack(schedule_.ops_of(chunk), target);
+    {
+      const Timer timer(progress_.copy_ns);
+      Staging target{bytes, {}, streaming};
+      host_->pack(schedule_.ops_of(chunk), target);
+    }
+    add_checksums(chunk, bytes);
   };
   if (file_ == nullptr) {
     pack(target_memory(chunk), plan_.memory.streaming);
@@ -237,6 +334,7 @@ std::unique_ptr<FileWriter::InFlight> FileWriter::stage(const Chunk& chunk, Slot
 void FileWriter::write_staged(InFlight& staged) {
   staged.wait();
   const Chunk& chunk = staged.chunk;
+  add_checksums(chunk, staged.bytes);
   if (staged.in_target) return wrote(chunk);
   if (buffered()) {
     iovec part{staged.bytes.data(), staged.bytes.size()};
@@ -262,6 +360,7 @@ void FileWriter::put(const Chunk& chunk, std::span<iovec> parts) {
 
 void FileWriter::wrote(const Chunk& chunk) {
   progress_.nbytes_written.fetch_add(chunk.nbytes, std::memory_order_relaxed);
+  if (buffered() && !file_->keep_cached()) return file_->evict_behind(chunk.file_offset, chunk.nbytes);
   if (file_ != nullptr && file_->has_writeback()) {
     resources_.write_behind.post(file_, chunk.file_offset, chunk.nbytes);
   }

@@ -5,10 +5,13 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <memory>
 #include <span>
+#include <vector>
 
+#include "crc32.h"
 #include "device.h"
 #include "file.h"
 #include "ring.h"
@@ -24,6 +27,7 @@ struct Resources {
   WriteBehind& write_behind;
   Device& host;
   std::map<int, Device*> devices;  // by CUDA ordinal, for those in the plan
+  int io_uring_refused = 0;        // errno; 0: direct writes may use it
 };
 
 // What all writers of a save add up, and what stops them.
@@ -33,6 +37,7 @@ struct Progress {
   std::atomic<int64_t> copy_ns = 0, write_ns = 0, sync_ns = 0;
   std::atomic<uint64_t> staged_nbytes = 0, peak_staged_nbytes = 0;
   std::atomic<bool> staged_pinned = false, staged_pageable = false, copied_in_place = false;
+  std::atomic<int> io_uring_refused = 0;  // errno
 };
 
 // Adds the time it lives to a counter of nanoseconds.
@@ -55,22 +60,27 @@ class Timer {
 using CopyStreams = std::map<int, std::unique_ptr<CopyStream>>;
 
 // A file of the plan on its way. A file of the page cache has one writer (a second one only fights for the
-// inode's lock); mapped files and memory are shared by all.
+// inode's lock), and so has a direct one (more only share the same slots and the same disk); mapped files and
+// memory are shared by all.
 class FileWriter {
  public:
   // `file` is null when the plan's target is memory. `fetched` brings what only Python can.
   FileWriter(const FilePlan& plan, std::shared_ptr<OutputFile> file, const Resources& resources,
-             const CopyStreams& streams, std::unique_ptr<CopyStream> fetched, Progress& progress);
+             const CopyStreams& streams, std::unique_ptr<CopyStream> fetched, bool checksums, Progress& progress);
 
   // Threads that can work on it at once.
   size_t writers() const { return writers_; }
   // One writer's share: claims chunks until none is left. Throws Cancelled when the save has been stopped.
   void write_chunks();
+  // CRC-32 of each item, once all chunks are written, if they were asked for.
+  std::vector<uint32_t> checksums() const;
 
  private:
   struct InFlight;
 
   bool buffered() const { return file_ != nullptr && file_->write_path() == WritePath::buffered; }
+  bool direct() const { return file_ != nullptr && file_->write_path() == WritePath::direct; }
+  void write_chunks_directly();
   const Chunk* claim();
   int node_of(const Chunk& chunk) const;
   bool write_unstaged(const Chunk& chunk);
@@ -81,8 +91,10 @@ class FileWriter {
   std::unique_ptr<InFlight> stage(const Chunk& chunk, Slot slot);
   void place(InFlight& staged);
   void write_staged(InFlight& staged);
+  std::span<const std::byte> whole_blocks(const InFlight& staged) const;
   void put(const Chunk& chunk, std::span<iovec> parts);
   void wrote(const Chunk& chunk);
+  void add_checksums(const Chunk& chunk, std::span<const std::byte> bytes);
   CopyStream& stream_for(int device);
 
   const FilePlan& plan_;
@@ -92,6 +104,7 @@ class FileWriter {
   const std::unique_ptr<CopyStream> fetched_;
   const std::unique_ptr<CopyStream> host_;
   Progress& progress_;
+  std::deque<Crc32> checksums_;  // of the items; none if not asked for
   FileSchedule schedule_;
   size_t writers_ = 1;
   std::atomic<size_t> next_chunk_ = 0;

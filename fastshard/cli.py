@@ -14,7 +14,7 @@ from importlib import metadata, util
 from tqdm import tqdm
 
 from . import __version__
-from .engine import Options, usable_cpus
+from .engine import IO_URING_VARIABLE, Options, io_uring_allowed, usable_cpus
 from .layout import FileHeader, read_header
 
 
@@ -118,7 +118,8 @@ def _env(path: str) -> None:
 
     directory = path if os.path.isdir(path) else os.path.dirname(path) or "."
     options = Options()
-    kind, write_path, reason = _native.filesystem(directory)
+    kind, write_path, reason = _native.filesystem(directory, writers=options.writers)
+    _, durable_path, durable_reason = _native.filesystem(directory, durable=True, writers=options.writers)
     rows = [
         ("fastshard", __version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.release()}"),
@@ -134,11 +135,22 @@ def _env(path: str) -> None:
         ("filesystem", f"{kind} at {os.path.realpath(directory)}"),
         ("free space", _size(_free(directory))),
         ("a save here", f"{write_path}: {reason}"),
+        ("a durable save here", f"{durable_path}: {durable_reason}"),
         *_native.probe(directory),
+        ("asynchronous direct I/O (io_uring)", _io_uring()),
     ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name.ljust(width)}  {value}".rstrip())
+
+
+def _io_uring() -> str:
+    from . import _native
+
+    if not io_uring_allowed():
+        return f"no: {IO_URING_VARIABLE}=0; threads instead"
+    refusal = _native.io_uring_refusal()
+    return f"no: {os.strerror(refusal)}; threads instead" if refusal else "yes"
 
 
 def _version(package: str) -> str:

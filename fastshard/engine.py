@@ -12,7 +12,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from .errors import SaveError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from . import _native
 
 PROGRESS_VARIABLE: Final = "FASTSHARD_PROGRESS"
+IO_URING_VARIABLE: Final = "FASTSHARD_IO_URING"
 _POLL_SECONDS: Final = 0.1
 """How long Ctrl-C or the progress bar may have to wait."""
 
@@ -41,9 +42,9 @@ class Options:
     threads: int | None = None
     """Writer threads; ``None``: one for each CPU this process may use, at most 16."""
     write_path: str = "auto"
-    """``"buffered"`` (pwrite into the page cache), ``"mapped"`` (stores into the mapped file), ``"registered"``
-    (as mapped, with devices copying straight into page-locked windows), or ``"auto"``: what suits the filesystem
-    (``fastshard env PATH`` tells)."""
+    """``"buffered"`` (pwrite into the page cache), ``"direct"`` (past it, from staging memory), ``"mapped"``
+    (stores into the mapped file), ``"registered"`` (as mapped, with devices copying straight into page-locked
+    windows), or ``"auto"``: what suits save and filesystem (``fastshard env PATH`` tells)."""
     device_scratch: int = 64 << 20
     """Bytes of each CUDA device's memory that strided, cast and small tensors may be packed in on their way out;
     taken when first needed, kept until the engine is closed. 0, or where the device has none to give: none."""
@@ -68,11 +69,12 @@ class Stats:
     copy_seconds: float
     """Packing, and waiting for copies from devices."""
     write_seconds: float
-    """In pwrite, or populating mapped pages."""
+    """In pwrite, waiting for direct writes, or populating mapped pages."""
     sync_seconds: float
     """In fsync and rename."""
     write_path: str
-    """``"buffered"``, ``"mapped"``, ``"registered"``, ``"standing"`` (a prepared save) or ``"memory"``."""
+    """``"buffered"``, ``"direct"``, ``"mapped"``, ``"registered"``, ``"standing"`` (a prepared save) or
+    ``"memory"``."""
     staging: str
     """``"none"`` (written from the tensors' own memory), ``"in place"`` (devices copied into the target itself),
     ``"pageable"`` or ``"pinned"``."""
@@ -81,7 +83,9 @@ class Stats:
     device_scratch_nbytes: int
     """Device memory that tensors were packed in, all devices together."""
     fallbacks: tuple[str, ...]
-    """What the filesystem or a device refused; something else was done instead."""
+    """What filesystem, kernel or a device refused; something else was done instead."""
+    checksums: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """File -> tensor -> CRC-32 of its bytes in the file, as ``zlib.crc32`` has it; empty unless asked for."""
 
 
 @contextlib.contextmanager
@@ -145,6 +149,10 @@ class SaveFuture:
             self._settled = True
             self._kept.clear()
         return self.stats
+
+    def checksums(self) -> list[list[int]]:
+        """Of each file, the CRC-32 of each tensor in file order; none unless asked for, or before the end."""
+        return [values[1:] for values in self._native.checksums()]  # the first is the header's
 
     @property
     def stats(self) -> Stats:
@@ -211,7 +219,11 @@ class Engine:
         if options.device_scratch < 0:
             raise ValueError("device_scratch must not be negative")
         return _native.Engine(
-            options.memory_budget, options.writers, options.write_path, options.device_scratch
+            options.memory_budget,
+            options.writers,
+            options.write_path,
+            options.device_scratch,
+            io_uring_allowed(),
         )
 
     def submit(
@@ -221,6 +233,8 @@ class Engine:
         keep_alive: object,
         streams: Mapping[int, int] | None = None,
         durable: bool = False,
+        keep_cached: bool = True,
+        checksums: bool = False,
         fetch: Callable[[int, int, int, int, int], None] | None = None,
         plan_seconds: float = 0.0,
         description: str = "Saving",
@@ -234,7 +248,7 @@ class Engine:
         native = self._running()
         kept = [keep_alive, self]
         with _save_errors():
-            save = native.submit(list(files), dict(streams or {}), durable, kept)
+            save = native.submit(list(files), dict(streams or {}), durable, keep_cached, checksums, kept)
         future = SaveFuture(save, kept=kept, fetch=fetch, plan_seconds=plan_seconds, description=description)
         self._saves.add(future)
         return future
@@ -255,6 +269,7 @@ class Engine:
         keep_alive: object,
         streams: Mapping[int, int],
         durable: bool,
+        checksums: bool = False,
         fetch: Callable[[int, int, int, int, int], None] | None,
         description: str,
     ) -> SaveFuture:
@@ -262,7 +277,7 @@ class Engine:
         self._running()
         kept = [keep_alive, prepared, self]
         with _save_errors():
-            save = prepared.submit(dict(streams), durable, kept)
+            save = prepared.submit(dict(streams), durable, checksums, kept)
         future = SaveFuture(save, kept=kept, fetch=fetch, plan_seconds=0.0, description=description)
         self._saves.add(future)
         return future
@@ -333,6 +348,11 @@ def progress_wanted(progress: bool | None) -> bool:
     if progress is None:
         return os.environ.get(PROGRESS_VARIABLE, "0").lower() not in ("", "0", "false", "no", "off")
     return progress
+
+
+def io_uring_allowed() -> bool:
+    """Whether direct writes may use io_uring where the kernel lets them; ``FASTSHARD_IO_URING=0``: threads."""
+    return os.environ.get(IO_URING_VARIABLE, "1") != "0"
 
 
 @atexit.register

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import threading
 from typing import Any
@@ -13,7 +12,8 @@ import torch
 from . import tensors as _tensors
 from .engine import Engine, Options, Stats, engine_for
 from .plan import FilePlan
-from .saving import PathLike, StateDict, check_filename, encoded_path, fetcher, finish, lay_out
+from .planning import PathLike, StateDict, check_filename, encoded_path, fetcher, lay_out
+from .saving import How, finish
 
 
 def prepare(
@@ -25,6 +25,7 @@ def prepare(
     durable: bool = False,
     allow_strided: bool = False,
     dtype: torch.dtype | None = None,
+    checksums: bool = False,
     engine: Engine | Options | None = None,
 ) -> PreparedSave:
     """Makes everything ready for saving these tensors to this file again and again.
@@ -50,16 +51,15 @@ def prepare(
         tensors: as for :func:`fastshard.save_file`; they are read anew by every save. Tensors that have to be
             copied before they can be saved (lazy conjugate or negative bits, more than 8 strided dimensions) are
             refused, as a copy would not follow them.
-        filename, metadata, durable, allow_strided, dtype, engine: as for :func:`fastshard.save_file`.
+        filename, metadata, durable, allow_strided, dtype, checksums, engine: as for :func:`fastshard.save_file`.
         generations: buffers; two at least.
 
     Raises:
         What :func:`fastshard.save_file` raises; a filesystem with no room for all buffers is ``SaveError`` with
         ``errno.ENOSPC`` here, and never later.
     """
-    return PreparedSave(
-        tensors, filename, metadata, generations, durable, allow_strided, dtype, engine_for(engine)
-    )
+    how = How(durable=durable, allow_strided=allow_strided, dtype=dtype, checksums=checksums, engine=engine)
+    return PreparedSave(tensors, filename, metadata, generations, how)
 
 
 class PreparedSave:
@@ -72,10 +72,7 @@ class PreparedSave:
         filename: PathLike,
         metadata: dict[str, str] | None,
         generations: int,
-        durable: bool,
-        allow_strided: bool,
-        dtype: torch.dtype | None,
-        engine: Engine,
+        how: How,
     ) -> None:
         check_filename(filename)
         if isinstance(generations, bool) or not isinstance(generations, int) or generations < 2:
@@ -83,15 +80,13 @@ class PreparedSave:
         self.filename = filename
         self.generations = generations
         self._metadata = metadata
-        self._durable = durable
-        self._allow_strided = allow_strided
-        self._dtype = dtype
-        self._engine = engine
+        self._how = how
+        self._engine = engine_for(how.engine)
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._entries, self._header = self._plan(tensors)
-        self._addresses = [entry.view.data for entry in self._entries]
-        self._native: Any = engine.prepare(self._file(self._entries), generations)
+        self._addresses = [entry.tensor.data_ptr() for entry in self._entries]
+        self._native: Any = self._engine.prepare(self._file(self._entries), generations)
 
     @property
     def nbytes(self) -> int:
@@ -115,12 +110,12 @@ class PreparedSave:
                 self._native,
                 keep_alive=self._entries,
                 streams=_tensors.streams_for(self._entries),
-                durable=self._durable,
-                fetch=fetcher([self._entries], self._dtype),
+                durable=self._how.durable,
+                checksums=self._how.checksums,
+                fetch=fetcher([self._entries], self._how.dtype),
                 description=os.path.basename(os.fspath(self.filename)),
             )
-            figures = finish(future, progress)
-            return dataclasses.replace(figures, fallbacks=(*figures.fallbacks, *self._native.fallbacks()))
+            return finish(future, progress, {self.filename: self._entries})
 
     def bind(self, tensors: StateDict) -> None:
         """From now on saves these tensors.
@@ -153,7 +148,9 @@ class PreparedSave:
             raise RuntimeError("this prepared save belongs to the parent process")
 
     def _plan(self, tensors: StateDict) -> tuple[list[_tensors.Entry], bytes]:
-        entries, header = lay_out(tensors, self._metadata, self._allow_strided, self._dtype, self.filename)
+        entries, header = lay_out(
+            tensors, self._metadata, self._how.allow_strided, self._how.dtype, self.filename
+        )
         for entry in entries:
             if entry.tensor is not tensors[entry.name]:
                 raise ValueError(
@@ -170,7 +167,7 @@ class PreparedSave:
         _require_same({e.name: e for e in self._entries}, {e.name: e for e in entries})
         assert header == self._header
         self._native.bind(self._file(entries))
-        self._entries, self._addresses = entries, [entry.view.data for entry in entries]
+        self._entries, self._addresses = entries, [entry.tensor.data_ptr() for entry in entries]
 
 
 def _require_same(old: dict[str, _tensors.Entry], new: dict[str, _tensors.Entry]) -> None:

@@ -3,26 +3,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
+import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import _remove_duplicate_names
 
 from . import tensors as _tensors
 from .engine import Engine, Options, SaveFuture, Stats, engine_for, progress_wanted
-from .errors import SaveError
-from .layout import HeaderTooLarge, header
 from .plan import FilePlan
-
-PathLike = str | os.PathLike[str]
-StateDict = dict[str, torch.Tensor]
+from .planning import Entries, PathLike, StateDict, check_filename, encoded_path, fetcher, lay_out
 
 _newest = threading.local()
 
@@ -32,15 +26,29 @@ def stats() -> Stats | None:
     return getattr(_newest, "stats", None)
 
 
+class How(NamedTuple):
+    """The arguments that all doors have; :func:`save_file` describes them."""
+
+    durable: bool = False
+    keep_cached: bool = True
+    progress: bool | None = None
+    allow_strided: bool = False
+    dtype: torch.dtype | None = None
+    checksums: bool = False
+    engine: Engine | Options | None = None
+
+
 def save_file(
     tensors: StateDict,
     filename: PathLike,
     metadata: dict[str, str] | None = None,
     *,
     durable: bool = False,
+    keep_cached: bool = True,
     progress: bool | None = None,
     allow_strided: bool = False,
     dtype: torch.dtype | None = None,
+    checksums: bool = False,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a dict of tensors in safetensors format, byte for byte what ``safetensors.torch.save_file`` writes.
@@ -55,6 +63,10 @@ def save_file(
         metadata: written into the header in this order.
         durable: return when file and directory are on stable storage (fsync), not as soon as others can
             read the file.
+        keep_cached: ``False``: nothing of the file is left in the page cache when the call returns, so that the
+            save pushes nothing else out of it (a live server's working set); the call then waits for the disk.
+            ``True`` promises nothing: durable saves may go past the page cache. A filesystem in memory
+            ignores it.
         progress: show a tqdm bar; ``None``: if the environment variable ``FASTSHARD_PROGRESS`` says so.
         allow_strided: pack non-contiguous tensors straight into the file instead of refusing them. Slices
             of one tensor are fine as long as they have no element in common.
@@ -62,6 +74,8 @@ def save_file(
             does, without a second copy in memory: ``torch.float32``, ``float16``, ``bfloat16``,
             ``float8_e4m3fn`` or ``float8_e5m2``. The bytes are those of ``tensor.to(dtype)`` on the CPU,
             except that a NaN saved as ``bfloat16`` is always 0x7fc0 (torch's depends on strides and length).
+        checksums: take the CRC-32 of each tensor's bytes (that of ``zlib.crc32``) as they pass; afterwards
+            ``stats().checksums`` holds them.
         engine: an :class:`Engine`, or :class:`Options` (an engine is kept for them), or the default one.
 
     Raises:
@@ -70,7 +84,8 @@ def save_file(
         SaveError: a system call failed; both a ``SafetensorError`` and an ``OSError``.
         SafetensorError: the header would be too long for readers.
     """
-    _save({filename: tensors}, metadata, durable, progress, allow_strided, dtype, engine)
+    how = How(durable, keep_cached, progress, allow_strided, dtype, checksums, engine)
+    _save({filename: tensors}, metadata, how)
 
 
 def save_files(
@@ -78,9 +93,11 @@ def save_files(
     metadata: dict[str, str] | None = None,
     *,
     durable: bool = False,
+    keep_cached: bool = True,
     progress: bool | None = None,
     allow_strided: bool = False,
     dtype: torch.dtype | None = None,
+    checksums: bool = False,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves many files at once, in parallel: all of them become visible, or none.
@@ -97,7 +114,7 @@ def save_files(
         known = seen.setdefault(os.path.realpath(filename), filename)
         if known is not filename:
             raise ValueError(f"{filename!r} and {known!r} are the same file")
-    _save(files, metadata, durable, progress, allow_strided, dtype, engine)
+    _save(files, metadata, How(durable, keep_cached, progress, allow_strided, dtype, checksums, engine))
 
 
 def save_model(
@@ -107,9 +124,11 @@ def save_model(
     force_contiguous: bool = True,
     *,
     durable: bool = False,
+    keep_cached: bool = True,
     progress: bool | None = None,
     allow_strided: bool = False,
     dtype: torch.dtype | None = None,
+    checksums: bool = False,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a module's parameters and buffers, of tied tensors only one; see ``safetensors.torch.save_model``.
@@ -133,9 +152,11 @@ def save_model(
             filename,
             metadata,
             durable=durable,
+            keep_cached=keep_cached,
             progress=progress,
             allow_strided=allow_strided or force_contiguous,
             dtype=dtype,
+            checksums=checksums,
             engine=engine,
         )
     except ValueError as error:
@@ -159,135 +180,46 @@ def save(
     entries, head = lay_out(tensors, metadata, allow_strided, dtype)
     data, address = _native.new_bytes(len(head) + sum(entry.view.nbytes for entry in entries))
     plan = FilePlan((address, len(data)), head, [entry.view for entry in entries])
-    _run([plan], [entries], dtype, began, False, progress, "Saving to memory", engine)
+    _run({"": (plan, entries)}, How(progress=progress, dtype=dtype, engine=engine), began, "Saving to memory")
     return data
 
 
-def _save(
-    files: Mapping[PathLike, StateDict],
-    metadata: dict[str, str] | None,
-    durable: bool,
-    progress: bool | None,
-    allow_strided: bool,
-    dtype: torch.dtype | None,
-    engine: Engine | Options | None,
-) -> None:
+def _save(files: Mapping[PathLike, StateDict], metadata: dict[str, str] | None, how: How) -> None:
     began = time.perf_counter()
-    plans = []
-    entries_of = []
+    plans = {}
     for filename, tensors in files.items():
-        entries, head = lay_out(tensors, metadata, allow_strided, dtype, filename)
-        plans.append(FilePlan(encoded_path(filename), head, [entry.view for entry in entries]))
-        entries_of.append(entries)
+        entries, head = lay_out(tensors, metadata, how.allow_strided, how.dtype, filename)
+        plans[filename] = FilePlan(encoded_path(filename), head, [entry.view for entry in entries]), entries
     description = os.path.basename(os.fspath(next(iter(files)))) if len(files) == 1 else f"{len(files)} files"
-    _run(plans, entries_of, dtype, began, durable, progress, description, engine)
-
-
-def lay_out(
-    tensors: StateDict,
-    metadata: dict[str, str] | None,
-    allow_strided: bool,
-    dtype: torch.dtype | None,
-    filename: object = "",
-) -> tuple[list[_tensors.Entry], bytes]:
-    """The tensors in file order, and the header that goes before them."""
-    _tensors.check_dtype(dtype)
-    with _collector_paused():
-        entries = _tensors.describe(tensors, allow_strided=allow_strided, dtype=dtype)
-        check_filename(filename)
-        _check_metadata(metadata)
-        _tensors.check_format(entries)
-        try:
-            head = header(((e.name, e.code, e.shape, e.view.nbytes) for e in entries), metadata)
-        except HeaderTooLarge:
-            raise SafetensorError("Error while serializing: header too large") from None
-    return entries, head
-
-
-@contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Planning makes many small tuples and no cycles; searching them for cycles takes longer than making them."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
+    _run(plans, how, began, description)
 
 
 def _run(
-    plans: list[FilePlan],
-    entries_of: list[list[_tensors.Entry]],
-    dtype: torch.dtype | None,
-    began: float,
-    durable: bool,
-    progress: bool | None,
-    description: str,
-    engine: Engine | Options | None,
+    plans: Mapping[PathLike, tuple[FilePlan, Entries]], how: How, began: float, description: str
 ) -> None:
+    entries_of = [entries for _, entries in plans.values()]
     streams = _tensors.streams_for([entry for entries in entries_of for entry in entries])
-    future = engine_for(engine).submit(
-        plans,
+    future = engine_for(how.engine).submit(
+        [plan for plan, _ in plans.values()],
         keep_alive=entries_of,
         streams=streams,
-        durable=durable,
-        fetch=fetcher(entries_of, dtype),
+        durable=how.durable,
+        keep_cached=how.keep_cached,
+        checksums=how.checksums,
+        fetch=fetcher(entries_of, how.dtype),
         plan_seconds=time.perf_counter() - began,
         description=description,
     )
-    finish(future, progress)
+    finish(future, how.progress, {name: entries for name, (_, entries) in plans.items()})
 
 
-def finish(future: SaveFuture, progress: bool | None) -> Stats:
+def finish(future: SaveFuture, progress: bool | None, files: Mapping[PathLike, Entries]) -> Stats:
     """Waits for a save, and keeps its figures for :func:`stats`."""
     figures = future.result(progress_wanted(progress))
+    checksums = {
+        os.fspath(filename): {entry.name: value for entry, value in zip(entries, values)}
+        for (filename, entries), values in zip(files.items(), future.checksums())
+    }
+    figures = dataclasses.replace(figures, checksums=checksums)
     _newest.stats = figures
     return figures
-
-
-def fetcher(
-    entries_of: list[list[_tensors.Entry]], dtype: torch.dtype | None
-) -> Callable[[int, int, int, int, int], None]:
-    """What brings the bytes only Python can bring, for the entries of each file."""
-
-    def fetch(file: int, item: int, first_byte: int, nbytes: int, address: int) -> None:
-        _tensors.fetch(entries_of[file][item].tensor, first_byte, nbytes, address, dtype)
-
-    return fetch
-
-
-def check_filename(filename: object) -> None:
-    path: Any = filename
-    if not isinstance(path, str):
-        try:
-            path = os.fspath(path)
-        except TypeError as error:
-            raise TypeError(f"argument 'filename': {error}") from None
-    if isinstance(path, bytes):
-        raise TypeError("argument 'filename': 'bytes' object is not an instance of 'str'")
-    os.fsencode(path)
-
-
-def _check_metadata(metadata: Any) -> None:
-    if metadata is None:
-        return
-    if not isinstance(metadata, dict):
-        raise TypeError(
-            f"argument 'metadata': '{type(metadata).__name__}' object is not an instance of 'dict'"
-        )
-    for pair in metadata.items():
-        for text in pair:
-            if not isinstance(text, str):
-                raise TypeError(
-                    f"argument 'metadata': {_tensors.what_it_is(text)} is not an instance of 'str'"
-                )
-            text.encode()
-
-
-def encoded_path(filename: PathLike) -> bytes:
-    path = os.fsencode(filename)
-    if b"\0" in path:
-        raise SaveError(22, os.strerror(22), filename)
-    return path

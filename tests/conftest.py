@@ -16,6 +16,8 @@ import faulthandler
 import functools
 import gc
 import os
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,3 +159,34 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     import torch
 
     return torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that refuses calls."""
+    library = tmp_path_factory.mktemp("preload") / "refusing_filesystem.so"
+    source = Path(__file__).with_name("refusing_filesystem.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
+@pytest.fixture(params=["tmpfs", "ext4"])
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of 24 MiB."""
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    if request.param == "tmpfs":
+        command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", mount]
+    else:
+        image = tmp_path / "image"
+        image.write_bytes(b"")
+        os.truncate(image, 24 << 20)
+        mkfs = shutil.which("mkfs.ext4") or "/sbin/mkfs.ext4"
+        if not os.path.exists(mkfs):
+            pytest.skip("no mkfs.ext4 here")
+        subprocess.run([mkfs, "-q", image], check=True)
+        command = ["mount", "-o", "loop", image, mount]
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("mounting a filesystem is not allowed here")
+    yield mount
+    subprocess.run(["umount", "-l", mount], check=True)

@@ -5,10 +5,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+import textwrap
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from fastshard.layout import CODES
 
@@ -24,6 +30,13 @@ def filled(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int
     return raw.to(torch.uint8).view(dtype).view(shape)
 
 
+def crc32(tensor: torch.Tensor) -> int:
+    """Of the bytes a tensor has in a file."""
+    return (
+        zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()) if tensor.numel() else 0
+    )
+
+
 def snapshot(directory: Path) -> dict[str, bytes]:
     """Every file in there, temporary ones too, with its contents."""
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
@@ -34,3 +47,27 @@ def parsed(data: bytes) -> tuple[dict[str, Any], bytes]:
     length = int.from_bytes(data[:8], "little")
     assert (8 + length) % 8 == 0
     return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def same(path: os.PathLike[str] | str, tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether the file holds exactly these tensors."""
+    loaded = load_file(path)
+    return loaded.keys() == tensors.keys() and all(
+        torch.equal(loaded[name], tensors[name]) for name in tensors
+    )
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(os.listdir(directory))
+
+
+def run(script: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Runs a Python script in a process of its own; its last line of output is what it found."""
+    # Not from the checkout's top: its package would come before the installed one.
+    options = {"capture_output": True, "text": True, "timeout": 120, "cwd": Path(__file__).parent, **options}
+    code = "import sys, os, torch, fastshard\nfrom fastshard import *\n" + textwrap.dedent(script)
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], **options)  # type: ignore[call-overload]
+
+
+def preload(library: Path, refuse: str) -> dict[str, str]:
+    return {**os.environ, "LD_PRELOAD": str(library), "REFUSE": refuse}

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // LD_PRELOAD for tests: a filesystem that refuses what some mounts refuse. REFUSE holds words such as
-// "tmpfile fallocate exchange link rename fsync"; each makes that call fail with ENOTSUP, or with the number
-// behind a colon ("rename:5"). "rename@2" refuses the second call only.
+// "tmpfile fallocate exchange link rename fsync direct pwrite io_uring"; each makes that call fail with ENOTSUP, or
+// with the number behind a colon ("rename:5"). "rename@2" refuses the second call only. "short" refuses nothing:
+// pwrite then writes half of what it is given and a piece of a block.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -10,17 +11,19 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 static int refused(const char* what, int* calls) {
   const char* list = getenv("REFUSE");
   const size_t length = strlen(what);
-  ++*calls;
+  const int call = __atomic_add_fetch(calls, 1, __ATOMIC_RELAXED);
   for (const char* at = list; at != NULL && (at = strstr(at, what)) != NULL; at += length) {
     if (at != list && at[-1] != ' ') continue;
     const char* end = at + length;
     int error = ENOTSUP;
     if (*end == '@') {
-      if (strtol(end + 1, (char**)&end, 10) != *calls) continue;
+      if (strtol(end + 1, (char**)&end, 10) != call) continue;
     }
     if (*end == ':') error = (int)strtol(end + 1, (char**)&end, 10);
     if (*end != ' ' && *end != '\0') continue;
@@ -65,4 +68,33 @@ int rename(const char* from, const char* to) {
 int fsync(int fd) {
   static int calls;
   return refused("fsync", &calls) ? -1 : REAL(fsync)(fd);
+}
+
+int fcntl(int fd, int command, ...) {
+  static int calls;
+  va_list rest;
+  va_start(rest, command);
+  void* const argument = va_arg(rest, void*);
+  va_end(rest);
+  if (command == F_SETFL && ((long)argument & O_DIRECT) != 0 && refused("direct", &calls)) return -1;
+  return REAL(fcntl)(fd, command, argument);
+}
+
+ssize_t pwrite(int fd, const void* data, size_t nbytes, off_t offset) {
+  static int calls, halves;
+  if (refused("pwrite", &calls)) return -1;
+  // Not a whole block, so that what is left must begin further in front.
+  if (nbytes > 8192 && refused("short", &halves)) nbytes = nbytes / 8192 * 4096 + 512;
+  return REAL(pwrite)(fd, data, nbytes, offset);
+}
+
+long syscall(long number, ...) {
+  static int calls;
+  va_list rest;
+  va_start(rest, number);
+  long a[6];
+  for (int i = 0; i < 6; ++i) a[i] = va_arg(rest, long);
+  va_end(rest);
+  if (number == SYS_io_uring_setup && refused("io_uring", &calls)) return -1;
+  return REAL(syscall)(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }

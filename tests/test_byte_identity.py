@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
+import safetensors.torch as reference
+import torch
 from conftest import BUDGET, SLOT
+from helpers import DTYPES, FLOAT4, filled, parsed, snapshot
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-import torch  # noqa: E402
-
-import safetensors  # noqa: E402
-import safetensors.torch as reference  # noqa: E402
-from helpers import DTYPES, FLOAT4, filled, parsed, snapshot  # noqa: E402
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-
-import fastshard  # noqa: E402
-from fastshard import Options  # noqa: E402
+import fastshard
+from fastshard import Options
 
 KIB, MIB = 1 << 10, 1 << 20
 PAGE = 4096
@@ -31,6 +29,7 @@ ENGINES = [
     for threads in (1, 3)
     for write_path in ("buffered", "mapped")
 ]
+DIRECT = [Options(memory_budget=BUDGET, threads=threads, write_path="direct") for threads in (1, 3)]
 
 deterministic = settings(derandomize=True, deadline=None, max_examples=300)
 
@@ -310,7 +309,7 @@ def test_default_engine_takes_strided_tensors_too(folder):
 # Many files ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", [None, *ENGINES], ids=str)
+@pytest.mark.parametrize("engine", [None, *ENGINES, *DIRECT], ids=str)
 def test_save_files(tmp_path, engine):
     shards = {
         tmp_path / f"model-{number}.safetensors": {

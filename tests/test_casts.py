@@ -12,16 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import safetensors.torch as reference  # noqa: E402
-import torch  # noqa: E402
+import safetensors.torch as reference
+import torch
 from conftest import BUDGET, assert_same
-from helpers import FLOAT4, snapshot  # noqa: E402
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
+from helpers import FLOAT4, snapshot
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-import fastshard  # noqa: E402
-from fastshard import Options, _native, tensors  # noqa: E402
-from fastshard.plan import CASTS, FETCHED, HOST, FilePlan, TensorView  # noqa: E402
+import fastshard
+from fastshard import Options, _native, tensors
+from fastshard.plan import CASTS, FETCHED, HOST, FilePlan, TensorView
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

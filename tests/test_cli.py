@@ -94,6 +94,8 @@ def test_env_tells_of_machine_and_filesystem(tmp_path: Path, capsys: pytest.Capt
     assert rows["CUDA driver"]
     assert rows["filesystem"].endswith(os.path.realpath(tmp_path))
     assert rows["a save here"].startswith("buffered: ")
+    assert rows["a durable save here"].startswith(("buffered: ", "direct: "))
+    assert rows["asynchronous direct I/O (io_uring)"].startswith(("yes", "no: "))
     assert rows["new files"] == rows["rename"] == "yes"
     assert os.listdir(tmp_path) == []
 

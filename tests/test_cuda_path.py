@@ -24,6 +24,8 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import safetensors.torch as reference
+import torch
 from conftest import (
     BUDGET,
     CACHE_VARIABLE,
@@ -33,17 +35,13 @@ from conftest import (
     assert_same,
     real_gpu,
 )
+from helpers import filled
 from simcuda import Result, SimCuda
 
-import torch  # noqa: E402
-import safetensors.torch as reference  # noqa: E402
-
-from helpers import filled  # noqa: E402
-
-import fastshard  # noqa: E402
-from fastshard import _native  # noqa: E402
-from fastshard.engine import Engine, SaveFuture, Stats  # noqa: E402
-from fastshard.plan import CASTS, HOST, FilePlan, TensorView  # noqa: E402
+import fastshard
+from fastshard import _native
+from fastshard.engine import Engine, SaveFuture, Stats
+from fastshard.plan import CASTS, HOST, FilePlan, TensorView
 
 MIB = 1 << 20
 HEADER = b"a header"

@@ -12,17 +12,15 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import safetensors.torch as reference
+import torch
 from conftest import BUDGET, SLOT, assert_same
+from helpers import DTYPES, filled
 
-import torch  # noqa: E402
-import safetensors.torch as reference  # noqa: E402
-
-from helpers import DTYPES, filled  # noqa: E402
-
-import fastshard  # noqa: E402
-from fastshard import _native, tensors  # noqa: E402
-from fastshard.engine import Engine, SaveFuture  # noqa: E402
-from fastshard.plan import FETCHED, HOST, FilePlan, TensorView  # noqa: E402
+import fastshard
+from fastshard import _native, tensors
+from fastshard.engine import Engine, SaveFuture
+from fastshard.plan import FETCHED, HOST, FilePlan, TensorView
 
 HEADER = b"a header"
 
@@ -118,7 +116,7 @@ def noise(nbytes: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(nbytes)
 
 
-@pytest.mark.parametrize("write_path", ["buffered", "mapped"])
+@pytest.mark.parametrize("write_path", ["buffered", "direct", "mapped"])
 def test_large_and_small(new_engine: NewEngine, path: Path, write_path: str) -> None:
     items = [noise(5 * SLOT + 3), b"", *[noise(i, seed=i) for i in range(100)], noise(2 * SLOT, seed=1)]
     library = Library(items)

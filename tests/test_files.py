@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import names, preload, run, same
 from safetensors.torch import load_file
 
 import fastshard
@@ -27,26 +28,6 @@ from fastshard import Options, SaveError, save_file, save_files
 TENSORS = {"a": torch.arange(1000, dtype=torch.float32), "b": torch.ones(3, 5, dtype=torch.bfloat16)}
 OTHERS = {"a": torch.full((1000,), 7.0), "c": torch.zeros(17, dtype=torch.int8)}
 MIB = 1 << 20
-
-
-def same(path: os.PathLike[str] | str, tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether the file holds exactly these tensors."""
-    loaded = load_file(path)
-    return loaded.keys() == tensors.keys() and all(
-        torch.equal(loaded[name], tensors[name]) for name in tensors
-    )
-
-
-def names(directory: Path) -> list[str]:
-    return sorted(os.listdir(directory))
-
-
-def run(script: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """Runs a Python script in a process of its own; its last line of output is what it found."""
-    # Not from the checkout's top: its package would come before the installed one.
-    options = {"capture_output": True, "text": True, "timeout": 120, "cwd": Path(__file__).parent, **options}
-    code = "import sys, os, torch, fastshard\nfrom fastshard import *\n" + textwrap.dedent(script)
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], **options)  # type: ignore[call-overload]
 
 
 # Modes, links, targets -----------------------------------------------------------------------------------
@@ -132,7 +113,7 @@ def test_relative_names_and_names_without_a_directory(
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("write_path", ["buffered", "mapped"])
+@pytest.mark.parametrize("write_path", ["buffered", "direct", "mapped"])
 def test_saving_over_the_file_the_tensors_are_mapped_from(
     tmp_path: Path, threads: int, write_path: str
 ) -> None:
@@ -227,7 +208,7 @@ def test_read_only_directory(tmp_path: Path) -> None:
     assert names(folder) == []
 
 
-@pytest.mark.parametrize("write_path", ["buffered", "mapped"])
+@pytest.mark.parametrize("write_path", ["buffered", "direct", "mapped"])
 def test_file_size_limit(tmp_path: Path, write_path: str) -> None:
     path = tmp_path / "m.safetensors"
     save_file(TENSORS, path)
@@ -242,29 +223,7 @@ def test_file_size_limit(tmp_path: Path, write_path: str) -> None:
     assert same(path, TENSORS) and names(tmp_path) == [path.name]
 
 
-@pytest.fixture(params=["tmpfs", "ext4"])
-def small_disk(request: pytest.FixtureRequest, tmp_path: Path):
-    """A filesystem of 24 MiB."""
-    mount = tmp_path / "mount"
-    mount.mkdir()
-    if request.param == "tmpfs":
-        command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", mount]
-    else:
-        image = tmp_path / "image"
-        image.write_bytes(b"")
-        os.truncate(image, 24 * MIB)
-        mkfs = shutil.which("mkfs.ext4") or "/sbin/mkfs.ext4"
-        if not os.path.exists(mkfs):
-            pytest.skip("no mkfs.ext4 here")
-        subprocess.run([mkfs, "-q", image], check=True)
-        command = ["mount", "-o", "loop", image, mount]
-    if subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("mounting a filesystem is not allowed here")
-    yield mount
-    subprocess.run(["umount", "-l", mount], check=True)
-
-
-@pytest.mark.parametrize("write_path", ["buffered", "mapped"])
+@pytest.mark.parametrize("write_path", ["buffered", "direct", "mapped"])
 def test_full_disk_is_noticed_before_anything_changes(small_disk: Path, write_path: str) -> None:
     engine = Options(write_path=write_path)
     path = small_disk / "m.safetensors"
@@ -313,19 +272,6 @@ def test_one_bad_file_stops_all(tmp_path: Path) -> None:
 
 
 # Filesystems that cannot do everything -------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library that refuses calls."""
-    library = tmp_path_factory.mktemp("preload") / "refusing_filesystem.so"
-    source = Path(__file__).with_name("refusing_filesystem.c")
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
-    return library
-
-
-def preload(library: Path, refuse: str) -> dict[str, str]:
-    return {**os.environ, "LD_PRELOAD": str(library), "REFUSE": refuse}
 
 
 SAVE_OVER = """

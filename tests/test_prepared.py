@@ -21,10 +21,9 @@ import pytest
 import safetensors.torch as reference
 import torch
 from conftest import BUDGET, SLOT, assert_same
-from helpers import filled
+from helpers import crc32, filled, names, preload, run, same
 from simcuda import Result, SimCuda
 from test_cuda_path import noise, on_device, on_host, varied
-from test_files import names, preload, preloaded, run, same, small_disk  # noqa: F401
 
 import fastshard
 from fastshard import SaveError, prepare
@@ -118,6 +117,15 @@ def test_cast(folder: Path, dtype: torch.dtype) -> None:
             prepared.save()
             cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
             assert_same((folder / "m.safetensors").read_bytes(), reference.save(cast))
+
+
+def test_checksums(folder: Path) -> None:
+    tensors = model(1)
+    with prepare(tensors, folder / "m.safetensors", checksums=True) as prepared:
+        for value in (1, 2):
+            fill(tensors, value)
+            sums = prepared.save().checksums[str(folder / "m.safetensors")]
+            assert sums == {name: crc32(t) for name, t in tensors.items()}
 
 
 def test_no_tensors(folder: Path) -> None:
@@ -360,7 +368,7 @@ def test_errors_are_those_of_save_file(folder: Path) -> None:
 # Ends ----------------------------------------------------------------------------------------------------
 
 
-def test_full_filesystem_is_noticed_by_prepare(small_disk: Path) -> None:  # noqa: F811
+def test_full_filesystem_is_noticed_by_prepare(small_disk: Path) -> None:
     path = small_disk / "m.safetensors"
     path.write_bytes(b"old")
     tensors = {"a": torch.zeros(2 * MIB)}  # 8 MiB: two fit, three do not
@@ -374,7 +382,7 @@ def test_full_filesystem_is_noticed_by_prepare(small_disk: Path) -> None:  # noq
 
 
 @pytest.mark.parametrize("refuse", ["fallocate:28", "fallocate@2:28"])
-def test_nothing_is_left_of_a_failed_prepare(tmp_path: Path, preloaded: Path, refuse: str) -> None:  # noqa: F811
+def test_nothing_is_left_of_a_failed_prepare(tmp_path: Path, preloaded: Path, refuse: str) -> None:
     script = """
     try:
         prepare({"a": torch.zeros(100)}, sys.argv[1])
@@ -388,7 +396,7 @@ def test_nothing_is_left_of_a_failed_prepare(tmp_path: Path, preloaded: Path, re
 @pytest.mark.parametrize(
     "refuse", ["tmpfile", "fallocate", "exchange", "exchange link", "tmpfile fallocate exchange link"]
 )
-def test_filesystems_that_cannot_do_everything(tmp_path: Path, preloaded: Path, refuse: str) -> None:  # noqa: F811
+def test_filesystems_that_cannot_do_everything(tmp_path: Path, preloaded: Path, refuse: str) -> None:
     script = """
     tensors = {"a": torch.zeros(100_000)}
     with prepare(tensors, sys.argv[1]) as prepared:
@@ -630,7 +638,7 @@ def test_two_hops_where_the_file_cannot_be_page_locked(
         assert_same(path.read_bytes(), b"a header" + b"".join(s.packed for s in sources))
     assert stats.staging == ("pinned" if place == "disk" else "pageable")
     assert stats.staging_nbytes <= BUDGET
-    refused = [text for text in prepared.fallbacks() if "page-locking" in text]
+    refused = [text for text in stats.fallbacks if "page-locking" in text]
     assert len(refused) == (place != "disk")
 
 

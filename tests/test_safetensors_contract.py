@@ -27,16 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch as reference
+import torch
+from helpers import FLOAT4, filled, parsed, snapshot
+from safetensors import SafetensorError
 
-import torch  # noqa: E402
-
-import safetensors.torch as reference  # noqa: E402
-from helpers import FLOAT4, filled, parsed, snapshot  # noqa: E402
-from safetensors import SafetensorError  # noqa: E402
-
-import fastshard  # noqa: E402
-from fastshard import Engine, Options, SaveError  # noqa: E402
-from fastshard.plan import HOST, FilePlan, TensorView  # noqa: E402
+import fastshard
+from fastshard import Engine, Options, SaveError
+from fastshard.plan import HOST, FilePlan, TensorView
 
 MIB = 1 << 20
 TENSORS = {"a": filled((100,)), "b": filled((3, 5), torch.bfloat16, 1)}
@@ -44,7 +42,15 @@ TENSORS = {"a": filled((100,)), "b": filled((3, 5), torch.bfloat16, 1)}
 
 # Signatures ----------------------------------------------------------------------------------------------
 
-EXTRAS = {"durable": False, "progress": None, "allow_strided": False, "dtype": None, "engine": None}
+EXTRAS = {
+    "durable": False,
+    "keep_cached": True,
+    "progress": None,
+    "allow_strided": False,
+    "dtype": None,
+    "checksums": False,
+    "engine": None,
+}
 
 
 @pytest.mark.parametrize("name", ["save_file", "save", "save_model"])
@@ -59,7 +65,11 @@ def test_signatures_begin_as_the_references(name):
 def test_extras_are_keyword_only_and_the_same_everywhere(name):
     parameters = inspect.signature(getattr(fastshard, name)).parameters.values()
     extras = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    expected = {key: value for key, value in EXTRAS.items() if (name, key) != ("save", "durable")}
+    expected = {
+        key: value
+        for key, value in EXTRAS.items()
+        if name != "save" or key not in ("durable", "keep_cached", "checksums")
+    }
     assert extras == expected
 
 

@@ -232,6 +232,54 @@ def test_files_are_scheduled_by_themselves(files: list[FilePlan], limit: dict[st
     assert schedule(*files, **limit) == [schedule(plan, **limit)[0] for plan in files]
 
 
+blocks = st.fixed_dictionaries(
+    {
+        "slot_nbytes": st.integers(2, 20).map(lambda pages: pages * PAGE),
+        "max_ops": st.integers(1, 40),
+        "block_nbytes": st.sampled_from([512, PAGE, 2 * PAGE]),
+    }
+).map(lambda limit: {**limit, "packed_nbytes": limit["slot_nbytes"], "in_place": False})
+
+
+@given(plans(), blocks)
+def test_blocks_stay_whole(plan: FilePlan, limit: dict[str, int]) -> None:
+    """For direct I/O: however many pieces, whatever their ways."""
+    items = items_of(plan)
+    chunks = schedule(plan, **limit)[0]
+    end = 0
+    for chunk in chunks:
+        assert chunk.file_offset == end
+        assert chunk.file_offset % limit["block_nbytes"] == 0
+        end += chunk.nbytes
+        assert 0 < chunk.nbytes <= limit["slot_nbytes"]
+        from_device = any(items[op.item].device != HOST for op in chunk.ops)
+        assert chunk.route == ("device" if from_device else "packed")
+        # More than max_ops only to fill the last block.
+        if len(chunk.ops) > limit["max_ops"]:
+            last = chunk.ops[limit["max_ops"] - 1]
+            full = last.chunk_offset + last.nbytes
+            assert chunk.nbytes - full < limit["block_nbytes"]
+        sizes = [op.nbytes for op in chunk.ops]
+        assert [op.chunk_offset for op in chunk.ops] == [0, *itertools.accumulate(sizes[:-1])]
+    assert end == plan.nbytes
+
+
+@given(plans(aligned=True), blocks)
+def test_elements_stay_whole_in_blocks(plan: FilePlan, limit: dict[str, int]) -> None:
+    test_elements_stay_whole.hypothesis.inner_test(plan, limit)  # type: ignore[attr-defined]
+
+
+def test_blocks_must_fit() -> None:
+    plan = file_of(contiguous(100))
+    for limit in (
+        {"in_place": True},
+        {"in_place": False, "packed_nbytes": MIB},
+        {"in_place": False, "slot_nbytes": 2 * KIB, "packed_nbytes": 2 * KIB},
+    ):
+        with pytest.raises(ValueError, match="whole blocks"):
+            schedule(plan, **{"block_nbytes": PAGE, **limit})
+
+
 # What the common cases cost. Calls and launches are counted, not timed.
 
 

@@ -6,16 +6,14 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import safetensors.torch as reference
+import torch
+from helpers import filled
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-import torch  # noqa: E402
-
-import safetensors.torch as reference  # noqa: E402
-from helpers import filled  # noqa: E402
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-
-import fastshard  # noqa: E402
-from fastshard.sharing import by_storage, overlapping, shared_names  # noqa: E402
+import fastshard
+from fastshard.sharing import by_storage, overlapping, shared_names
 
 deterministic = settings(derandomize=True, deadline=None, max_examples=500)
 
