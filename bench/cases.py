@@ -9,10 +9,18 @@ from dataclasses import dataclass
 
 import torch
 
-from .rivals import Shard
-from .samples import DURABLE, GIB, MIB, RETURN
+from .rivals import KINDS, Shard
+from .samples import DURABLE, GIB, MIB, MODES, RETURN
 
 BF16 = torch.bfloat16
+CPU, CUDA = KINDS
+DISK, SHM = "disk", "shm"
+"""Where a case saves to: ``--dir`` or ``--shm``."""
+FULL_NBYTES = {CPU: 4 * GIB, CUDA: 8 * GIB}
+"""What the goals speak of where a case has no size of its own."""
+
+
+BLOCK_NUMEL = 8 * MIB
 
 
 class Filler:
@@ -22,10 +30,11 @@ class Filler:
     two that were swapped.
     """
 
-    def __init__(self, device: str, seed: int = 0) -> None:
+    def __init__(self, device: str, nbytes: int, seed: int = 0) -> None:
         generator = torch.Generator(device).manual_seed(seed)
+        size = (min(BLOCK_NUMEL, nbytes // 2),)
         self._block = torch.randint(
-            -(1 << 15), 1 << 15, (8 * MIB,), dtype=torch.int16, device=device, generator=generator
+            -(1 << 15), 1 << 15, size, dtype=torch.int16, device=device, generator=generator
         )
         self._salt = 0
         self.device = device
@@ -39,11 +48,30 @@ class Filler:
         return tensor
 
 
-def blocks(nbytes: int, device: str, files: int = 1) -> list[Shard]:
-    """Tensors of about 64 MiB, spread over ``files`` files."""
-    fill = Filler(device)
+class NumberFiller:
+    """Numbers as weights have them, for what is cast: random bits hold NaNs and infinities."""
+
+    def __init__(self, device: str, nbytes: int, dtype: torch.dtype, seed: int = 0) -> None:
+        generator = torch.Generator(device).manual_seed(seed)
+        numel = min(BLOCK_NUMEL, nbytes // dtype.itemsize)
+        self._block = torch.randn(numel, dtype=torch.float32, device=device, generator=generator).to(dtype)
+        self._turn = 0
+        self.device, self.dtype = device, dtype
+
+    def __call__(self, *shape: int) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
+        cuts = list(range(self._block.numel(), tensor.numel(), self._block.numel()))
+        for part in tensor.view(-1).tensor_split(cuts):
+            self._turn = (self._turn + 53) % 128
+            torch.mul(self._block[: part.numel()], 0.5 + self._turn / 128, out=part)
+        return tensor
+
+
+def blocks(nbytes: int, device: str, files: int = 1, numbers: torch.dtype | None = None) -> list[Shard]:
+    """Tensors of about 64 MiB, spread over ``files`` files: random bits, or ``numbers`` of that type."""
+    fill = NumberFiller(device, nbytes, numbers) if numbers else Filler(device, nbytes)
     per_file = max(4, round(nbytes / files / (64 * MIB)))
-    numel = nbytes // files // per_file // 2
+    numel = nbytes // files // per_file // (numbers or BF16).itemsize
     cols = 8192 if numel >= MIB else 64
     return [
         {f"layers.{f * per_file + i}.weight": fill(max(1, numel // cols), cols) for i in range(per_file)}
@@ -78,7 +106,7 @@ QWEN_NBYTES = 2 * sum(math.prod(shape) for _, shape in qwen_shapes())
 
 def qwen(nbytes: int, device: str, files: int = 1) -> list[Shard]:
     """A Qwen2-0.5B-shaped dict, in order, cut into ``files`` shards of about equal bytes."""
-    fill = Filler(device)
+    fill = Filler(device, nbytes)
     shards: list[Shard] = [{} for _ in range(files)]
     shapes = list(qwen_shapes(max(1.0, math.sqrt(QWEN_NBYTES / nbytes))))
     total = sum(math.prod(shape) for _, shape in shapes)
@@ -95,7 +123,7 @@ SMALL_NBYTES = 16 * 1024
 
 def small(nbytes: int, device: str) -> list[Shard]:
     """Tensors of 16 KiB: what is paid for each tensor, rather than for each byte."""
-    fill = Filler(device)
+    fill = Filler(device, nbytes)
     return [{f"experts.{i}.scale": fill(SMALL_NBYTES // 128, 64) for i in range(nbytes // SMALL_NBYTES)}]
 
 
@@ -104,9 +132,26 @@ STRIDED_COUNT = 64
 
 def strided(nbytes: int, device: str) -> list[Shard]:
     """The right half of the columns of each of 64 matrices, as tensor parallelism cuts a weight."""
-    fill = Filler(device)
+    fill = Filler(device, nbytes)
     rows = max(1, math.isqrt(nbytes // STRIDED_COUNT // 4))
     return [{f"layers.{i}.weight": fill(rows, 4 * rows)[:, 2 * rows :] for i in range(STRIDED_COUNT)}]
+
+
+RANKS = 8
+
+
+def columns(nbytes: int, device: str) -> list[Shard]:
+    """Each matrix cut by columns into eight, a slice for each file: what eight ranks of tensor parallelism
+    save. Rows of a slice are 2 KiB."""
+    fill = Filler(device, nbytes)
+    count = max(4, round(nbytes / (64 * MIB)))
+    numel = nbytes // count // 2
+    width = 1024 if numel >= MIB else 8
+    matrices = [fill(max(1, numel // (RANKS * width)), RANKS * width) for _ in range(count)]
+    return [
+        {f"layers.{i}.weight.{r}": m[:, r * width : (r + 1) * width] for i, m in enumerate(matrices)}
+        for r in range(RANKS)
+    ]
 
 
 @dataclass(frozen=True)
@@ -120,50 +165,138 @@ class Case:
     rivals: tuple[str, ...]
     natural_nbytes: int | None = None
     """The size it has by its nature; None: as large as ``--gib`` says. ``--gib`` caps it."""
+    host_nbytes: int | None = None
+    """The same for host tensors, where memory is scarcer."""
+    dtype: torch.dtype | None = None
+    """What the tensors are cast to on their way."""
+    place: str = DISK
+    modes: tuple[str, ...] = MODES
+    default_on: tuple[str, ...] = KINDS
+    """Kinds of devices on which it is run without being asked for."""
+    quick: bool = False
+    """Whether ``--quick`` runs it without being asked."""
+    bound: tuple[str, ...] = ()
+    """Ceilings of the time to return, where it is not the writer."""
+    copies: float = 1.0
+    """Most bytes it has in ``place`` at once, in multiples of its size."""
     writer: str = "pwrite-1"
     """The ceiling of buffered writes: one writer, or one for each file."""
     memory: bool = False
     """Whether peak memory is measured too."""
+    disturbs: bool = False
+    """Whether a job that runs beside the save is watched too."""
+
+    def natural(self, kind: str) -> int | None:
+        return self.host_nbytes or self.natural_nbytes if kind == CPU else self.natural_nbytes
 
     @property
     def measures(self) -> tuple[str, ...]:
         """Ceilings to run beside the rivals."""
-        return ("memcpy-1", "memcpy-n", self.writer, "direct")
+        named = ("memcpy-1", "memcpy-n", *self.bound, self.writer, "direct", "link", "link-whole")
+        return tuple(dict.fromkeys(name for name in named if name != "direct" or self.place == DISK))
 
     @property
     def bound_by(self) -> dict[str, tuple[str, ...]]:
         """For each mode the ceilings that bound it."""
-        return {RETURN: (self.writer,), DURABLE: (self.writer, "direct")}
+        writer = (self.writer, "link") if self.place == SHM else (self.writer,)
+        return {RETURN: self.bound or writer, DURABLE: (self.writer, "direct")}
 
 
 _ONE = ("fastshard", "safetensors")
 _MANY = ("fastshard", "safetensors", "safetensors-threads")
-_OTHERS = ("torch.save", "torch.save-nocrc", "dcp-fs", "dcp-fs-nosync", "dcp-hf")
+_PINNED = ("torch.save-d2h", "torch.save-pinned")
+_OTHERS = ("torch.save", "torch.save-nocrc", *_PINNED, "dcp-fs", "dcp-fs-nosync", "dcp-hf")
 
 _ALL = (
-    Case("one-file", "64 MiB bf16 tensors in one file", blocks, _ONE + _OTHERS, memory=True),
+    Case(
+        "prepared",
+        "64 MiB tensors in one file on tmpfs, prepared once and saved again and again",
+        blocks,
+        ("prepared", *_ONE),
+        host_nbytes=2 * GIB,
+        place=SHM,
+        modes=(RETURN,),
+        quick=True,
+        bound=("memcpy-all", "memmove-all", "link", "link-whole"),
+        copies=3.0,  # two generations stand while another one writes
+        disturbs=True,
+    ),
+    Case(
+        "tmpfs-eight",
+        "first save to tmpfs, eight files",
+        lambda nbytes, device: blocks(nbytes, device, files=8),
+        (*_MANY, "fastshard-registered", "fastshard-buffered"),
+        host_nbytes=2 * GIB,
+        place=SHM,
+        modes=(RETURN,),
+        writer="pwrite-n",
+        memory=True,
+        disturbs=True,
+    ),
+    Case(
+        "eight-files",
+        "64 MiB tensors in eight files",
+        lambda nbytes, device: blocks(nbytes, device, files=8),
+        (*_MANY, "fastshard-direct"),
+        default_on=(CUDA,),
+        writer="pwrite-n",
+    ),
+    Case(
+        "one-file",
+        "64 MiB bf16 tensors in one file",
+        blocks,
+        (*_ONE, "fastshard-direct", *_OTHERS),
+        quick=True,
+        memory=True,
+        disturbs=True,
+    ),
+    Case(
+        "columns",
+        "column slices of eight ranks on tmpfs, a file each; the others call .contiguous() first",
+        columns,
+        ("fastshard", "fastshard-contiguous", "fastshard-noscratch", "safetensors"),
+        natural_nbytes=4 * GIB,
+        host_nbytes=GIB,
+        place=SHM,
+        modes=(RETURN,),
+        writer="pwrite-n",
+        memory=True,
+    ),
     Case(
         "four-files",
         "the same bytes in four files",
         lambda nbytes, device: blocks(nbytes, device, files=4),
         _MANY,
+        default_on=(CPU,),
+        quick=True,
         writer="pwrite-n",
     ),
-    Case("qwen", "Qwen2-0.5B-shaped dict, one file", qwen, _ONE, natural_nbytes=QWEN_NBYTES),
+    Case(
+        "qwen",
+        "Qwen2-0.5B-shaped dict, one file",
+        qwen,
+        _ONE,
+        natural_nbytes=QWEN_NBYTES,
+        default_on=(CPU,),
+        quick=True,
+    ),
     Case(
         "qwen-4",
         "Qwen2-0.5B-shaped dict, four shards",
         lambda nbytes, device: qwen(nbytes, device, files=4),
         _MANY,
         natural_nbytes=QWEN_NBYTES,
+        default_on=(CPU,),
+        quick=True,
         writer="pwrite-n",
     ),
     Case(
         "small",
         "20,000 tensors of 16 KiB, one file, the whole call",
         small,
-        _ONE,
+        (*_ONE, "fastshard-noscratch"),
         natural_nbytes=SMALL_COUNT * SMALL_NBYTES,
+        quick=True,
         memory=True,
     ),
     Case(
@@ -172,13 +305,46 @@ _ALL = (
         strided,
         _ONE,
         natural_nbytes=GIB,
+        default_on=(CPU,),
+        quick=True,
         memory=True,
+    ),
+    Case(
+        "tmpfs-one",
+        "first save to tmpfs, one file",
+        blocks,
+        (*_ONE, "fastshard-registered", "fastshard-buffered"),
+        host_nbytes=2 * GIB,
+        place=SHM,
+        modes=(RETURN,),
+    ),
+    Case(
+        "cast",
+        "fp32 to bf16 on the way into one file on tmpfs; the others call .to() first",
+        lambda nbytes, device: blocks(nbytes, device, numbers=torch.float32),
+        _ONE,
+        host_nbytes=2 * GIB,
+        dtype=BF16,
+        place=SHM,
+        modes=(RETURN,),
+    ),
+    Case(
+        "cast-fp8",
+        "the same from bf16 to float8_e4m3fn",
+        lambda nbytes, device: blocks(nbytes, device, numbers=BF16),
+        _ONE,
+        host_nbytes=2 * GIB,
+        dtype=torch.float8_e4m3fn,
+        place=SHM,
+        modes=(RETURN,),
     ),
 )
 CASES: dict[str, Case] = {case.name: case for case in _ALL}
+"""In the order of a run: where its time is short, the last ones are left out."""
 
 
-MEMORY = "memory"
+MEMORY, DEVICE_MEMORY, PINNED = "memory", "device memory", "pinned memory"
+EXTRA = (MEMORY, DEVICE_MEMORY, PINNED)
 
 
 @dataclass(frozen=True)
@@ -190,10 +356,16 @@ class Goal:
     """Times as fast as ``against``, at least; or the extra MiB of memory to stay within."""
     mode: str = RETURN
     against: str = "safetensors"
-    """A rival, a ceiling, or MEMORY."""
+    """A rival, a ceiling, or one of EXTRA."""
+    by: str = "fastshard"
+    """Who must reach it."""
+    on: str = CPU
+    """Kind of the device the tensors are on."""
 
 
 GOALS = (
+    Goal("prepared", 3.5, by="prepared"),
+    Goal("prepared", 0.9, against="memcpy-all", by="prepared"),
     Goal("four-files", 1.7),
     Goal("four-files", 0.97, against="safetensors-threads"),  # level: equals differ by 3 %
     Goal("four-files", 1.4, mode=DURABLE),
@@ -208,4 +380,15 @@ GOALS = (
     Goal("one-file", 8.0, against="dcp-hf"),
     Goal("one-file", 64, against=MEMORY),
     Goal("small", 64, against=MEMORY),
+    Goal("prepared", 0.95, against="link", by="prepared", on=CUDA),
+    Goal("tmpfs-eight", 0.5, against="link", on=CUDA),
+    Goal("tmpfs-eight", 10, on=CUDA),
+    Goal("one-file", 0.95, against="pwrite-1", on=CUDA),
+    Goal("one-file", 4, on=CUDA),
+    Goal("eight-files", 10, on=CUDA),
+    Goal("one-file", 0.95, mode=DURABLE, against="direct", on=CUDA),
+    Goal("columns", 0.9, against="fastshard-contiguous", on=CUDA),
+    Goal("small", 20, on=CUDA),
+    *(Goal(case, 64, against=DEVICE_MEMORY, on=CUDA) for case in ("tmpfs-eight", "one-file", "columns")),
+    *(Goal(case, 256, against=PINNED, on=CUDA) for case in ("tmpfs-eight", "one-file", "columns")),
 )

@@ -18,6 +18,15 @@ PREALLOCATE = frozenset({"ext4", "xfs", "btrfs", "f2fs"})
 MEMORY_BACKED = frozenset({"tmpfs", "hugetlbfs", "ramfs"})
 
 
+COMMIT_VARIABLE = "FASTSHARD_COMMIT"
+"""The commit of a copy that has no history beside it."""
+
+
+def device_kind(device: str) -> str:
+    """``cpu`` or ``cuda``, whatever the number behind it."""
+    return device.partition(":")[0]
+
+
 def cpu_count() -> int:
     """CPUs this process may use."""
     return len(os.sched_getaffinity(0))
@@ -65,15 +74,17 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout this file lies in, with ``+`` when files differ from it."""
+    """Commit of the checkout this file lies in, with ``+`` when files differ from it; else what the
+    environment says."""
+    told = os.environ.get(COMMIT_VARIABLE) or None
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
         status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
     except OSError:
-        return None
+        return told
     if head.returncode:
-        return None
+        return told
     return head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 
@@ -83,10 +94,33 @@ def _huge_pages() -> str | None:
     return text[text.find("[") + 1 : text.find("]")] or None
 
 
-def describe(directory: Path, device: str) -> dict[str, Any]:
+def free_nbytes(directory: Path) -> int:
+    space = os.statvfs(directory)
+    return space.f_bavail * space.f_frsize
+
+
+def _gpu(device: str) -> dict[str, Any]:
+    """The GPU as torch and the driver's own tool know it."""
+    import torch
+
+    found: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(device),
+        "gpu_memory_nbytes": torch.cuda.get_device_properties(device).total_memory,
+        "cuda": torch.version.cuda,
+    }
+    fields = "driver_version,pcie.link.gen.max,pcie.link.width.max"
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        told = []
+    found |= dict(zip(("driver", "pcie_gen", "pcie_width"), told[0].split(", "))) if told else {}
+    return found
+
+
+def describe(directory: Path, device: str, shm: Path | None = None) -> dict[str, Any]:
     """Everything a reader needs to place the figures; sizes in bytes."""
     filesystem, mount = mount_of(directory)
-    disk = os.statvfs(directory)
     found: dict[str, Any] = {
         "cpu": _proc_field("/proc/cpuinfo", "model name") or platform.machine(),
         "cpus": cpu_count(),
@@ -95,23 +129,31 @@ def describe(directory: Path, device: str) -> dict[str, Any]:
         "huge_pages": _huge_pages(),
         "filesystem": filesystem,
         "mount": mount,
-        "free_nbytes": disk.f_bavail * disk.f_frsize,
+        "free_nbytes": free_nbytes(directory),
         "python": platform.python_version(),
         "commit": _commit(),
         "device": device,
     }
     for package in ("torch", "safetensors", "fastshard"):
         found[package] = _version(package)
-    if device.startswith("cuda"):
-        import torch
+    if found["fastshard"] is None:  # a checkout on the path, not an installation
+        import fastshard
 
-        found["gpu"] = torch.cuda.get_device_name(device)
+        found["fastshard"] = fastshard.__version__
+    if shm is not None:
+        found["shm"] = {
+            "directory": str(shm),
+            "filesystem": mount_of(shm)[0],
+            "free_nbytes": free_nbytes(shm),
+        }
+    if device_kind(device) == "cuda":
+        found |= _gpu(device)
     return found
 
 
 def headline(found: dict[str, Any]) -> str:
     """Three lines for the top of the report."""
-    gpu = f", {found['gpu']}" if "gpu" in found else ""
+    gpu = f", {found['gpu']}, driver {found.get('driver', '?')}" if "gpu" in found else ""
     return (
         f"{found['cpu']}, {found['cpus']} CPUs, {found['memory_nbytes'] / GIB:.1f} GiB, "
         f"kernel {found['kernel']}{gpu}\n"

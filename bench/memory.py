@@ -21,9 +21,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .cases import CASES
+import torch
+
+from . import machine
+from .cases import CASES, CPU
 from .machine import MEMORY_BACKED, memory_nbytes, mount_of
-from .rivals import RIVALS, Job
+from .rivals import RIVALS, Job, Rival
 from .samples import Memory
 
 INTERVAL_S = 0.005
@@ -34,14 +37,31 @@ def probe(spec: str) -> None:
     """The child: build the dict, say "ready", save when told to, say "done", leave when told to."""
     case, rival, nbytes, device, out = json.loads(spec)
     shards = CASES[case].build(nbytes, device)
-    run = RIVALS[rival].prepare(Job(shards, Path(out), durable=False))
+    run = RIVALS[rival].prepare(Job(shards, Path(out), durable=False, dtype=CASES[case].dtype))
+    if machine.device_kind(device) != CPU:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what building left over must not serve as the save's own
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     print("ready", flush=True)
     sys.stdin.readline()
     run()
-    print("done", flush=True)
+    print("done", _pinned(RIVALS[rival], device), flush=True)
     sys.stdin.readline()
+
+
+def _pinned(rival: Rival, device: str) -> int:
+    """Page-locked memory the save had at its peak, by the books of those who took it."""
+    detail = rival.detail() if rival.detail else {}
+    staged: int = detail.get("staging_nbytes", 0) if detail.get("staging") == "pinned" else 0
+    if machine.device_kind(device) == CPU or not hasattr(torch.cuda, "host_memory_stats"):
+        return staged
+    return staged + int(torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0))
+
+
+def _device_free(device: str) -> int:
+    """Free memory of the GPU, all processes together; nothing for host tensors."""
+    return 0 if machine.device_kind(device) == CPU else int(torch.cuda.mem_get_info(device)[0])
 
 
 def _held(pid: int, with_shared: bool) -> int:
@@ -51,8 +71,8 @@ def _held(pid: int, with_shared: bool) -> int:
     return held + memory_nbytes("RssShmem", status) if with_shared else held
 
 
-def _watch(child: subprocess.Popen[str], out: Path) -> tuple[int, int] | None:
-    """(extra held, extra high water) bytes of the save; None when the child ended early."""
+def _watch(child: subprocess.Popen[str], out: Path, device: str) -> tuple[int, int, int, int] | None:
+    """Extra bytes of the save: held, high water, of the GPU, page-locked; None when the child ended early."""
     assert child.stdin and child.stdout
     if child.stdout.readline() != "ready\n":
         return None
@@ -60,15 +80,20 @@ def _watch(child: subprocess.Popen[str], out: Path) -> tuple[int, int] | None:
     with_shared = mount_of(out)[0] not in MEMORY_BACKED
     status = f"/proc/{child.pid}/status"
     held_before, resident_before = _held(child.pid, with_shared), memory_nbytes("VmRSS", status)
-    peak = held_before
+    free_before = _device_free(device)
+    peak, least_free = held_before, free_before
     child.stdin.write("go\n")
     child.stdin.flush()
-    while not select.select([child.stdout], [], [], INTERVAL_S)[0]:
+    ended = False
+    while not ended:
+        ended = bool(select.select([child.stdout], [], [], INTERVAL_S)[0])
         peak = max(peak, _held(child.pid, with_shared))
-    if child.stdout.readline() != "done\n":
+        least_free = min(least_free, _device_free(device))
+    word, _, pinned = child.stdout.readline().strip().partition(" ")
+    if word != "done":
         return None
-    peak = max(peak, _held(child.pid, with_shared))
-    return peak - held_before, memory_nbytes("VmHWM", status) - resident_before
+    high_water = memory_nbytes("VmHWM", status) - resident_before
+    return peak - held_before, high_water, free_before - least_free, int(pinned)
 
 
 def measure(case: str, rival: str, nbytes: int, device: str, out: Path) -> Memory:
@@ -83,7 +108,7 @@ def measure(case: str, rival: str, nbytes: int, device: str, out: Path) -> Memor
             text=True,
         ) as child:
             try:
-                found = _watch(child, out)
+                found = _watch(child, out, device)
             except BaseException:
                 child.kill()
                 raise

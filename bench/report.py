@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .cases import GOALS, MEMORY, Goal
-from .rivals import BASE, US
-from .samples import GIB, MIB, MODES, CaseResult, Ratio, Row, ratio
+from .cases import DEVICE_MEMORY, EXTRA, GOALS, MEMORY, PINNED, Goal
+from .rivals import BASE
+from .samples import GIB, MIB, MODES, CaseResult, Memory, Ratio, Row, ratio
 
 _COLOURS = {"return": "#2b6cb0", "durable": "#dd8452"}
 _TITLES = {"return": "time to return", "durable": "time to stable storage"}
@@ -59,8 +59,31 @@ def _line(result: CaseResult, row: Row) -> list[str]:
     ]
 
 
+def _mib(nbytes: int | None) -> str:
+    return "-" if nbytes is None else f"{nbytes / MIB:.1f}"
+
+
+def _memory_table(result: CaseResult) -> str:
+    lines = [["extra memory, MiB", "held", "high water", "of the GPU", "pinned", ""]]
+    for m in result.memory:
+        figures = (m.extra_nbytes, m.high_water_nbytes, m.device_nbytes, m.pinned_nbytes)
+        lines.append([m.rival, *map(_mib, figures), m.error or ""])
+    return _columns(lines)
+
+
+def _disturbance_table(result: CaseResult) -> str:
+    lines = [["a job beside the save", "step ms", "during", "worst", "steps", "lost ms", "save s", ""]]
+    for d in result.disturbance:
+        figures = [d.step_ms, d.during_ms, d.worst_ms, float(d.steps), d.excess_ms, d.save_s]
+        shown = ["-" if f is None else f"{f:.{digits}f}" for f, digits in zip(figures, (3, 3, 2, 0, 1, 3))]
+        lines.append([d.rival, *shown, d.error or ""])
+    return _columns(lines)
+
+
 def table(result: CaseResult) -> str:
-    """One case: a block for each mode, then the memory. Ceilings stand in brackets."""
+    """One case: a block for each mode, then the memory, then what a job noticed. Ceilings in brackets."""
+    if result.skipped:
+        return f"{result.name}: {result.about}\n  skipped: {result.skipped}"
     count = f"{result.tensors} tensors, {result.files} file" + ("s" if result.files > 1 else "")
     parts = [f"{result.name}: {result.about} ({size(result.nbytes)}, {count})"]
     for mode in MODES:
@@ -73,13 +96,9 @@ def table(result: CaseResult) -> str:
         head = [_TITLES[mode], *units, f"x {BASE}", "x at best", over, "cpu s", "output"]
         parts.append(_columns([head, *(_line(result, row) for row in rows)]))
     if result.memory:
-        lines = [["extra memory, MiB", "held", "high water", ""]]
-        for found in result.memory:
-            known = found.error is None
-            held = f"{(found.extra_nbytes or 0) / MIB:.1f}" if known else "-"
-            high = f"{(found.high_water_nbytes or 0) / MIB:.1f}" if known else "-"
-            lines.append([found.rival, held, high, found.error or ""])
-        parts.append(_columns(lines))
+        parts.append(_memory_table(result))
+    if result.disturbance:
+        parts.append(_disturbance_table(result))
     return "\n".join(parts)
 
 
@@ -102,16 +121,21 @@ class Finding:
         return asdict(self)
 
 
+def _extra(found: Memory, kind: str) -> int | None:
+    return {MEMORY: found.extra_nbytes, DEVICE_MEMORY: found.device_nbytes, PINNED: found.pinned_nbytes}[kind]
+
+
 def _judge(goal: Goal, result: CaseResult) -> Finding:
     sizes = {"nbytes": result.nbytes, "full_nbytes": result.full_nbytes}
-    if goal.against == MEMORY:
-        held = [m.extra_nbytes / MIB for m in result.memory if m.rival == US and m.extra_nbytes is not None]
-        if not held:
+    if goal.against in EXTRA:
+        known = [_extra(m, goal.against) for m in result.memory if m.rival == goal.by]
+        if not known or known[0] is None:
             return Finding(goal, "not measured")
-        state = "reached" if held[0] <= goal.limit else "not reached"
-        return Finding(goal, state, held[0], held[0], **sizes)
+        value = known[0] / MIB
+        state = "reached" if value <= goal.limit else "not reached"
+        return Finding(goal, state, value, value, **sizes)
     against = result.row(goal.against, goal.mode)
-    found = ratio(result.row(US, goal.mode), against)
+    found = ratio(result.row(goal.by, goal.mode), against)
     if found is None:
         return Finding(goal, "not measured")
     # A stall of the other side lifts the median, one of ours lowers it: both figures have to agree.
@@ -128,9 +152,10 @@ def _judge(goal: Goal, result: CaseResult) -> Finding:
 
 
 def judge(results: Iterable[CaseResult]) -> list[Finding]:
-    """Every goal of the cases that ran."""
+    """Every goal of the cases that ran, for the kind of device they ran on."""
     by_name = {result.name: result for result in results}
-    return [_judge(goal, by_name[goal.case]) for goal in GOALS if goal.case in by_name]
+    asked = [goal for goal in GOALS if goal.case in by_name and goal.on == by_name[goal.case].device]
+    return [_judge(goal, by_name[goal.case]) for goal in asked]
 
 
 def verdict(findings: list[Finding]) -> str:
@@ -138,8 +163,8 @@ def verdict(findings: list[Finding]) -> str:
     lines = [["goal", "wanted", "found", "at best", "ceiling", "verdict"]]
     for f in findings:
         goal = f.goal
-        if goal.against == MEMORY:
-            name, wanted = f"{goal.case}, extra memory", f"<= {goal.limit:g} MiB"
+        if goal.against in EXTRA:
+            name, wanted = f"{goal.case}, extra {goal.against}", f"<= {goal.limit:g} MiB"
         else:
             name, wanted = f"{goal.case}, {goal.mode}, to {goal.against}", f"{goal.limit:.2f} x"
         figures = [f"{v:.2f}" if v is not None else "-" for v in (f.value, f.best, f.allowed)]
@@ -152,6 +177,9 @@ def verdict(findings: list[Finding]) -> str:
 
 def plot(results: list[CaseResult], title: str, path: Path) -> None:
     """A panel for each case: median GiB/s, whiskers from worst to best, the ceilings as lines."""
+    results = [result for result in results if not result.skipped]
+    if not results:
+        return
     import matplotlib
 
     matplotlib.use("Agg")

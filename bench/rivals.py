@@ -7,20 +7,28 @@ for each case and mode, the call once in each round. A new rival is one function
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .samples import MODES, RETURN
+from .samples import DURABLE, MODES, RETURN
+
+KINDS = ("cpu", "cuda")
+"""Kinds of devices that tensors can be on."""
 
 Shard = dict[str, torch.Tensor]
 """The tensors of one file. Names are unique over all the shards of a case."""
+
+
+class Unavailable(Exception):
+    """What was to be measured does not exist in this version; nothing went wrong."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,8 @@ class Job:
     durable: bool
     preallocate: bool = True
     """Whether the filesystem reserves space at no cost; only the ceilings ask."""
+    dtype: torch.dtype | None = None
+    """What the tensors are cast to on their way into the files; None: nothing is cast."""
 
     @property
     def paths(self) -> list[Path]:
@@ -43,11 +53,22 @@ class Job:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for shard in self.shards for t in shard.values())
+        """Of the tensors in the files."""
+        return sum(self.nbytes_of(t) for shard in self.shards for t in shard.values())
+
+    @property
+    def strided(self) -> bool:
+        return any(not t.is_contiguous() for shard in self.shards for t in shard.values())
+
+    def nbytes_of(self, tensor: torch.Tensor) -> int:
+        return tensor.numel() * (self.dtype or tensor.dtype).itemsize
 
     def contiguous(self) -> list[Shard]:
-        """What a saver that refuses strided tensors must be given; no copy where none is needed."""
-        return [{name: t.contiguous() for name, t in shard.items()} for shard in self.shards]
+        """What a saver that refuses strided tensors and casts nothing must be given; no copy where none
+        is needed."""
+        return [
+            {name: t.to(self.dtype or t.dtype).contiguous() for name, t in s.items()} for s in self.shards
+        ]
 
     def merged(self) -> Shard:
         """All shards in one dict, for savers that lay out the files themselves."""
@@ -70,6 +91,11 @@ class Rival:
     slow: bool = False
     """Takes part in the first rounds only: more would double the length of the whole bench."""
     many_files_only: bool = False
+    one_file_only: bool = False
+    devices: tuple[str, ...] = KINDS
+    """Where the tensors must be for this to mean anything."""
+    stands: bool = False
+    """Its files stand from round to round, in a directory of their own; ``close`` of the call ends them."""
     footprint: float = 1.0
     """Memory a save dirties, page cache included, in multiples of the bytes saved: sizes the ballast."""
     detail: Callable[[], dict[str, Any]] | None = None
@@ -106,16 +132,68 @@ def _then_sync(job: Job, save: Callable[[], None]) -> Callable[[], None]:
     return save_and_sync
 
 
-def _fastshard(job: Job) -> Callable[[], None]:
+def _accepts(function: Callable[..., Any], **keywords: Any) -> dict[str, Any]:
+    """The keywords, if this fastshard has them all."""
+    missing = keywords.keys() - inspect.signature(function).parameters.keys()
+    if missing:
+        raise Unavailable(f"this fastshard has no {', '.join(sorted(missing))}=")
+    return keywords
+
+
+def _fastshard(job: Job, **keywords: Any) -> Callable[[], None]:
     import fastshard
 
+    if job.dtype is not None:
+        keywords["dtype"] = job.dtype
+    keywords = _accepts(fastshard.save_file, durable=job.durable, allow_strided=job.strided, **keywords)
     save_file, save_files = fastshard.save_file, fastshard.save_files
-    strided = any(not t.is_contiguous() for shard in job.shards for t in shard.values())
     if len(job.shards) == 1:
         (path,), (tensors,) = job.paths, job.shards
-        return lambda: save_file(tensors, path, durable=job.durable, allow_strided=strided)
+        return lambda: save_file(tensors, path, **keywords)
     files: dict[str | os.PathLike[str], Shard] = dict(zip(job.paths, job.shards))
-    return lambda: save_files(files, durable=job.durable, allow_strided=strided)
+    return lambda: save_files(files, **keywords)
+
+
+def _fastshard_with(**options: Any) -> Prepare:
+    """The same through an engine of its own options."""
+
+    def prepare(job: Job) -> Callable[[], None]:
+        import fastshard
+        from fastshard.engine import engine_for
+
+        chosen = fastshard.Options(**_accepts(fastshard.Options, **options))
+        try:
+            engine = engine_for(chosen)
+        except ValueError as error:  # no such write path
+            raise Unavailable(str(error)) from None
+        return _fastshard(job, engine=engine)
+
+    return prepare
+
+
+def _fastshard_contiguous(job: Job) -> Callable[[], None]:
+    """The same bytes from tensors that need no packing: what packing costs is the difference."""
+    return _fastshard(replace(job, shards=job.contiguous(), dtype=None))
+
+
+class _Standing:
+    """A prepared save, called once in each round."""
+
+    def __init__(self, job: Job) -> None:
+        import fastshard
+
+        if not hasattr(fastshard, "prepare"):
+            raise Unavailable("this fastshard has no prepare")
+        (path,), (tensors,) = job.paths, job.shards
+        cast = {} if job.dtype is None else {"dtype": job.dtype}
+        keywords = _accepts(fastshard.prepare, allow_strided=job.strided, **cast)
+        self._prepared = fastshard.prepare(tensors, path, **keywords)
+
+    def __call__(self) -> None:
+        self._prepared.save()
+
+    def close(self) -> None:
+        self._prepared.close()
 
 
 def _fastshard_detail() -> dict[str, Any]:
@@ -154,32 +232,68 @@ def _torch_save(job: Job) -> Callable[[], None]:
     return _then_sync(job, save)
 
 
-def _torch_save_nocrc(job: Job) -> Callable[[], None]:
+def _configured(save: Callable[[], None], **switches: bool) -> Callable[[], None]:
+    """The call with other settings of torch.save, which is put back as it was."""
     from torch.utils.serialization import config
 
-    default = config.save.compute_crc32  # raises here, before the rounds, where torch has no such switch
-    save = _torch_save(job)
+    for name in switches:  # found out here, before the rounds
+        if not hasattr(config.save, name):
+            raise Unavailable(f"this torch has no save.{name}")
 
-    def save_without_crc() -> None:
-        config.save.compute_crc32 = False
+    def configured_save() -> None:
+        before = {name: getattr(config.save, name) for name in switches}
         try:
+            for name, value in switches.items():
+                setattr(config.save, name, value)
             save()
         finally:
-            config.save.compute_crc32 = default
+            for name, value in before.items():
+                setattr(config.save, name, value)
 
-    return save_without_crc
+    return configured_save
+
+
+def _torch_save_nocrc(job: Job) -> Callable[[], None]:
+    return _configured(_torch_save(job), compute_crc32=False)
+
+
+def _torch_save_d2h(job: Job) -> Callable[[], None]:
+    return _configured(_torch_save(job), compute_crc32=False, use_pinned_memory_for_d2h=True)
+
+
+def _staging(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, device="cpu", pin_memory=True)
+
+
+def _torch_save_pinned(job: Job) -> Callable[[], None]:
+    """The best one can do by hand: page-locked copies that are kept, so that locking is paid once."""
+    staged = [{name: _staging(t) for name, t in shard.items()} for shard in job.contiguous()]
+    save = _torch_save_nocrc(replace(job, shards=staged, dtype=None))
+
+    def stage_and_save() -> None:
+        for shard, copies in zip(job.contiguous(), staged):
+            for name, tensor in shard.items():
+                copies[name].copy_(tensor, non_blocking=True)
+        torch.cuda.synchronize()
+        save()
+
+    return stage_and_save
 
 
 def _checkpoint(job: Job, make_writer: Callable[[], Any]) -> Callable[[], None]:
     """torch.distributed.checkpoint in one process; without a process group it needs no telling."""
     from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.api import CheckpointException
 
     make_writer()
 
     def save() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "torch.distributed is uninitialized": as intended
-            checkpoint.save(job.merged(), storage_writer=make_writer())
+            try:
+                checkpoint.save(job.merged(), storage_writer=make_writer())
+            except CheckpointException as error:  # a BaseException, which nobody expects
+                raise RuntimeError(f"DCP failed: {list(error.failures.values())}") from None
 
     return _then_sync(job, save)
 
@@ -202,8 +316,45 @@ def _dcp_hf(job: Job) -> Callable[[], None]:
     return _checkpoint(job, lambda: HuggingFaceStorageWriter(str(job.out)))
 
 
+def _fastshard_uncached(job: Job) -> Callable[[], None]:
+    return _fastshard(job, keep_cached=False)
+
+
+def _variant(name: str, about: str, prepare: Prepare, **fields: Any) -> Rival:
+    return Rival(name, f"fastshard, {about}", prepare, detail=_fastshard_detail, **fields)
+
+
 _ALL = (
     Rival("fastshard", "fastshard.save_file / save_files", _fastshard, detail=_fastshard_detail),
+    Rival(
+        "prepared",
+        "fastshard.prepare: prepared once, saved each round",
+        _Standing,
+        modes=(RETURN,),
+        one_file_only=True,
+        stands=True,
+        footprint=0.0,
+        detail=_fastshard_detail,
+    ),
+    _variant("fastshard-buffered", 'write_path="buffered"', _fastshard_with(write_path="buffered")),
+    _variant("fastshard-mapped", 'write_path="mapped"', _fastshard_with(write_path="mapped")),
+    _variant(
+        "fastshard-registered",
+        'write_path="registered": the device writes the pages of the file',
+        _fastshard_with(write_path="registered"),
+        devices=("cuda",),
+    ),
+    _variant(
+        "fastshard-direct", 'write_path="direct"', _fastshard_with(write_path="direct"), modes=(DURABLE,)
+    ),
+    _variant("fastshard-uncached", "keep_cached=False", _fastshard_uncached, modes=(DURABLE,)),
+    _variant(
+        "fastshard-noscratch",
+        "device_scratch=0: kernels store over the link",
+        _fastshard_with(device_scratch=0),
+        devices=("cuda",),
+    ),
+    _variant("fastshard-contiguous", "the same bytes, contiguous before", _fastshard_contiguous),
     Rival("safetensors", "safetensors.torch.save_file, one file after the other", _safetensors),
     Rival(
         "safetensors-threads",
@@ -214,6 +365,22 @@ _ALL = (
     Rival("torch.save", "torch.save as it comes", _torch_save, writes="torch", slow=True),
     Rival(
         "torch.save-nocrc", "torch.save, compute_crc32=False", _torch_save_nocrc, writes="torch", slow=True
+    ),
+    Rival(
+        "torch.save-d2h",
+        "torch.save, use_pinned_memory_for_d2h, no CRC",
+        _torch_save_d2h,
+        writes="torch",
+        slow=True,
+        devices=("cuda",),
+    ),
+    Rival(
+        "torch.save-pinned",
+        "copied to kept pinned memory, then torch.save without CRC",
+        _torch_save_pinned,
+        writes="torch",
+        slow=True,
+        devices=("cuda",),
     ),
     Rival("dcp-fs", "DCP FileSystemWriter (fsyncs by default)", _dcp_fs, writes="dcp", slow=True),
     Rival(

@@ -34,6 +34,8 @@ class Row:
     wrong: bool = False
     """Verification failed: the times of this row mean nothing."""
     error: str | None = None
+    absent: bool = False
+    """It could not take part (this version has no such thing, or no time was left): neither good nor bad."""
     detail: dict[str, Any] | None = None
     """What the rival says about its newest save (fastshard's ``stats()``)."""
 
@@ -82,6 +84,27 @@ class Memory:
     """Growth of anonymous plus shared memory, sampled: the figure that counts."""
     high_water_nbytes: int | None = None
     """Growth of the resident set's high-water mark: exact, but counts mapped file pages too."""
+    device_nbytes: int | None = None
+    """Most memory of the GPU taken at once, sampled; what the driver loads at a first save included."""
+    pinned_nbytes: int | None = None
+    """Most page-locked staging at once, by fastshard's and torch's own books: no kernel counts it."""
+    error: str | None = None
+
+
+@dataclass
+class Disturbance:
+    """What a job that runs beside one save noticed of it, by the clock of its own device."""
+
+    rival: str
+    step_ms: float | None = None
+    """Median of a step while nothing is saved."""
+    during_ms: float | None = None
+    """Median of a step during the save."""
+    worst_ms: float | None = None
+    excess_ms: float | None = None
+    """All steps of the save's time together, less what as many undisturbed ones take: the job's loss."""
+    steps: int = 0
+    save_s: float | None = None
     error: str | None = None
 
 
@@ -100,6 +123,11 @@ class CaseResult:
     """For each mode the rows that bound it; the fastest of them that ran is *the* ceiling."""
     rows: list[Row] = field(default_factory=list)
     memory: list[Memory] = field(default_factory=list)
+    disturbance: list[Disturbance] = field(default_factory=list)
+    device: str = "cpu"
+    """Kind of the device the tensors were on."""
+    skipped: str | None = None
+    """Why the case was not run at all."""
 
     def row(self, rival: str, mode: str) -> Row | None:
         """The row, if it has samples that mean something."""

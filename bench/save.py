@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
+import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__" and not __package__:
     # Run as a script: again, as a module of its package. The checkout goes last on the path, so that an
@@ -20,15 +23,18 @@ if __name__ == "__main__" and not __package__:
     sys.path = [*(path for path in sys.path if path != str(here)), str(here.parent)]
     sys.exit(importlib.import_module(f"{here.name}.save").main())
 
+import torch
+
 from . import machine, memory, report
-from .cases import CASES, GOALS
+from .cases import CASES, CPU, FULL_NBYTES, GOALS
 from .ceilings import CEILINGS
 from .harness import Settings, run_case
-from .rivals import BASE, RIVALS, US, Rival
+from .rivals import BASE, KINDS, RIVALS, US, Rival
 from .samples import GIB, MIB, MODES, RETURN, CaseResult
 
 QUICK_SECONDS = 90.0
 """Rounds of a quick run stop here, on however slow a machine; at least one round is always run."""
+SHM = Path("/dev/shm")
 
 
 def _names(known: Collection[str]) -> Callable[[str], list[str]]:
@@ -48,16 +54,24 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--quick", action="store_true", help="smaller and fewer: under two minutes")
     add("--dir", type=Path, help="directory to save into (default: the system's temporary one)")
-    add("--gib", type=float, metavar="N", help="largest size of a case in GiB (default 4; quick: 0.5)")
+    add("--shm", type=Path, metavar="DIR", help=f"the same on a memory-backed filesystem (default {SHM})")
+    add(
+        "--gib",
+        type=float,
+        metavar="N",
+        help="largest size of a case in GiB (default 4, on a GPU 8; quick: 0.5)",
+    )
     add("--mib", type=float, metavar="N", help="the same in MiB; 1 runs everything as a test")
     add("--rounds", type=int, metavar="N", help="interleaved rounds (default 6; quick: 3)")
     add("--slow-rounds", type=int, metavar="N", help="of which slow rivals run (default 3; quick: 1)")
-    add("--cases", type=_names(CASES), default=list(CASES), metavar="A,B", help="see --list")
+    add("--budget", type=float, metavar="SECONDS", help="end within this time, the last cases left out")
+    add("--cases", type=_names(CASES), metavar="A,B", help="see --list (default: those of the device)")
     add("--rivals", type=_names(RIVALS), metavar="A,B", help="in every case (default: as each case says)")
     add("--modes", type=_names(MODES), default=list(MODES), metavar="A,B", help="return, durable")
     add("--device", default="cpu", help="where the tensors are: cpu (default), cuda, cuda:1")
     add("--no-verify", action="store_true", help="do not compare the bytes written")
     add("--no-memory", action="store_true", help="do not measure memory in fresh processes")
+    add("--no-disturbance", action="store_true", help="do not watch a job that runs beside a save")
     add("--json", type=Path, metavar="OUT", help="write every sample here")
     add("--plot", type=Path, metavar="OUT.png", help="draw it (needs matplotlib)")
     add("--list", action="store_true", help="cases, rivals, ceilings and goals; then stop")
@@ -70,20 +84,46 @@ def _list() -> str:
     for title, known in (("cases", CASES), ("rivals", RIVALS), ("ceilings", CEILINGS)):
         lines += [title, *(f"  {name:20} {entry.about}" for name, entry in known.items())]
     lines.append("goals")
-    lines += [f"  {g.case:20} {g.mode:8} {g.against:20} {g.limit:g}" for g in GOALS]
+    lines += [f"  {g.on:5} {g.case:12} {g.by:10} {g.mode:8} {g.against:20} {g.limit:g}" for g in GOALS]
     return "\n".join(lines)
 
 
-def _settings(args: argparse.Namespace, out: Path) -> Settings:
-    nbytes = int(args.mib * MIB) if args.mib else int((args.gib or (0.5 if args.quick else 4)) * GIB)
-    measured = () if args.no_memory else (US,) if args.quick else tuple(RIVALS)
+def _cases(args: argparse.Namespace) -> list[str]:
+    """Those asked for, else those of the device (and of a quick run)."""
+    if args.cases:
+        return list(args.cases)
+    kind = machine.device_kind(args.device)
+    return [c.name for c in CASES.values() if kind in c.default_on and (c.quick or not args.quick)]
+
+
+def _no_shm(directory: Path) -> str:
+    """Why a directory is not one for the cases on tmpfs; empty if it is. Its room is each case's own question."""
+    if not directory.is_dir():
+        return f"no directory {directory}"
+    filesystem, _ = machine.mount_of(directory)
+    if filesystem not in machine.MEMORY_BACKED:
+        return f"{directory} is {filesystem}, not memory"
+    if not os.access(directory, os.W_OK):
+        return f"{directory} cannot be written to"
+    return ""
+
+
+def _settings(args: argparse.Namespace, out: Path, shm: Path | None, no_shm: str) -> Settings:
+    full = FULL_NBYTES[machine.device_kind(args.device)] / GIB
+    nbytes = int(args.mib * MIB) if args.mib else int((args.gib or (0.5 if args.quick else full)) * GIB)
+    short = args.quick or args.budget is not None
+    measured = () if args.no_memory else (US,) if short else tuple(RIVALS)
     return Settings(
         out=out,
+        shm=shm,
+        no_shm=no_shm,
+        stop=time.monotonic() + args.budget if args.budget is not None else None,
+        disturbance=not (args.quick or args.no_disturbance),
         nbytes=nbytes,
         rounds=args.rounds or (3 if args.quick else 6),
-        slow_rounds=args.slow_rounds or (1 if args.quick else 3),
+        slow_rounds=args.slow_rounds or (1 if short else 3),
         modes=tuple(args.modes),
-        slow_modes=tuple(mode for mode in args.modes if mode == RETURN or not args.quick),
+        slow_modes=tuple(mode for mode in args.modes if mode == RETURN or not short),
         verify=not args.no_verify,
         memory=measured,
         device=args.device,
@@ -96,41 +136,86 @@ def _rivals(args: argparse.Namespace, case: str) -> list[Rival]:
     return [rival for name, rival in RIVALS.items() if name in names]
 
 
-def _refuse(settings: Settings, free_nbytes: int) -> str | None:
+def _refuse(args: argparse.Namespace, settings: Settings, free_nbytes: int) -> str | None:
     """Why this run cannot work; better said before minutes have passed."""
     if settings.nbytes < MIB // 4:
         return "the smallest size is 0.25 MiB"
+    if args.shm and settings.no_shm:
+        return f"--shm: {settings.no_shm}"
+    if args.shm and machine.free_nbytes(args.shm) < 4 * min(settings.nbytes, 64 * MIB):
+        return f"--shm has only {report.size(machine.free_nbytes(args.shm))} free"
     # The file, a temporary beside it on some savers, and room to breathe.
     if free_nbytes < 2 * settings.nbytes:
         return f"--dir has {report.size(free_nbytes)} free; {report.size(2 * settings.nbytes)} are needed"
     available = machine.memory_nbytes("MemAvailable")
-    if available < 2.25 * settings.nbytes:
+    needed = int((1.25 + (machine.device_kind(args.device) == CPU)) * settings.nbytes)
+    if available < needed:
         return (
             f"{report.size(available)} of memory are available; the tensors and as much for the page cache "
-            f"need {report.size(int(2.25 * settings.nbytes))}: choose a smaller --gib"
+            f"need {report.size(needed)}: choose a smaller --gib"
         )
     return None
 
 
-def _run(args: argparse.Namespace, settings: Settings) -> list[CaseResult]:
-    """The cases in turn; in a quick run each gets its part of the time that is left."""
-    stop = time.monotonic() + QUICK_SECONDS
-    weights = [len(_rivals(args, name)) + len(CASES[name].measures) for name in args.cases]
-    results: list[CaseResult] = []
-    for i, name in enumerate(args.cases):
+def _run(args: argparse.Namespace, settings: Settings) -> Iterator[CaseResult]:
+    """The cases in turn; where time is short each gets its part of what is left."""
+    stop = settings.stop or (time.monotonic() + QUICK_SECONDS if args.quick else None)
+    names = _cases(args)
+    weights = [
+        (len(_rivals(args, name)) + len(CASES[name].measures)) * len(CASES[name].modes) for name in names
+    ]
+    for i, name in enumerate(names):
         now = time.monotonic()
-        deadline = now + (stop - now) * weights[i] / sum(weights[i:]) if args.quick else None
+        deadline = now + (stop - now) * weights[i] / sum(weights[i:]) if stop else None
         result = run_case(CASES[name], _rivals(args, name), settings, deadline)
-        results.append(result)
+        result.device = machine.device_kind(args.device)
         print("\n" + report.table(result), flush=True)
-    return results
+        yield result
 
 
 def _sound(results: list[CaseResult], settings: Settings) -> bool:
     """Nothing was written wrong, and fastshard, where it took part, was seen to write right."""
     rows = [row for result in results for row in result.rows]
-    unseen = settings.verify and any(row.rival == US and not row.checked for row in rows)
+    ours = [row for row in rows if row.rival == US and not row.absent]
+    unseen = settings.verify and any(not row.checked for row in ours)
     return not unseen and not any(row.wrong for row in rows)
+
+
+def _document(
+    args: argparse.Namespace, found: dict[str, Any], settings: Settings, results: list[CaseResult]
+) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "machine": found,
+        "settings": {
+            "nbytes": settings.nbytes,
+            "rounds": settings.rounds,
+            "slow_rounds": settings.slow_rounds,
+            "modes": settings.modes,
+            "verify": settings.verify,
+            "quick": args.quick,
+            "budget": args.budget,
+        },
+        "cases": [result.as_dict(BASE) for result in results],
+        "verdict": [finding.as_dict() for finding in report.judge(results)],
+        "sound": _sound(results, settings),
+    }
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    """In one step: whoever is killed meanwhile leaves the document of before."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    beside.replace(path)
+
+
+@contextlib.contextmanager
+def _scratch(directory: Path | None) -> Iterator[Path]:
+    made = Path(tempfile.mkdtemp(prefix="fastshard-bench-", dir=directory))
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -143,43 +228,36 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print(_list())
         return 0
+    kind = machine.device_kind(args.device)
+    if kind not in KINDS or (kind != CPU and not torch.cuda.is_available()):
+        parser.error(f"--device {args.device}: torch has none here")
+    if ":" in args.device:
+        torch.cuda.set_device(args.device)  # streams and events are the current device's
     if args.dir:
         args.dir.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="fastshard-bench-", dir=args.dir))
-    try:
-        found = machine.describe(scratch, args.device)
-        settings = _settings(args, scratch / "out")
-        reason = _refuse(settings, found["free_nbytes"])
+    directory = args.shm or SHM
+    no_shm = _no_shm(directory)
+    started = time.monotonic()
+    results: list[CaseResult] = []
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(_scratch(args.dir))
+        shm = None if no_shm else stack.enter_context(_scratch(directory)) / "out"
+        settings = _settings(args, scratch / "out", shm, no_shm)
+        found = machine.describe(scratch, args.device, None if no_shm else directory)
+        reason = _refuse(args, settings, found["free_nbytes"])
         if reason:
             parser.error(reason)
         title = machine.headline(found)
         print(title, flush=True)
-        started = time.monotonic()
-        results = _run(args, settings)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    findings = report.judge(results)
+        for result in _run(args, settings):
+            results.append(result)
+            if args.json:
+                _write(args.json, _document(args, found, settings, results))
     sound = _sound(results, settings)
-    print("\n" + report.verdict(findings))
-    state = "verified" if settings.verify and sound else "NOT VERIFIED"
+    print("\n" + report.verdict(report.judge(results)))
+    checked = sound and any(row.checked for result in results for row in result.rows)
+    state = "verified" if checked else "NOT VERIFIED"
     print(f"\nbytes {state}; {time.monotonic() - started:.0f} s in all")
-    if args.json:
-        document = {
-            "schema": 1,
-            "machine": found,
-            "settings": {
-                "nbytes": settings.nbytes,
-                "rounds": settings.rounds,
-                "slow_rounds": settings.slow_rounds,
-                "modes": settings.modes,
-                "verify": settings.verify,
-                "quick": args.quick,
-            },
-            "cases": [result.as_dict(BASE) for result in results],
-            "verdict": [finding.as_dict() for finding in findings],
-            "sound": sound,
-        }
-        args.json.write_text(json.dumps(document, indent=1, default=str) + "\n")
     if args.plot:
         report.plot(results, title, args.plot)
     return 0 if sound else 1

@@ -178,7 +178,8 @@ py::dict to_dict(const Stats& stats) {
   return py::dict("files"_a = stats.files, "nbytes"_a = stats.nbytes, "seconds"_a = stats.seconds,
                   "copy_seconds"_a = stats.copy_seconds, "write_seconds"_a = stats.write_seconds,
                   "sync_seconds"_a = stats.sync_seconds, "write_path"_a = stats.write_path, "staging"_a = stats.staging,
-                  "staging_nbytes"_a = stats.staging_nbytes, "fallbacks"_a = py::tuple(py::cast(stats.fallbacks)));
+                  "staging_nbytes"_a = stats.staging_nbytes, "device_scratch_nbytes"_a = stats.device_scratch_nbytes,
+                  "fallbacks"_a = py::tuple(py::cast(stats.fallbacks)));
 }
 
 // (chunks, ops) of each file, for the tests of the schedule.
@@ -252,11 +253,12 @@ PYBIND11_MODULE(_native, module) {
       .def("stats", [](const SaveHandle& handle) { return to_dict(handle.save->stats()); });
 
   py::class_<EngineHandle>(module, "Engine")
-      .def(py::init([](uint64_t memory_budget, size_t threads, const std::string& write_path, bool io_uring) {
+      .def(py::init([](uint64_t memory_budget, size_t threads, const std::string& write_path, uint64_t device_scratch,
+                       bool io_uring) {
              return std::make_unique<EngineHandle>(
-                 Options{memory_budget, threads, write_path_from(write_path), io_uring});
+                 Options{memory_budget, threads, write_path_from(write_path), device_scratch, io_uring});
            }),
-           "memory_budget"_a, "threads"_a, "write_path"_a, "io_uring"_a = true)
+           "memory_budget"_a, "threads"_a, "write_path"_a, "device_scratch"_a, "io_uring"_a = true)
       .def(
           "submit",
           [](EngineHandle& handle, const py::list& files, const std::map<int, uintptr_t>& streams, bool durable,
@@ -274,6 +276,14 @@ PYBIND11_MODULE(_native, module) {
             return std::make_unique<PreparedHandle>(handle.engine, file, generations);
           },
           "file"_a, "generations"_a)
+      .def(
+          "numa_node",
+          [](EngineHandle& handle, int ordinal) {
+            const std::shared_ptr<Engine> engine = handle.engine;
+            if (engine == nullptr) throw std::runtime_error("the engine is closed");
+            return engine->device(ordinal).numa_node();
+          },
+          "ordinal"_a, Released())
       .def("close", &EngineHandle::close);
 
   py::class_<PreparedHandle>(module, "Prepared")

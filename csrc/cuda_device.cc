@@ -1,15 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Device over CUDA: the device's primary context (so that torch's pointers and streams are valid), a copy
-// stream for each save, asynchronous copies into page-locked slots, and the pack kernel where it was built.
+// Device over CUDA: the device's primary context (so that torch's pointers and streams are valid), streams for
+// each save, asynchronous copies into page-locked slots, and the pack kernel where it was built.
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <mutex>
+#include <optional>
+#include <set>
 #include <vector>
 
 #include "cast.h"
-#include "cuda_driver.h"
+#include "cuda_context.h"
+#include "cuda_scratch.h"
 #include "device.h"
 #include "kernels/embedded.h"
+#include "kernels/table.h"
+#include "numa.h"
 #include "pack.h"
 
 namespace fastshard {
@@ -18,78 +24,31 @@ namespace {
 // A contiguous range of at least this many bytes is copied by the copy engine; smaller ones are cheaper
 // together in one kernel launch than one by one.
 constexpr uint64_t kEngineCopyNbytes = 64 << 10;
-// A block of the kernel gathers at most this much, so that one large view uses many of them.
-constexpr uint64_t kEntryNbytes = 64 << 10;
-// Enough blocks to fill the link, few enough to leave the device to the running job.
-constexpr unsigned kMaxBlocks = 64;
+// Without device scratch: the copy engine takes rows of at least this many bytes, and of such together.
+constexpr uint64_t kPitchedRunNbytes = 4096;
+// Blocks of a launch that stores over the link: enough to fill it, few enough to leave the device to the running job.
+constexpr unsigned kMaxLinkBlocks = 64;
+// Blocks on each multiprocessor of a launch that stores to device memory: as many as fit at once.
+constexpr unsigned kScratchBlocks = 2;
 // Row distances above this are not accepted as a pitch (CU_DEVICE_ATTRIBUTE_MAX_PITCH is 2 GiB - 1 everywhere).
 constexpr uint64_t kMaxPitch = (uint64_t{1} << 31) - 1;
+// More copies out of scratch, and small ones, cost more than stores over the link.
+constexpr uint64_t kManyPieces = 16;
+// Left in the staging scratch beside tables, for casts that the kernel cannot do.
+constexpr uint64_t kCastNbytes = 4096;
 
-class Context {
- public:
-  explicit Context(int ordinal) : driver_(cuda_driver()) {
-    int count = 0;
-    FASTSHARD_CUDA(driver_, cuDeviceGetCount, &count);
-    if (ordinal >= count) {
-      throw CudaError("no CUDA device " + std::to_string(ordinal) + ": the driver sees " + std::to_string(count));
-    }
-    FASTSHARD_CUDA(driver_, cuDeviceGet, &device_, ordinal);
-    FASTSHARD_CUDA(driver_, cuDevicePrimaryCtxRetain, &context_, device_);
-  }
-  ~Context() { driver_.cuDevicePrimaryCtxRelease(device_); }
-  Context(const Context&) = delete;
-  Context& operator=(const Context&) = delete;
-
-  const CudaDriver& driver() const { return driver_; }
-  CUcontext get() const { return context_; }
-
- private:
-  const CudaDriver& driver_;
-  CUdevice device_ = 0;
-  CUcontext context_ = nullptr;
+// How gathers travel. For benchmarks: $FASTSHARD_GATHER chooses another one than the engine would.
+enum class Gather {
+  automatic,  // through device scratch; without any: long rows by the copy engine, the others by the kernel
+  link,       // by the kernel, over the link
+  pitched,    // by the copy engine
 };
 
-// Makes the device current on this thread for a scope; what was current before comes back.
-class Current {
- public:
-  explicit Current(const Context& context) : driver_(context.driver()) {
-    FASTSHARD_CUDA(driver_, cuCtxPushCurrent, context.get());
-  }
-  ~Current() {
-    CUcontext popped;
-    driver_.cuCtxPopCurrent(&popped);
-  }
-  Current(const Current&) = delete;
-  Current& operator=(const Current&) = delete;
-
- private:
-  const CudaDriver& driver_;
-};
-
-class Event {
- public:
-  explicit Event(std::shared_ptr<Context> context) : context_(std::move(context)) {
-    // Sleeping in cuEventSynchronize leaves the cores to the writers.
-    FASTSHARD_CUDA(driver(), cuEventCreate, &event_, CU_EVENT_DISABLE_TIMING | CU_EVENT_BLOCKING_SYNC);
-  }
-  ~Event() {
-    try {
-      const Current current(*context_);
-      driver().cuEventDestroy(event_);
-    } catch (const CudaError&) {
-      // The context is gone, and the event with it.
-    }
-  }
-  Event(const Event&) = delete;
-  Event& operator=(const Event&) = delete;
-
-  CUevent get() const { return event_; }
-  const CudaDriver& driver() const { return context_->driver(); }
-
- private:
-  std::shared_ptr<Context> context_;
-  CUevent event_ = nullptr;
-};
+Gather gather_chosen() {
+  const char* const chosen = std::getenv("FASTSHARD_GATHER");
+  const std::string name = chosen == nullptr ? "" : chosen;
+  return name == "link" ? Gather::link : name == "pitched" ? Gather::pitched : Gather::automatic;
+}
 
 class PinnedRegion final : public Registration {
  public:
@@ -160,28 +119,25 @@ class CudaTicket final : public Ticket {
   Event event_;
 };
 
+// One save's copies out of one device. Gathers are packed on one stream and copied on another, so that the packing
+// of a chunk overlaps the copy of the one before.
 class CudaStream final : public CopyStream {
  public:
-  CudaStream(std::shared_ptr<Context> context, std::shared_ptr<Kernels> kernels, CUstream producer)
-      : context_(std::move(context)), kernels_(std::move(kernels)) {
+  CudaStream(std::shared_ptr<Context> context, std::shared_ptr<Kernels> kernels, std::shared_ptr<Scratch> scratch,
+             Gather gather, CUstream producer)
+      : context_(std::move(context)),
+        kernels_(std::move(kernels)),
+        scratch_(std::move(scratch)),
+        gather_(gather),
+        stream_(context_) {
     const Current current(*context_);
-    FASTSHARD_CUDA(driver(), cuStreamCreate, &stream_, CU_STREAM_NON_BLOCKING);
-    try {
-      const Event ready(context_);
-      FASTSHARD_CUDA(driver(), cuEventRecord, ready.get(), producer);
-      FASTSHARD_CUDA(driver(), cuStreamWaitEvent, stream_, ready.get(), 0);
-    } catch (...) {
-      driver().cuStreamDestroy(stream_);
-      throw;
-    }
-  }
-
-  ~CudaStream() override {
-    try {
-      const Current current(*context_);
-      driver().cuStreamDestroy(stream_);
-    } catch (const CudaError&) {
-    }
+    const Event ready(context_);
+    FASTSHARD_CUDA(driver(), cuEventRecord, ready.get(), producer);
+    FASTSHARD_CUDA(driver(), cuStreamWaitEvent, stream_.get(), ready.get(), 0);
+    if (gather_ != Gather::automatic || !scratch_->enabled()) return;
+    scratch_->ask_again();
+    pack_stream_.emplace(context_);
+    FASTSHARD_CUDA(driver(), cuStreamWaitEvent, pack_stream_->get(), ready.get(), 0);
   }
 
   std::unique_ptr<Ticket> pack(std::span<const CopyOp> ops, Staging& staging) override {
@@ -189,68 +145,172 @@ class CudaStream final : public CopyStream {
     // Made first: nothing is enqueued unless its completion can be waited for.
     auto ticket = std::make_unique<CudaTicket>(context_);
     try {
-      std::vector<const CopyOp*> gathers;
+      std::vector<CopyOp> gathers;
       for (const CopyOp& op : ops) {
         if (op.source->contiguous() && op.nbytes >= kEngineCopyNbytes) {
           copy(op.source->data + op.first_byte, op.nbytes, staging.bytes.data() + op.chunk_offset);
         } else {
-          gathers.push_back(&op);
+          gathers.push_back(op);
         }
       }
-      if (!gathers.empty() && !launch(gathers, staging)) {
-        for (const CopyOp* op : gathers) {
-          std::byte* const out = staging.bytes.data() + op->chunk_offset;
-          op->source->cast() ? copy_and_cast(*op, staging.scratch, out) : copy_strided(*op, out);
-        }
-      }
-      ticket->record(stream_);
+      if (!gathers.empty()) gather(gathers, staging);
+      ticket->record(stream_.get());
     } catch (...) {
       // Whatever was enqueued must not reach the slot after it has been given away.
-      driver().cuStreamSynchronize(stream_);
+      driver().cuStreamSynchronize(stream_.get());
       throw;
     }
     return ticket;
+  }
+
+  void add_use(DeviceUse& use) const override {
+    const std::lock_guard lock(mutex_);
+    use.scratch_nbytes += blocks_used_.size() * scratch_->block_nbytes();
+    if (scratch_refused_) use.fallbacks.push_back("no device memory for scratch: gathered over the link");
   }
 
  private:
   const CudaDriver& driver() const { return context_->driver(); }
 
   void copy(const std::byte* source, uint64_t nbytes, std::byte* out) {
-    FASTSHARD_CUDA(driver(), cuMemcpyDtoHAsync, out, reinterpret_cast<CUdeviceptr>(source), nbytes, stream_);
+    FASTSHARD_CUDA(driver(), cuMemcpyDtoHAsync, out, reinterpret_cast<CUdeviceptr>(source), nbytes, stream_.get());
   }
 
-  // One launch for all gathers of a chunk; its table goes into the staging scratch, so it lives exactly as
-  // long as the launch needs it. False where there is no kernel, the slot is not page-locked, or a cast is of
-  // what is not aligned.
-  bool launch(const std::vector<const CopyOp*>& gathers, Staging& staging) {
-    const CUfunction kernel = kernels_->pack(context_);
-    CUdeviceptr slot = 0;
-    CUdeviceptr scratch = 0;
-    if (kernel == nullptr || driver().cuMemHostGetDevicePointer(&slot, staging.bytes.data(), 0) != CUDA_SUCCESS ||
-        driver().cuMemHostGetDevicePointer(&scratch, staging.scratch.data(), 0) != CUDA_SUCCESS) {
-      return false;
+  // The tables of the kernel go into the staging scratch, so they live exactly as long as the launch needs them.
+  void gather(std::vector<CopyOp>& gathers, Staging& staging) {
+    const CUfunction kernel = gather_ == Gather::pitched ? nullptr : kernels_->pack(context_);
+    CUdeviceptr tables = 0;
+    if (kernel == nullptr || driver().cuMemHostGetDevicePointer(&tables, staging.scratch.data(), 0) != CUDA_SUCCESS) {
+      for (const CopyOp& op : gathers) copy_gather(op, staging);
+      return;
     }
-    auto* const table = reinterpret_cast<PackEntry*>(staging.scratch.data());
-    const size_t capacity = staging.scratch.size() / sizeof(PackEntry);
-    uint32_t count = 0;
-    for (const CopyOp* op : gathers) {
-      for (uint64_t done = 0; done < op->nbytes; done += kEntryNbytes) {
-        if (count == capacity) return false;
-        PackEntry entry{*op->source, op->first_byte + done, std::min(kEntryNbytes, op->nbytes - done),
-                        op->chunk_offset + done, 0};
-        entry.unit = pack_unit(entry.view, entry.first_byte, entry.nbytes, entry.slot_offset);
-        if (entry.unit == 0) return false;
-        table[count++] = entry;
+    if (pack_stream_ && !scattered(gathers) && gather_through_scratch(kernel, gathers, staging)) return;
+    gather_over_link(kernel, gathers, staging);
+  }
+
+  // Whether other things lie between most of them in the slot: each piece would be a copy of its own.
+  static bool scattered(const std::vector<CopyOp>& gathers) {
+    uint64_t pieces = 1;
+    uint64_t nbytes = gathers[0].nbytes;
+    for (size_t i = 1; i < gathers.size(); ++i) {
+      pieces += gathers[i - 1].chunk_offset + gathers[i - 1].nbytes != gathers[i].chunk_offset;
+      nbytes += gathers[i].nbytes;
+    }
+    return pieces >= kManyPieces && nbytes / pieces < kEngineCopyNbytes;
+  }
+
+  static uint64_t table_capacity(const Staging& staging) {
+    return staging.scratch.size() > kCastNbytes ? staging.scratch.size() - kCastNbytes : 0;
+  }
+
+  void launch(CUfunction kernel, CUstream stream, const PackTable& table, CUdeviceptr out, unsigned max_blocks,
+              Staging& staging) {
+    CUdeviceptr entries = 0;
+    FASTSHARD_CUDA(driver(), cuMemHostGetDevicePointer, &entries, staging.scratch.data(), 0);
+    table.write(staging.scratch.data());
+    staging.scratch = staging.scratch.subspan(table.nbytes());
+    CUdeviceptr dims = entries + table.entries_nbytes();
+    uint32_t count = table.count();
+    std::array<void*, 4> parameters = {&entries, &count, &dims, &out};
+    FASTSHARD_CUDA(driver(), cuLaunchKernel, kernel, std::min(count, max_blocks), 1, 1, kPackThreads, 1, 1, 0, stream,
+                   parameters.data(), nullptr);
+  }
+
+  // A block of device memory after the other: packed by the kernel, copied by the copy engine. False when there is
+  // no device memory; `gathers` then is what is left to do.
+  bool gather_through_scratch(CUfunction kernel, std::vector<CopyOp>& gathers, Staging& staging) {
+    size_t next = 0;
+    while (next < gathers.size()) {
+      Scratch::Lease block = scratch_->acquire();
+      if (!block) {
+        gathers.erase(gathers.begin(), gathers.begin() + static_cast<std::ptrdiff_t>(next));
+        const std::lock_guard lock(mutex_);
+        scratch_refused_ = true;
+        return false;
+      }
+      {
+        const std::lock_guard lock(mutex_);
+        blocks_used_.insert(block->memory);
+      }
+      try {
+        next = fill_and_drain(kernel, gathers, next, *block.operator->(), staging);
+      } catch (...) {
+        // Neither may anything reach the block once it has been given back.
+        driver().cuStreamSynchronize(pack_stream_->get());
+        driver().cuStreamSynchronize(stream_.get());
+        throw;
       }
     }
-    staging.scratch = staging.scratch.subspan(count * sizeof(PackEntry));
-    std::array<void*, 3> parameters = {&scratch, &count, &slot};
-    FASTSHARD_CUDA(driver(), cuLaunchKernel, kernel, std::min(count, kMaxBlocks), 1, 1, kPackThreads, 1, 1, 0, stream_,
-                   parameters.data(), nullptr);
     return true;
   }
 
-  // Without the kernel: pitched copies, one for each row of runs. A run cut by either end of the range is
+  // As many of the gathers from `next` on as the block holds; it is the image of a part of the slot. Returns
+  // the first that is not done, of which a part may be.
+  size_t fill_and_drain(CUfunction kernel, std::vector<CopyOp>& gathers, size_t next, Scratch::Block& block,
+                        Staging& staging) {
+    // The same place between multiples of 16 bytes as in the slot.
+    const uint32_t begin = gathers[next].chunk_offset / 16 * 16;
+    const uint64_t end = begin + scratch_->block_nbytes();
+    PackTable table(table_capacity(staging), 0);
+    std::vector<std::pair<uint64_t, uint64_t>> ranges;
+    while (next < gathers.size()) {
+      CopyOp& op = gathers[next];
+      uint64_t take = op.chunk_offset < end ? std::min(op.nbytes, end - op.chunk_offset) : 0;
+      if (op.source->cast()) take -= take % itemsize(op.source->to);
+      if (take == 0) break;
+      if (table.add(*op.source, op.first_byte, take, op.chunk_offset - begin)) {
+        if (!ranges.empty() && ranges.back().second == op.chunk_offset) {
+          ranges.back().second += take;
+        } else {
+          ranges.emplace_back(op.chunk_offset, op.chunk_offset + take);
+        }
+      } else {
+        copy_gather({op.source, op.item, op.chunk_offset, op.first_byte, take}, staging);
+      }
+      op.chunk_offset += static_cast<uint32_t>(take);
+      op.first_byte += take;
+      op.nbytes -= take;
+      if (op.nbytes == 0) ++next;
+    }
+    if (table.empty()) return next;
+    FASTSHARD_CUDA(driver(), cuStreamWaitEvent, pack_stream_->get(), block.drained.get(), 0);
+    launch(kernel, pack_stream_->get(), table, block.memory, kScratchBlocks * context_->processors(), staging);
+    FASTSHARD_CUDA(driver(), cuEventRecord, block.packed.get(), pack_stream_->get());
+    FASTSHARD_CUDA(driver(), cuStreamWaitEvent, stream_.get(), block.packed.get(), 0);
+    for (const auto& [first, last] : ranges) {
+      copy(reinterpret_cast<const std::byte*>(block.memory + first - begin), last - first,
+           staging.bytes.data() + first);
+    }
+    FASTSHARD_CUDA(driver(), cuEventRecord, block.drained.get(), stream_.get());
+    return next;
+  }
+
+  // One launch that stores into the slot itself. Long rows are left to the copy engine.
+  void gather_over_link(CUfunction kernel, const std::vector<CopyOp>& gathers, Staging& staging) {
+    CUdeviceptr slot = 0;
+    const bool mapped = driver().cuMemHostGetDevicePointer(&slot, staging.bytes.data(), 0) == CUDA_SUCCESS;
+    PackTable table(table_capacity(staging), slot);
+    std::vector<CopyOp> others;
+    for (const CopyOp& op : gathers) {
+      const bool rows = gather_ != Gather::link && long_rows(*op.source);
+      if (!mapped || rows || !table.add(*op.source, op.first_byte, op.nbytes, op.chunk_offset)) others.push_back(op);
+    }
+    if (!table.empty()) launch(kernel, stream_.get(), table, slot, kMaxLinkBlocks, staging);
+    for (const CopyOp& op : others) copy_gather(op, staging);
+  }
+
+  static bool long_rows(const TensorView& view) {
+    return !view.cast() && !view.contiguous() && view.run_nbytes >= kPitchedRunNbytes &&
+           view.run_nbytes * static_cast<uint64_t>(view.shape[view.ndim - 1]) >= kEngineCopyNbytes;
+  }
+
+  // Without the kernel.
+  void copy_gather(const CopyOp& op, Staging& staging) {
+    std::byte* const out = staging.bytes.data() + op.chunk_offset;
+    op.source->cast() ? copy_and_cast(op, staging.scratch, out) : copy_strided(op, out);
+  }
+
+  // Pitched copies, one for each row of runs. A run cut by either end of the range is
   // copied by itself.
   void copy_strided(const CopyOp& op, std::byte* out) {
     const TensorView& view = *op.source;
@@ -275,7 +335,7 @@ class CudaStream final : public CopyStream {
     }
   }
 
-  // Without the kernel: cast by the CPU, a piece after the other through the scratch.
+  // Cast by the CPU, a piece after the other through the scratch.
   void copy_and_cast(const CopyOp& op, std::span<std::byte> scratch, std::byte* out) {
     TensorView source = *op.source;
     source.to = DType::raw;
@@ -285,7 +345,7 @@ class CudaStream final : public CopyStream {
     for (uint64_t next = op.first_byte / out_nbytes; next < end;) {
       const uint64_t count = std::min(end - next, scratch.size() / in_nbytes);
       copy_strided({&source, op.item, 0, next * in_nbytes, count * in_nbytes}, scratch.data());
-      FASTSHARD_CUDA(driver(), cuStreamSynchronize, stream_);
+      FASTSHARD_CUDA(driver(), cuStreamSynchronize, stream_.get());
       row_cast(op.source->from, op.source->to)(scratch.data(), itemsize(op.source->from), count, out);
       out += count * out_nbytes;
       next += count;
@@ -303,17 +363,25 @@ class CudaStream final : public CopyStream {
     copy2d.dstPitch = run;
     copy2d.WidthInBytes = run;
     copy2d.Height = rows;
-    FASTSHARD_CUDA(driver(), cuMemcpy2DAsync, &copy2d, stream_);
+    FASTSHARD_CUDA(driver(), cuMemcpy2DAsync, &copy2d, stream_.get());
   }
 
   std::shared_ptr<Context> context_;
   std::shared_ptr<Kernels> kernels_;
-  CUstream stream_ = nullptr;
+  std::shared_ptr<Scratch> scratch_;
+  const Gather gather_;
+  Stream stream_;
+  std::optional<Stream> pack_stream_;  // with scratch
+  mutable std::mutex mutex_;
+  std::set<CUdeviceptr> blocks_used_;
+  bool scratch_refused_ = false;
 };
 
 class CudaDevice final : public Device {
  public:
-  explicit CudaDevice(int ordinal) : context_(std::make_shared<Context>(ordinal)) {}
+  CudaDevice(int ordinal, uint64_t scratch_nbytes, uint64_t slot_nbytes)
+      : context_(std::make_shared<Context>(ordinal)),
+        scratch_(std::make_shared<Scratch>(context_, scratch_nbytes, slot_nbytes)) {}
 
   std::unique_ptr<Registration> register_staging(std::span<std::byte> slot) override {
     const Current current(*context_);
@@ -324,16 +392,23 @@ class CudaDevice final : public Device {
   }
 
   std::unique_ptr<CopyStream> open(uintptr_t stream) override {
-    return std::make_unique<CudaStream>(context_, kernels_, reinterpret_cast<CUstream>(stream));
+    return std::make_unique<CudaStream>(context_, kernels_, scratch_, gather_, reinterpret_cast<CUstream>(stream));
   }
+
+  int numa_node() const override { return numa_node_; }
 
  private:
   std::shared_ptr<Context> context_;
   std::shared_ptr<Kernels> kernels_ = std::make_shared<Kernels>();
+  std::shared_ptr<Scratch> scratch_;
+  const Gather gather_ = gather_chosen();
+  const int numa_node_ = node_of_pci_device(context_->pci_address());
 };
 
 }  // namespace
 
-std::unique_ptr<Device> make_cuda_device(int ordinal) { return std::make_unique<CudaDevice>(ordinal); }
+std::unique_ptr<Device> make_cuda_device(int ordinal, uint64_t scratch_nbytes, uint64_t slot_nbytes) {
+  return std::make_unique<CudaDevice>(ordinal, scratch_nbytes, slot_nbytes);
+}
 
 }  // namespace fastshard

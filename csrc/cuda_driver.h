@@ -21,6 +21,8 @@ namespace fastshard {
   X(cuDeviceGet)                    \
   X(cuDeviceGetName)                \
   X(cuDeviceTotalMem)               \
+  X(cuDeviceGetAttribute)           \
+  X(cuDeviceGetPCIBusId)            \
   X(cuDevicePrimaryCtxRetain)       \
   X(cuDevicePrimaryCtxRelease)      \
   X(cuCtxPushCurrent)               \
@@ -31,8 +33,11 @@ namespace fastshard {
   X(cuStreamWaitEvent)              \
   X(cuEventCreate)                  \
   X(cuEventRecord)                  \
+  X(cuEventQuery)                   \
   X(cuEventSynchronize)             \
   X(cuEventDestroy)                 \
+  X(cuMemAlloc)                     \
+  X(cuMemFree)                      \
   X(cuMemHostRegister)              \
   X(cuMemHostUnregister)            \
   X(cuMemHostGetDevicePointer)      \

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
+#include <vector>
 
 #include "schedule.h"
 
@@ -34,8 +36,14 @@ struct Staging {
   std::span<std::byte> scratch;
   bool streaming = false;  // `bytes` are the target itself: stores of the CPU go past its caches
 };
-// Scratch that is always enough: a kernel's table entry for each op of a chunk and each 64 KiB of it.
+// Enough for the tables of the kernel: an entry for each op of a chunk and each 64 KiB of it, and dimensions.
 inline constexpr uint64_t kScratchNbytes = 256 << 10;
+
+// What a save made use of beside its slots.
+struct DeviceUse {
+  uint64_t scratch_nbytes = 0;  // device memory
+  std::vector<std::string> fallbacks;
+};
 
 // One save's copies out of one device: a copy stream ordered behind the caller's work.
 // pack() may be called by several threads at once.
@@ -45,6 +53,7 @@ class CopyStream {
   // Gathers `ops`, all of this device, into the staging bytes. Returns once enqueued, or null when already
   // done. Throws with nothing left under way.
   virtual std::unique_ptr<Ticket> pack(std::span<const CopyOp> ops, Staging& staging) = 0;
+  virtual void add_use(DeviceUse&) const {}
 };
 
 class Device {
@@ -55,10 +64,13 @@ class Device {
   virtual std::unique_ptr<Registration> register_staging(std::span<std::byte> pages) = 0;
   // A copy stream ordered behind what is enqueued on the caller's `stream` now.
   virtual std::unique_ptr<CopyStream> open(uintptr_t stream) = 0;
+  // The memory node it is next to, or -1.
+  virtual int numa_node() const { return -1; }
 };
 
 std::unique_ptr<Device> make_host_device();
+// With at most `scratch_nbytes` of the device's memory, taken when first used, in blocks of at most `slot_nbytes`.
 // Throws CudaError when there is no driver or no such device.
-std::unique_ptr<Device> make_cuda_device(int ordinal);
+std::unique_ptr<Device> make_cuda_device(int ordinal, uint64_t scratch_nbytes, uint64_t slot_nbytes);
 
 }  // namespace fastshard

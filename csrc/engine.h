@@ -16,7 +16,8 @@ struct Options {
   uint64_t memory_budget = 128 << 20;  // bytes of staging memory, all saves of the engine together
   size_t threads = 1;                  // writers
   WritePath write_path = WritePath::automatic;
-  bool io_uring = true;  // for direct writes, where the kernel allows it
+  uint64_t device_scratch = 64 << 20;  // bytes of each device's own memory, to pack in
+  bool io_uring = true;                // for direct writes, where the kernel allows it
 };
 
 // Thread-safe. Saves run on the engine's threads; the destructor waits for them.
@@ -31,9 +32,11 @@ class Engine {
   // Makes the standing target of a prepared save, a plan of one file. The engine must outlive its use.
   std::shared_ptr<Standing> stand(const SavePlan& plan, size_t generations);
 
+  // A CUDA device, opened by the first who asks and kept.
+  Device& device(int ordinal);
+
  private:
   std::map<int, Device*> devices_of(const SavePlan& plan);
-  Device& device(int ordinal);
 
   const Options options_;
   const int io_uring_refused_ = options_.io_uring ? io_uring_refusal() : EPERM;

@@ -142,14 +142,14 @@ void pack_cast(const TensorView& view, uint64_t first, uint64_t count, std::byte
 
 }  // namespace
 
-uint32_t pack_unit(const TensorView& view, uint64_t first_byte, uint64_t nbytes, uint64_t slot_offset) {
+uint32_t pack_unit(const TensorView& view, uint64_t first_byte, uint64_t nbytes, uint64_t position) {
   if (view.cast()) {
     uint64_t source = reinterpret_cast<uintptr_t>(view.data);
     for (int dim = 0; dim < view.ndim; ++dim) source |= static_cast<uint64_t>(view.stride_nbytes[dim]);
-    const bool aligned = source % itemsize(view.from) == 0 && slot_offset % itemsize(view.to) == 0;
+    const bool aligned = source % itemsize(view.from) == 0 && position % itemsize(view.to) == 0;
     return aligned ? itemsize(view.to) : 0;
   }
-  uint64_t bits = reinterpret_cast<uintptr_t>(view.data) | first_byte | nbytes | slot_offset;
+  uint64_t bits = reinterpret_cast<uintptr_t>(view.data) | first_byte | nbytes | position;
   if (view.ndim != 0) bits |= view.run_nbytes;
   for (int dim = 0; dim < view.ndim; ++dim) bits |= static_cast<uint64_t>(view.stride_nbytes[dim]);
   uint32_t unit = 16;

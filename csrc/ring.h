@@ -5,6 +5,8 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -14,6 +16,7 @@
 #include <vector>
 
 #include "device.h"
+#include "numa.h"
 
 namespace fastshard {
 
@@ -23,6 +26,7 @@ class Ring {
     std::byte* memory;
     std::unique_ptr<Registration> registration;
     bool registration_tried = false;
+    int node = -1;  // of its memory, where somebody wished for one
   };
 
  public:
@@ -51,6 +55,19 @@ class Ring {
     Block* block_;
   };
 
+  // A writer at work. It holds no more than its share of the slots, so that none is left without for long.
+  class Share {
+   public:
+    explicit Share(Ring& ring) : ring_(ring) { ++ring_.writers_; }
+    ~Share() { --ring_.writers_; }
+    Share(const Share&) = delete;
+    Share& operator=(const Share&) = delete;
+    size_t slots() const { return std::max<size_t>(1, ring_.slots_ / ring_.writers_); }
+
+   private:
+    Ring& ring_;
+  };
+
   // `slot_nbytes`: a multiple of the page size. Memory is mapped when a slot is first leased.
   Ring(uint64_t slot_nbytes, size_t slots) : slot_nbytes_(slot_nbytes), slots_(slots) { blocks_.reserve(slots); }
   ~Ring() {
@@ -62,17 +79,18 @@ class Ring {
   Ring(const Ring&) = delete;
   Ring& operator=(const Ring&) = delete;
 
-  // Blocks until a slot is free. The most recently used one comes first: its pages are there and warm.
-  Slot acquire() {
+  // Blocks until a slot is free. The most recently used one comes first: its pages are there and warm. Those on
+  // memory node `node` come before all others, and -1 is content with any.
+  Slot acquire(int node = -1) {
     std::unique_lock lock(mutex_);
     freed_.wait(lock, [&] { return available(); });
-    return take();
+    return take(node);
   }
 
-  std::optional<Slot> try_acquire() {
+  std::optional<Slot> try_acquire(int node = -1) {
     const std::lock_guard lock(mutex_);
     if (!available()) return std::nullopt;
-    return take();
+    return take(node);
   }
 
   uint64_t slot_nbytes() const { return slot_nbytes_; }
@@ -82,15 +100,20 @@ class Ring {
   uint64_t block_nbytes() const { return slot_nbytes_ + kScratchNbytes; }
   bool available() const { return !free_.empty() || blocks_.size() < slots_; }
 
-  Slot take() {
-    if (free_.empty()) {
+  Slot take(int node) {
+    const auto near =
+        std::find_if(free_.rbegin(), free_.rend(), [&](const Block* block) { return node < 0 || block->node == node; });
+    const bool make = free_.empty() || (near == free_.rend() && blocks_.size() < slots_);
+    if (make) {
       void* memory = mmap(nullptr, block_nbytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
       if (memory == MAP_FAILED) throw std::bad_alloc();
-      blocks_.push_back({static_cast<std::byte*>(memory), nullptr});
+      prefer_node({static_cast<std::byte*>(memory), block_nbytes()}, node);
+      blocks_.push_back({static_cast<std::byte*>(memory), nullptr, false, node});
       return Slot(this, &blocks_.back());
     }
-    Block* block = free_.back();
-    free_.pop_back();
+    const auto chosen = near == free_.rend() ? free_.rbegin() : near;
+    Block* block = *chosen;
+    free_.erase(std::next(chosen).base());
     return Slot(this, block);
   }
 
@@ -108,6 +131,7 @@ class Ring {
   std::condition_variable freed_;
   std::vector<Block> blocks_;
   std::vector<Block*> free_;
+  std::atomic<size_t> writers_ = 0;
 };
 
 using Slot = Ring::Slot;

@@ -107,6 +107,8 @@ void Save::finish() {
     resources_.write_behind.forget(file);
     file->discard();
   }
+  DeviceUse use;
+  for (const auto& [ordinal, stream] : streams_) stream->add_use(use);
   streams_.clear();
   commit_ = nullptr;  // and what it holds
   // Whoever waits may count on the files being closed: a nameless one holds its space until then.
@@ -114,6 +116,8 @@ void Save::finish() {
   {
     const std::lock_guard lock(mutex_);
     describe_files(final_);
+    final_.device_scratch_nbytes = use.scratch_nbytes;
+    final_.fallbacks.insert(final_.fallbacks.end(), use.fallbacks.begin(), use.fallbacks.end());
     closing.swap(files_);
   }
   writers_.clear();

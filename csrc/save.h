@@ -21,14 +21,15 @@ namespace fastshard {
 
 struct Stats {
   uint64_t files = 0;
-  uint64_t nbytes = 0;          // of the finished files
-  double seconds = 0;           // from submit to finish
-  double copy_seconds = 0;      // thread-seconds spent packing or waiting for device copies
-  double write_seconds = 0;     // thread-seconds in pwrite (direct: waiting for writes; mapped: in page population)
-  double sync_seconds = 0;      // thread-seconds in fsync
-  std::string write_path;       // name_of(WritePath), "standing" or "memory"; joined by "+" where files differ
-  std::string staging;          // "none", "in place" (devices copied into the target), "pageable", "pinned"
-  uint64_t staging_nbytes = 0;  // peak of staged bytes held at once
+  uint64_t nbytes = 0;                 // of the finished files
+  double seconds = 0;                  // from submit to finish
+  double copy_seconds = 0;             // thread-seconds spent packing or waiting for device copies
+  double write_seconds = 0;            // thread-seconds in pwrite (direct: waiting for it; mapped: populating)
+  double sync_seconds = 0;             // thread-seconds in fsync
+  std::string write_path;              // name_of(WritePath), "standing" or "memory"; joined by "+" where files differ
+  std::string staging;                 // "none", "in place" (devices copied into the target), "pageable", "pinned"
+  uint64_t staging_nbytes = 0;         // peak of staged bytes held at once
+  uint64_t device_scratch_nbytes = 0;  // device memory that was packed in
   std::vector<std::string> fallbacks;
 };
 

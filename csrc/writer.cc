@@ -114,6 +114,7 @@ const Chunk* FileWriter::claim() {
 // enough to finish.
 void FileWriter::write_chunks() {
   if (direct()) return write_chunks_directly();
+  const Ring::Share share(resources_.ring);
   std::deque<std::unique_ptr<InFlight>> in_flight;
   const Chunk* next = claim();
   while (next != nullptr || !in_flight.empty()) {
@@ -122,8 +123,9 @@ void FileWriter::write_chunks() {
       next = claim();
       continue;
     }
-    if (next != nullptr && in_flight.size() < kMaxInFlight) {
-      std::optional<Slot> slot = in_flight.empty() ? resources_.ring.acquire() : resources_.ring.try_acquire();
+    if (next != nullptr && in_flight.size() < std::min(kMaxInFlight, share.slots())) {
+      const int node = node_of(*next);
+      std::optional<Slot> slot = in_flight.empty() ? resources_.ring.acquire(node) : resources_.ring.try_acquire(node);
       if (slot) {
         auto staged = stage(*next, std::move(*slot));
         if (staged->tickets.empty()) {
@@ -143,6 +145,7 @@ void FileWriter::write_chunks() {
 // The same past the page cache, where writes go on while further chunks are copied: a slot goes when its write is
 // complete. Here, too, a writer blocks for a slot only while it holds none.
 void FileWriter::write_chunks_directly() {
+  const Ring::Share share(resources_.ring);
   std::deque<std::unique_ptr<InFlight>> copying;
   std::unordered_map<uint64_t, std::unique_ptr<InFlight>> writing;  // by file offset
   const std::unique_ptr<DirectQueue> queue =                        // the first to go: waits for the writes
@@ -163,9 +166,10 @@ void FileWriter::write_chunks_directly() {
     if (progress_.stop) throw Cancelled();
     while (!writing.empty() && finish_one(false)) {
     }
-    const bool none_held = copying.empty() && writing.empty();
-    if (next != nullptr && copying.size() < kMaxInFlight && writing.size() < kMaxDirect) {
-      std::optional<Slot> slot = none_held ? resources_.ring.acquire() : resources_.ring.try_acquire();
+    const size_t held = copying.size() + writing.size();
+    if (next != nullptr && copying.size() < kMaxInFlight && writing.size() < kMaxDirect && held < share.slots()) {
+      const int node = node_of(*next);
+      std::optional<Slot> slot = held == 0 ? resources_.ring.acquire(node) : resources_.ring.try_acquire(node);
       if (slot) {
         auto staged = stage(*next, std::move(*slot));
         // One that this thread has packed is ready, whatever devices still bring for those before it.
@@ -197,6 +201,16 @@ std::span<const std::byte> FileWriter::whole_blocks(const InFlight& staged) cons
   const std::span<std::byte> bytes = staged.slot.bytes().first((nbytes + block - 1) / block * block);
   std::ranges::fill(bytes.subspan(nbytes), std::byte{0});
   return bytes;
+}
+
+// Of the first device that packs into the chunk's slot.
+int FileWriter::node_of(const Chunk& chunk) const {
+  if (chunk.route != Route::device) return -1;
+  for (const CopyOp& op : schedule_.ops_of(chunk)) {
+    const auto device = resources_.devices.find(op.source->device);
+    if (device != resources_.devices.end()) return device->second->numa_node();
+  }
+  return -1;
 }
 
 // Chunks that need no slot: written from where they lie, or packed straight into a target that is memory.

@@ -76,6 +76,7 @@ class FileWriter {
   bool direct() const { return file_ != nullptr && file_->write_path() == WritePath::direct; }
   void write_chunks_directly();
   const Chunk* claim();
+  int node_of(const Chunk& chunk) const;
   bool write_unstaged(const Chunk& chunk);
   void write_in_place(const Chunk& chunk);
   void pack_into_target(const Chunk& chunk);

@@ -20,7 +20,14 @@ class Save:
     def stats(self) -> dict[str, Any]: ...
 
 class Engine:
-    def __init__(self, memory_budget: int, threads: int, write_path: str, io_uring: bool = True) -> None: ...
+    def __init__(
+        self,
+        memory_budget: int,
+        threads: int,
+        write_path: str,
+        device_scratch: int,
+        io_uring: bool = True,
+    ) -> None: ...
     def submit(
         self,
         files: list[FilePlan],
@@ -30,6 +37,7 @@ class Engine:
         keep_alive: object,
     ) -> Save: ...
     def prepare(self, file: FilePlan, generations: int) -> Prepared: ...
+    def numa_node(self, ordinal: int) -> int: ...
     def close(self) -> None: ...
 
 class Prepared:

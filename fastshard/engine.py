@@ -45,6 +45,9 @@ class Options:
     """``"buffered"`` (pwrite into the page cache), ``"direct"`` (past it, from staging memory), ``"mapped"``
     (stores into the mapped file), ``"registered"`` (as mapped, with devices copying straight into page-locked
     windows), or ``"auto"``: what suits save and filesystem (``fastshard env PATH`` tells)."""
+    device_scratch: int = 64 << 20
+    """Bytes of each CUDA device's memory that strided, cast and small tensors may be packed in on their way out;
+    taken when first needed, kept until the engine is closed. 0, or where the device has none to give: none."""
 
     @property
     def writers(self) -> int:
@@ -77,8 +80,10 @@ class Stats:
     ``"pageable"`` or ``"pinned"``."""
     staging_nbytes: int
     """Most bytes staged at once."""
+    device_scratch_nbytes: int
+    """Device memory that tensors were packed in, all devices together."""
     fallbacks: tuple[str, ...]
-    """What filesystem or kernel refused; something else was done instead."""
+    """What the filesystem, the kernel or a device refused; something else was done instead."""
 
 
 @contextlib.contextmanager
@@ -205,7 +210,15 @@ class Engine:
         options = self.options
         if options.writers < 1 or options.memory_budget < 1:
             raise ValueError("threads and memory_budget must be positive")
-        return _native.Engine(options.memory_budget, options.writers, options.write_path, io_uring_allowed())
+        if options.device_scratch < 0:
+            raise ValueError("device_scratch must not be negative")
+        return _native.Engine(
+            options.memory_budget,
+            options.writers,
+            options.write_path,
+            options.device_scratch,
+            io_uring_allowed(),
+        )
 
     def submit(
         self,

@@ -125,9 +125,13 @@ def new_engine(request: pytest.FixtureRequest) -> Iterator[Callable[..., Engine]
         )  # set up first, so that it looks for leaks after the engines are closed
     engines = []
 
+    defaults = {"memory_budget": BUDGET, "threads": 2}
+
     def make(**options: Any) -> Engine:
-        engines.append(Engine(Options(**{"memory_budget": BUDGET, "threads": 2, **options})))
+        engines.append(Engine(Options(**{**defaults, **options})))
         return engines[-1]
+
+    make.defaults = defaults  # type: ignore[attr-defined]
 
     yield make
     for engine in engines:

@@ -97,9 +97,9 @@ def build(directory: str | os.PathLike[str]) -> Path:
     """Compiles the driver into `directory` unless it is up to date there, and returns its path."""
     directory = Path(directory)
     library = directory / "libsimcuda.so"
-    shared = [_CSRC / f"{name}.cc" for name in ("cast", "pack", "plan")]
-    sources = [*sorted(_SOURCES.glob("*.cc")), *shared]
-    inputs = [*sources, *_SOURCES.glob("*.h"), *[source.with_suffix(".h") for source in shared]]
+    ours = [_CSRC / name for name in ("plan.cc", "cast.cc", "pack.cc", "kernels/table.cc")]
+    sources = [*sorted(_SOURCES.glob("*.cc")), *ours]
+    inputs = [*sources, *_SOURCES.glob("*.h"), *_CSRC.glob("*.h"), *_CSRC.glob("kernels/*")]
     if library.exists() and library.stat().st_mtime >= max(path.stat().st_mtime for path in inputs):
         return library
     include = cuda_include()
@@ -107,11 +107,12 @@ def build(directory: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError("cuda.h not found: set CUDA_HOME, or pip install nvidia-cuda-runtime")
     compiler = os.environ.get("CXX") or shutil.which("g++") or "g++"
     flags = ["-std=c++20", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-pthread"]
+    flags.append("-Wno-unknown-pragmas")  # of nvcc's
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
 
         def compile_one(source: Path) -> str:
-            target = os.path.join(scratch, source.stem + ".o")
+            target = os.path.join(scratch, f"{source.parent.name}.{source.stem}.o")
             _run([compiler, *flags, "-isystem", str(include), "-c", str(source), "-o", target])
             return target
 
@@ -172,6 +173,18 @@ class SimCuda:
             address = self._out("cuMemAlloc", nbytes)
         self._allocations[address] = (device, nbytes)
         return address
+
+    def alloc_pieces(self, device: int, nbytes: list[int]) -> int:
+        """Allocations side by side, each of whole pages: as memory that was reserved once and mapped in pieces."""
+        sizes = (ctypes.c_uint64 * len(nbytes))(*nbytes)
+        address = ctypes.c_uint64()
+        if self._lib.sim_alloc_pieces(device, sizes, len(nbytes), ctypes.byref(address)) != 0:
+            raise ValueError(f"no such pieces: {nbytes}")
+        begin = address.value
+        for size in nbytes:
+            self._allocations[begin] = (device, size)
+            begin += size
+        return address.value
 
     def free(self, address: int) -> None:
         device, _ = self._allocations.pop(address)
@@ -271,6 +284,14 @@ class SimCuda:
     def peak(self, kind: str) -> int:
         """How many of a kind existed at once since the last reset."""
         return int(self._lib.sim_peak(kind.encode()))
+
+    def forget_peaks(self) -> None:
+        """Peaks are counted from what exists now on."""
+        self._lib.sim_forget_peaks()
+
+    def reset_failures(self) -> None:
+        """Injected failures that have not happened will not."""
+        self._lib.sim_reset_failures()
 
     def reset(self) -> None:
         """Waits for all work, forgets what was set, counted and injected, and frees what this object made."""

@@ -162,7 +162,15 @@ def without_pinning(sim: SimCuda) -> None:
     sim.fail("cuMemHostRegister", Result.OUT_OF_MEMORY, nth=0)
 
 
-MODES = {"kernel": lambda sim: None, "no kernel": without_kernels, "pageable": without_pinning}
+MODES = {
+    "scratch": lambda sim: None,
+    "no scratch": lambda sim: None,
+    "link": lambda sim: None,
+    "no kernel": without_kernels,
+    "pageable": without_pinning,
+}
+KERNEL_MODES = ("scratch", "no scratch", "link") if _native.kernels_compiled_in() else ()
+GATHER_VARIABLE = "FASTSHARD_GATHER"
 
 
 def stays_unfinished(future: SaveFuture) -> bool:
@@ -171,10 +179,16 @@ def stays_unfinished(future: SaveFuture) -> bool:
 
 
 @pytest.fixture(params=MODES)
-def mode(request: pytest.FixtureRequest, sim: SimCuda) -> str:
+def mode(
+    request: pytest.FixtureRequest, sim: SimCuda, new_engine: NewEngine, monkeypatch: pytest.MonkeyPatch
+) -> str:
     """The ways out of a device for what the copy engine cannot take in one piece."""
     sim.set_delay(0, 200)  # there are many pieces
     MODES[request.param](sim)
+    if request.param == "no scratch":
+        new_engine.defaults["device_scratch"] = 0  # type: ignore[attr-defined]
+    if request.param == "link":
+        monkeypatch.setenv(GATHER_VARIABLE, "link")
     return str(request.param)
 
 
@@ -185,16 +199,20 @@ def test_contiguous_over_many_slots(sim: SimCuda, new_engine: NewEngine, path: P
     stats = save(new_engine(), {path: [on_device(sim, noise(9 * SLOT + 4321))]})
     assert stats.staging == "pinned"
     assert stats.nbytes == len(HEADER) + 9 * SLOT + 4321
-    assert sim.count("cuMemcpyDtoHAsync") + sim.count("cuLaunchKernel") == 10
+    assert sim.count("cuMemcpyDtoHAsync") == 10
 
 
 @pytest.mark.parametrize("kind", STRIDED)
 def test_strided(sim: SimCuda, new_engine: NewEngine, path: Path, mode: str, kind: str) -> None:
     save(new_engine(), {path: [on_device(sim, STRIDED[kind]), on_device(sim, STRIDED[kind], lead=1)]})
-    if mode == "kernel" and _native.kernels_compiled_in():
+    if mode not in KERNEL_MODES:
+        assert sim.count("cuLaunchKernel") == 0
+    elif mode == "scratch":
+        assert sim.count("cuLaunchKernel") == sim.count("cuMemcpyDtoHAsync") > 0
+    elif mode == "link":
         assert sim.count("cuMemcpy2DAsync") == sim.count("cuMemcpyDtoHAsync") == 0
     else:
-        assert sim.count("cuLaunchKernel") == 0
+        assert (sim.count("cuMemcpy2DAsync") > 0) == (kind == "column half in long runs")
 
 
 def test_odd_offsets_and_lengths(sim: SimCuda, new_engine: NewEngine, path: Path, mode: str) -> None:
@@ -221,8 +239,10 @@ def test_many_small_tensors_share_launches(
     sources = [on_device(sim, noise(i % 200 + 1, seed=i), i % devices) for i in range(2000)]
     save(new_engine(), {path: sources})
     assert sim.count("cuLaunchKernel") <= 2 * devices
-    assert sim.count("cuMemcpyDtoHAsync") == 0
-    assert sim.count("cuEventRecord") <= 3 * devices  # the caller's streams, and one for each launch
+    # What lies between those of another device goes over the link.
+    assert sim.count("cuMemcpyDtoHAsync") == (2 if devices == 1 else 0)
+    # The caller's streams, one for each chunk, two for each block of scratch.
+    assert sim.count("cuEventRecord") <= (7 if devices == 1 else 6)
 
 
 @pytest.mark.parametrize("budget", [BUDGET, 16 * MIB])
@@ -256,7 +276,7 @@ def test_two_devices_in_one_file(sim: SimCuda, new_engine: NewEngine, path: Path
     sources = [on_device(sim, noise(3000 * i + 1, seed=i), device=i % 2) for i in range(40)]
     sources += [on_device(sim, array, device) for array in STRIDED.values() for device in (1, 0)]
     save(new_engine(), {path: sources})
-    if mode == "kernel" and _native.kernels_compiled_in():
+    if mode in ("scratch", "link") and _native.kernels_compiled_in():
         assert sim.count("cuMemcpy2DAsync") == 0  # a slot is pinned for both
 
 
@@ -351,7 +371,8 @@ def test_memory_is_bounded(sim: SimCuda, new_engine: NewEngine, path: Path) -> N
     stats = save(new_engine(), {path: [on_device(sim, noise(20 * BUDGET))]})
     assert SLOT < stats.staging_nbytes <= BUDGET
     assert sim.peak("registered_bytes") <= BUDGET
-    assert sim.peak("allocated_bytes") == 20 * BUDGET  # nothing on the device
+    assert sim.peak("allocated_bytes") == 20 * BUDGET + stats.device_scratch_nbytes
+    assert stats.device_scratch_nbytes <= SLOT  # the last bytes, perhaps, which are less than a copy is worth
 
 
 @pytest.mark.parametrize("budget", [BUDGET, BUDGET + 12345, 3 * MIB, 9 * MIB])
@@ -403,29 +424,27 @@ def test_many_threads_share_an_engine(sim: SimCuda, new_engine: NewEngine, tmp_p
 # The engine's end.
 
 
-def live(sim: SimCuda) -> dict[str, int]:
-    return {kind: count for kind, count in sim.live().items() if not kind.startswith("allocat")}
-
-
 def test_close_gives_everything_back(sim: SimCuda, new_engine: NewEngine, path: Path) -> None:
-    before = live(sim)
+    sources = [*varied(sim), *varied(sim, 1)]
+    before = sim.live()
     engine = new_engine()
-    save(engine, {path: [*varied(sim), *varied(sim, 1)]})
-    assert live(sim)["registrations"] == 2
-    assert live(sim)["streams"] == live(sim)["events"] == 0
+    save(engine, {path: sources})
+    assert sim.live()["registrations"] == 2
+    assert sim.live()["streams"] == 0
     engine.close()
-    assert live(sim) == before
+    assert sim.live() == before
 
 
 def test_close_gives_everything_back_while_results_are_kept(
     sim: SimCuda, new_engine: NewEngine, path: Path
 ) -> None:
-    before = live(sim)
+    sources = varied(sim)
+    before = sim.live()
     engine = new_engine()
-    future = submit(engine, {path: varied(sim)})
+    future = submit(engine, {path: sources})
     future.result()
     engine.close()
-    assert live(sim) == before
+    assert sim.live() == before
     assert future.done()
     assert future.stats.files == 1
 
@@ -668,6 +687,231 @@ def test_future_dropped_without_waiting(sim: SimCuda, new_engine: NewEngine, pat
     assert_same(path.read_bytes(), contents(sources))
 
 
+# Device scratch.
+
+
+def gathered(sim: SimCuda, device: int = 0, seed: int = 0, count: int = 24) -> list[Source]:
+    """All of it for the kernel: several slots of it, no two alike."""
+    return [
+        on_device(sim, noise(300 + i, 400 + 7 * i, seed=seed + i)[:, : 150 + i].T, device)
+        for i in range(count)
+    ]
+
+
+def test_scratch_holds_what_the_option_allows(sim: SimCuda, new_engine: NewEngine, tmp_path: Path) -> None:
+    files = {tmp_path / f"{i}.part": gathered(sim, i % 2, seed=i) for i in range(4)}
+    tensors = sim.live()["allocated_bytes"]
+    for option, most in [
+        (0, 0),
+        (100_000, 0),
+        (200_000, 200_000),
+        (SLOT, SLOT),
+        (MIB, MIB),
+        (64 * MIB, 64 * MIB),
+    ]:
+        engine = new_engine(memory_budget=4 * MIB, threads=4, device_scratch=option)
+        stats = save(engine, files)
+        used = sim.live()["allocated_bytes"] - tensors
+        assert sim.peak("allocated_bytes") - tensors <= 2 * most
+        if _native.kernels_compiled_in():
+            assert stats.device_scratch_nbytes == used > 0 or most == 0
+        assert stats.fallbacks == ()
+        engine.close()
+        assert sim.live()["allocated_bytes"] == tensors
+        for path in files:
+            path.unlink()
+        sim.forget_peaks()
+
+
+@needs_kernel
+def test_no_memory_for_scratch(sim: SimCuda, new_engine: NewEngine, tmp_path: Path) -> None:
+    sources, engine = gathered(sim), new_engine(threads=1)
+    sim.fail("cuMemAlloc", Result.OUT_OF_MEMORY, nth=0)
+    calls = -sim.count("cuMemAlloc")
+    stats = save(engine, {tmp_path / "0.part": sources})
+    assert stats.device_scratch_nbytes == 0
+    assert "device memory" in stats.fallbacks[0]
+    calls += sim.count("cuMemAlloc")
+    assert calls == 1  # asked once a save
+    sim.reset_failures()
+    (tmp_path / "0.part").unlink()
+    stats = save(engine, {tmp_path / "1.part": sources})
+    assert stats.device_scratch_nbytes > 0
+    assert stats.fallbacks == ()
+
+
+@needs_kernel
+def test_memory_for_one_block_of_scratch(sim: SimCuda, new_engine: NewEngine, tmp_path: Path) -> None:
+    engine = new_engine(memory_budget=8 * MIB, threads=4)
+    files = {tmp_path / f"{i}.part": gathered(sim, seed=i) for i in range(4)}
+    sim.fail("cuMemAlloc", Result.OUT_OF_MEMORY, nth=2)
+    assert save(engine, files).device_scratch_nbytes > 0
+
+
+@needs_kernel
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("scratch", [2 * 65536, 3 * SLOT])
+def test_scratch_shared_by_saves_late_and_out_of_order(
+    sim: SimCuda, new_engine: NewEngine, tmp_path: Path, seed: int, scratch: int
+) -> None:
+    """Few blocks for many chunks: each wait of packing and copying is needed."""
+    sim.set_delay(0, 5000, seed)
+    engine = new_engine(memory_budget=8 * MIB, threads=4, device_scratch=scratch)
+    saves = []
+    for i in range(3):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        files = {folder / f"{j}.part": gathered(sim, seed=30 * i + 10 * j, count=8) for j in range(2)}
+        saves.append((files, submit(engine, files)))
+    for files, future in saves:
+        future.result()
+        for path, sources in files.items():
+            assert_same(path.read_bytes(), contents(sources))
+
+
+@needs_kernel
+def test_packing_waits_for_the_callers_stream(sim: SimCuda, new_engine: NewEngine, path: Path) -> None:
+    stale, fresh = noise(300, 400, seed=1), noise(300, 400, seed=2)
+    view = on_device(sim, stale[:, :99].T).view
+    stream = sim.stream(0)
+    whole = fresh[:, :99].T
+    low, high = np.lib.array_utils.byte_bounds(whole)
+    sim.enqueue_write(stream, view.data, ctypes.string_at(low, high - low), delay=0.1)
+    save(new_engine(), {path: [Source(view, whole)]}, streams={0: stream})
+    assert sim.count("cuLaunchKernel") == sim.count("cuMemcpyDtoHAsync") == 1
+
+
+@needs_kernel
+def test_the_next_chunk_is_packed_beside_a_copy(sim: SimCuda, new_engine: NewEngine, path: Path) -> None:
+    with sim.paused():
+        future = submit(new_engine(memory_budget=8 * MIB), {path: gathered(sim, count=60)})
+        wait_until(lambda: sim.count("cuEventSynchronize") > 0)
+        assert sim.count("cuLaunchKernel") > 1
+        assert sim.live()["streams"] == 2
+    future.result()
+
+
+@needs_kernel
+def test_neighbours_are_copied_together(sim: SimCuda, new_engine: NewEngine, path: Path) -> None:
+    large = [on_device(sim, noise(100_000, seed=i)) for i in range(2)]
+    small = [on_device(sim, noise(50, 9, seed=i).T) for i in range(200)]
+    save(new_engine(memory_budget=16 * MIB), {path: [*small[:60], large[0], *small[60:], large[1]]})
+    assert sim.count("cuLaunchKernel") == 1
+    assert sim.count("cuMemcpyDtoHAsync") == 2 + 2
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("function", "result"),
+    [
+        ("cuMemAlloc", Result.UNKNOWN),
+        ("cuLaunchKernel", Result.OUT_OF_MEMORY),
+        ("cuStreamWaitEvent", Result.UNKNOWN),
+        ("cuEventRecord", Result.UNKNOWN),
+        ("cuEventCreate", Result.OUT_OF_MEMORY),
+        ("cuEventQuery", Result.UNKNOWN),
+        ("cuMemcpyDtoHAsync", Result.UNKNOWN),
+    ],
+)
+def test_blocks_come_back_after_any_failure(
+    sim: SimCuda, new_engine: NewEngine, path: Path, function: str, result: Result
+) -> None:
+    sources = gathered(sim, count=12)
+    engine = new_engine(memory_budget=4 * MIB, device_scratch=2 * SLOT)
+    for nth in range(1, 12):
+        sim.fail(function, result, nth)
+        with contextlib.suppress(RuntimeError):
+            save(engine, {path: sources})
+        sim.reset_failures()
+        path.unlink(missing_ok=True)
+    save(engine, {path: sources})
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("function", "nth"), [("cuEventRecord", 2), ("cuEventRecord", 3), ("cuMemcpyDtoHAsync", 1)]
+)
+def test_slots_are_kept_until_packing_beside_a_failure_is_done(
+    sim: SimCuda, new_engine: NewEngine, path: Path, function: str, nth: int
+) -> None:
+    """The table of the kernel lies in the slot, and its target is a block that another chunk may get."""
+    sources = gathered(sim, count=1)
+    sim.fail(function, Result.UNKNOWN, nth)
+    with sim.paused():
+        future = submit(new_engine(), {path: sources})
+        wait_until(lambda: sim.count("cuLaunchKernel") == 1 and sim.count("cuStreamSynchronize") > 0)
+        assert stays_unfinished(future)
+    with pytest.raises(RuntimeError, match=f"{function} failed: CUDA_ERROR_UNKNOWN"):
+        future.result()
+
+
+# Memory next to the device.
+
+
+def fake_sysfs(folder: Path, online: str) -> Path:
+    nodes = folder / "devices" / "system" / "node"
+    nodes.mkdir(parents=True)
+    (nodes / "online").write_text(online + "\n")
+    for node, address in enumerate(("0000:0a:00.0", "0000:8b:00.0")):  # as the simulator says, in lower case
+        device = folder / "bus" / "pci" / "devices" / address
+        device.mkdir(parents=True)
+        (device / "numa_node").write_text(f"{node}\n")
+    return folder
+
+
+@pytest.mark.parametrize(("online", "nodes"), [("0", [-1, -1]), ("0-1", [0, 1]), ("0,3", [0, 1])])
+def test_slots_next_to_their_device(
+    sim: SimCuda,
+    new_engine: NewEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    online: str,
+    nodes: list[int],
+) -> None:
+    """This machine may have one node only: what is asked for beyond it is refused, and that is all right."""
+    monkeypatch.setenv("FASTSHARD_SYSFS", str(fake_sysfs(tmp_path / "sys", online)))
+    engine = new_engine(memory_budget=2 * MIB)
+    files = {tmp_path / f"{i}.part": varied(sim, i % 2, seed=i) for i in range(4)}
+    save(engine, files)
+    assert [engine._native.numa_node(ordinal) for ordinal in (0, 1)] == nodes
+
+
+# Several devices, and memory of every origin.
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_two_devices_in_many_files(
+    sim: SimCuda, new_engine: NewEngine, tmp_path: Path, mode: str, threads: int
+) -> None:
+    files = {
+        tmp_path / f"{i}.part": [*gathered(sim, i % 2, seed=i, count=5), *varied(sim, 1 - i % 2, seed=i)]
+        for i in range(4)
+    }
+    save(new_engine(memory_budget=2 * MIB, threads=threads), files)
+
+
+def test_memory_mapped_piece_by_piece(sim: SimCuda, new_engine: NewEngine, path: Path, mode: str) -> None:
+    """As torch's expandable segments: what lies behind an address is several allocations, side by side."""
+    data = noise(700_000)
+    address = sim.alloc_pieces(0, [49 * 4096, 4096, 122 * 4096])
+    sim.write(address, data.tobytes())
+    array = data.reshape(700, 1000)
+    sources = [
+        Source(TensorView(address, data.nbytes, 0), data),
+        Source(view_of(array.T, address, 0), array.T),
+        Source(view_of(array[:, 10:510], address + 10, 0), array[:, 10:510]),
+    ]
+    save(new_engine(), {path: sources})
+
+
+def test_nobody_asks_what_is_behind_an_address() -> None:
+    """The driver's answers are wrong for such memory, and for what other allocators made."""
+    header = (HERE.parent / "csrc" / "cuda_driver.h").read_text()
+    assert "cuMemcpyDtoHAsync" in header
+    assert "cuMemGetAddressRange" not in header
+    assert "cuPointerGetAttribute" not in header
+
+
 # The doors, with tensors that torch believes to be on a GPU.
 
 
@@ -894,7 +1138,7 @@ def test_casts(
 ) -> None:
     fastshard.save_file(upload.all(castable()), path, dtype=dtype, allow_strided=True, engine=new_engine())
     assert_same(path.read_bytes(), cast_bytes(castable(), dtype))
-    if mode == "kernel" and _native.kernels_compiled_in():
+    if mode in KERNEL_MODES:
         assert sim.count("cuMemcpy2DAsync") == sim.count("cuStreamSynchronize") == 0
 
 
@@ -917,7 +1161,7 @@ def test_failing_casts_leave_nothing(
     path: Path,
     mode: str,
 ) -> None:
-    launches = mode == "kernel" and _native.kernels_compiled_in()
+    launches = mode in KERNEL_MODES
     sim.fail("cuLaunchKernel" if launches else "cuMemcpyDtoHAsync", Result.LAUNCH_FAILED, nth=1)
     with pytest.raises(RuntimeError, match="LAUNCH_FAILED"):
         fastshard.save_file(
@@ -1045,6 +1289,40 @@ def test_real_saves_from_two_streams_at_once(
     for i in range(2):
         expected = reference_bytes({"w": torch.full((MIB,), i + 0.25)})
         assert_same((tmp_path / str(i)).read_bytes(), expected)
+
+
+EXPANDABLE = """
+import sys, torch, fastshard
+from safetensors.torch import load_file
+tensors = {str(i): torch.randn(3000 + i, 1001, device="cuda") for i in range(8)}
+tensors = {**tensors, **{f"{name}.t": tensor.clone().t() for name, tensor in tensors.items()}}
+fastshard.save_file(tensors, sys.argv[1], allow_strided=True)
+loaded = load_file(sys.argv[1])
+assert all(torch.equal(loaded[name], tensor.cpu()) for name, tensor in tensors.items())
+"""
+
+
+def test_real_expandable_segments(real_cuda: torch.device, path: Path) -> None:
+    environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    command = [sys.executable, "-c", EXPANDABLE, str(path)]
+    done = subprocess.run(
+        command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("gather", ["", "link", "pitched"])
+def test_real_ways_of_gathering(
+    real_cuda: torch.device, new_engine: NewEngine, path: Path, monkeypatch: pytest.MonkeyPatch, gather: str
+) -> None:
+    monkeypatch.setenv(GATHER_VARIABLE, gather)
+    tensors = {
+        **slices(),
+        "transposed large": filled((1500, 3001), torch.bfloat16).t(),
+        "channels last": filled((30, 3, 3, 700), torch.float16).permute(0, 3, 1, 2),
+    }
+    fastshard.save_file(to(tensors, real_cuda), path, allow_strided=True, engine=new_engine())
+    assert_same(path.read_bytes(), reference_bytes(tensors))
 
 
 def test_real_capture_is_refused(real_cuda: torch.device, new_engine: NewEngine, path: Path) -> None:

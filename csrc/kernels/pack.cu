@@ -1,75 +1,90 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gathers strided views and many small tensors into a staging slot with one launch.
-//
-// The slot is page-locked host memory seen through its device address: the stores go over the link
-// themselves, so no device memory is needed at all. Neighbouring threads store neighbouring units,
-// so a warp fills whole 128-byte lines.
-#include "../cast.h"
-#include "../pack.h"
+// Gathers strided views and many small tensors with one launch: into device memory that the copy engine then
+// takes, or over the link straight into a page-locked staging slot, seen through its device address.
+#include "gather.cuh"
+#include "tiles.cuh"
 
+namespace fastshard {
 namespace {
 
-template <typename Unit>
-__device__ void pack_entry(const fastshard::PackEntry& entry, std::byte* slot) {
-  const uint64_t units = entry.nbytes / sizeof(Unit);
-  Unit* out = reinterpret_cast<Unit*>(slot + entry.slot_offset);
-  for (uint64_t i = threadIdx.x; i < units; i += blockDim.x) {
-    out[i] = *reinterpret_cast<const Unit*>(fastshard::packed_address(entry.view, entry.first_byte + i * sizeof(Unit)));
+__device__ void run_copy(const PackEntry& entry, std::byte* out) {
+  switch (entry.unit) {
+    case 16:
+      return copy_entry<uint4>(entry, out);
+    case 8:
+      return copy_entry<uint64_t>(entry, out);
+    case 4:
+      return copy_entry<uint32_t>(entry, out);
+    case 2:
+      return copy_entry<uint16_t>(entry, out);
+    default:
+      return copy_entry<uint8_t>(entry, out);
   }
 }
 
-// Element by element, by way of float32; source and target are aligned (pack_unit).
-__device__ void cast_entry(const fastshard::PackEntry& entry, std::byte* slot) {
-  const uint32_t out_nbytes = fastshard::itemsize(entry.view.to);
-  for (uint64_t done = threadIdx.x * out_nbytes; done < entry.nbytes; done += blockDim.x * out_nbytes) {
-    const std::byte* source = fastshard::cast_address(entry.view, entry.first_byte + done);
-    std::byte* out = slot + entry.slot_offset + done;
-    const uint32_t value = fastshard::visit_source(entry.view.from, [&](auto type) {
-      using Bits = typename fastshard::Element<decltype(type)::value>::storage_type;
-      return fastshard::casting::widened<decltype(type)::value>(*reinterpret_cast<const Bits*>(source));
-    });
-    fastshard::visit_target(entry.view.to, [&](auto type) {
-      using Bits = typename fastshard::Element<decltype(type)::value>::storage_type;
-      *reinterpret_cast<Bits*>(out) = fastshard::casting::narrowed<decltype(type)::value>(value);
-    });
+__device__ void run_gather(const PackEntry& entry, const PackDim* dims, std::byte* out) {
+  if (entry.to != DType::raw) return cast_entry(entry, dims, out);
+  switch (entry.unit) {
+    case 16:
+      return gather_entry<uint4>(entry, dims, out);
+    case 8:
+      return gather_entry<uint64_t>(entry, dims, out);
+    case 4:
+      return gather_entry<uint32_t>(entry, dims, out);
+    case 2:
+      return gather_entry<uint16_t>(entry, dims, out);
+    default:
+      return gather_entry<uint8_t>(entry, dims, out);
   }
+}
+
+constexpr uint32_t kEntryWords = sizeof(PackEntry) / sizeof(uint32_t);
+constexpr uint32_t kDimWords = sizeof(PackDim) / sizeof(uint32_t);
+
+__device__ __forceinline__ uint32_t load_word(const void* words, uint32_t index) {
+  return global::load<uint32_t>(static_cast<const std::byte*>(words) + uint64_t{index} * sizeof(uint32_t));
 }
 
 }  // namespace
+}  // namespace fastshard
 
-// One block an entry, blocks striding over the table. The table lies in page-locked host memory too.
-extern "C" __global__ void __launch_bounds__(fastshard::kPackThreads)
-    fastshard_pack(const fastshard::PackEntry* table, uint32_t count, std::byte* slot) {
+// One block an entry, blocks striding over the table. The table lies in page-locked host memory, where a load
+// takes about a microsecond: many threads load a word each, and the next entry is fetched beside the work.
+extern "C" __global__ void __launch_bounds__(fastshard::kPackThreads, 2)
+    fastshard_pack(const fastshard::PackEntry* entries, uint32_t count, const fastshard::PackDim* table_dims,
+                   std::byte* out) {
+  using namespace fastshard;
   // Raw bytes: a shared variable may not have initialisers.
-  __shared__ alignas(16) unsigned char storage[sizeof(fastshard::PackEntry)];
-  const auto& entry = *reinterpret_cast<const fastshard::PackEntry*>(storage);
+  alignas(16) __shared__ unsigned char tile[kTileNbytes + kTilePadNbytes];
+  alignas(8) __shared__ uint32_t entry_words[kEntryWords];
+  alignas(8) __shared__ uint32_t dim_words[kMaxLevels * kDimWords];
+  const auto& entry = *reinterpret_cast<const PackEntry*>(entry_words);
+  const auto* dims = reinterpret_cast<const PackDim*>(dim_words);
+
+  uint32_t next_word = 0;
+  if (blockIdx.x < count && threadIdx.x < kEntryWords) next_word = load_word(&entries[blockIdx.x], threadIdx.x);
+#pragma unroll 1
   for (uint32_t index = blockIdx.x; index < count; index += gridDim.x) {
-    __syncthreads();
-    // Word by word over all threads: a read across the link takes about a microsecond each.
-    const auto* words = reinterpret_cast<const uint32_t*>(&table[index]);
-    for (unsigned word = threadIdx.x; word < sizeof(storage) / sizeof(uint32_t); word += blockDim.x) {
-      reinterpret_cast<uint32_t*>(storage)[word] = words[word];
+    __syncthreads();  // the entry before is done
+    if (threadIdx.x < kEntryWords) {
+      entry_words[threadIdx.x] = next_word;
+      if (count - index > gridDim.x) next_word = load_word(&entries[index + gridDim.x], threadIdx.x);
     }
     __syncthreads();
-    if (entry.view.cast()) {
-      cast_entry(entry, slot);
-      continue;
+    if (threadIdx.x < entry.dim_count * kDimWords) {
+      dim_words[threadIdx.x] = load_word(&table_dims[entry.dims], threadIdx.x);
     }
-    switch (entry.unit) {
-      case 16:
-        pack_entry<uint4>(entry, slot);
+    __syncthreads();
+    std::byte* const target = out + entry.out;
+    switch (entry.kind) {
+      case PackKind::copy:
+        run_copy(entry, target);
         break;
-      case 8:
-        pack_entry<uint2>(entry, slot);
+      case PackKind::gather:
+        run_gather(entry, dims, target);
         break;
-      case 4:
-        pack_entry<uint32_t>(entry, slot);
-        break;
-      case 2:
-        pack_entry<uint16_t>(entry, slot);
-        break;
-      default:
-        pack_entry<uint8_t>(entry, slot);
+      case PackKind::tiles:
+        transpose_entry(entry, dims, target, reinterpret_cast<std::byte*>(tile));
         break;
     }
   }

@@ -61,6 +61,16 @@ SIM_EXPORT void sim_reset() {
   std::ranges::copy(s.live, s.peak);
 }
 
+SIM_EXPORT void sim_reset_failures() {
+  const std::lock_guard lock(state().mutex);
+  for (auto& [name, function] : state().functions) function.failures.clear();
+}
+
+SIM_EXPORT void sim_forget_peaks() {
+  const std::lock_guard lock(state().mutex);
+  std::ranges::copy(state().live, state().peak);
+}
+
 // Every copy, fill and kernel starts late by a random time in [min_us, max_us].
 SIM_EXPORT int sim_set_delay_us(uint64_t min_us, uint64_t max_us, uint64_t seed) {
   if (max_us < min_us) return -1;
@@ -112,7 +122,7 @@ SIM_EXPORT int sim_set_capturing(CUstream handle, int capturing) {
 // Device memory at once, whatever is enqueued.
 SIM_EXPORT int sim_peek(CUdeviceptr source, void* out, size_t nbytes) {
   const std::lock_guard lock(state().mutex);
-  const auto range = find_range(state().allocations, source, nbytes);
+  const auto range = find_pieces(source, nbytes);
   if (range == nullptr) return -1;
   std::memcpy(out, range->at(source), nbytes);
   return 0;
@@ -120,7 +130,7 @@ SIM_EXPORT int sim_peek(CUdeviceptr source, void* out, size_t nbytes) {
 
 SIM_EXPORT int sim_poke(CUdeviceptr target, const void* bytes, size_t nbytes) {
   const std::lock_guard lock(state().mutex);
-  const auto range = find_range(state().allocations, target, nbytes);
+  const auto range = find_pieces(target, nbytes);
   if (range == nullptr) return -1;
   std::memcpy(range->at(target), bytes, nbytes);
   return 0;

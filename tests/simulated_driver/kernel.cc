@@ -1,139 +1,108 @@
 // SPDX-License-Identifier: Apache-2.0
-// Modules, and the pack kernel of csrc/kernels/pack.cu: done by the CPU pack, with every promise to it
-// checked first.
+// Modules, and launches of the pack kernel: device.cc runs its source, and here is what it may touch.
 #include <cstring>
 
-#include "../../csrc/pack.h"
+#include "../../csrc/kernels/table.h"
 #include "call.h"
+#include "device.h"
 
 using namespace simulated;
 
 namespace {
 
+using fastshard::DType;
+using fastshard::PackDim;
 using fastshard::PackEntry;
-using fastshard::TensorView;
+using fastshard::PackKind;
 
-// The kernel's parameters as of its launch, as host addresses.
+// The kernel's parameters as of its launch.
 struct PackLaunch {
   Context* context;
-  uintptr_t table;
-  uint32_t count;
-  uintptr_t slot;
-  std::shared_ptr<Range> table_range;
-  std::shared_ptr<Range> slot_range;
-
-  std::vector<PackEntry> entries() const {
-    std::vector<PackEntry> result(count);
-    std::memcpy(result.data(), reinterpret_cast<const void*>(table), count * sizeof(PackEntry));
-    return result;
-  }
-  bool in_slot(const PackEntry& entry) const {
-    return entry.slot_offset < slot_range->nbytes && slot_range->contains(slot + entry.slot_offset, entry.nbytes);
-  }
-  std::byte* target(const PackEntry& entry) const { return reinterpret_cast<std::byte*>(slot + entry.slot_offset); }
+  PackArguments arguments;
+  unsigned grid;
+  std::shared_ptr<Range> table;
+  std::shared_ptr<Range> out;
+  bool out_on_host;
 };
 
-// A checked entry: the allocation it reads, and the view of it that the simulator may read.
-struct Gather {
-  std::shared_ptr<Range> range;
-  TensorView view;
-};
-
-[[noreturn]] void fault(CUresult result, const char* what) {
-  reject(result, std::string(fastshard::kPackKernelName) + ": " + what);
+std::shared_ptr<Range> find_alias(Context* context, uintptr_t address, size_t nbytes) {
+  auto range = address < kHostAlias ? nullptr : find_range(state().registrations, address - kHostAlias, nbytes);
+  return registered_for(context, range) ? range : nullptr;
 }
 
-// Whether every load the kernel makes, a unit (of a cast: an element) at a time, is aligned and stays in one run.
-bool loads_are_aligned(const PackEntry& entry) {
-  if (entry.view.cast()) {
-    const bool whole = entry.first_byte % entry.unit == 0 && entry.nbytes % entry.unit == 0;
-    return whole && entry.unit == fastshard::pack_unit(entry.view, entry.first_byte, entry.nbytes, entry.slot_offset);
-  }
-  if (entry.nbytes % entry.unit != 0) return false;
-  for (uint64_t done = 0; done < entry.nbytes; done += entry.unit) {
-    const uint64_t offset = entry.first_byte + done;
-    if (reinterpret_cast<uintptr_t>(fastshard::packed_address(entry.view, offset)) % entry.unit != 0) return false;
-    if (!entry.view.contiguous() && offset % entry.view.run_nbytes + entry.unit > entry.view.run_nbytes) return false;
-  }
-  return true;
+Window window(const Range& range, bool on_host, bool writable) {
+  return {range.begin + (on_host ? kHostAlias : 0), range.nbytes, range.bytes, writable};
 }
 
-Gather check_entry(const PackLaunch& launch, const PackEntry& entry) {
-  const TensorView& view = entry.view;
-  if (view.ndim < 0 || view.ndim > fastshard::kMaxDims) fault(CUDA_ERROR_ILLEGAL_ADDRESS, "number of dimensions");
-  // From the first to the last byte of the tensor: all of it must be one allocation's.
-  auto begin = reinterpret_cast<uintptr_t>(view.data);
-  auto end = begin + view.run_nbytes;
-  for (int dim = 0; dim < view.ndim; ++dim) {
-    if (view.shape[dim] <= 0) fault(CUDA_ERROR_ILLEGAL_ADDRESS, "empty dimension");
-    const int64_t extent = (view.shape[dim] - 1) * view.stride_nbytes[dim];
-    (extent < 0 ? begin : end) += static_cast<uintptr_t>(extent);
+// Calls `piece` with every run of bytes that the launch will store, as offsets from `out`.
+void for_each_store(const PackLaunch& launch, const std::function<void(uint64_t, uint64_t)>& piece) {
+  const auto* const entries = reinterpret_cast<const PackEntry*>(launch.arguments.entries - kHostAlias);
+  const auto* const all_dims = reinterpret_cast<const PackDim*>(launch.arguments.dims - kHostAlias);
+  for (const PackEntry& entry : std::span(entries, launch.arguments.count)) {
+    if (entry.kind == PackKind::copy) piece(entry.out, entry.count);
+    if (entry.kind == PackKind::gather) {
+      piece(entry.out, uint64_t{entry.count} * (entry.to == DType::raw ? entry.unit : itemsize(entry.to)));
+    }
+    if (entry.kind != PackKind::tiles) continue;
+    const PackDim* const dims = all_dims + entry.dims;
+    for (uint64_t b = 0; b < dims[2].size; ++b) {
+      for (uint64_t row = 0; row < dims[1].size; ++row) {
+        piece(entry.out + b * dims[2].out_stride + row * dims[1].out_stride, uint64_t{dims[0].size} * dims[0].out_stride);
+      }
+    }
   }
-  if (entry.nbytes > view.packed_nbytes() || entry.first_byte > view.packed_nbytes() - entry.nbytes) {
-    fault(CUDA_ERROR_ILLEGAL_ADDRESS, "gathers beyond the end of the tensor");
-  }
-  auto range = find_range(state().allocations, begin, end - begin);
-  if (range == nullptr || range->context != launch.context) {
-    fault(CUDA_ERROR_ILLEGAL_ADDRESS, "reads outside the device's allocations");
-  }
-  if (!launch.in_slot(entry)) fault(CUDA_ERROR_ILLEGAL_ADDRESS, "writes outside the registered slot");
-  const bool is_unit = entry.unit != 0 && entry.unit <= 16 && (entry.unit & (entry.unit - 1)) == 0;
-  if (!is_unit || !loads_are_aligned(entry) || (launch.slot + entry.slot_offset) % entry.unit != 0) {
-    fault(CUDA_ERROR_MISALIGNED_ADDRESS, "unit does not divide the entry");
-  }
-  Gather gather{std::move(range), view};
-  gather.view.data = gather.range->at(reinterpret_cast<uintptr_t>(view.data));
-  return gather;
 }
 
 CUresult run_pack(const PackLaunch& launch) {
   std::unique_lock lock(state().mutex);
-  // Only now: whoever reuses the table before the kernel has run changes what it does.
-  const std::vector<PackEntry> entries = launch.entries();
-  std::vector<Gather> gathers;
-  size_t nbytes = 0;
-  try {
-    for (const PackEntry& entry : entries) {
-      gathers.push_back(check_entry(launch, entry));
-      nbytes += entry.nbytes;
-    }
-  } catch (CUresult result) {
-    return result;
+  std::vector<Window> windows = {window(*launch.out, launch.out_on_host, true), window(*launch.table, true, false)};
+  std::vector<std::shared_ptr<Range>> sources;
+  for (const auto& [begin, range] : state().allocations) {
+    if (range->context == launch.context && range != launch.out) sources.push_back(range);
   }
-  for (const Gather& gather : gathers) ++gather.range->running;
+  for (const auto& range : sources) {
+    windows.push_back(window(*range, false, false));
+    ++range->running;
+  }
+  uint64_t nbytes = 0;
+  if (launch.out_on_host) for_each_store(launch, [&](uint64_t, uint64_t count) { nbytes += count; });
   lock.unlock();
   occupy_link(launch.context, nbytes);
-  for (size_t i = 0; i < entries.size(); ++i) {
-    fastshard::pack_bytes(gathers[i].view, entries[i].first_byte, entries[i].nbytes, launch.target(entries[i]));
-  }
+  // The table is read only now: whoever reuses it before the kernel has run changes what it does.
+  const Fault fault = run_pack_kernel(windows, launch.arguments, launch.grid, false);
   lock.lock();
-  for (const Gather& gather : gathers) --gather.range->running;
-  return CUDA_SUCCESS;
+  for (const auto& range : sources) --range->running;
+  if (fault.what.empty()) return CUDA_SUCCESS;
+  note_violation(std::string(fastshard::kPackKernelName) + ": " + fault.what);
+  return fault.misaligned ? CUDA_ERROR_MISALIGNED_ADDRESS : CUDA_ERROR_ILLEGAL_ADDRESS;
 }
 
-Operation pack_operation(Context* context, void** parameters) {
+Operation pack_operation(Context* context, unsigned grid, void** parameters) {
   PackLaunch launch{};
   launch.context = context;
-  std::memcpy(&launch.table, parameters[0], sizeof launch.table);
-  std::memcpy(&launch.count, parameters[1], sizeof launch.count);
-  std::memcpy(&launch.slot, parameters[2], sizeof launch.slot);
-  launch.table -= kHostAlias;
-  launch.slot -= kHostAlias;
-  launch.table_range = find_range(state().registrations, launch.table, launch.count * sizeof(PackEntry));
-  launch.slot_range = find_range(state().registrations, launch.slot, 1);
+  launch.grid = grid;
+  PackArguments& arguments = launch.arguments;
+  std::memcpy(&arguments.entries, parameters[0], sizeof arguments.entries);
+  std::memcpy(&arguments.count, parameters[1], sizeof arguments.count);
+  std::memcpy(&arguments.dims, parameters[2], sizeof arguments.dims);
+  std::memcpy(&arguments.out, parameters[3], sizeof arguments.out);
+  launch.table = find_alias(context, arguments.entries, arguments.count * sizeof(PackEntry));
+  launch.out = find_alias(context, arguments.out, 1);
+  launch.out_on_host = launch.out != nullptr;
+  if (launch.out == nullptr) launch.out = find_range(state().allocations, arguments.out, 1);
   // As on a device: the launch succeeds, and what it does fails.
-  if (!registered_for(context, launch.table_range) || !registered_for(context, launch.slot_range)) {
-    note_violation("kernel parameter is not the device address of registered memory");
+  if (launch.table == nullptr || find_alias(context, arguments.dims, 1) != launch.table || launch.out == nullptr ||
+      (!launch.out_on_host && launch.out->context != context)) {
+    note_violation("kernel parameter is not the device address of registered or device memory");
     return {.run = [] { return CUDA_ERROR_ILLEGAL_ADDRESS; }};
   }
-  if (launch.table % alignof(PackEntry) != 0) {
-    note_violation("kernel parameter is misaligned");
-    return {.run = [] { return CUDA_ERROR_MISALIGNED_ADDRESS; }};
+  if (launch.out_on_host) {
+    const uint64_t begin = arguments.out - kHostAlias - launch.out->begin;
+    for_each_store(launch, [&](uint64_t offset, uint64_t nbytes) {
+      if (begin + offset + nbytes <= launch.out->nbytes) std::memset(launch.out->bytes + begin + offset, kPoison, nbytes);
+    });
   }
-  for (const PackEntry& entry : launch.entries()) {
-    if (launch.in_slot(entry)) std::memset(launch.target(entry), kPoison, entry.nbytes);
-  }
-  return {.run = [launch] { return run_pack(launch); }, .uses = {launch.table_range, launch.slot_range}};
+  return {.run = [launch] { return run_pack(launch); }, .uses = {launch.table, launch.out}};
 }
 
 }  // namespace
@@ -175,6 +144,6 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, u
       reject(CUDA_ERROR_INVALID_VALUE, "kernel launched with wrong dimensions");
     }
     require(parameters != nullptr && extra == nullptr);
-    call.submit(stream, pack_operation(call.context, parameters));
+    call.submit(stream, pack_operation(call.context, grid_x, parameters));
   });
 }

@@ -173,6 +173,15 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute which, CUdevice dev
   });
 }
 
+CUresult cuDeviceGetPCIBusId(char* address, int size, CUdevice device) {
+  return entry("cuDeviceGetPCIBusId", Needs::kDriver, [&](Call&) {
+    require(device >= 0 && device < kDevices, CUDA_ERROR_INVALID_DEVICE);
+    const std::string text = "0000:" + std::string(device == 0 ? "0A" : "8B") + ":00.0";
+    require(size > static_cast<int>(text.size()));
+    address[text.copy(address, text.size())] = '\0';
+  });
+}
+
 CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   return entry("cuDevicePrimaryCtxRetain", Needs::kDriver, [&](Call&) {
     require(device >= 0 && device < kDevices, CUDA_ERROR_INVALID_DEVICE);
@@ -231,6 +240,7 @@ std::span<const EntryPoint> simulated::entry_points() {
       SIM_ENTRY(cuDeviceGetName),
       SIM_ENTRY(cuDeviceTotalMem),
       SIM_ENTRY(cuDeviceGetAttribute),
+      SIM_ENTRY(cuDeviceGetPCIBusId),
       SIM_ENTRY(cuDevicePrimaryCtxRetain),
       SIM_ENTRY(cuDevicePrimaryCtxRelease),
       SIM_ENTRY(cuCtxPushCurrent),

@@ -48,7 +48,7 @@ void remove_range(Call& call, Ranges& ranges, Kind kind, Kind nbytes_kind, Range
 }
 
 std::shared_ptr<Range> device_range(const Context* context, CUdeviceptr address, size_t nbytes) {
-  auto range = find_range(state().allocations, address, nbytes);
+  auto range = find_pieces(address, nbytes);
   if (range == nullptr) reject(CUDA_ERROR_INVALID_VALUE, "copy outside of any device allocation");
   if (range->context != context) reject(CUDA_ERROR_INVALID_VALUE, "copy of one device's memory on another's stream");
   return range;
@@ -143,6 +143,24 @@ bool registered_for(const Context* context, const std::shared_ptr<Range>& range)
 }  // namespace simulated
 
 using namespace simulated;
+
+// Memory of `count` allocations, one right behind the other.
+extern "C" __attribute__((visibility("default"))) int sim_alloc_pieces(int device, const uint64_t* nbytes, size_t count,
+                                                                      uint64_t* address) {
+  const std::lock_guard lock(state().mutex);
+  size_t total = 0;
+  for (size_t i = 0; i < count; ++i) {
+    if (nbytes[i] == 0 || nbytes[i] != whole_pages(nbytes[i])) return -1;
+    total += nbytes[i];
+  }
+  const auto all = allocate(&state().contexts[device], total);
+  *address = all->begin;
+  for (size_t i = 0, done = 0; i < count; done += nbytes[i++]) {
+    add_range(state().allocations, kAllocations, kAllocatedBytes,
+              std::make_shared<Range>(all->context, all->begin + done, nbytes[i], all->bytes + done));
+  }
+  return 0;
+}
 
 CUresult cuMemHostRegister(void* pointer, size_t nbytes, unsigned flags) {
   return entry("cuMemHostRegister", Needs::kContext, [&](Call& call) {

@@ -104,6 +104,16 @@ std::shared_ptr<Range> find_range(const Ranges& ranges, uintptr_t address, size_
   return range->contains(address, count) ? range : nullptr;
 }
 
+std::shared_ptr<Range> find_pieces(uintptr_t address, size_t nbytes) {
+  const auto first = find_range(state().allocations, address, 1);
+  auto last = first;
+  while (last != nullptr && last->begin + last->nbytes < address + nbytes) {
+    const auto next = find_range(state().allocations, last->begin + last->nbytes, 1);
+    last = next != nullptr && next->bytes == last->bytes + last->nbytes ? next : nullptr;
+  }
+  return last == nullptr ? nullptr : first;
+}
+
 bool overlaps(const Ranges& ranges, uintptr_t address, size_t count) {
   const auto next = ranges.lower_bound(address);
   if (next != ranges.end() && next->first - address < count) return true;

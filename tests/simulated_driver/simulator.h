@@ -67,6 +67,8 @@ using Ranges = std::map<uintptr_t, std::shared_ptr<Range>>;
 
 // The range that holds all of [address, address + count), or null.
 std::shared_ptr<Range> find_range(const Ranges& ranges, uintptr_t address, size_t count);
+// The first of the device allocations that hold all of it side by side, or null.
+std::shared_ptr<Range> find_pieces(uintptr_t address, size_t count);
 bool overlaps(const Ranges& ranges, uintptr_t address, size_t count);
 
 struct Completion {

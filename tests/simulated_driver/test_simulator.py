@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import mmap
 import os
 import re
@@ -401,64 +400,67 @@ class Kernel:
         self.sim.call("cuModuleUnload", self.module)
 
     def launch(
-        self, stream: int, table: int, count: int, slot: int, block: tuple[int, int, int] = BLOCK
+        self, stream: int, table: int, count: int, out: int, block: tuple[int, int, int] = BLOCK
     ) -> int:
-        values = (ctypes.c_uint64(table), ctypes.c_uint32(count), ctypes.c_uint64(slot))
-        parameters = (ctypes.c_void_p * 3)(*(ctypes.addressof(value) for value in values))
+        """The dimensions lie right behind the entries."""
+        dims = table + count * ENTRY_NBYTES
+        values = (ctypes.c_uint64(table), ctypes.c_uint32(count), ctypes.c_uint64(dims), ctypes.c_uint64(out))
+        parameters = (ctypes.c_void_p * 4)(*(ctypes.addressof(value) for value in values))
         result = self.sim.call("cuLaunchKernel", self.function, 4, 1, 1, *block, 0, stream, parameters, None)
         for value in values:
             value.value = 0  # the launch has its own copy
         return result
 
 
-ENTRY_NBYTES = 8 + 4 + 4 + 8 + 64 + 64 + 8 + 8 + 8 + 8 + 4 + 4
+ENTRY_NBYTES = 32
+COPY, GATHER, TILES = range(3)
 
 
-def pack_entry(
-    data: int, run: int, shape: list[int], strides: list[int], first: int, nbytes: int, offset: int, unit: int
-) -> bytes:
-    dims = [*shape, *[0] * (8 - len(shape)), *strides, *[0] * (8 - len(strides))]
+def pack_entry(source: int, out: int, count: int, unit: int, kind: int = COPY, dims: int = 0) -> bytes:
+    """An entry of csrc/kernels/table.h; tests/test_kernels.py has all kinds of them."""
     return struct.pack(
-        "QiiQ16qBB6xQQQII", data, 0, len(shape), run, *dims, 0, 0, first, nbytes, offset, unit, 0
+        "<QIIIHBBBBBBB??B", source, out, 0, count, 0, dims, kind, unit, 0, 0, 1, 1, False, False, 0
     )
 
 
-def packed(data: bytes, start: int, run: int, shape: list[int], strides: list[int]) -> bytes:
-    rows = itertools.product(*(range(size) for size in shape))
-    begins = (start + sum(i * stride for i, stride in zip(row, strides, strict=True)) for row in rows)
-    return b"".join(data[begin : begin + run] for begin in begins)
+def pack_dim(stride: int, size: int, out_stride: int = 0) -> bytes:
+    return struct.pack("<qIIII", stride, size, 0, 0, out_stride)
 
 
 def test_pack_kernel(sim: SimCuda) -> None:
     data = pattern(64 << 10)
     stream, source = sim.stream(0), sim.alloc(0, len(data))
-    transposed = ([16, 5, 33], [4, 8192, 128])
-    reference = packed(data, 64, 4, *transposed)
     with Host(sim, 64 << 10) as host, sim.current(0), Kernel(sim) as kernel:
         sim.enqueue_write(stream, source, data, delay=0.01)
         entries = [
-            pack_entry(source + 64, 4, *transposed, 400, 4000, 8192, 4),
-            pack_entry(source + 1, 999, [], [], 0, 999, 20000, 1),
+            pack_entry(source + 64, 8192, 500, 8, GATHER, 1),
+            pack_entry(source + 1, 20000, 999, 1),
+            pack_dim(24, 500),
         ]
-        host.memory[: 2 * ENTRY_NBYTES] = b"".join(entries)
+        host.memory[: 2 * ENTRY_NBYTES + 24] = b"".join(entries)
+        out = host.device_address(4096)
         with sim.paused():
-            assert (
-                kernel.launch(stream, host.device_address(), 2, host.device_address(4096)) == Result.SUCCESS
-            )
+            assert kernel.launch(stream, host.device_address(), 2, out) == Result.SUCCESS
             assert host.memory[4096 + 8192 : 4096 + 8192 + 4000] == bytes([POISON]) * 4000
         sim.synchronize(stream)
-        assert host.memory[4096 + 8192 : 4096 + 8192 + 4001] == reference[400:4400] + b"\0"
+        rows = b"".join(data[64 + 24 * i : 72 + 24 * i] for i in range(500))
+        assert host.memory[4096 + 8192 : 4096 + 8192 + 4001] == rows + b"\0"
         assert host.memory[4096 + 20000 : 4096 + 21000] == data[1:1000] + b"\0"
         assert sim.violations() == []
 
         # The table is read when the kernel runs.
         with sim.paused():
-            assert (
-                kernel.launch(stream, host.device_address(), 1, host.device_address(4096)) == Result.SUCCESS
-            )
-            host.memory[:ENTRY_NBYTES] = pack_entry(source, 16, [], [], 0, 16, 0, 16)
+            assert kernel.launch(stream, host.device_address(), 1, out) == Result.SUCCESS
+            host.memory[:ENTRY_NBYTES] = pack_entry(source, 0, 16, 16)
         sim.synchronize(stream)
         assert host.memory[4096 : 4096 + 16] == data[:16]
+
+        # Into device memory.
+        block = sim.alloc(0, 64)
+        host.memory[:ENTRY_NBYTES] = pack_entry(source, 16, 16, 16)
+        assert kernel.launch(stream, host.device_address(), 1, block) == Result.SUCCESS
+        sim.synchronize(stream)
+        assert sim.read(block, 64) == bytes([POISON]) * 16 + data[:16] + bytes([POISON]) * 32
     assert sim.violations() == []
 
 
@@ -466,30 +468,34 @@ def test_pack_kernel(sim: SimCuda) -> None:
     ("mistake", "result"),
     [
         ("host address", Result.ILLEGAL_ADDRESS),
-        ("device memory", Result.ILLEGAL_ADDRESS),
-        ("beyond tensor", Result.ILLEGAL_ADDRESS),
+        ("other device", Result.ILLEGAL_ADDRESS),
         ("beyond allocation", Result.ILLEGAL_ADDRESS),
+        ("other device's source", Result.ILLEGAL_ADDRESS),
+        ("into a source", Result.ILLEGAL_ADDRESS),
         ("beyond slot", Result.ILLEGAL_ADDRESS),
         ("unit", Result.MISALIGNED_ADDRESS),
     ],
 )
 def test_kernel_faults(sim: SimCuda, mistake: str, result: Result) -> None:
-    stream, source = sim.stream(0), sim.alloc(0, 4096)
+    stream, source, foreign = sim.stream(0), sim.alloc(0, 4096), sim.alloc(1, 4096)
     with Host(sim, 8192) as host, sim.current(0), Kernel(sim) as kernel:
-        table, slot = host.device_address(), host.device_address(4096)
+        table, out = host.device_address(), host.device_address(4096)
         host.memory[:ENTRY_NBYTES] = {
-            "beyond tensor": pack_entry(source, 64, [4], [128], 0, 512, 0, 16),
-            "beyond allocation": pack_entry(source, 64, [33], [128], 0, 64, 0, 16),
-            "beyond slot": pack_entry(source, 64, [4], [128], 0, 256, 4000, 16),
-            "unit": pack_entry(source, 64, [4], [128], 0, 256, 4, 16),
-        }.get(mistake, pack_entry(source, 64, [4], [128], 0, 256, 0, 16))
+            "beyond allocation": pack_entry(source + 4000, 0, 112, 16),
+            "other device's source": pack_entry(foreign, 0, 112, 16),
+            "into a source": pack_entry(source, 4096, 112, 16),
+            "beyond slot": pack_entry(source, 4000, 112, 16),
+            "unit": pack_entry(source + 4, 0, 256, 16),
+        }.get(mistake, pack_entry(source, 0, 256, 16))
         if mistake == "host address":
-            slot = host.address
-        if mistake == "device memory":
-            slot = source
-        assert kernel.launch(stream, table, 1, slot, (128, 1, 1)) == Result.INVALID_VALUE
+            out = host.address
+        if mistake == "other device":
+            out = foreign
+        if mistake == "into a source":
+            out = sim.alloc(0, 4096)
+        assert kernel.launch(stream, table, 1, out, (128, 1, 1)) == Result.INVALID_VALUE
         before = len(sim.violations())
-        assert kernel.launch(stream, table, 1, slot) == Result.SUCCESS
+        assert kernel.launch(stream, table, 1, out) == Result.SUCCESS
         assert sim.call("cuStreamSynchronize", stream) == result
         assert len(sim.violations()) == before + 1
         sim.reset()
