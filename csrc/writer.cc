@@ -24,6 +24,8 @@ constexpr uint64_t kMemoryNbytes = 4 << 20;
 // Direct writes under way: enough for the disk never to wait for the copies.
 constexpr unsigned kMaxDirect = 8;
 constexpr uint64_t kDirectNbytes = 8 << 20;
+// One copies while the other hands a write to the kernel, which takes its time.
+constexpr size_t kDirectWriters = 2;
 
 }  // namespace
 
@@ -96,6 +98,7 @@ FileWriter::FileWriter(const FilePlan& plan, std::shared_ptr<OutputFile> file, c
     limits.block_nbytes = file_->block_nbytes();
     limits.slot_nbytes = std::min(limits.slot_nbytes, kDirectNbytes) / limits.block_nbytes * limits.block_nbytes;
     limits.packed_nbytes = limits.slot_nbytes;
+    writers_ = std::min(resources_.workers.threads(), kDirectWriters);
   } else if (!buffered()) {
     limits.in_place = false;
     limits.packed_nbytes = file_ == nullptr ? kMemoryNbytes : kWindowNbytes;

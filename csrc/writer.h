@@ -60,8 +60,7 @@ class Timer {
 using CopyStreams = std::map<int, std::unique_ptr<CopyStream>>;
 
 // A file of the plan on its way. A file of the page cache has one writer (a second one only fights for the
-// inode's lock), and so has a direct one (more only share the same slots and the same disk); mapped files and
-// memory are shared by all.
+// inode's lock), a direct one, which holds that lock with others, two; mapped files and memory are shared by all.
 class FileWriter {
  public:
   // `file` is null when the plan's target is memory. `fetched` brings what only Python can.

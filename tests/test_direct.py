@@ -135,6 +135,7 @@ def test_from_a_device(engines: NewEngine, sim: object, tmp_path: Path) -> None:
         }
         stats = save(engines(threads=threads), files, durable=True)
         assert (stats.write_path, stats.staging) == ("direct", "pinned")
+    sim.set_delay(0, 50)  # type: ignore[attr-defined]
     small = [on_device(sim, noise(1, seed=i)) for i in range(2 * PAGE)]  # type: ignore[arg-type]
     for path in files:
         path.unlink()
@@ -334,8 +335,18 @@ def test_choice(tmp_path: Path) -> None:
         pytest.skip("only a choice on filesystems known")
     assert chosen() == "buffered"
     assert chosen(durable=True, nbytes=MIB) == chosen(keep_cached=False, nbytes=MIB) == "buffered"
-    assert chosen(keep_cached=False) == "direct"
+    assert chosen(durable=True) == chosen(keep_cached=False) == "direct"
     assert chosen(write_path="buffered", keep_cached=False) == "buffered"
+
+
+def test_a_large_durable_save_is_direct(tmp_path: Path) -> None:
+    chosen = _native.filesystem(str(tmp_path), durable=True)[1]
+    large = {str(i): filled((MIB + i,), torch.uint8, i) for i in range(17)}
+    for tensors, write_path in ((large, chosen), (TENSORS, "buffered")):
+        save_file(tensors, tmp_path / "m", durable=True)
+        stats = fastshard.stats()
+        assert stats is not None and stats.write_path == write_path
+        assert same(tmp_path / "m", tensors)
 
 
 # Nothing in the page cache -------------------------------------------------------------------------------
