@@ -57,6 +57,9 @@ bool set_direct(int fd, bool direct) {
   return flags >= 0 && fcntl(fd, F_SETFL, direct ? flags | O_DIRECT : flags & ~O_DIRECT) == 0;
 }
 
+// What is on the disk, out of the page cache.
+void evict(int fd) { posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED); }
+
 bool can_populate() {
 #ifdef MADV_POPULATE_WRITE
   return madvise(nullptr, 0, MADV_POPULATE_WRITE) == 0;  // since Linux 5.14
@@ -293,22 +296,20 @@ void OutputFile::evict_behind(uint64_t offset, uint64_t nbytes) noexcept {
 }
 
 void OutputFile::end_writing() {
-  if (write_path_ == WritePath::direct) {
-    set_direct(fd_.get(), false);  // whoever reads or copies it from here on is not bound to blocks
-    int result;
-    do {
-      result = ftruncate(fd_.get(), static_cast<off_t>(nbytes_));
-    } while (result != 0 && errno == EINTR);
-    if (result != 0) fail("ftruncate");
-  }
-  if (keep_cached_) return;
-  sync();  // a page that is not on the disk stays: of a direct file the last one, which ftruncate has zeroed the end of
-  evict();
+  if (write_path_ != WritePath::direct) return;
+  set_direct(fd_.get(), false);  // whoever reads or copies it from here on is not bound to blocks
+  int result;
+  do {
+    result = ftruncate(fd_.get(), static_cast<off_t>(nbytes_));
+  } while (result != 0 && errno == EINTR);
+  if (result != 0) fail("ftruncate");
 }
 
-void OutputFile::evict() noexcept { posix_fadvise(fd_.get(), 0, 0, POSIX_FADV_DONTNEED); }
-
-void OutputFile::sync() { sync_descriptor(fd_.get(), path_); }
+void OutputFile::sync() {
+  sync_descriptor(fd_.get(), path_);
+  // Not sooner: a page that is not on the disk stays, of a direct file the last one, cut by ftruncate.
+  if (!keep_cached_) evict(fd_.get());
+}
 
 void OutputFile::put_in_place(bool keep_old) {
   if (temporary_.empty()) {
@@ -393,8 +394,8 @@ void OutputFile::copy_to_target() {
   }
   sync_descriptor(out.get(), path_);
   if (!keep_cached_) {
-    posix_fadvise(out.get(), 0, 0, POSIX_FADV_DONTNEED);
-    evict();
+    evict(out.get());
+    evict(fd_.get());
   }
   unlink(temporary_.c_str());
   temporary_.clear();

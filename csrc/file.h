@@ -77,10 +77,9 @@ class OutputFile {
   // page cache what was written some ranges before it. So neither dirty nor clean pages pile up.
   void evict_behind(uint64_t offset, uint64_t nbytes) noexcept;
   bool keep_cached() const { return keep_cached_; }
-  // All chunks are written: the file gets its size. With keep_cached == false nothing of it is in the page cache
-  // afterwards (and so all of it on the disk).
+  // All chunks are written: the file gets its size.
   void end_writing();
-  // Returns when the contents are on stable storage.
+  // Returns when the contents are on stable storage and, with keep_cached == false, nowhere else.
   void sync();
   // Gives the file up: nothing of it remains, and what stood under its name stands there again. Nothing
   // happens to a published file.
@@ -108,7 +107,6 @@ class OutputFile {
   void adopt_replaced_attributes();
   void preallocate();
   void try_direct();
-  void evict() noexcept;
   void put_in_place(bool keep_old);
   void replace_target(bool keep_old);
   void copy_to_target();

@@ -29,7 +29,7 @@ struct KnownType {
 // Smaller saves are over before direct writes could overlap.
 constexpr uint64_t kDirectNbytes = 16 << 20;
 // Durable saves of device memory: staged in any case, so that direct writes save them a copy. Not measured on a GPU
-// yet.
+// yet; from host memory it costs one, and gains nothing (DESIGN.md).
 constexpr bool kDirectFromDevice = true;
 
 // Magic numbers that linux/magic.h does not have are the filesystems' own (statfs(2)).
@@ -102,8 +102,8 @@ Choice choose_write_path(const FileSystem& filesystem, const Intent& intent) {
   }
   const bool large = intent.nbytes >= kDirectNbytes;
   if (!intent.keep_cached && large) return {WritePath::direct, "nothing is to stay in the page cache"};
-  if (intent.durable && large && filesystem.direct_io && (kDirectFromDevice || !intent.from_device)) {
-    return {WritePath::direct, "waits for the disk anyway: past the page cache, several writes under way"};
+  if (intent.durable && large && filesystem.direct_io && intent.from_device && kDirectFromDevice) {
+    return {WritePath::direct, "waits for the disk anyway, and is staged anyway: past the page cache"};
   }
   return {WritePath::buffered,
           "new file: preallocated, one writer of large pwrites a file, writeback started behind it"};

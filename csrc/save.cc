@@ -56,13 +56,14 @@ void Save::start() {
   }
 }
 
-// The last writer of a file syncs it; the last file's publishes them all.
+// The last writer of a file syncs it; the last file's publishes them all. Direct writes are on the disk already, all
+// but sizes and extents: synced one by one while others write, each would wait for these to pause.
 void Save::end_file(size_t index) {
   attempt([&] {
     if (files_[index] == nullptr) return;
     const Timer timer(progress_.sync_ns);
     files_[index]->end_writing();
-    if (intent_.durable && files_[index]->keep_cached()) files_[index]->sync();
+    if (must_sync() && files_[index]->write_path() != WritePath::direct) files_[index]->sync();
   });
   if (--unfinished_files_ == 0) finish();
 }
@@ -99,6 +100,9 @@ void Save::finish() {
   if (!error) {
     try {
       const Timer timer(progress_.sync_ns);
+      for (OutputFile* file : open_files()) {
+        if (must_sync() && file->write_path() == WritePath::direct) file->sync();
+      }
       publish(open_files(), intent_.durable);
       if (commit_) use.fallbacks = commit_();
     } catch (...) {

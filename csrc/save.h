@@ -69,6 +69,7 @@ class Save : public std::enable_shared_from_this<Save> {
   using Clock = std::chrono::steady_clock;
 
   void end_file(size_t index);
+  bool must_sync() const { return intent_.durable || !intent_.keep_cached; }
   void attempt(const std::function<void()>& step);
   std::vector<OutputFile*> open_files() const;
   void describe_files(Stats& stats) const;

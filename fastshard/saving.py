@@ -65,8 +65,8 @@ def save_file(
             read the file.
         keep_cached: ``False``: nothing of the file is left in the page cache when the call returns, so that the
             save pushes nothing else out of it (a live server's working set); the call then waits for the disk.
-            ``True`` promises nothing: durable saves may go past the page cache. A filesystem in memory
-            ignores it.
+            ``True`` promises nothing: durable saves from a device go past the page cache. A filesystem in
+            memory ignores it.
         progress: show a tqdm bar; ``None``: if the environment variable ``FASTSHARD_PROGRESS`` says so.
         allow_strided: pack non-contiguous tensors straight into the file instead of refusing them. Slices
             of one tensor are fine as long as they have no element in common.

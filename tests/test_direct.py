@@ -335,15 +335,16 @@ def test_choice(tmp_path: Path) -> None:
         pytest.skip("only a choice on filesystems known")
     assert chosen() == "buffered"
     assert chosen(durable=True, nbytes=MIB) == chosen(keep_cached=False, nbytes=MIB) == "buffered"
-    assert chosen(durable=True) == chosen(keep_cached=False) == "direct"
+    assert chosen(durable=True) == "buffered"
+    assert chosen(durable=True, from_device=True) == chosen(keep_cached=False) == "direct"
     assert chosen(write_path="buffered", keep_cached=False) == "buffered"
 
 
-def test_a_large_durable_save_is_direct(tmp_path: Path) -> None:
-    chosen = _native.filesystem(str(tmp_path), durable=True)[1]
+def test_a_large_save_that_leaves_nothing_cached_is_direct(tmp_path: Path) -> None:
+    chosen = _native.filesystem(str(tmp_path), keep_cached=False)[1]
     large = {str(i): filled((MIB + i,), torch.uint8, i) for i in range(17)}
     for tensors, write_path in ((large, chosen), (TENSORS, "buffered")):
-        save_file(tensors, tmp_path / "m", durable=True)
+        save_file(tensors, tmp_path / "m", keep_cached=False)
         stats = fastshard.stats()
         assert stats is not None and stats.write_path == write_path
         assert same(tmp_path / "m", tensors)
