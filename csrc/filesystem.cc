@@ -94,8 +94,8 @@ FileSystem filesystem_of(const std::string& directory, const std::string& path) 
 
 Choice choose_write_path(const FileSystem& filesystem, const Intent& intent) {
   if (intent.wanted != WritePath::automatic) return {intent.wanted, "asked for"};
-  if (filesystem.memory_backed && intent.writers >= kMappingWriters) {
-    return {WritePath::mapped, "new file in memory, and threads enough for each to populate its pages in parallel"};
+  if (filesystem.memory_backed && intent.writers >= (intent.host_casts ? 2 : kMappingWriters)) {
+    return {WritePath::mapped, "new file in memory, and threads enough for each to fill it in parallel"};
   }
   if (filesystem.memory_backed) {
     return {WritePath::buffered, "new file in memory: write(2) fills fresh pages without a fault for each"};

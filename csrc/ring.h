@@ -94,7 +94,6 @@ class Ring {
   }
 
   uint64_t slot_nbytes() const { return slot_nbytes_; }
-  size_t slots() const { return slots_; }
 
  private:
   uint64_t block_nbytes() const { return slot_nbytes_ + kScratchNbytes; }

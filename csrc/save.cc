@@ -25,6 +25,10 @@ Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>&
   for (const FilePlan& file : plan_->files) nbytes_ += file.nbytes;
   intent_.nbytes = nbytes_;
   intent_.from_device = !resources_.devices.empty();
+  intent_.host_casts = std::ranges::any_of(plan_->files, [](const FilePlan& file) {
+    return std::ranges::any_of(file.items,
+                               [](const WriteItem& item) { return item.source.cast() && item.source.device == kHost; });
+  });
   intent_.writers = resources_.workers.threads() / std::max<size_t>(1, plan_->files.size());
   for (uint32_t index = 0; index < plan_->files.size(); ++index) {
     const FilePlan& file = plan_->files[index];
