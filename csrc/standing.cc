@@ -7,6 +7,8 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "numa.h"
+
 namespace fastshard {
 namespace {
 
@@ -40,9 +42,11 @@ Standing::~Standing() = default;
 
 std::unique_ptr<Standing::Generation> Standing::make() { return std::make_unique<Generation>(path_, nbytes_); }
 
-// Maps the file whole and makes all of its pages, by all workers: the kernel clears them.
+// Maps the file whole and makes all of its pages, next to the device where there is a choice, by all workers: the
+// kernel clears them.
 void Standing::populate(Generation& generation) {
   generation.mapping = std::make_unique<Mapping>(generation.file.map());
+  if (!devices_.empty()) prefer_node(generation.mapping->pages(), devices_.front()->numa_node());
   const std::span<std::byte> bytes = generation.mapping->bytes();
   const uint64_t windows = (bytes.size() + kPopulateNbytes - 1) / kPopulateNbytes;
   std::latch left(static_cast<ptrdiff_t>(windows));
