@@ -22,7 +22,7 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """.split()
 """csrc/ in reading order."""
 
-PYTHON = "layout plan errors sharing tensors engine planning saving prepared __init__ cli __main__".split()
+PYTHON = "layout plan errors sharing tensors engine planning saving prepared directory __init__ cli __main__".split()
 """fastshard/ in reading order."""
 
 FOREIGN = {
@@ -30,6 +30,7 @@ FOREIGN = {
     "plan": set(),
     "errors": {"safetensors"},
     "engine": {"tqdm"},
+    "directory": set(),
     "cli": {"tqdm"},
 }
 """Modules that must stay usable without torch, and what they may use besides the standard library."""
