@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .engine import SaveFuture as SaveFuture
     from .engine import Stats as Stats
     from .errors import SaveError as SaveError
+    from .hub import save_torch_model as save_torch_model
+    from .hub import save_torch_state_dict as save_torch_state_dict
     from .prepared import PreparedSave as PreparedSave
     from .prepared import prepare as prepare
     from .saving import save as save
@@ -47,6 +49,8 @@ _HOMES = {
     "save_file": "fastshard.saving",
     "save_files": "fastshard.saving",
     "save_model": "fastshard.saving",
+    "save_torch_model": "fastshard.hub",
+    "save_torch_state_dict": "fastshard.hub",
     "stats": "fastshard.saving",
 }
 
