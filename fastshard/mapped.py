@@ -85,9 +85,7 @@ class MappedFile:
         with _lock:
             mapping = _mappings.get(self._identity)
             if mapping is None:
-                mapping = _native.SourceFile(
-                    file.fileno(), self._identity.nbytes, os.fsencode(self.path)
-                )
+                mapping = _native.SourceFile(file.fileno(), self._identity.nbytes, os.fsencode(self.path))
                 _mappings[self._identity] = mapping
             return mapping
 
@@ -142,9 +140,7 @@ class MappedFile:
             shape = (*shape[:-1], shape[-1] // 2)
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes != stored.end - stored.begin:
-            raise ValueError(
-                f"{dtype} of shape {shape} has {nbytes} bytes, not {stored.end - stored.begin}"
-            )
+            raise ValueError(f"{dtype} of shape {shape} has {nbytes} bytes, not {stored.end - stored.begin}")
         return self.view(dtype, shape, begin + stored.begin)
 
     def _contents(self) -> _Contents:
@@ -174,3 +170,13 @@ def load_mapped(path: PathLike) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, by position in it, without reading them: see the module's text."""
     file = MappedFile(path)
     return {name: file.tensor(name) for name in file.names()}
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two contiguous CPU tensors of one size hold the same bytes, found out without taking memory.
+
+    Raises ``OSError``, naming the file, where one of them has been cut.
+    """
+    from . import _native
+
+    return a.data_ptr() == b.data_ptr() or _native.same_bytes(a.data_ptr(), b.data_ptr(), a.nbytes)
