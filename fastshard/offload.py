@@ -140,7 +140,7 @@ def _first_held(model: torch.nn.Module, names: Iterable[str]) -> torch.Tensor | 
 
 def _state_dict(model: torch.nn.Module) -> dict[str, Any]:
     """``model.state_dict()``. Modules that make entries of their own of their weights (quantized ones) do so with the
-    weights loaded, which takes memory for these."""
+    weights loaded, which takes memory for these; entries that are not there without weights come last."""
     state: dict[str, Any] = dict(model.state_dict())
     for prefix, module in model.named_modules():
         if type(module)._save_to_state_dict is torch.nn.Module._save_to_state_dict:
