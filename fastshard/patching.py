@@ -332,7 +332,7 @@ class _Loader:
         self._loader = loader
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
+        return getattr(object.__getattribute__(self, "_loader"), name)
 
     def exec_module(self, module: types.ModuleType) -> None:
         if module.__spec__ is not None:

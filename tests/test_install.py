@@ -485,6 +485,15 @@ def test_other_finders(library, monkeypatch, finder, place):
     assert len(sys.meta_path) == len(patched) - 1
 
 
+def test_uninstalling_in_the_middle_of_a_search_hides_no_finder():
+    fastshard.install()
+    asked = []
+    for finder in sys.meta_path:  # as an import does
+        asked.append(finder)
+        fastshard.uninstall()
+    assert asked[0] is patching._finder and asked[1:] == sys.meta_path
+
+
 def test_an_import_under_way_on_another_thread_is_awaited(library, no_hang):
     library(
         """
