@@ -598,6 +598,7 @@ def test_public_names():
                 "load",
                 "safe_open",
             ),
+            *("install", "installed", "uninstall"),
             *("stats", "Stats", "Options", "PreparedSave", "Engine", "SaveFuture", "SaveError"),
         }
     )
