@@ -5,7 +5,7 @@ To add a replacement: a row in :data:`TABLE` and its implementation. A row names
 function, the attribute in there (``"save_file"``; ``"PreTrainedModel.save_pretrained"`` for what a class holds,
 static and class methods included), and the implementation, which is imported by the first call.
 It is called as ``implementation(original, *args, **kwargs)`` with the caller's arguments, ``self`` first for a
-method. Three kinds of calls go to the original instead:
+method; for a door with the original's parameters ``adapters.py`` makes it. Three kinds of calls go to the original instead:
 
 - with arguments that the implementation's parameters do not take: wrong ones get the original's own
   ``TypeError``, and those of a newer version its own behaviour;
@@ -57,6 +57,12 @@ TABLE: tuple[Entry, ...] = (
     Entry("safetensors.torch", "save_file", "fastshard.adapters:save_file"),
     Entry("safetensors.torch", "save", "fastshard.adapters:save"),
     Entry("safetensors.torch", "save_model", "fastshard.adapters:save_model"),
+    Entry(
+        "huggingface_hub.serialization._torch",
+        "save_torch_state_dict",
+        "fastshard.adapters:save_torch_state_dict",
+    ),
+    Entry("huggingface_hub.serialization._torch", "save_torch_model", "fastshard.adapters:save_torch_model"),
 )
 
 
