@@ -23,10 +23,10 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """.split()
 """csrc/ in reading order."""
 
-PYTHON = (
-    "layout plan errors mapped offload sharing tensors engine planning saving prepared directory staged hub"
-    " __init__ cli __main__"
-).split()
+PYTHON = """
+layout plan errors mapped offload sharing tensors engine planning saving prepared directory staged hub adapters patching
+auto __init__ cli __main__
+""".split()
 """fastshard/ in reading order."""
 
 FOREIGN = {
@@ -35,6 +35,8 @@ FOREIGN = {
     "errors": {"safetensors"},
     "engine": {"tqdm"},
     "directory": set(),
+    "patching": set(),
+    "auto": set(),
     "cli": {"tqdm"},
 }
 """Modules that must stay usable without torch, and what they may use besides the standard library."""
