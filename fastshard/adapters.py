@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from . import hub, saving
+from . import hub, saving, staged
 
 
 def _namesake(door: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,7 +27,7 @@ def _namesake(door: Callable[..., Any]) -> Callable[..., Any]:
     return implementation
 
 
-save_file = _namesake(saving.save_file)
+save_file = _namesake(staged.save_file)
 save = _namesake(saving.save)
 save_model = _namesake(saving.save_model)
 save_torch_state_dict = _namesake(hub.save_torch_state_dict)

@@ -177,6 +177,13 @@ def load_mapped(path: PathLike) -> dict[str, torch.Tensor]:
     return {name: file.tensor(name) for name in file.names()}
 
 
+def lies_in_file(tensor: torch.Tensor) -> bool:
+    """Whether this is one of these tensors, or a view of one."""
+    from . import _native
+
+    return tensor.is_cpu and _native.SourceFile.at(tensor.data_ptr()) is not None
+
+
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two contiguous CPU tensors of one size hold the same bytes, found out without taking memory.
 

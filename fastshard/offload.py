@@ -74,6 +74,19 @@ def offloaded_state_dict(model: torch.nn.Module) -> dict[str, Any]:
     return values
 
 
+def held_in_memory(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Offloaded weights that hooks of accelerate hold as tensors."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for hook in _hooks(getattr(module, "_hf_hook", None)):
+            held = getattr(hook, "weights_map", None)
+            held = getattr(held, "dataset", held)
+            held = getattr(held, "state_dict", held)
+            if isinstance(held, dict) and id(held) not in seen:
+                seen.add(id(held))
+                yield from held.values()
+
+
 class _NotHeldError(ValueError):
     """No hook has the tensor."""
 

@@ -63,6 +63,23 @@ TABLE: tuple[Entry, ...] = (
         "fastshard.adapters:save_torch_state_dict",
     ),
     Entry("huggingface_hub.serialization._torch", "save_torch_model", "fastshard.adapters:save_torch_model"),
+    Entry(
+        "transformers.modeling_utils",
+        "PreTrainedModel.save_pretrained",
+        "fastshard.transformers:save_pretrained",
+    ),
+    Entry(
+        "transformers.integrations.accelerate",
+        "load_offloaded_parameter",
+        "fastshard.transformers:load_offloaded_parameter",
+    ),
+    Entry("transformers.utils.logging", "_tqdm_cls.__call__", "fastshard.transformers:progress_bar"),
+    Entry("accelerate.accelerator", "Accelerator.save_model", "fastshard.accelerate:save_model"),
+    Entry(
+        "accelerate.utils.modeling",
+        "get_state_dict_offloaded_model",
+        "fastshard.accelerate:get_state_dict_offloaded_model",
+    ),
 )
 
 

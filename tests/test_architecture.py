@@ -24,8 +24,8 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """csrc/ in reading order."""
 
 PYTHON = """
-layout plan errors mapped offload sharing tensors engine planning saving prepared directory staged hub adapters patching
-auto __init__ cli __main__
+layout plan errors mapped offload sharing tensors engine planning saving prepared directory staged hub transformers accelerate adapters
+patching auto __init__ cli __main__
 """.split()
 """fastshard/ in reading order."""
 
