@@ -43,4 +43,5 @@ def get_state_dict_offloaded_model(
     original: Callable[..., Any], model: torch.nn.Module
 ) -> dict[str, torch.Tensor]:
     """While a model is saved, its offloaded weights are mapped from their files, not read into memory."""
-    return original(model) if current() is None else offloaded_state_dict(model)
+    stage = current()
+    return original(model) if stage is None else offloaded_state_dict(model, stage.scratch)

@@ -16,31 +16,34 @@ from typing import Any
 
 import torch
 
-from .mapped import MappedFile, same_bytes
+from .mapped import MappedFile, lies_in_file, same_bytes
+from .saving import save_file
 
 
-def offloaded_tensor(model: torch.nn.Module, name: str) -> torch.Tensor:
+def offloaded_tensor(model: torch.nn.Module, name: str, scratch: str | None = None) -> torch.Tensor:
     """The parameter or buffer of that name, which a hook of accelerate holds somewhere else.
 
     Stands in for ``transformers.integrations.accelerate.load_offloaded_parameter``. What is held in memory is that
-    very tensor; what lies in a file a CPU tensor over the file (whatever device it is to be loaded to), unless the index
-    asks for another dtype than the one stored, which takes a copy; from a mapping of another kind comes what it gives. The innermost module that has a
-    hook with a ``weights_map`` decides, also where hooks were chained.
+    very tensor; what lies in a file a CPU tensor over the file (whatever device it is to be loaded to); from a mapping of
+    another kind comes what it gives. Where the index asks for another dtype than the one stored, it takes a copy: in
+    memory, or in a file in ``scratch``, a directory, that has no name any more. The innermost module that has a hook
+    with a ``weights_map`` decides, also where hooks were chained.
 
     Raises ``ValueError`` where no hook holds it, ``KeyError`` where the hook does not know it, and what
     :class:`fastshard.mapped.MappedFile` raises, naming the file.
     """
     weights_map, key = _weights_map_of(model, name)
-    return _resolve(weights_map, key)
+    return _resolve(weights_map, key, scratch)
 
 
-def offloaded_state_dict(model: torch.nn.Module) -> dict[str, Any]:
+def offloaded_state_dict(model: torch.nn.Module, scratch: str | None = None) -> dict[str, Any]:
     """``model.state_dict()`` with everything that is offloaded in its place.
 
     Stands in for ``accelerate.utils.modeling.get_state_dict_offloaded_model``, which leaves out what belongs to the
     root module and loses ties. Names and their order are those of ``model.state_dict()``, and tied parameters are
     one tensor under several names, so what is saved is what the same model would save if it were not offloaded. As
-    there, values have the dtypes of the model's parameters. What is not offloaded stays where it is.
+    there, values have the dtypes of the model's parameters. What is not offloaded stays where it is. ``scratch``: as for
+    :func:`offloaded_tensor`.
 
     Two weights in files that are said to be tied (by hooks of ``dispatch_model``, by transformers) are taken for one
     only if their bytes agree. ``disk_offload`` of a plain module leaves no trace of its ties: both are saved.
@@ -56,7 +59,7 @@ def offloaded_state_dict(model: torch.nn.Module) -> dict[str, Any]:
         if not isinstance(tensor, torch.Tensor) or tensor.device.type != "meta":
             values[name] = tensor
             continue
-        found = _first_held(model, [name, *aliases.get(name, ())])
+        found = _first_held(model, [name, *aliases.get(name, ())], scratch)
         if found is None:
             lost.append(name)
         elif found.shape != tensor.shape:
@@ -64,7 +67,7 @@ def offloaded_state_dict(model: torch.nn.Module) -> dict[str, Any]:
                 f"`{name}` has shape {tuple(tensor.shape)}, but what was offloaded has {tuple(found.shape)}"
             )
         else:
-            values[name] = found.to(tensor.dtype)
+            values[name] = _cast(found, tensor.dtype, scratch)
     if lost:
         raise RuntimeError(
             f"You can't save the model since some parameters are on the meta device: {', '.join(lost)}"
@@ -76,15 +79,41 @@ def offloaded_state_dict(model: torch.nn.Module) -> dict[str, Any]:
 
 def held_in_memory(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     """Offloaded weights that hooks of accelerate hold as tensors."""
+    for held in _holders(model):
+        tensors = getattr(held, "state_dict", held)
+        if isinstance(tensors, dict):
+            yield from tensors.values()
+
+
+def follow_weights(model: torch.nn.Module, directory: str) -> None:
+    """Tells the hooks of accelerate where weights lie that have just been saved over the files they came from: in which
+    file of ``directory`` now, if they are no longer in theirs. Without it the model could not be used any more."""
+    places: dict[str, str] = {}
+    for held in _holders(model):
+        index = getattr(held, "index", None)
+        for key, entry in index.items() if isinstance(index, dict) else ():
+            path, name = entry.get("safetensors_file"), entry.get("weight_name", key)
+            if path is None or os.path.realpath(os.path.dirname(path)) != os.path.realpath(directory):
+                continue
+            if os.path.exists(path) and name in MappedFile(path).names():
+                continue
+            if not places:
+                files = (os.path.join(directory, file) for file in sorted(os.listdir(directory)))
+                weights = [MappedFile(file) for file in files if file.endswith(".safetensors")]
+                places = {name: file.path for file in weights for name in file.names()}
+            entry["safetensors_file"] = places.get(name, path)
+
+
+def _holders(model: torch.nn.Module) -> Iterator[Any]:
+    """What hooks of accelerate load weights from, each once."""
     seen: set[int] = set()
     for module in model.modules():
         for hook in _hooks(getattr(module, "_hf_hook", None)):
             held = getattr(hook, "weights_map", None)
             held = getattr(held, "dataset", held)
-            held = getattr(held, "state_dict", held)
-            if isinstance(held, dict) and id(held) not in seen:
+            if held is not None and id(held) not in seen:
                 seen.add(id(held))
-                yield from held.values()
+                yield held
 
 
 class _NotHeldError(ValueError):
@@ -116,7 +145,7 @@ def _weights_map_of(model: torch.nn.Module, name: str) -> tuple[Mapping[str, tor
     )
 
 
-def _resolve(weights_map: Any, key: str) -> torch.Tensor:
+def _resolve(weights_map: Any, key: str, scratch: str | None) -> torch.Tensor:
     from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
 
     # Subclasses may have rules of their own.
@@ -126,11 +155,11 @@ def _resolve(weights_map: Any, key: str) -> torch.Tensor:
         held: torch.Tensor = weights_map[key]
         return held
     if key in weights_map.state_dict:
-        return _resolve(weights_map.state_dict, key)
+        return _resolve(weights_map.state_dict, key, scratch)
     entry = weights_map.index[key]
     if entry.get("safetensors_file") is not None:
         tensor = MappedFile(entry["safetensors_file"]).tensor(entry.get("weight_name", key))
-        return tensor.to(_dtype(entry["dtype"], key)) if "dtype" in entry else tensor
+        return _cast(tensor, _dtype(entry["dtype"], key), scratch) if "dtype" in entry else tensor
     # The bytes as they are, whatever numpy had to take them for; a scalar was saved as one element.
     file = MappedFile(os.path.join(weights_map.save_folder, f"{key}.dat"))
     return file.view(_dtype(entry["dtype"], key), tuple(entry["shape"]))
@@ -143,11 +172,26 @@ def _dtype(name: str, key: str) -> torch.dtype:
     return dtype
 
 
-def _first_held(model: torch.nn.Module, names: Iterable[str]) -> torch.Tensor | None:
+def _cast(tensor: torch.Tensor, dtype: torch.dtype, scratch: str | None) -> torch.Tensor:
+    """``tensor.to(dtype)``; of what lies in a file, in a file, as the engine casts without taking memory."""
+    if tensor.dtype == dtype or scratch is None or not tensor.is_floating_point() or not lies_in_file(tensor):
+        return tensor.to(dtype)
+    path = os.path.join(scratch, "cast")
+    try:
+        save_file({"": tensor}, path, dtype=dtype)
+        return MappedFile(path).tensor("")
+    except ValueError:  # no dtype that the engine casts to
+        return tensor.to(dtype)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def _first_held(model: torch.nn.Module, names: Iterable[str], scratch: str | None) -> torch.Tensor | None:
     """What is held under the first of the names that is known; ``None`` if none is."""
     for name in names:
         with contextlib.suppress(_NotHeldError, KeyError):
-            return offloaded_tensor(model, name)
+            return offloaded_tensor(model, name, scratch)
     return None
 
 

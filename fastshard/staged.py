@@ -35,6 +35,8 @@ class Stage:
 
     def __init__(self, path: str, how: How) -> None:
         self.path = path
+        self.scratch = os.path.dirname(path)
+        """Hidden, too; what is left in there goes with the stage."""
         self.lasting: set[int] | None = None
         """Addresses of storages that live on after the save in any case. If this is given, files are written as soon
         as the others, kept alive by what was added, take too much memory together."""

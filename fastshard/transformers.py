@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .offload import held_in_memory, offloaded_tensor
+from .offload import follow_weights, held_in_memory, offloaded_tensor
 from .saving import How
 from .staged import current, staged
 
@@ -49,6 +49,7 @@ def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwar
             stage.lasting |= _storages(given.arguments["state_dict"].values())
         given.arguments["save_directory"] = stage.path
         result = original(*given.args, **given.kwargs)
+    follow_weights(model, directory)
     # The original waits for the writing rank before there is anything: once more.
     barrier = getattr(model, "barrier_after_gathered_checkpoint_save", None)
     if barrier is not None:
@@ -58,7 +59,10 @@ def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwar
 
 def load_offloaded_parameter(original: Callable[..., Any], model: Any, param_name: str) -> torch.Tensor:
     """While a model is saved, its offloaded weights are mapped from their files, not read into memory."""
-    return original(model, param_name) if current() is None else offloaded_tensor(model, param_name)
+    stage = current()
+    return (
+        original(model, param_name) if stage is None else offloaded_tensor(model, param_name, stage.scratch)
+    )
 
 
 def progress_bar(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -236,6 +236,18 @@ def test_models_with_modules_on_disk(tmp_path: Path, kind: str, size: str) -> No
     assert same_weights(type(whole).from_pretrained(tmp_path / "ours"), whole)
 
 
+def test_modules_on_disk_in_another_precision(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "source")
+
+    def save(path: Path) -> None:
+        options = {"device_map": DEVICE_MAP, "dtype": torch.bfloat16}
+        model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "source", **options)
+        model.save_pretrained(path, max_shard_size="20KB")
+
+    plain, ours = both(tmp_path, save)
+    assert ours == plain
+
+
 @pytest.mark.parametrize("size", ["50GB", "20KB", "30KB"])
 def test_saving_into_the_folder_that_the_weights_are_mapped_from(
     tmp_path: Path, installed: None, size: str
@@ -246,6 +258,10 @@ def test_saving_into_the_folder_that_the_weights_are_mapped_from(
     assert model.lm_head.weight.device.type == "meta"
     model.save_pretrained(tmp_path, max_shard_size=size)
     assert same_weights(type(whole).from_pretrained(tmp_path), whole)
+    tokens = torch.arange(8).view(1, 8)  # and the model can still be used
+    assert torch.equal(model(tokens).logits, whole(tokens).logits)
+    model.save_pretrained(tmp_path / "again")
+    assert same_weights(type(whole).from_pretrained(tmp_path / "again"), whole)
 
 
 class Plain(torch.nn.Module):
