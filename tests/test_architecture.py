@@ -22,11 +22,12 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """.split()
 """csrc/ in reading order."""
 
-PYTHON = "layout plan errors sharing tensors engine planning saving prepared __init__ cli __main__".split()
+PYTHON = "layout records plan errors sharing tensors engine planning saving prepared archive __init__ cli __main__".split()
 """fastshard/ in reading order."""
 
 FOREIGN = {
     "layout": set(),
+    "records": set(),
     "plan": set(),
     "errors": {"safetensors"},
     "engine": {"tqdm"},
