@@ -296,7 +296,7 @@ def _plan(skeleton: _Skeleton) -> _Plan | None:
 def _view_of(storage: Storage) -> TensorView | None:
     """All of its bytes; ``None``: it has no memory."""
     device, nbytes = storage.device, storage.nbytes()
-    number = HOST if device.type == "cpu" else _tensors.device_number(device)
+    number = _tensors.device_number(device)
     if number == FETCHED and device.type != "meta":
         return TensorView(0, nbytes, FETCHED)
     data = storage.data_ptr()

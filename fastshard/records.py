@@ -65,7 +65,7 @@ class Archive:
             begin, nbytes, count = _central_directory(memory)
             self._directory = begin, begin + nbytes
             self.records = _records(memory, begin, count)
-        except (struct.error, UnicodeDecodeError, ValueError) as error:
+        except (struct.error, ValueError, OverflowError) as error:
             raise UnknownLayout(f"not an archive of torch.save: {error}") from None
         if not self.records or self.records[-1].name != _IDENTITY:
             raise UnknownLayout("no serialization id at the end")
