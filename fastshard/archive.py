@@ -168,7 +168,7 @@ class _Recorder:
 
     def __init__(self, module: Any, after: contextlib.ExitStack) -> None:
         self._module = module
-        self._met: dict[str, Any] = {}
+        self._met: dict[str, Storage] = {}
         self.state = "new"
         recorder = self
 
@@ -190,7 +190,7 @@ class _Recorder:
 
     def take_storages(self) -> dict[str, Storage]:
         """By the names of their records. Nothing keeps them here: torch's class lives until the next collection."""
-        taken = {f"data/{key}": getattr(met, "_untyped_storage", met) for key, met in self._met.items()}
+        taken = {f"data/{key}": storage for key, storage in self._met.items()}
         self._met.clear()
         return taken
 
@@ -200,7 +200,7 @@ class _Recorder:
         def record(pickler: Any, obj: object) -> Any:
             found = persistent_id(pickler, obj)
             if found is not None:  # ("storage", type, key, location, elements)
-                met[found[2]] = obj
+                met[found[2]] = getattr(obj, "_untyped_storage", obj)
             return found
 
         return record

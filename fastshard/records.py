@@ -20,13 +20,12 @@ Memory = bytes | bytearray | memoryview
 _END: Final = struct.Struct("<4s4H2LH")
 _LOCATOR: Final = struct.Struct("<4sLQL")
 _END_64: Final = struct.Struct("<4sQ2H2L4Q")
-_LISTED: Final = struct.Struct("<4s6H3L5H2L")
-_LOCAL_LENGTHS: Final = struct.Struct(
-    "<2H"
-)  # of name and extra field, at 26 of the 30 bytes of a local header
-_CRC: Final = struct.Struct("<L")
+_LISTED: Final = struct.Struct("<4s4x2H4x3L3H8xL")  # only what is read, as there may be many
+_CRC_LISTED: Final = 16
+_LOCAL: Final = struct.Struct("<4s22x2H")
+_DESCRIPTOR: Final = struct.Struct("<4sL")
 _DESCRIBED: Final = 1 << 3  # flag: a data descriptor follows the data
-_DESCRIPTOR: Final = b"PK\x07\x08"
+_CRC: Final = struct.Struct("<L")
 _IN_EXTRA: Final = 0xFFFFFFFF
 _IDENTITY: Final = ".data/serialization_id"
 _DIGITS: Final = 20
@@ -127,26 +126,27 @@ def _records(memory: Memory, at: int, count: int) -> list[Record]:
     records = []
     top = None
     for _ in range(count):
-        signature, _, _, flags, method, _, _, crc, packed, nbytes, name_length, extra, comment, *_, local = (
-            _LISTED.unpack_from(memory, at)
+        signature, flags, method, crc, packed, nbytes, length, extra, comment, local = _LISTED.unpack_from(
+            memory, at
         )
-        _expect(signature, b"PK\x01\x02")
-        name_at = at + _LISTED.size
-        name = str(memory[name_at : name_at + name_length], "utf-8")
-        after = name_at + name_length
+        after = at + _LISTED.size + length
+        name = str(memory[after - length : after], "utf-8")
         if _IN_EXTRA in (packed, nbytes, local):
             packed, nbytes, local = _from_extra(memory[after : after + extra], packed, nbytes, local)
         if top is None:
             top = name[: name.index("/") + 1]
-        if method != 0 or packed != nbytes or not name.startswith(top):
-            raise ValueError(f"the record {name!r}")
-        _expect(bytes(memory[local : local + 4]), b"PK\x03\x04")
-        begin = local + 30 + sum(_LOCAL_LENGTHS.unpack_from(memory, local + 26))
-        described = None
+        opening, local_length, local_extra = _LOCAL.unpack_from(memory, local)
+        begin = local + _LOCAL.size + local_length + local_extra
+        described, closing = None, (b"PK\x07\x08", crc)
         if flags & _DESCRIBED:
-            _expect(bytes(memory[begin + nbytes : begin + nbytes + 4]), _DESCRIPTOR)
-            described = begin + nbytes + 4
-        records.append(Record(name[len(top) :], begin, nbytes, crc, described, at + 16))
+            described, closing = begin + nbytes + 4, _DESCRIPTOR.unpack_from(memory, begin + nbytes)
+        if (
+            (signature, method, packed, opening) != (b"PK\x01\x02", 0, nbytes, b"PK\x03\x04")
+            or closing != (b"PK\x07\x08", crc)
+            or not name.startswith(top)
+        ):
+            raise ValueError(f"the record {name!r}")
+        records.append(Record(name[len(top) :], begin, nbytes, crc, described, at + _CRC_LISTED))
         at = after + extra + comment
     return records
 
