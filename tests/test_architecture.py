@@ -22,7 +22,7 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """.split()
 """csrc/ in reading order."""
 
-PYTHON = "layout records plan errors sharing tensors engine planning saving prepared archive __init__ cli __main__".split()
+PYTHON = "layout records plan errors sharing tensors engine planning saving prepared archive convert __init__ cli __main__".split()
 """fastshard/ in reading order."""
 
 FOREIGN = {
