@@ -8,7 +8,9 @@ from typing import Any
 
 MOST_LINES = 40
 GIB, MIB = 1 << 30, 1 << 20
-US, BASE, PREPARED = "fastshard", "safetensors", "prepared"
+US, BASE = "fastshard", "safetensors"
+SPECIAL = ("prepared", "fastshard-archive")
+"""Who stands for us in cases of their own."""
 
 
 def brief(phases: Iterable[dict[str, Any]], bench: dict[str, Any] | None) -> str:
@@ -43,7 +45,7 @@ def _cases(cases: list[dict[str, Any]]) -> list[str]:
             lines.append(f"{case['name']:24}skipped: {case['skipped']}")
             continue
         names = {row["rival"] for row in case["rows"]}
-        us = PREPARED if PREPARED in names else US
+        us = next((name for name in SPECIAL if name in names), US)
         rows = {(row["rival"], row["mode"]): row for row in case["rows"]}
         for mode in dict.fromkeys(row["mode"] for row in case["rows"]):
             ours, theirs = rows.get((us, mode), {}), rows.get((BASE, mode), {})

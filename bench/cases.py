@@ -127,6 +127,36 @@ def small(nbytes: int, device: str) -> list[Shard]:
     return [{f"experts.{i}.scale": fill(SMALL_NBYTES // 128, 64) for i in range(nbytes // SMALL_NBYTES)}]
 
 
+def bert_shapes(shrink: float = 1.0) -> Iterable[tuple[int, ...]]:
+    """Shapes of BERT-base's parameters (109 million), each width divided by ``shrink``."""
+
+    def width(size: int) -> int:
+        return max(1, round(size / shrink))
+
+    hidden, inner = width(768), width(3072)
+    yield from ((width(30522), hidden), (width(512), hidden), (2, hidden), (hidden,), (hidden,))
+    for _ in range(12):
+        for _ in range(4):  # query, key, value, output
+            yield from ((hidden, hidden), (hidden,))
+        yield from ((inner, hidden), (inner,), (hidden, inner), (hidden,))
+        yield from ((hidden,),) * 4  # two norms
+    yield from ((hidden, hidden), (hidden,))
+
+
+ADAMW_NBYTES = sum(8 * math.prod(shape) + 4 for shape in bert_shapes())
+
+
+def adamw(nbytes: int, device: str) -> list[Shard]:
+    """What AdamW keeps of BERT-base: two float32 moments and a step, a scalar of the host, for each parameter."""
+    fill = Filler(device, nbytes)
+    state: Shard = {}
+    for i, shape in enumerate(bert_shapes(max(1.0, math.sqrt(ADAMW_NBYTES / nbytes)))):
+        state[f"state.{i}.step"] = torch.tensor(float(i), device="cpu")
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[f"state.{i}.{name}"] = fill(*shape[:-1], 2 * shape[-1]).view(torch.float32)
+    return [state]
+
+
 STRIDED_COUNT = 64
 
 
@@ -249,6 +279,20 @@ _ALL = (
         quick=True,
         memory=True,
         disturbs=True,
+    ),
+    Case(
+        "archive",
+        "64 MiB tensors in one archive of torch.save",
+        blocks,
+        ("fastshard-archive", "torch.save", "safetensors"),
+        quick=True,
+    ),
+    Case(
+        "adamw",
+        "the state of BERT-base's AdamW in an archive: 400 moments, 200 scalars of the host",
+        adamw,
+        ("fastshard-archive", "torch.save", "safetensors"),
+        natural_nbytes=ADAMW_NBYTES,
     ),
     Case(
         "columns",
@@ -376,6 +420,8 @@ GOALS = (
     Goal("strided", 1.5),
     Goal("strided", 64, against=MEMORY),
     Goal("one-file", 3.0, against="torch.save"),
+    Goal("archive", 3.0, against="torch.save", by="fastshard-archive"),
+    Goal("adamw", 3.0, against="torch.save", by="fastshard-archive"),
     Goal("one-file", 4.0, against="dcp-fs"),
     Goal("one-file", 8.0, against="dcp-hf"),
     Goal("one-file", 64, against=MEMORY),

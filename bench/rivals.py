@@ -232,6 +232,20 @@ def _torch_save(job: Job) -> Callable[[], None]:
     return _then_sync(job, save)
 
 
+def _fastshard_archive(job: Job) -> Callable[[], None]:
+    import fastshard
+
+    if not hasattr(fastshard, "torch_save"):
+        raise Unavailable("this fastshard has no torch_save")
+    torch_save = fastshard.torch_save
+
+    def save() -> None:
+        for path, tensors in zip(job.paths, job.contiguous()):
+            torch_save(tensors, path.with_suffix(".pt"), durable=job.durable)
+
+    return save
+
+
 def _configured(save: Callable[[], None], **switches: bool) -> Callable[[], None]:
     """The call with other settings of torch.save, which is put back as it was."""
     from torch.utils.serialization import config
@@ -355,6 +369,7 @@ _ALL = (
         devices=("cuda",),
     ),
     _variant("fastshard-contiguous", "the same bytes, contiguous before", _fastshard_contiguous),
+    _variant("fastshard-archive", "torch_save: torch.save's file", _fastshard_archive, writes="torch"),
     Rival("safetensors", "safetensors.torch.save_file, one file after the other", _safetensors),
     Rival(
         "safetensors-threads",
