@@ -599,6 +599,7 @@ def test_public_names():
                 "safe_open",
             ),
             *("stats", "Stats", "Options", "PreparedSave", "Engine", "SaveFuture", "SaveError"),
+            *("torch_save", "ArchiveError"),
         }
     )
     assert all(getattr(fastshard, name) is value for name, value in star.items())
