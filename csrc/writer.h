@@ -16,6 +16,7 @@
 #include "file.h"
 #include "ring.h"
 #include "schedule.h"
+#include "source_file.h"
 #include "threads.h"
 
 namespace fastshard {
@@ -77,12 +78,14 @@ class FileWriter {
 
  private:
   struct InFlight;
+  class SourcePages;
 
   bool buffered() const { return file_ != nullptr && file_->write_path() == WritePath::buffered; }
   bool direct() const { return file_ != nullptr && file_->write_path() == WritePath::direct; }
   void write_chunks_in_turn();
   void write_chunks_directly();
   void check_chunks_in_place();
+  void check_in_place(const Chunk& chunk);
   const Chunk* claim();
   int node_of(const Chunk& chunk) const;
   bool write_unstaged(const Chunk& chunk);
@@ -106,6 +109,7 @@ class FileWriter {
   const std::unique_ptr<CopyStream> fetched_;
   const std::unique_ptr<CopyStream> host_;
   Progress& progress_;
+  const bool from_files_;        // some items lie in files
   std::deque<Crc32> checksums_;  // of the items; none if not asked for
   FileSchedule schedule_;
   size_t writers_ = 1;

@@ -38,6 +38,13 @@ class How(NamedTuple):
     engine: Engine | Options | None = None
 
 
+class PlannedFile(NamedTuple):
+    """What is to be written, and the tensors it points into."""
+
+    file: FilePlan
+    entries: Entries
+
+
 def save_file(
     tensors: StateDict,
     filename: PathLike,
@@ -180,29 +187,38 @@ def save(
     entries, head = lay_out(tensors, metadata, allow_strided, dtype)
     data, address = _native.new_bytes(len(head) + sum(entry.view.nbytes for entry in entries))
     plan = FilePlan((address, len(data)), head, [entry.view for entry in entries])
-    _run({"": (plan, entries)}, How(progress=progress, dtype=dtype, engine=engine), began, "Saving to memory")
+    how = How(progress=progress, dtype=dtype, engine=engine)
+    write_files({"": PlannedFile(plan, entries)}, how, began, "Saving to memory")
     return data
 
 
 def _save(files: Mapping[PathLike, StateDict], metadata: dict[str, str] | None, how: How) -> None:
     began = time.perf_counter()
-    plans = {}
-    for filename, tensors in files.items():
-        entries, head = lay_out(tensors, metadata, how.allow_strided, how.dtype, filename)
-        plans[filename] = FilePlan(encoded_path(filename), head, [entry.view for entry in entries]), entries
-    description = os.path.basename(os.fspath(next(iter(files)))) if len(files) == 1 else f"{len(files)} files"
-    _run(plans, how, began, description)
+    plans = {filename: plan_file(tensors, filename, metadata, how) for filename, tensors in files.items()}
+    write_files(plans, how, began)
 
 
-def _run(
-    plans: Mapping[PathLike, tuple[FilePlan, Entries]], how: How, began: float, description: str
-) -> None:
-    entries_of = [entries for _, entries in plans.values()]
-    streams = _tensors.streams_for([entry for entries in entries_of for entry in entries])
+def plan_file(
+    tensors: StateDict, filename: PathLike, metadata: dict[str, str] | None, how: How
+) -> PlannedFile:
+    """One file of a save, checked and laid out. Raises as :func:`save_file`."""
+    entries, head = lay_out(tensors, metadata, how.allow_strided, how.dtype, filename)
+    return PlannedFile(FilePlan(encoded_path(filename), head, [entry.view for entry in entries]), entries)
+
+
+def write_files(
+    plans: Mapping[PathLike, PlannedFile], how: How, began: float, description: str | None = None
+) -> Stats:
+    """Writes them all, and waits. ``began``: when planning did, by ``time.perf_counter``."""
+    if description is None:
+        description = (
+            os.path.basename(os.fspath(next(iter(plans)))) if len(plans) == 1 else f"{len(plans)} files"
+        )
+    entries_of = [planned.entries for planned in plans.values()]
     future = engine_for(how.engine).submit(
-        [plan for plan, _ in plans.values()],
+        [planned.file for planned in plans.values()],
         keep_alive=entries_of,
-        streams=streams,
+        streams=_tensors.streams_for([entry for entries in entries_of for entry in entries]),
         durable=how.durable,
         keep_cached=how.keep_cached,
         checksums=how.checksums,
@@ -210,7 +226,7 @@ def _run(
         plan_seconds=time.perf_counter() - began,
         description=description,
     )
-    finish(future, how.progress, {name: entries for name, (_, entries) in plans.items()})
+    return finish(future, how.progress, {name: planned.entries for name, planned in plans.items()})
 
 
 def finish(future: SaveFuture, progress: bool | None, files: Mapping[PathLike, Entries]) -> Stats:
