@@ -234,10 +234,16 @@ def _named_like(path: str, file: Any) -> Iterator[Any]:
     if not path.isascii():
         yield file
         return
-    with tempfile.TemporaryDirectory(prefix="fastshard-") as folder, _ascii(folder) as place:
-        link = f"{place}/{os.path.basename(path)}"
+    folder = tempfile.mkdtemp(prefix="fastshard-")
+    link = os.path.join(folder, os.path.basename(path))
+    try:
         os.symlink(f"/proc/self/fd/{file.fileno()}", link)
-        yield link
+        with _ascii(folder) as place:
+            yield os.path.join(place, os.path.basename(path))
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(link)
+        os.rmdir(folder)
 
 
 @contextlib.contextmanager
