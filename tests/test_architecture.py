@@ -22,7 +22,7 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """.split()
 """csrc/ in reading order."""
 
-PYTHON = "layout plan errors sharing tensors engine planning saving prepared directory staged hub __init__ cli __main__".split()
+PYTHON = "layout plan errors sharing tensors engine planning saving prepared directory staged hub manifest reading sharded __init__ cli __main__".split()
 """fastshard/ in reading order."""
 
 FOREIGN = {
@@ -31,6 +31,8 @@ FOREIGN = {
     "errors": {"safetensors"},
     "engine": {"tqdm"},
     "directory": set(),
+    "manifest": set(),
+    "reading": {"safetensors"},
     "cli": {"tqdm"},
 }
 """Modules that must stay usable without torch, and what they may use besides the standard library."""
