@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -28,6 +29,15 @@ def filled(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int
     raw = torch.arange(math.prod(shape) * dtype.itemsize) * 37 + 101 * seed
     raw = raw % (2 if dtype == torch.bool else 251)
     return raw.to(torch.uint8).view(dtype).view(shape)
+
+
+def saved_by_torch(dtype: torch.dtype) -> bool:
+    """Whether this torch has a way to save it."""
+    try:
+        torch.save(filled((2,), dtype), io.BytesIO())
+    except KeyError:
+        return False
+    return True
 
 
 def crc32(tensor: torch.Tensor) -> int:
@@ -63,10 +73,15 @@ def names(directory: Path) -> list[str]:
 
 def run(script: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
     """Runs a Python script in a process of its own; its last line of output is what it found."""
+    prelude = "import sys, os, torch, fastshard\nfrom fastshard import *\n"
+    return run_bare(prelude + textwrap.dedent(script), *arguments, **options)
+
+
+def run_bare(script: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """As :func:`run`, with nothing imported before the script's first line."""
     # Not from the checkout's top: its package would come before the installed one.
     options = {"capture_output": True, "text": True, "timeout": 120, "cwd": Path(__file__).parent, **options}
-    code = "import sys, os, torch, fastshard\nfrom fastshard import *\n" + textwrap.dedent(script)
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], **options)  # type: ignore[call-overload]
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)], **options)  # type: ignore[call-overload]
 
 
 def preload(library: Path, refuse: str) -> dict[str, str]:
