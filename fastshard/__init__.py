@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from .saving import save_files as save_files
     from .saving import save_model as save_model
     from .saving import stats as stats
+    from .sharded import load_sharded_state as load_sharded_state
+    from .sharded import save_sharded_state as save_sharded_state
 
 __version__ = "0.1.0"
 
@@ -51,12 +53,14 @@ _HOMES = {
     "load": "safetensors.torch",
     "load_file": "safetensors.torch",
     "load_model": "safetensors.torch",
+    "load_sharded_state": "fastshard.sharded",
     "prepare": "fastshard.prepared",
     "safe_open": "safetensors",
     "save": "fastshard.saving",
     "save_file": "fastshard.saving",
     "save_files": "fastshard.saving",
     "save_model": "fastshard.saving",
+    "save_sharded_state": "fastshard.sharded",
     "save_torch_model": "fastshard.hub",
     "save_torch_state_dict": "fastshard.hub",
     "stats": "fastshard.saving",

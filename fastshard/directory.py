@@ -231,8 +231,9 @@ def _finish_abandoned(directory: str) -> None:
 
 
 def _visibility(name: str) -> tuple[int, str]:
-    """An index shows its shards, and a single file is looked for before an index: the last to come."""
-    return (2 if name.endswith(".index.json") else 1 if name.endswith((".safetensors", ".bin")) else 0), name
+    """An index or a manifest shows its shards, and a single file is looked for before an index: the last to come."""
+    shows = name.endswith(".index.json") or name.startswith("fastshard-")
+    return (2 if shows else 1 if name.endswith((".safetensors", ".bin")) else 0), name
 
 
 def _files(top: str) -> list[str]:

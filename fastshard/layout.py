@@ -131,6 +131,8 @@ def read_header(file: BinaryIO, file_nbytes: int) -> FileHeader:
         raise ValueError(f"the header is not that of a safetensors file: {error!r}") from None
     reached = 0
     for tensor in tensors:
+        if not all(type(number) is int for number in (tensor.begin, tensor.end, *tensor.shape)):
+            raise ValueError(f"tensor {tensor.name!r} has {tensor[2:]} for shape and place")
         if tensor.begin != reached or tensor.end < tensor.begin:
             raise ValueError(
                 f"tensor {tensor.name!r} lies at {tensor.begin}:{tensor.end}, expected at {reached}"

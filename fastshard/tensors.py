@@ -87,7 +87,7 @@ def describe(
                 sound = False
                 tensor, view = _unusual_view(tensor, device, nbytes)
             if source is _FLOAT4:
-                shape = (*shape[:-1], 2 * shape[-1]) if shape else ()
+                shape = _unpacked(shape)
             entries.append(Entry(rank, name, code, shape, view, tensor))
     except Exception:  # whatever a stranger object raises: the reason is found in order
         _refuse(tensors, allow_strided)
@@ -99,6 +99,17 @@ def describe(
         entries = [_cast(entry, dtype) for entry in entries]
     entries.sort()
     return entries
+
+
+def stored_as(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
+    """Dtype and shape as a header says them. Raises ``KeyError`` for a dtype that the format does not have."""
+    shape = tuple(tensor.shape)
+    return _DTYPES[tensor.dtype][1], _unpacked(shape) if tensor.dtype is _FLOAT4 else shape
+
+
+def _unpacked(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of packed float4, counted in single elements."""
+    return (*shape[:-1], 2 * shape[-1]) if shape else ()
 
 
 def check_dtype(dtype: Any) -> None:
@@ -252,6 +263,15 @@ def current_streams(devices: Iterable[int]) -> dict[int, int]:
                 )
         streams[ordinal] = stream.cuda_stream
     return streams
+
+
+def copy_from(tensor: torch.Tensor, packed: memoryview) -> None:
+    """Copies the bytes that the tensor has in a file into it, wherever and however it lies."""
+    target = tensor.detach()
+    if not (target.is_conj() or target.is_neg()):
+        # As integers: not every backend copies every dtype.
+        target = target.view(_INTEGERS[target.element_size()])
+    target.copy_(torch.frombuffer(packed, dtype=torch.uint8).view(target.dtype).view(target.shape))
 
 
 def fetch(

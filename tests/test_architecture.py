@@ -25,7 +25,7 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 
 PYTHON = """
 layout records plan errors mapped sharing tensors engine planning saving prepared together archive directory staged hub offload
-transformers accelerate convert adapters patching auto __init__ cli __main__
+transformers accelerate convert adapters manifest reading sharded patching auto __init__ cli __main__
 """.split()
 """fastshard/ in reading order."""
 
@@ -36,6 +36,8 @@ FOREIGN = {
     "errors": {"safetensors"},
     "engine": {"tqdm"},
     "directory": set(),
+    "manifest": set(),
+    "reading": {"safetensors"},
     "patching": set(),
     "auto": set(),
     "cli": {"tqdm"},

@@ -21,6 +21,7 @@ from fastshard.bench import (
     ceilings,
     disturbance,
     harness,
+    load,
     machine,
     memory,
     models,
@@ -690,3 +691,17 @@ def test_ballast_of_nothing():
     touch_and_free(0)
     touch_and_free(-5)
     touch_and_free(1 << 20)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--cold"]])
+def test_loading_is_verified(tmp_path, capsys, arguments):
+    assert load.main(["--dir", str(tmp_path), "--gib", "0.004", "--rounds", "1", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert out.count("same bytes") == 2 and "times as fast" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_loads_are_noticed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(load.LOADERS, load.BASE, lambda tensors, directory: None)
+    assert load.main(["--dir", str(tmp_path), "--gib", "0.004", "--rounds", "1"]) == 1
+    assert "WRONG" in capsys.readouterr().out
