@@ -255,6 +255,14 @@ def _named_like(path: str, file: Any) -> Iterator[Any]:
         os.rmdir(folder)
 
 
+def _scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """In memory, if there is a place: beside a busy disk its removal would take as long as a save."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="fastshard-", dir="/dev/shm")
+    except OSError:
+        return tempfile.TemporaryDirectory(prefix="fastshard-")
+
+
 @contextlib.contextmanager
 def _ascii(folder: str) -> Iterator[str]:
     """The folder by a name that does not make torch open a file in Python."""

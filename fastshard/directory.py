@@ -28,6 +28,7 @@ import re
 import secrets
 import shutil
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -36,6 +37,7 @@ _STAGING: Final = re.compile(r"\.fastshard-[0-9a-f]{16}\.staging")
 _STAGED: Final = re.compile(rf"/{_STAGING.pattern}(/(new|old|now)\b)?")
 _LOCK_SECONDS: Final = 10.0
 """Putting files in place takes milliseconds; whoever holds the lock for longer uses it for something else."""
+_MOST_HELD: Final = 256
 _NO_LINKS: Final = frozenset(
     (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV, errno.EINVAL)
 )
@@ -61,6 +63,7 @@ def replacing(
     """
     made = _make_directories(directory) if create else []
     try:
+        _wait_for_space()
         with _locked(directory):
             _finish_abandoned(directory)
             staging = _Staging(directory, durable)
@@ -92,6 +95,7 @@ class _Staging:
         self.new = os.path.join(self.path, "new")
         self.old = os.path.join(self.path, "old")
         self.now = os.path.join(self.path, "now")
+        self._held: list[int] = []
         if name is None:
             os.mkdir(self.path)
         try:
@@ -111,8 +115,10 @@ class _Staging:
     def close(self) -> None:
         """Removes it, unless others are at work in it or names still lead into it."""
         if self.mine and not any(self._is_ours(name) for name in self._names()):
+            for path in (self.new, self.old, *(os.path.join(self.old, name) for name in _files(self.old))):
+                self._hold(path)
             shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._fd)
+        _let_go([*self._held, self._fd])
 
     def put_in_place(self, stale: Callable[[str], bool]) -> None:
         names = _files(self.new)
@@ -180,11 +186,18 @@ class _Staging:
         """Replaces the links by the files they lead to."""
         for name in self._names():
             if self._is_ours(name):
+                self._hold(self._place(name))
                 source = os.path.join(self.now, name)
                 if os.path.lexists(source):
                     os.rename(source, self._place(name))
                 else:
                     os.unlink(self._place(name))
+
+    def _hold(self, path: str) -> None:
+        """Keeps what is about to lose its name, as to free it takes time: :func:`_let_go`."""
+        if len(self._held) < _MOST_HELD:
+            with contextlib.suppress(OSError):
+                self._held.append(os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))
 
     def _names(self) -> list[str]:
         return sorted({*_files(self.new), *_files(self.old)})
@@ -254,6 +267,47 @@ def _make_directories(path: str) -> list[str]:
     for folder in reversed(missing):
         os.makedirs(folder, exist_ok=True)
     return missing[::-1]
+
+
+_going: dict[threading.Event, list[int]] = {}
+"""Descriptors that are being closed, by what is set when they are."""
+
+
+def _let_go(descriptors: list[int]) -> None:
+    """Closes them on a thread of their own. With the last descriptor the kernel frees what has lost its name: on a
+    disk that is being written to a tenth of a second even for an empty directory (ext4 then waits for its journal)."""
+    gone = threading.Event()
+    _going[gone] = descriptors
+
+    def close() -> None:
+        try:
+            while descriptors:  # what is in there is open, whenever the process forks
+                os.close(descriptors.pop())
+        finally:
+            del _going[gone]
+            gone.set()
+
+    try:
+        threading.Thread(target=close, name="fastshard-let-go", daemon=True).start()
+    except RuntimeError:  # no more threads, or the interpreter ends
+        close()
+
+
+def _wait_for_space() -> None:
+    """What was let go may be what the next save needs room for."""
+    for gone in list(_going):
+        gone.wait()
+
+
+def _close_in_child() -> None:
+    """A forked process must not keep what its parent lets go."""
+    for descriptors in _going.values():
+        for fd in descriptors:
+            os.close(fd)
+    _going.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _lock(fd: int) -> bool | None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from helpers import names, snapshot
 
-from fastshard.directory import replacing
+from fastshard.directory import _wait_for_space, replacing
 
 OPERATIONS = ("chmod", "link", "mkdir", "rename", "rmdir", "symlink", "unlink")
 
@@ -357,3 +357,44 @@ def test_a_directory_that_is_locked_for_something_else(
     save(tmp_path, checkpoint("new"))
     assert found(tmp_path) == "new"
     os.close(fd)
+
+
+def open_files(pid: int | str = "self") -> list[str]:
+    found = []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            found.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    return found
+
+
+def test_what_was_replaced_is_freed_soon_and_not_kept_by_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, checkpoint("old"))
+    hesitate = threading.Event()
+    close = os.close
+
+    def closing(fd: int) -> None:
+        if threading.current_thread().name == "fastshard-let-go":
+            hesitate.wait()
+        close(fd)
+
+    _wait_for_space()  # for what other tests let go
+    monkeypatch.setattr(os, "close", closing)
+    save(tmp_path, checkpoint("new"))
+    assert names(tmp_path) == sorted(checkpoint("new"))
+    held = [path for path in open_files() if str(tmp_path) in path]
+    assert any("model-00001-of-00003.safetensors" in path for path in held)
+    read, written = os.pipe()
+
+    def look() -> None:
+        kept = [path for path in open_files() if str(tmp_path) in path]
+        os.write(written, json.dumps(kept).encode())
+
+    assert in_child(look) == 0
+    assert len(json.loads(os.read(read, 1 << 16))) <= 1  # the one that is being closed
+    hesitate.set()
+    save(tmp_path, checkpoint("next"))  # waits for it
+    close(read)
+    close(written)
+    assert not [path for path in open_files() if "/old/" in path and "new" in path]
