@@ -24,7 +24,7 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """csrc/ in reading order."""
 
 PYTHON = """
-layout plan errors mapped offload sharing tensors engine planning saving prepared directory staged hub
+layout plan errors mapped sharing tensors engine planning saving prepared directory staged hub
 __init__ cli __main__
 """.split()
 """fastshard/ in reading order."""
