@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from .hub import save_torch_state_dict as save_torch_state_dict
     from .prepared import PreparedSave as PreparedSave
     from .prepared import prepare as prepare
+    from .reshard import merge_checkpoint as merge_checkpoint
+    from .reshard import reshard_checkpoint as reshard_checkpoint
+    from .reshard import shard_checkpoint as shard_checkpoint
     from .saving import save as save
     from .saving import save_file as save_file
     from .saving import save_files as save_files
@@ -43,7 +46,9 @@ _HOMES = {
     "load": "safetensors.torch",
     "load_file": "safetensors.torch",
     "load_model": "safetensors.torch",
+    "merge_checkpoint": "fastshard.reshard",
     "prepare": "fastshard.prepared",
+    "reshard_checkpoint": "fastshard.reshard",
     "safe_open": "safetensors",
     "save": "fastshard.saving",
     "save_file": "fastshard.saving",
@@ -51,6 +56,7 @@ _HOMES = {
     "save_model": "fastshard.saving",
     "save_torch_model": "fastshard.hub",
     "save_torch_state_dict": "fastshard.hub",
+    "shard_checkpoint": "fastshard.reshard",
     "stats": "fastshard.saving",
 }
 

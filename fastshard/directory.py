@@ -29,7 +29,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 _STAGING: Final = re.compile(r"\.fastshard-[0-9a-f]{16}\.staging")
@@ -45,13 +45,14 @@ def replacing(
     directory: str,
     stale: Callable[[str], bool] = lambda name: False,
     *,
+    obsolete: Iterable[str] = (),
     create: bool = False,
     durable: bool = False,
 ) -> Iterator[str]:
     """Gives a hidden directory to write files to. When the block ends they stand in ``directory``, all at once.
 
-    Files that stand there under the same names are replaced, and those for whose names ``stale`` holds are removed,
-    in the same moment. Replaced files hand on their mode (and owner, where that is allowed); a symbolic link is
+    Files that stand there under the same names are replaced, and those for whose names ``stale`` holds and those of
+    ``obsolete``, paths relative to ``directory``, are removed, in the same moment. Replaced files hand on their mode (and owner, where that is allowed); a symbolic link is
     replaced itself. After an exception everything is as it was. ``create``: make the directory if it is missing.
     ``durable``: all of it is on stable storage when the block has ended.
 
@@ -66,7 +67,7 @@ def replacing(
         try:
             yield staging.new
             with _locked(directory):
-                staging.put_in_place(stale)
+                staging.put_in_place(stale, obsolete)
         finally:
             staging.close()
         made = []
@@ -113,7 +114,7 @@ class _Staging:
             shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._fd)
 
-    def put_in_place(self, stale: Callable[[str], bool]) -> None:
+    def put_in_place(self, stale: Callable[[str], bool], obsolete: Iterable[str]) -> None:
         names = _files(self.new)
         for name in names:
             self._inherit(name)
@@ -121,6 +122,9 @@ class _Staging:
             entry.name
             for entry in os.scandir(self.directory)
             if entry.name not in names and stale(entry.name) and (entry.is_symlink() or not entry.is_dir())
+        ]
+        gone += [
+            name for name in obsolete if name not in (*names, *gone) and os.path.lexists(self._place(name))
         ]
         present = [name for name in names if os.path.lexists(self._place(name))] + gone
         for name in names:
@@ -130,7 +134,9 @@ class _Staging:
                 _sync(path)
         linked = False
         try:
-            linked = bool(present) and self._redirect(names, present)
+            # Of new files the last one shows the others, unless they are in several folders.
+            several = len({os.path.dirname(name) for name in names}) > 1
+            linked = (bool(present) or several) and self._redirect(names, present)
             if linked:
                 self._point_to("new")
         finally:

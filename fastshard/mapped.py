@@ -85,9 +85,7 @@ class MappedFile:
         with _lock:
             mapping = _mappings.get(self._identity)
             if mapping is None:
-                mapping = _native.SourceFile(
-                    file.fileno(), self._identity.nbytes, os.fsencode(self.path)
-                )
+                mapping = _native.SourceFile(file.fileno(), self._identity.nbytes, os.fsencode(self.path))
                 _mappings[self._identity] = mapping
             return mapping
 
@@ -142,9 +140,7 @@ class MappedFile:
             shape = (*shape[:-1], shape[-1] // 2)
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes != stored.end - stored.begin:
-            raise ValueError(
-                f"{dtype} of shape {shape} has {nbytes} bytes, not {stored.end - stored.begin}"
-            )
+            raise ValueError(f"{dtype} of shape {shape} has {nbytes} bytes, not {stored.end - stored.begin}")
         return self.view(dtype, shape, begin + stored.begin)
 
     def _contents(self) -> _Contents:

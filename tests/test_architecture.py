@@ -25,7 +25,7 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 
 PYTHON = """
 layout plan errors mapped sharing tensors engine planning saving prepared directory staged hub
-__init__ cli __main__
+checkpoint tp_plan model_plan parts rank_folders reshard __init__ cli __main__
 """.split()
 """fastshard/ in reading order."""
 
@@ -35,6 +35,8 @@ FOREIGN = {
     "errors": {"safetensors"},
     "engine": {"tqdm"},
     "directory": set(),
+    "checkpoint": set(),
+    "tp_plan": set(),
     "cli": {"tqdm"},
 }
 """Modules that must stay usable without torch, and what they may use besides the standard library."""
