@@ -25,7 +25,7 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 
 PYTHON = """
 layout plan errors mapped sharing tensors engine planning saving prepared directory staged hub
-checkpoint tp_plan model_plan parts rank_folders reshard __init__ cli __main__
+checkpoint tp_plan model_plan parts rank_folders reshard __init__ cli_checkpoints cli __main__
 """.split()
 """fastshard/ in reading order."""
 
@@ -37,6 +37,7 @@ FOREIGN = {
     "directory": set(),
     "checkpoint": set(),
     "tp_plan": set(),
+    "cli_checkpoints": set(),
     "cli": {"tqdm"},
 }
 """Modules that must stay usable without torch, and what they may use besides the standard library."""
