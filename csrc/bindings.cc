@@ -323,6 +323,13 @@ PYBIND11_MODULE(_native, module) {
           },
           "address"_a);
 
+  module.def(
+      "same_bytes",
+      [](uintptr_t one, uintptr_t other, uint64_t nbytes) {
+        return same_bytes(reinterpret_cast<const std::byte*>(one), reinterpret_cast<const std::byte*>(other), nbytes);
+      },
+      "one"_a, "other"_a, "nbytes"_a, Released());
+
   // Uninitialised bytes to be filled before anybody else sees them, and their address.
   module.def(
       "new_bytes",

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -150,6 +151,44 @@ void read_from_files(SavePlan& plan) {
       }
     }
   }
+}
+
+namespace {
+
+// Memory being compared.
+class Piece {
+ public:
+  Piece(Pagemap& pagemap, std::span<const std::byte> bytes) : file_(SourceFile::at(bytes.data())), bytes_(bytes) {
+    if (file_ != nullptr && pagemap.changed(bytes)) file_ = nullptr;
+    if (file_ == nullptr) return;
+    bytes_ = {file_->engine_address(bytes.data()), bytes.size()};
+    file_->bring_in(bytes_);
+  }
+  ~Piece() {
+    if (file_ != nullptr) file_->drop(bytes_);
+  }
+  Piece(const Piece&) = delete;
+  Piece& operator=(const Piece&) = delete;
+
+  bool operator==(const Piece& other) const {
+    return std::memcmp(bytes_.data(), other.bytes_.data(), bytes_.size()) == 0;
+  }
+
+ private:
+  const SourceFile* file_;
+  std::span<const std::byte> bytes_;
+};
+
+}  // namespace
+
+bool same_bytes(const std::byte* one, const std::byte* other, uint64_t nbytes) {
+  constexpr uint64_t kPieceNbytes = 1 << 20;
+  Pagemap pagemap;
+  for (uint64_t done = 0; done < nbytes; done += kPieceNbytes) {
+    const uint64_t piece = std::min(kPieceNbytes, nbytes - done);
+    if (!(Piece(pagemap, {one + done, piece}) == Piece(pagemap, {other + done, piece}))) return false;
+  }
+  return true;
 }
 
 }  // namespace fastshard

@@ -56,4 +56,7 @@ class SourceFile {
 // file, or, if somebody has changed the tensor, from the tensor's own memory. To be called again before the next one.
 void read_from_files(SavePlan& plan);
 
+// memcmp() == 0 of two ranges of memory, either of which may be a file's and is then read as a save would.
+bool same_bytes(const std::byte* one, const std::byte* other, uint64_t nbytes);
+
 }  // namespace fastshard

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from .errors import SaveError as SaveError
     from .hub import save_torch_model as save_torch_model
     from .hub import save_torch_state_dict as save_torch_state_dict
+    from .patching import install as install
+    from .patching import installed as installed
+    from .patching import uninstall as uninstall
     from .prepared import PreparedSave as PreparedSave
     from .prepared import prepare as prepare
     from .reshard import merge_checkpoint as merge_checkpoint
@@ -43,6 +46,8 @@ _HOMES = {
     "SaveError": "fastshard.errors",
     "SaveFuture": "fastshard.engine",
     "Stats": "fastshard.engine",
+    "install": "fastshard.patching",
+    "installed": "fastshard.patching",
     "load": "safetensors.torch",
     "load_file": "safetensors.torch",
     "load_model": "safetensors.torch",
@@ -58,6 +63,7 @@ _HOMES = {
     "save_torch_state_dict": "fastshard.hub",
     "shard_checkpoint": "fastshard.reshard",
     "stats": "fastshard.saving",
+    "uninstall": "fastshard.patching",
 }
 
 __all__ = list(_HOMES)

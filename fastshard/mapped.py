@@ -10,7 +10,6 @@ has been cut as :class:`~fastshard.SaveError` where plain mapped memory would be
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import stat
@@ -43,6 +42,10 @@ class _Identity(NamedTuple):
     nbytes: int
     modified_ns: int
 
+    @staticmethod
+    def of(info: os.stat_result) -> _Identity:
+        return _Identity(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
+
 
 class _Contents(NamedTuple):
     """Of a safetensors file."""
@@ -70,14 +73,17 @@ class MappedFile:
     def __init__(self, path: PathLike) -> None:
         self.path = os.fspath(path)
         # Not to hang on a pipe: the path may come from an index that somebody else wrote.
-        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb", buffering=0) as file:
-            info = os.fstat(file.fileno())
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode):
                 raise ValueError(f"{self.path!r} is not a regular file")
-            self._identity = _Identity(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
-            self._mapping = self._map(file)
+            self._identity = _Identity.of(info)
+            self._mapping = self._map(fd)
+        finally:
+            os.close(fd)
 
-    def _map(self, file: io.FileIO) -> _native.SourceFile | None:
+    def _map(self, fd: int) -> _native.SourceFile | None:
         from . import _native
 
         if self._identity.nbytes == 0:
@@ -85,7 +91,7 @@ class MappedFile:
         with _lock:
             mapping = _mappings.get(self._identity)
             if mapping is None:
-                mapping = _native.SourceFile(file.fileno(), self._identity.nbytes, os.fsencode(self.path))
+                mapping = _native.SourceFile(fd, self._identity.nbytes, os.fsencode(self.path))
                 _mappings[self._identity] = mapping
             return mapping
 
@@ -156,8 +162,7 @@ class MappedFile:
     def _read_header(self) -> _Contents:
         # By descriptor, as a read tells where a look into the mapping would end the process.
         with open(self.path, "rb") as file:
-            info = os.fstat(file.fileno())
-            if _Identity(info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns) != self._identity:
+            if _Identity.of(os.fstat(file.fileno())) != self._identity:
                 raise SafetensorError(f"{self.path!r} was replaced while it was being opened")
             try:
                 header = read_header(file, self.nbytes)
@@ -170,3 +175,20 @@ def load_mapped(path: PathLike) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, by position in it, without reading them: see the module's text."""
     file = MappedFile(path)
     return {name: file.tensor(name) for name in file.names()}
+
+
+def lies_in_file(tensor: torch.Tensor) -> bool:
+    """Whether this is one of these tensors, or a view of one."""
+    from . import _native
+
+    return tensor.is_cpu and _native.SourceFile.at(tensor.data_ptr()) is not None
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two contiguous CPU tensors of one size hold the same bytes, found out without taking memory.
+
+    Raises ``OSError``, naming the file, where one of them has been cut.
+    """
+    from . import _native
+
+    return a.data_ptr() == b.data_ptr() or _native.same_bytes(a.data_ptr(), b.data_ptr(), a.nbytes)

@@ -24,8 +24,9 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """csrc/ in reading order."""
 
 PYTHON = """
-layout plan errors mapped sharing tensors engine planning saving prepared directory staged hub
-checkpoint tp_plan model_plan parts rank_folders reshard __init__ cli_checkpoints cli __main__
+layout plan errors mapped sharing tensors engine planning saving prepared directory staged hub offload transformers
+accelerate adapters patching auto checkpoint tp_plan model_plan parts rank_folders reshard __init__
+cli_checkpoints cli __main__
 """.split()
 """fastshard/ in reading order."""
 
@@ -38,6 +39,8 @@ FOREIGN = {
     "checkpoint": set(),
     "tp_plan": set(),
     "cli_checkpoints": set(),
+    "patching": set(),
+    "auto": set(),
     "cli": {"tqdm"},
 }
 """Modules that must stay usable without torch, and what they may use besides the standard library."""
