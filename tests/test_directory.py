@@ -155,6 +155,36 @@ def test_killed_in_a_new_directory_there_is_no_checkpoint_or_a_whole_one(tmp_pat
     assert count > 5
 
 
+def test_killed_in_new_folders_there_is_nothing_or_everything(tmp_path: Path) -> None:
+    """Of several folders none shows the others: a link decides for them, too."""
+    files = {"rank-0/weights": "new", "rank-1/weights": "new", "manifest": "new"}
+    seen = []
+    for count in range(100):
+        directory = tmp_path / str(count)
+        directory.mkdir()
+        killed = killed_at(count, directory, files)
+        stands = {(directory / name).is_file() for name in files}
+        assert len(stands) == 1
+        seen += stands
+        save(directory, {"another": "x"})  # ends what was begun
+        assert {(directory / name).exists() for name in files} == stands
+        assert not any(path.is_symlink() for path in directory.rglob("*"))
+        if not killed:
+            break
+    assert count > 10
+    assert seen == sorted(seen)
+
+
+def test_obsolete_files_go_in_the_same_moment(tmp_path: Path) -> None:
+    write(tmp_path, {"a/one": "old", "a/two": "old", "b": "old", "c": "kept"})
+    with replacing(str(tmp_path), obsolete=["a/one", "a/two", "b", "missing"]) as staging:
+        write(staging, {"a/one": "new"})
+        assert (tmp_path / "b").read_text() == "old"
+    assert (tmp_path / "a/one").read_text() == "new"
+    assert names(tmp_path) == ["a", "c"]
+    assert names(tmp_path / "a") == ["one"]
+
+
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), KeyboardInterrupt()])
 def test_a_failure_anywhere_puts_everything_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
