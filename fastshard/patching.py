@@ -63,6 +63,7 @@ TABLE: tuple[Entry, ...] = (
         "fastshard.adapters:save_torch_state_dict",
     ),
     Entry("huggingface_hub.serialization._torch", "save_torch_model", "fastshard.adapters:save_torch_model"),
+    Entry("torch.serialization", "save", "fastshard.adapters:torch_save"),
     Entry(
         "transformers.modeling_utils",
         "PreTrainedModel.save_pretrained",

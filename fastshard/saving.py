@@ -236,6 +236,10 @@ def finish(future: SaveFuture, progress: bool | None, files: Mapping[PathLike, E
         os.fspath(filename): {entry.name: value for entry, value in zip(entries, values)}
         for (filename, entries), values in zip(files.items(), future.checksums())
     }
-    figures = dataclasses.replace(figures, checksums=checksums)
+    return keep_stats(dataclasses.replace(figures, checksums=checksums))
+
+
+def keep_stats(figures: Stats) -> Stats:
+    """Keeps them for :func:`stats`."""
     _newest.stats = figures
     return figures

@@ -24,14 +24,15 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """csrc/ in reading order."""
 
 PYTHON = """
-layout plan errors mapped sharing tensors engine planning saving prepared directory staged hub offload transformers
-accelerate adapters patching auto checkpoint tp_plan model_plan parts rank_folders reshard __init__
-cli_checkpoints cli __main__
+layout records plan errors mapped sharing tensors engine planning saving prepared archive directory staged hub offload
+transformers accelerate convert adapters patching auto checkpoint tp_plan model_plan parts rank_folders reshard
+__init__ cli_checkpoints cli __main__
 """.split()
 """fastshard/ in reading order."""
 
 FOREIGN = {
     "layout": set(),
+    "records": set(),
     "plan": set(),
     "errors": {"safetensors"},
     "engine": {"tqdm"},
