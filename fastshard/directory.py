@@ -82,6 +82,38 @@ def replacing(
                 os.rmdir(path)
 
 
+@contextlib.contextmanager
+def creating(directory: str, *, durable: bool = False) -> Iterator[str]:
+    """Gives a hidden directory to write files and directories to. When the block ends it is ``directory``.
+
+    One rename makes it so: nothing is there before. ``directory`` must be missing, or empty (and no mount point). After
+    an exception everything is as it was; errors and ``durable`` as for :func:`replacing`.
+    """
+    place = os.path.realpath(directory)
+    parent = os.path.dirname(place)
+    made = _make_directories(parent)
+    try:
+        with _locked(parent):
+            _finish_abandoned(parent)
+            staging = _Staging(parent, durable)
+        try:
+            created = os.path.join(staging.new, os.path.basename(place))
+            os.mkdir(created)
+            yield created
+            staging.put_directory_in_place(created, place)
+        finally:
+            staging.close()
+        made = []
+    except OSError as error:
+        error.filename = _final(error.filename)
+        error.filename2 = _final(error.filename2)
+        raise
+    finally:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+
+
 class _Staging:
     """The hidden directory, and how its files get to their places."""
 
@@ -150,6 +182,17 @@ class _Staging:
         if self.durable:
             for path in {os.path.dirname(self._place(name)) for name in (*names, *gone)}:
                 _sync(path)
+
+    def put_directory_in_place(self, created: str, place: str) -> None:
+        if os.path.isdir(place):
+            os.chmod(created, stat.S_IMODE(os.stat(place).st_mode))
+        if self.durable:
+            for folder, _, files in os.walk(created):
+                for path in (*(os.path.join(folder, name) for name in files), folder):
+                    _sync(path)
+        os.rename(created, place)
+        if self.durable:
+            _sync(self.directory)
 
     def _redirect(self, names: list[str], present: list[str]) -> bool:
         """Replaces every name by a link that leads to its old file; false where that is not possible."""

@@ -42,7 +42,7 @@ from .checkpoint import (
     read_object,
     write_text,
 )
-from .directory import replacing
+from .directory import creating, replacing
 from .engine import Engine, Options, engine_for
 from .layout import RANKS, header
 from .model_plan import ModelPlan
@@ -285,7 +285,13 @@ def _target(out: PathLike, src: str, force: bool, how: How, in_place: bool = Fal
         if present and not force:
             raise FileExistsError(errno.EEXIST, "the target is not empty (force replaces it)", folder)
         old = _checkpoint_in(folder)
-    with replacing(folder, obsolete=old, create=True, durable=how.durable) as stage:
+    empty = not os.path.lexists(folder) or (os.path.isdir(folder) and not os.listdir(folder))
+    target = (
+        creating(folder, durable=how.durable)
+        if empty and not os.path.ismount(folder)
+        else replacing(folder, obsolete=old, create=True, durable=how.durable)
+    )
+    with target as stage:
         yield stage
     for place in {os.path.dirname(name) for name in old} - {""}:
         with contextlib.suppress(OSError):
