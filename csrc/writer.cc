@@ -190,7 +190,7 @@ FileWriter::FileWriter(const FilePlan& plan, std::shared_ptr<OutputFile> file, c
     limits.in_place = false;
     limits.packed_nbytes = file_ == nullptr ? kMemoryNbytes : kWindowNbytes;
     writers_ = resources_.workers.threads();
-  } else if (checksums) {
+  } else if (checksums && !from_files_) {
     writers_ = std::min<size_t>(resources_.workers.threads(), 2);
   }
   if (from_files_) {
@@ -230,17 +230,21 @@ void FileWriter::write_chunks() {
   check_chunks_in_place();
 }
 
-// What no writer ever has in its cache may as well be read by another thread, beside the write.
+// What no writer ever has in its cache may as well be read by another thread, beside the write. Tensors that lie in
+// files are there only while they are written.
 void FileWriter::check_chunks_in_place() {
-  if (checksums_.empty()) return;
+  if (checksums_.empty() || from_files_) return;
   for (size_t index; (index = next_checked_++) < schedule_.chunks.size();) {
     if (progress_.stop) throw Cancelled();
     const Chunk& chunk = schedule_.chunks[index];
-    if (chunk.route != Route::in_place) continue;
-    const Timer timer(progress_.copy_ns);
-    for (const CopyOp& op : schedule_.ops_of(chunk)) {
-      for_each_run(op, [&](uint64_t first, std::span<const std::byte> run) { checksums_[op.item].add(first, run); });
-    }
+    if (chunk.route == Route::in_place) check_in_place(chunk);
+  }
+}
+
+void FileWriter::check_in_place(const Chunk& chunk) {
+  const Timer timer(progress_.copy_ns);
+  for (const CopyOp& op : schedule_.ops_of(chunk)) {
+    for_each_run(op, [&](uint64_t first, std::span<const std::byte> run) { checksums_[op.item].add(first, run); });
   }
 }
 
@@ -364,6 +368,7 @@ bool FileWriter::write_unstaged(const Chunk& chunk) {
 // Host memory in long runs: the kernel reads it from where it lies.
 void FileWriter::write_in_place(const Chunk& chunk) {
   const SourcePages sources(*this, chunk);
+  if (from_files_ && !checksums_.empty()) check_in_place(chunk);
   std::vector<iovec> parts;
   parts.reserve(chunk.op_count);
   for (const CopyOp& op : schedule_.ops_of(chunk)) {

@@ -85,6 +85,7 @@ class FileWriter {
   void write_chunks_in_turn();
   void write_chunks_directly();
   void check_chunks_in_place();
+  void check_in_place(const Chunk& chunk);
   const Chunk* claim();
   int node_of(const Chunk& chunk) const;
   bool write_unstaged(const Chunk& chunk);

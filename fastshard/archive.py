@@ -20,18 +20,20 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from . import tensors as _tensors
-from .engine import Amend, Engine, Options, engine_for, progress_wanted
+from .engine import Amend, Engine, Options, Stats, engine_for, progress_wanted
 from .errors import ArchiveError
 from .plan import FETCHED, HOST, FilePlan, TensorView
 from .planning import collector_paused, encoded_path
 from .records import Archive, UnknownLayout
 from .saving import keep_stats
+from .together import end_save
 
+_STORAGES: Final = (torch.storage.TypedStorage, torch.UntypedStorage)
 Storage = Any
 """An ``UntypedStorage``."""
 
@@ -107,7 +109,12 @@ def torch_save(
             plan_seconds=time.perf_counter() - began,
             description=os.path.basename(path),
         )
-        keep_stats(future.result(progress_wanted(progress)))
+
+    def finish() -> Stats:
+        with _archive_errors(path):
+            return keep_stats(future.result(progress_wanted(progress)))
+
+    end_save(future, finish)
 
 
 def _original() -> Callable[..., None]:
@@ -198,6 +205,8 @@ class _Recorder:
         met = self._met
 
         def record(pickler: Any, obj: object) -> Any:
+            if not isinstance(obj, _STORAGES):  # most objects: quicker than torch finds out
+                return None
             found = persistent_id(pickler, obj)
             if found is not None:  # ("storage", type, key, location, elements)
                 met[found[2]] = getattr(obj, "_untyped_storage", obj)
@@ -234,10 +243,16 @@ def _named_like(path: str, file: Any) -> Iterator[Any]:
     if not path.isascii():
         yield file
         return
-    with tempfile.TemporaryDirectory(prefix="fastshard-") as folder, _ascii(folder) as place:
-        link = f"{place}/{os.path.basename(path)}"
+    folder = tempfile.mkdtemp(prefix="fastshard-")
+    link = os.path.join(folder, os.path.basename(path))
+    try:
         os.symlink(f"/proc/self/fd/{file.fileno()}", link)
-        yield link
+        with _ascii(folder) as place:
+            yield os.path.join(place, os.path.basename(path))
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(link)
+        os.rmdir(folder)
 
 
 @contextlib.contextmanager

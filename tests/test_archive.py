@@ -41,6 +41,7 @@ from test_cuda_path import on_device
 import fastshard
 from fastshard import ArchiveError, archive, stats, tensors, torch_save
 from fastshard.engine import Engine
+from fastshard.mapped import load_mapped
 from fastshard.plan import FETCHED, HOST
 from fastshard.records import Archive, UnknownLayout
 
@@ -746,3 +747,8 @@ def test_damaged_archives_never_do_worse_than_raise() -> None:
             damaged[-chance.randrange(1, 1200)] = chance.randrange(256)
         with contextlib.suppress(UnknownLayout):
             Archive(bytes(damaged)).amendments({"data/0": 1})
+
+
+def test_tensors_that_lie_in_files(tmp_path: Path) -> None:
+    fastshard.save_file({"a": filled((MIB,), torch.uint8), "b": filled((9,))}, tmp_path / "source")
+    check(load_mapped(tmp_path / "source"), tmp_path)
