@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fastshard import cli, merge_checkpoint, reshard, reshard_checkpoint, shard_checkpoint
+from fastshard import cli, merge_checkpoint, reshard, reshard_checkpoint, saving, shard_checkpoint
 from fastshard import parts as parts_module
 from fastshard.checkpoint import read_checkpoint
 
@@ -475,8 +475,10 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     source = simple(tmp_path / "source")
     shard_checkpoint(source, tmp_path / "parts", 2, plan=SIMPLE)
     before = tree(tmp_path / "parts")
+    finish = saving.finish
 
-    def fail(*_: object) -> None:
+    def fail(*what: object) -> None:
+        finish(*what)
         raise OSError(5, "no more", "x")
 
     monkeypatch.setattr("fastshard.saving.finish", fail)
