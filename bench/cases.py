@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .models import LIBRARIES, llama_shapes
-from .rivals import BASE, KINDS, Shard
+from .rivals import BASE, KINDS, TP, Shard
 from .samples import DURABLE, GIB, MIB, MODES, RETURN
 
 BF16 = torch.bfloat16
@@ -223,6 +223,35 @@ def llama(nbytes: int, device: str, files: int = 1) -> list[Shard]:
     sizes = [tensor.nbytes for tensor in tensors.values()]
     # A shard that is closed is short of this by less than a tensor: the rest always fits into the last one.
     return cut(tensors, (sum(sizes) + (files - 1) * max(sizes)) // files)
+
+
+def decoder_shapes(width: float = 1.0) -> dict[str, tuple[int, ...]]:
+    """Eight layers of Llama-3-8B's widths, a vocabulary of 32000: 3.7 GiB in bf16; each width divided by ``width`` and
+    still divisible by the ranks."""
+
+    def divided(size: int) -> int:
+        return TP * max(1, round(size / width / TP))
+
+    hidden, inner, kv, vocab = divided(4096), divided(14336), divided(1024), divided(32000)
+    shapes = {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
+    for i in range(8):
+        layer = f"model.layers.{i}"
+        for name, size in (("q", hidden), ("k", kv), ("v", kv), ("o", hidden)):
+            shapes[f"{layer}.self_attn.{name}_proj.weight"] = (size, hidden)
+        for name in ("gate", "up"):
+            shapes[f"{layer}.mlp.{name}_proj.weight"] = (inner, hidden)
+        shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, inner)
+    return shapes
+
+
+DECODER_NBYTES = 2 * sum(map(math.prod, decoder_shapes().values()))
+
+
+def decoder(nbytes: int, device: str) -> list[Shard]:
+    """The weights of a decoder in one file."""
+    fill = Filler(device, nbytes)
+    width = max(1.0, math.sqrt(DECODER_NBYTES / nbytes))
+    return [{name: fill(*shape) for name, shape in decoder_shapes(width).items()}]
 
 
 def training(nbytes: int, device: str) -> list[Shard]:
@@ -469,6 +498,17 @@ _ALL = (
         memory=True,
     ),
     Case(
+        "tp-shard",
+        "a checkpoint on disk cut into the parts of four ranks, against two threads that copy it",
+        decoder,
+        ("fastshard-shard", "copy-threads"),
+        base="copy-threads",
+        natural_nbytes=DECODER_NBYTES,
+        modes=(RETURN,),
+        default_on=(CPU,),
+        memory=True,
+    ),
+    Case(
         "tmpfs-one",
         "first save to tmpfs, one file",
         blocks,
@@ -547,6 +587,9 @@ GOALS = (
     Goal("trainer", 2.5, against="transformers-trainer", by="fastshard-trainer"),
     Goal("offloaded", 256, against=MEMORY, by="fastshard-offloaded"),
     Goal("offloaded", 256, against=HIGH_WATER, by="fastshard-offloaded"),
+    Goal("tp-shard", 0.8, against="copy-threads", by="fastshard-shard"),
+    Goal("tp-shard", 128, against=MEMORY, by="fastshard-shard"),
+    Goal("tp-shard", 128, against=HIGH_WATER, by="fastshard-shard"),
     Goal("prepared", 0.95, against="link", by="prepared", on=CUDA),
     Goal("tmpfs-eight", 0.5, against="link", on=CUDA),
     Goal("tmpfs-eight", 10, on=CUDA),

@@ -30,7 +30,7 @@ from . import ceilings, disturbance, machine, memory
 from .cases import CPU, FULL_NBYTES, SHM, Case
 from .ceilings import CEILINGS
 from .machine import cpu_count, free_nbytes, memory_nbytes
-from .rivals import BASE, OFFLOADED, RIVALS, US, Job, Rival, Unavailable
+from .rivals import BASE, OFFLOADED, RIVALS, SOURCES, US, Job, Rival, Unavailable
 from .samples import DURABLE, GIB, MIB, CaseResult, Disturbance, Row
 from .verify import Mismatch, Reference
 
@@ -377,6 +377,6 @@ def run_case(
         if name in settings.memory and settings.in_time():
             empty(out)
             result.memory.append(memory.measure(case.name, name, nbytes, settings.device, out))
-    for directory in (out, out.with_name("standing"), out.with_name(OFFLOADED)):
+    for directory in (out, out.with_name("standing"), out.with_name(OFFLOADED), out.with_name(SOURCES)):
         shutil.rmtree(directory, ignore_errors=True)
     return result

@@ -20,10 +20,21 @@ from typing import Any
 import torch
 
 from . import models
-from .samples import DURABLE, MODES, RETURN
+from .samples import DURABLE, MIB, MODES, RETURN
 
 KINDS = ("cpu", "cuda")
 """Kinds of devices that tensors can be on."""
+
+TP = 4
+"""Ranks of tensor parallelism."""
+TP_PLAN = {
+    "model.embed_tokens": "embedding_rowwise",
+    "lm_head": "colwise",
+    **{f"model.layers.*.self_attn.{name}_proj": "colwise" for name in "qkv"},
+    **{f"model.layers.*.mlp.{name}_proj": "colwise" for name in ("gate", "up")},
+    "model.layers.*.self_attn.o_proj": "rowwise",
+    "model.layers.*.mlp.down_proj": "rowwise",
+}
 
 Shard = dict[str, torch.Tensor]
 """The tensors of one file. Names are unique over all the shards of a case."""
@@ -422,6 +433,46 @@ def _offloaded(job: Job) -> Callable[[], None]:
     return lambda: model.save_pretrained(job.out)
 
 
+def source_of(job: Job) -> Path:
+    """A folder beside the output with the job's tensors in a file, in the page cache; made when first asked for."""
+    from safetensors.torch import save_file
+
+    folder = job.out.with_name(SOURCES) / str(job.nbytes)
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        save_file(job.merged(), folder / "model.safetensors")
+    return folder
+
+
+def _shard(job: Job) -> Callable[[], None]:
+    import fastshard
+
+    if not hasattr(fastshard, "shard_checkpoint"):
+        raise Unavailable("this fastshard has no shard_checkpoint")
+    shard_checkpoint, source = fastshard.shard_checkpoint, source_of(job)
+    return lambda: shard_checkpoint(source, job.out, TP, plan=TP_PLAN)
+
+
+def _copy_threads(job: Job) -> Callable[[], None]:
+    """The same bytes to as many files, a quarter of the source to each: nothing but the kernel's own copying."""
+    source = source_of(job) / "model.safetensors"
+    nbytes = source.stat().st_size
+    cuts = [nbytes * rank // TP for rank in range(TP + 1)]
+
+    def copy(rank: int) -> None:
+        with open(source, "rb") as file, open(job.out / f"{rank}.part", "xb") as out:
+            at = cuts[rank]
+            while at < cuts[rank + 1]:
+                count = min(16 * MIB, cuts[rank + 1] - at)
+                at += os.copy_file_range(file.fileno(), out.fileno(), count, at)
+
+    def copy_all() -> None:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(copy, range(TP)))
+
+    return copy_all
+
+
 @contextlib.contextmanager
 def _installed() -> Iterator[None]:
     import fastshard
@@ -551,6 +602,24 @@ _ALL = (
         modes=(RETURN,),
         own=True,
     ),
+    _variant(
+        "fastshard-shard",
+        "shard_checkpoint of a file",
+        _shard,
+        writes="ranks",
+        modes=(RETURN,),
+        own=True,
+        devices=("cpu",),
+    ),
+    Rival(
+        "copy-threads",
+        "the same file copied to four by two threads, copy_file_range",
+        _copy_threads,
+        writes="copy",
+        modes=(RETURN,),
+        own=True,
+        devices=("cpu",),
+    ),
     *_transformers("pretrained", "PreTrainedModel.save_pretrained", _pretrained),
     *_transformers("trainer", "a checkpoint of a Trainer", _trainer),
     *_transformers(
@@ -565,5 +634,7 @@ RIVALS: dict[str, Rival] = {rival.name: rival for rival in _ALL}
 US = "fastshard"
 BASE = "safetensors"
 """Whom ratios are taken against, unless a case has a base of its own."""
+SOURCES = "sources"
+"""Directory beside the output where checkpoints lie that are read, until their case has ended."""
 OFFLOADED = "offloaded"
 """Directory beside the output where models lie that are on disk, until their case has ended."""

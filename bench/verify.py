@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from .machine import cpu_count
-from .rivals import RIVALS, Job, Rival, Shard
+from .rivals import RIVALS, TP, Job, Rival, Shard, source_of
 from .samples import MIB
 
 CHUNK_NBYTES = 16 * MIB
@@ -115,8 +116,6 @@ def _load_dcp(job: Job) -> None:
 
 
 def _load_dcp_hf(job: Job) -> None:
-    from safetensors import safe_open
-
     tensors = {name: t for shard in job.shards for name, t in shard.items()}
     loaded: Shard = {}
     for path in job.out.glob("*.safetensors"):
@@ -138,4 +137,34 @@ def _load_sharded(job: Job) -> None:
     _expect(job, tensors, {name: t for part in found for name, t in part.items()})
 
 
-_LOADERS = {"sharded": _load_sharded, "torch": _load_torch, "dcp": _load_dcp, "dcp-hf": _load_dcp_hf}
+def _load_ranks(job: Job) -> None:
+    for rank in range(TP):
+        with safe_open(job.out / f"rank-{rank}" / "model.safetensors", "pt") as file:
+            if set(file.keys()) != job.merged().keys():
+                raise Mismatch(f"rank {rank} holds other names")
+            for name, tensor in job.merged().items():
+                dim = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+                wanted = tensor.tensor_split(TP, dim)[rank].contiguous().view(torch.uint8)
+                if not torch.equal(file.get_tensor(name).view(torch.uint8), wanted):
+                    raise Mismatch(f"tensor {name!r} of rank {rank} is different")
+
+
+def _load_copy(job: Job) -> None:
+    with open(source_of(job) / "model.safetensors", "rb") as source:
+        for rank in range(TP):
+            with open(job.out / f"{rank}.part", "rb") as part:
+                while data := part.read(CHUNK_NBYTES):
+                    if source.read(len(data)) != data:
+                        raise Mismatch(f"{part.name} is different")
+        if source.read(1):
+            raise Mismatch("the copy is shorter")
+
+
+_LOADERS = {
+    "sharded": _load_sharded,
+    "ranks": _load_ranks,
+    "copy": _load_copy,
+    "torch": _load_torch,
+    "dcp": _load_dcp,
+    "dcp-hf": _load_dcp_hf,
+}

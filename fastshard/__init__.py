@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from .patching import uninstall as uninstall
     from .prepared import PreparedSave as PreparedSave
     from .prepared import prepare as prepare
+    from .reshard import merge_checkpoint as merge_checkpoint
+    from .reshard import reshard_checkpoint as reshard_checkpoint
+    from .reshard import shard_checkpoint as shard_checkpoint
     from .saving import save as save
     from .saving import save_file as save_file
     from .saving import save_files as save_files
@@ -54,7 +57,9 @@ _HOMES = {
     "load_file": "safetensors.torch",
     "load_model": "safetensors.torch",
     "load_sharded_state": "fastshard.sharded",
+    "merge_checkpoint": "fastshard.reshard",
     "prepare": "fastshard.prepared",
+    "reshard_checkpoint": "fastshard.reshard",
     "safe_open": "safetensors",
     "save": "fastshard.saving",
     "save_file": "fastshard.saving",
@@ -63,6 +68,7 @@ _HOMES = {
     "save_sharded_state": "fastshard.sharded",
     "save_torch_model": "fastshard.hub",
     "save_torch_state_dict": "fastshard.hub",
+    "shard_checkpoint": "fastshard.reshard",
     "stats": "fastshard.saving",
     "torch_save": "fastshard.archive",
     "uninstall": "fastshard.patching",

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastshard inspect FILE``, ``fastshard convert FILE FILE``, ``fastshard env [PATH]``, ``fastshard bench``."""
+"""``fastshard inspect FILE``, ``fastshard convert FILE FILE``, ``fastshard env [PATH]``, ``fastshard bench``,
+and those of cli_checkpoints.py."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from importlib import metadata, util
 
 from tqdm import tqdm
 
-from . import __version__
+from . import __version__, cli_checkpoints
 from .engine import IO_URING_VARIABLE, Options, io_uring_allowed, usable_cpus
 from .layout import FileHeader, read_header
 
@@ -41,10 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     env.add_argument(
         "path", nargs="?", default=".", help="an existing directory, or a file in one (default: .)"
     )
+    cli_checkpoints.add_parsers(commands)
     commands.add_parser(
         "bench", help="measure against safetensors, torch.save and DCP (--help for its options)"
     )
     given = parser.parse_args(arguments)
+    if given.command in cli_checkpoints.COMMANDS:
+        return cli_checkpoints.run(given)
     try:
         if given.command == "inspect":
             _inspect(given.file, given.json)

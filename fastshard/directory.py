@@ -30,7 +30,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 _STAGING: Final = re.compile(r"\.fastshard-[0-9a-f]{16}\.staging")
@@ -48,13 +48,14 @@ def replacing(
     directory: str,
     stale: Callable[[str], bool] = lambda name: False,
     *,
+    obsolete: Iterable[str] = (),
     create: bool = False,
     durable: bool = False,
 ) -> Iterator[str]:
     """Gives a hidden directory to write files to. When the block ends they stand in ``directory``, all at once.
 
-    Files that stand there under the same names are replaced, and those for whose names ``stale`` holds are removed,
-    in the same moment. Replaced files hand on their mode (and owner, where that is allowed); a symbolic link is
+    Files that stand there under the same names are replaced, and those for whose names ``stale`` holds and those of
+    ``obsolete``, paths relative to ``directory``, are removed, in the same moment. Replaced files hand on their mode (and owner, where that is allowed); a symbolic link is
     replaced itself. After an exception everything is as it was. ``create``: make the directory if it is missing.
     ``durable``: all of it is on stable storage when the block has ended.
 
@@ -70,7 +71,39 @@ def replacing(
         try:
             yield staging.new
             with _locked(directory):
-                staging.put_in_place(stale)
+                staging.put_in_place(stale, obsolete)
+        finally:
+            staging.close()
+        made = []
+    except OSError as error:
+        error.filename = _final(error.filename)
+        error.filename2 = _final(error.filename2)
+        raise
+    finally:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+
+
+@contextlib.contextmanager
+def creating(directory: str, *, durable: bool = False) -> Iterator[str]:
+    """Gives a hidden directory to write files and directories to. When the block ends it is ``directory``.
+
+    One rename makes it so: nothing is there before. ``directory`` must be missing, or empty (and no mount point). After
+    an exception everything is as it was; errors and ``durable`` as for :func:`replacing`.
+    """
+    place = os.path.realpath(directory)
+    parent = os.path.dirname(place)
+    made = _make_directories(parent)
+    try:
+        with _locked(parent):
+            _finish_abandoned(parent)
+            staging = _Staging(parent, durable)
+        try:
+            created = os.path.join(staging.new, os.path.basename(place))
+            os.mkdir(created)
+            yield created
+            staging.put_directory_in_place(created, place)
         finally:
             staging.close()
         made = []
@@ -120,7 +153,7 @@ class _Staging:
             shutil.rmtree(self.path, ignore_errors=True)
         _let_go([*self._held, self._fd])
 
-    def put_in_place(self, stale: Callable[[str], bool]) -> None:
+    def put_in_place(self, stale: Callable[[str], bool], obsolete: Iterable[str]) -> None:
         names = _files(self.new)
         for name in names:
             self._inherit(name)
@@ -128,6 +161,9 @@ class _Staging:
             entry.name
             for entry in os.scandir(self.directory)
             if entry.name not in names and stale(entry.name) and (entry.is_symlink() or not entry.is_dir())
+        ]
+        gone += [
+            name for name in obsolete if name not in (*names, *gone) and os.path.lexists(self._place(name))
         ]
         present = [name for name in names if os.path.lexists(self._place(name))] + gone
         for name in names:
@@ -137,7 +173,9 @@ class _Staging:
                 _sync(path)
         linked = False
         try:
-            linked = bool(present) and self._redirect(names, present)
+            # Of new files the last one shows the others, unless they are in several folders.
+            several = len({os.path.dirname(name) for name in names}) > 1
+            linked = (bool(present) or several) and self._redirect(names, present)
             if linked:
                 self._point_to("new")
         finally:
@@ -150,6 +188,17 @@ class _Staging:
         if self.durable:
             for path in {os.path.dirname(self._place(name)) for name in (*names, *gone)}:
                 _sync(path)
+
+    def put_directory_in_place(self, created: str, place: str) -> None:
+        if os.path.isdir(place):
+            os.chmod(created, stat.S_IMODE(os.stat(place).st_mode))
+        if self.durable:
+            for folder, _, files in os.walk(created):
+                for path in (*(os.path.join(folder, name) for name in files), folder):
+                    _sync(path)
+        os.rename(created, place)
+        if self.durable:
+            _sync(self.directory)
 
     def _redirect(self, names: list[str], present: list[str]) -> bool:
         """Replaces every name by a link that leads to its old file; false where that is not possible."""

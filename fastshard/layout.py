@@ -10,6 +10,7 @@ keys), this module writes valid JSON in the order given.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import BinaryIO, Final, NamedTuple
@@ -43,11 +44,20 @@ CODES: Final[Mapping[str, str]] = {
 }
 """torch dtype name -> code in the header. ``float4_e2m1fn_x2`` holds two elements a byte."""
 
-_ORDER: Final = (
-    "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E5M2FNUZ F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 "
-    "F6_E3M2 F6_E2M3 F4 BOOL"
-).split()
-RANKS: Final[Mapping[str, int]] = {code: rank for rank, code in enumerate(_ORDER)}
+_BY_WIDTH: Final = {
+    64: "U64 I64 F64 C64",
+    32: "F32 U32 I32",
+    16: "BF16 F16 U16 I16",
+    8: "F8_E5M2FNUZ F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 I8 U8",
+    6: "F6_E3M2 F6_E2M3",
+    4: "F4",
+}
+BITS: Final[Mapping[str, int]] = {
+    **{code: bits for bits, codes in _BY_WIDTH.items() for code in codes.split()},
+    "BOOL": 8,
+}
+"""Of one element."""
+RANKS: Final[Mapping[str, int]] = {code: rank for rank, code in enumerate(BITS)}
 """Tensors lie in the file by ascending (rank, name): widest dtypes first, so that each is aligned to itself."""
 
 quote = json.JSONEncoder(ensure_ascii=False).encode
@@ -110,8 +120,8 @@ class FileHeader(NamedTuple):
 def read_header(file: BinaryIO, file_nbytes: int) -> FileHeader:
     """Reads and checks the header at the beginning of ``file``, which is ``file_nbytes`` long.
 
-    Raises ``ValueError`` saying what is wrong when this is no safetensors file, or one whose entries overlap,
-    leave gaps or do not end where the file does.
+    Raises ``ValueError`` saying what is wrong when this is no safetensors file, or one whose entries have a name
+    twice, are not of the size of their shape, overlap, leave gaps or do not end where the file does.
     """
     prefix = file.read(8)
     if len(prefix) < 8:
@@ -120,7 +130,7 @@ def read_header(file: BinaryIO, file_nbytes: int) -> FileHeader:
     if length > MAX_HEADER_NBYTES or 8 + length > file_nbytes:
         raise ValueError(f"a header of {length} bytes in a file of {file_nbytes}")
     try:
-        entries = json.loads(file.read(length))
+        entries = json.loads(file.read(length), object_pairs_hook=unique)
         metadata = entries.pop(METADATA_KEY, None)
         tensors = [
             StoredTensor(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
@@ -131,8 +141,11 @@ def read_header(file: BinaryIO, file_nbytes: int) -> FileHeader:
         raise ValueError(f"the header is not that of a safetensors file: {error!r}") from None
     reached = 0
     for tensor in tensors:
-        if not all(type(number) is int for number in (tensor.begin, tensor.end, *tensor.shape)):
-            raise ValueError(f"tensor {tensor.name!r} has {tensor[2:]} for shape and place")
+        if not _is_sized(tensor):
+            raise ValueError(
+                f"tensor {tensor.name!r} lies at {tensor.begin}:{tensor.end}, which is not the size of"
+                f" {tensor.code} {list(tensor.shape)}"
+            )
         if tensor.begin != reached or tensor.end < tensor.begin:
             raise ValueError(
                 f"tensor {tensor.name!r} lies at {tensor.begin}:{tensor.end}, expected at {reached}"
@@ -141,3 +154,25 @@ def read_header(file: BinaryIO, file_nbytes: int) -> FileHeader:
     if 8 + length + reached != file_nbytes:
         raise ValueError(f"the header accounts for {8 + length + reached} bytes, the file has {file_nbytes}")
     return FileHeader(8 + length, metadata, tensors)
+
+
+def unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """The object of these pairs, as ``json.loads(..., object_pairs_hook=unique)`` makes it. Raises ``ValueError`` for
+    a name that stands there twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{name!r} stands there twice")
+            seen.add(name)
+    return found
+
+
+def _is_sized(tensor: StoredTensor) -> bool:
+    """Whether the entry's numbers are numbers, and its bytes as many as its dtype and shape say."""
+    numbers = (*tensor.shape, tensor.begin, tensor.end)
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        return False
+    bits = BITS.get(tensor.code) if isinstance(tensor.code, str) else None
+    return bits is not None and math.prod(tensor.shape) * bits == 8 * (tensor.end - tensor.begin)

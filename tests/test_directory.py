@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from helpers import names, snapshot
 
-from fastshard.directory import _wait_for_space, replacing
+from fastshard.directory import _wait_for_space, creating, replacing
 
 OPERATIONS = ("chmod", "link", "mkdir", "rename", "rmdir", "symlink", "unlink")
 
@@ -99,7 +99,9 @@ def in_child(action: Callable[[], None]) -> int:
     return os.WTERMSIG(os.waitpid(pid, 0)[1])
 
 
-def killed_at(count: int, directory: Path, files: dict[str, str]) -> bool:
+def killed_at(
+    count: int, directory: Path, files: dict[str, str], saver: Callable[..., None] | None = None
+) -> bool:
     """Whether a save was killed before its ``count``-th change of the filesystem, or ended before that."""
 
     def action() -> None:
@@ -117,7 +119,7 @@ def killed_at(count: int, directory: Path, files: dict[str, str]) -> bool:
 
         for name in OPERATIONS:
             setattr(os, name, counting(getattr(os, name)))
-        save(directory, files)
+        (saver or save)(directory, files)
 
     return in_child(action) == signal.SIGKILL
 
@@ -153,6 +155,88 @@ def test_killed_in_a_new_directory_there_is_no_checkpoint_or_a_whole_one(tmp_pat
         if not killed:
             break
     assert count > 5
+
+
+def test_killed_in_new_folders_there_is_nothing_or_everything(tmp_path: Path) -> None:
+    """Of several folders none shows the others: a link decides for them, too."""
+    files = {"rank-0/weights": "new", "rank-1/weights": "new", "manifest": "new"}
+    seen = []
+    for count in range(100):
+        directory = tmp_path / str(count)
+        directory.mkdir()
+        killed = killed_at(count, directory, files)
+        stands = {(directory / name).is_file() for name in files}
+        assert len(stands) == 1
+        seen += stands
+        save(directory, {"another": "x"})  # ends what was begun
+        assert {(directory / name).exists() for name in files} == stands
+        assert not any(path.is_symlink() for path in directory.rglob("*"))
+        if not killed:
+            break
+    assert count > 10
+    assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_killed_while_a_directory_is_created_there_is_nothing_or_all_of_it(
+    tmp_path: Path, exists: bool
+) -> None:
+    files = {"rank-0/weights": "new", "rank-1/weights": "new", "manifest": "new"}
+    seen = []
+    for count in range(100):
+        place = tmp_path / str(count) / "deep"
+        if exists:
+            place.mkdir(parents=True)
+            place.chmod(0o750)
+        killed = killed_at(count, place, files, create)
+        seen.append((place / "manifest").exists())
+        assert all((place / name).exists() == seen[-1] for name in files)
+        if not seen[-1]:
+            create(place, files)
+        create(place.parent / "next", files)  # removes what was left
+        assert names(place.parent) == ["deep", "next"]
+        assert stat.S_IMODE(place.stat().st_mode) == (0o750 if exists else 0o777 & ~current_umask())
+        if not killed:
+            break
+    assert count > 5
+    assert seen == sorted(seen)
+
+
+def create(directory: Path, files: dict[str, str]) -> None:
+    with creating(str(directory), durable=True) as staging:
+        write(staging, files)
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_directory_that_is_not_created_after_all(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), creating(str(tmp_path / "a" / "b")) as staging:
+        write(staging, {"x": "y"})
+        raise KeyError
+    assert names(tmp_path) == []
+    with pytest.raises(FileNotFoundError) as caught, creating(str(tmp_path / "a")) as staging:
+        Path(staging, "sub", "file").write_text("")
+    assert caught.value.filename == str(tmp_path / "a" / "sub" / "file")
+    write(tmp_path, {"full/x": "y"})
+    with pytest.raises(OSError) as refused, creating(str(tmp_path / "full")) as staging:
+        write(staging, {"z": "y"})
+    assert refused.value.errno == errno.ENOTEMPTY
+    assert snapshot(tmp_path / "full") == {"x": b"y"}
+    assert names(tmp_path) == ["full"]
+
+
+def test_obsolete_files_go_in_the_same_moment(tmp_path: Path) -> None:
+    write(tmp_path, {"a/one": "old", "a/two": "old", "b": "old", "c": "kept"})
+    with replacing(str(tmp_path), obsolete=["a/one", "a/two", "b", "missing"]) as staging:
+        write(staging, {"a/one": "new"})
+        assert (tmp_path / "b").read_text() == "old"
+    assert (tmp_path / "a/one").read_text() == "new"
+    assert names(tmp_path) == ["a", "c"]
+    assert names(tmp_path / "a") == ["one"]
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), KeyboardInterrupt()])

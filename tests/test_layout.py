@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import re
 import struct
 import sys
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastshard import layout
-from fastshard.layout import CODES, RANKS, HeaderTooLarge, header, quote, read_header
+from fastshard.layout import BITS, CODES, RANKS, HeaderTooLarge, header, quote, read_header
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 DIMS = st.integers(0, 2**40)
@@ -178,9 +179,10 @@ def test_ranks_of_equal_widths():
 @given(
     st.dictionaries(
         NAMES.filter(lambda name: name != "__metadata__"),
+        # The 4 makes whole bytes of any number of the narrow ones.
         st.tuples(
-            st.sampled_from(sorted(RANKS)), st.lists(DIMS, max_size=4).map(tuple), st.integers(0, 2**50)
-        ),
+            st.sampled_from(sorted(RANKS)), st.lists(DIMS, max_size=3).map(lambda dims: (4, *dims))
+        ).map(lambda what: (*what, math.prod(what[1]) * BITS[what[0]] // 8)),
         max_size=5,
     ),
     st.none() | st.dictionaries(NAMES, NAMES, max_size=4),
@@ -227,6 +229,24 @@ def entry(begin: int, end: int) -> dict[str, object]:
         (stored({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0]}}), 1),
         (stored({"a": {"dtype": "U8", "shape": [1], "data_offsets": ["0", "1"]}}), 1),
         (stored({"a": entry(0, 4), "b": {**entry(0, 4), "data_offsets": ["0", "4"]}}), 4),
+        (stored({"a": {**entry(0, 4), "shape": [5]}}), 4),
+        (stored({"a": {**entry(0, 4), "shape": [2, 2], "dtype": "F32"}}), 4),
+        (stored({"a": {**entry(0, 4), "shape": [-2, -2]}}), 4),
+        (stored({"a": {**entry(0, 4), "shape": [2.0, 2]}}), 4),
+        (stored({"a": {**entry(0, 4), "shape": [True, 4]}}), 4),
+        (stored({"a": {**entry(0, 4), "dtype": "F128"}}), 4),
+        (stored({"a": {**entry(0, 4), "dtype": ["U8"]}}), 4),
+        (stored({"a": {"dtype": "F4", "shape": [3], "data_offsets": [0, 2]}}), 2),
+        (
+            stored(
+                b'{"a":'
+                + json.dumps(entry(0, 4)).encode()
+                + b',"a":'
+                + json.dumps(entry(4, 8)).encode()
+                + b"}"
+            ),
+            8,
+        ),
         (stored({"a": entry(0, 4), "b": entry(3, 8)}), 8),
         (stored({"a": entry(0, 4), "b": entry(5, 8)}), 8),
         (stored({"a": entry(4, 0)}), 0),
@@ -236,7 +256,8 @@ def entry(begin: int, end: int) -> dict[str, object]:
     ],
     ids=(
         "empty, short prefix, cut, over the limit, absurd length, no JSON, no UTF-8, too deep, a list, a number, no offsets,"
-        " shape no list, one offset, offsets as text, some offsets as text, overlap, gap, backwards, late start, too short, too long"
+        " shape no list, one offset, offsets as text, some offsets as text,"
+        " too many elements, too few bytes, negative shape, fraction, truth, dtype, list of dtypes, half a byte, name twice, overlap, gap, backwards, late start, too short, too long"
     ).split(", "),
 )
 def test_files_that_cannot_be_right_are_refused(data, nbytes_behind):

@@ -271,32 +271,33 @@ def test_a_file_that_was_cut(source: Path, tmp_path: Path) -> None:
 
 
 def entry(**changes: object) -> dict[str, object]:
-    return {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16], **changes}
+    return {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24], **changes}
 
 
 @pytest.mark.parametrize(
     "stored, text",
     [
-        (entry(dtype="F6_E2M3"), "no dtype for F6_E2M3"),
-        (entry(dtype="Q9"), "no dtype for Q9"),
-        (entry(shape=[2, 3]), "has 24 bytes, not 16"),
-        (entry(shape=[-2, -2]), "whole numbers"),
-        (entry(shape=[2.0, 2]), "whole numbers"),
-        (entry(shape=["2", 2]), "whole numbers"),
-        (entry(data_offsets=[0, 12]), "accounts for"),
-        (entry(data_offsets=[4, 16]), "expected at 0"),
+        (entry(dtype="F6_E2M3", shape=[4, 8]), "no dtype for F6_E2M3"),
+        (entry(dtype="Q9"), "not the size of Q9"),
+        (entry(shape=[2, 2]), "not the size of F32"),
+        (entry(shape=[-2, -3]), "not the size"),
+        (entry(shape=[2.0, 3]), "not the size"),
+        (entry(shape=["2", 3]), "not the size"),
+        (entry(shape=[3], data_offsets=[0, 12]), "accounts for"),
+        (entry(shape=[5], data_offsets=[4, 24]), "expected at 0"),
         (entry(data_offsets=None), "not that of a safetensors file"),
-        (entry(dtype="F4", shape=[32]), None),
-        (entry(dtype="F4", shape=[31]), "splits a byte"),
+        (entry(dtype="F4", shape=[48]), None),
+        (entry(dtype="F4", shape=[47]), "not the size"),
+        (entry(dtype="F4", shape=[16, 3]), "splits a byte"),
     ],
 )
 def test_headers_that_do_not_hold(tmp_path: Path, stored: dict[str, object], text: str | None) -> None:
     path = tmp_path / "bad.safetensors"
     head = json.dumps({"w": stored}).encode()
-    path.write_bytes(struct.pack("<Q", len(head)) + head + bytes(16))
+    path.write_bytes(struct.pack("<Q", len(head)) + head + bytes(24))
     if text is None:
         if "F4" in {CODES.get(str(dtype).removeprefix("torch.")) for dtype in DTYPES}:
-            assert load_mapped(path)["w"].shape == (16,)
+            assert load_mapped(path)["w"].shape == (24,)
         return
     with pytest.raises(SafetensorError, match=text) as caught:
         load_mapped(path)
