@@ -22,7 +22,7 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """.split()
 """csrc/ in reading order."""
 
-PYTHON = "layout plan errors sharing tensors engine planning saving prepared directory staged hub manifest reading sharded __init__ cli __main__".split()
+PYTHON = "layout plan errors sharing tensors engine planning saving prepared directory staged hub manifest reading sharded vllm sglang vllm_save __init__ cli __main__".split()
 """fastshard/ in reading order."""
 
 FOREIGN = {
