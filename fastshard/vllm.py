@@ -302,12 +302,16 @@ def _listed(differences: Sequence[str]) -> str:
 def _save(model: torch.nn.Module, loaded: _Loaded, request: Request) -> tuple[str, ...]:
     """This rank's parts and their manifest; returns the names of the files."""
     from vllm import __version__ as version
-    from vllm.distributed import get_ep_group, get_pp_group, get_tp_group
+    from vllm.distributed import get_pp_group, get_tp_group
 
     config = loaded.config
     parallel = config.parallel_config
     tp, pp = get_tp_group(), get_pp_group()
-    ep = get_ep_group() if parallel.enable_expert_parallel else None
+    ep = None
+    if parallel.enable_expert_parallel:
+        from vllm.distributed import get_ep_group
+
+        ep = get_ep_group()
     if parallel.world_size != tp.world_size * pp.world_size or parallel.data_parallel_size > 1:
         raise ValueError(
             "the names of sharded state tell ranks of tensor and pipeline parallelism apart, no others: "
@@ -347,12 +351,11 @@ def _described(error: BaseException) -> str:
     return str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
 
 
-def outcome(worker: object) -> Outcome | None:
-    """What has become of the request in this process; for ``Executor.collective_rpc``. ``None``: nothing, as the
-    plugin is not at work or the weights did not come by vLLM's base loader."""
-    del worker
-    found = [loaded.outcome for loaded in _models.values() if loaded.outcome is not None]
-    return found[0] if found else None
+def outcome(worker: Any) -> Outcome | None:
+    """What has become of the request in a worker; for ``Executor.collective_rpc``. ``None``: nothing, as the plugin is
+    not at work or the weights did not come by vLLM's base loader."""
+    loaded = _models.get(_unwrapped(worker.get_model()))
+    return loaded.outcome if loaded is not None else None
 
 
 def save_model(
@@ -464,29 +467,24 @@ def stale_names(pattern: str | None) -> Callable[[str], bool]:
 
 
 _UNITS: Final = {
-    "": 1,
-    "B": 1,
-    **{f"{letter}B": 1000**i for i, letter in enumerate("KMGT", 1)},
-    **{f"{letter}iB": 1024**i for i, letter in enumerate("KMGT", 1)},
+    f"{letter}{kind}".upper(): base**power
+    for kind, base in (("B", 1000), ("iB", 1024))
+    for power, letter in enumerate("KMGT", 1)
 }
 
 
 def parse_size(size: int | str | None) -> int | None:
-    """Bytes: a number, or one with a unit: ``"5GB"`` (10^9 each), ``"5GiB"`` (2^30), any case. ``None`` stays.
+    """Bytes: a number of them, or one with a unit: ``"5GB"`` (10^9 each), ``"5GiB"`` (2^30), any case. ``None`` stays.
 
     Raises ``ValueError`` for anything else, and for less than a byte.
     """
     if size is None:
         return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(size))
-    units = {name.upper(): factor for name, factor in _UNITS.items()}
-    if found is None or found[2].upper() not in units:
+    found = re.fullmatch(r"\s*(\d+)(\.\d+)?\s*([a-zA-Z]*)\s*", str(size))
+    unit = found and (1 if not found[3] and not found[2] else _UNITS.get(found[3].upper()))
+    if not found or not unit:
         raise ValueError(f"{size!r} is no size: a number of bytes, or one with a unit, as 5GB or 5GiB")
-    nbytes = (
-        int(float(found[1]) * units[found[2].upper()])
-        if "." in found[1]
-        else int(found[1]) * units[found[2].upper()]
-    )
+    nbytes = int(found[1]) * unit + int(float(found[2] or 0) * unit)
     if nbytes < 1:
         raise ValueError(f"{size!r} is less than a byte")
     return nbytes
