@@ -272,6 +272,14 @@ _ALL = (
         writer="pwrite-n",
     ),
     Case(
+        "sharded-state",
+        "a rank's sharded state in four parts",
+        lambda nbytes, device: blocks(nbytes, device, files=4),
+        ("fastshard-sharded", "vllm-sharded", "safetensors"),
+        default_on=(CPU,),
+        writer="pwrite-n",
+    ),
+    Case(
         "qwen",
         "Qwen2-0.5B-shaped dict, one file",
         qwen,
@@ -369,6 +377,7 @@ GOALS = (
     Goal("four-files", 1.7),
     Goal("four-files", 0.97, against="safetensors-threads"),  # level: equals differ by 3 %
     Goal("four-files", 1.4, mode=DURABLE),
+    Goal("sharded-state", 1.6, against="vllm-sharded", by="fastshard-sharded"),
     Goal("one-file", 1.03),
     Goal("one-file", 0.95, against="pwrite-1"),
     Goal("one-file", 1.4, mode=DURABLE),

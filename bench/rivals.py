@@ -316,6 +316,45 @@ def _dcp_hf(job: Job) -> Callable[[], None]:
     return _checkpoint(job, lambda: HuggingFaceStorageWriter(str(job.out)))
 
 
+def _fastshard_sharded(job: Job) -> Callable[[], None]:
+    import fastshard
+
+    if not hasattr(fastshard, "save_sharded_state"):
+        raise Unavailable("this fastshard has no save_sharded_state")
+    save_sharded_state, most = fastshard.save_sharded_state, _largest(job)
+
+    def save() -> None:
+        tensors = job.merged() if job.dtype else {n: t for shard in job.shards for n, t in shard.items()}
+        save_sharded_state(tensors, job.out, max_size=most, durable=job.durable)
+
+    return save
+
+
+def _largest(job: Job) -> int:
+    return max(sum(job.nbytes_of(t) for t in shard.values()) for shard in job.shards)
+
+
+def _vllm_sharded(job: Job) -> Callable[[], None]:
+    """What vLLM 0.33's ``ShardedStateLoader.save_model`` does, without the views of others that it looks for."""
+    from safetensors.torch import save_file
+
+    most = _largest(job)
+
+    def save() -> None:
+        parts: list[Shard] = [{}]
+        held = 0
+        for name, tensor in job.merged().items():
+            if held + tensor.nbytes > most:
+                parts.append({})
+                held = 0
+            parts[-1][name] = tensor
+            held += tensor.nbytes
+        for i, part in enumerate(parts):
+            save_file(part, job.out / f"model-rank-0-part-{i}.safetensors")
+
+    return _then_sync(job, save)
+
+
 def _fastshard_uncached(job: Job) -> Callable[[], None]:
     return _fastshard(job, keep_cached=False)
 
@@ -355,6 +394,10 @@ _ALL = (
         devices=("cuda",),
     ),
     _variant("fastshard-contiguous", "the same bytes, contiguous before", _fastshard_contiguous),
+    _variant("fastshard-sharded", "save_sharded_state", _fastshard_sharded, writes="sharded"),
+    Rival(
+        "vllm-sharded", "vLLM's save_sharded_state: one part after the other", _vllm_sharded, writes="sharded"
+    ),
     Rival("safetensors", "safetensors.torch.save_file, one file after the other", _safetensors),
     Rival(
         "safetensors-threads",

@@ -119,4 +119,14 @@ def _load_dcp_hf(job: Job) -> None:
     _expect(job, tensors, loaded)
 
 
-_LOADERS = {"torch": _load_torch, "dcp": _load_dcp, "dcp-hf": _load_dcp_hf}
+def _load_sharded(job: Job) -> None:
+    from safetensors.torch import load_file
+
+    tensors = {name: t for shard in job.shards for name, t in shard.items()}
+    found = [load_file(path) for path in job.out.glob("model-rank-0-part-*.safetensors")]
+    if sorted(name for part in found for name in part) != sorted(tensors):
+        raise Mismatch("the parts hold other names")
+    _expect(job, tensors, {name: t for part in found for name, t in part.items()})
+
+
+_LOADERS = {"sharded": _load_sharded, "torch": _load_torch, "dcp": _load_dcp, "dcp-hf": _load_dcp_hf}

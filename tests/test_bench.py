@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fastshard.bench import cases, ceilings, disturbance, harness, machine, memory, report, rivals, save
+from fastshard.bench import cases, ceilings, disturbance, harness, load, machine, memory, report, rivals, save
 from fastshard.bench.ceilings import CEILINGS
 from fastshard.bench.harness import touch_and_free
 from fastshard.bench.machine import mount_of
@@ -539,3 +539,17 @@ def test_ballast_of_nothing():
     touch_and_free(0)
     touch_and_free(-5)
     touch_and_free(1 << 20)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--cold"]])
+def test_loading_is_verified(tmp_path, capsys, arguments):
+    assert load.main(["--dir", str(tmp_path), "--gib", "0.004", "--rounds", "1", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert out.count("same bytes") == 2 and "times as fast" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_loads_are_noticed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(load.LOADERS, load.BASE, lambda tensors, directory: None)
+    assert load.main(["--dir", str(tmp_path), "--gib", "0.004", "--rounds", "1"]) == 1
+    assert "WRONG" in capsys.readouterr().out
