@@ -19,14 +19,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import inspect
 import logging
 import os
 import re
 import string
+import sys
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -92,27 +96,79 @@ _models: weakref.WeakKeyDictionary[torch.nn.Module, _Loaded] = weakref.WeakKeyDi
 
 
 def register() -> None:
-    """The entry point (``vllm.general_plugins``). Never raises: an engine starts with fastshard or without it."""
-    try:
-        _register()
-    except Exception as error:
-        logger.warning("fastshard is not at work in this vLLM: %s: %s", type(error).__name__, error)
+    """The entry point (``vllm.general_plugins``). Never raises: an engine starts with fastshard or without it.
+
+    vLLM's loaders are not imported for it: that takes seconds, and not all of an engine's processes load a model.
+    """
+    for name, hook in _HOOKS.items():
+        if name in sys.modules:
+            hook(sys.modules[name])
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
 
 
-def _register() -> None:
-    from vllm.model_executor.model_loader import base_loader
-    from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
+def _never_raising(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+    @functools.wraps(hook)
+    def logged(module: Any) -> None:
+        with _logged("not at work in this vLLM"):
+            hook(module)
 
+    return logged
+
+
+@_never_raising
+def _watch_loading(base_loader: Any) -> None:
     _check_parameters(base_loader.initialize_model, "vllm_config")
     _check_parameters(base_loader.process_weights_after_loading, "model", "model_config")
-    _check_parameters(ShardedStateLoader.save_model, "model", "path", "pattern", "max_size")
-    _check_parameters(ShardedStateLoader._filter_subtensors, "tensors")
-    if ShardedStateLoader.save_model is not save_model:
+    if not hasattr(base_loader.initialize_model, "_fastshard"):
         base_loader.initialize_model = _watching_initialize(base_loader.initialize_model)
         base_loader.process_weights_after_loading = _watching_process(
             base_loader.process_weights_after_loading
         )
-        ShardedStateLoader.save_model = staticmethod(save_model)
+
+
+@_never_raising
+def _replace_saver(sharded_state_loader: Any) -> None:
+    loader = sharded_state_loader.ShardedStateLoader
+    _check_parameters(loader._filter_subtensors, "tensors")
+    if loader.save_model is not save_model:
+        _check_parameters(loader.save_model, "model", "path", "pattern", "max_size")
+        loader.save_model = staticmethod(save_model)
+
+
+_HOOKS: Final = {
+    "vllm.model_executor.model_loader.base_loader": _watch_loading,
+    "vllm.model_executor.model_loader.sharded_state_loader": _replace_saver,
+}
+
+
+class _Finder:
+    """Finds what the other finders find, and has a hook called when the module's code has run."""
+
+    def __init__(self) -> None:
+        self._finding: set[str] = set()
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if name not in _HOOKS or name in self._finding:
+            return None
+        self._finding.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._finding.discard(name)
+        loader: Any = spec.loader if spec is not None else None
+        if loader is not None and hasattr(loader, "exec_module"):
+            execute = loader.exec_module
+
+            def exec_module(module: types.ModuleType) -> None:
+                execute(module)
+                _HOOKS[name](module)
+
+            loader.exec_module = exec_module
+        return spec
+
+
+_finder: Final[Any] = _Finder()
 
 
 def _check_parameters(function: Callable[..., object], *names: str) -> None:
@@ -131,6 +187,7 @@ def _watching_initialize(initialize: Callable[..., torch.nn.Module]) -> Callable
             _models[model] = _Loaded(vllm_config, _forms(_filtered(model)))
         return model
 
+    initialize_model.__dict__["_fastshard"] = True
     return initialize_model
 
 

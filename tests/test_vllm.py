@@ -67,14 +67,16 @@ def test_a_spawned_worker_may_import_the_program() -> None:
     importlib.import_module("fastshard.__main__")  # and nothing runs
 
 
-@pytest.mark.parametrize("module", [vllm, sglang])
 def test_a_plugin_without_its_engine_says_so_and_goes_on(
-    module: types.ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.setitem(sys.modules, "sglang", None)
-    module.register()
-    assert "fastshard is not at work" in caplog.text
+    sglang.register()
+    assert "fastshard is not at work in this SGLang: ModuleNotFoundError" in caplog.text
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    vllm.register()
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("vllm.model_executor.model_loader.base_loader")
 
 
 def test_another_vllm_is_left_alone(
@@ -82,13 +84,48 @@ def test_another_vllm_is_left_alone(
 ) -> None:
     made = fake_vllm.Vllm()
     made.base.process_weights_after_loading = process = lambda engine: None
-    initialize, save = made.base.initialize_model, made.loader.save_model
+    made.loader.save_model = save = lambda model: None
+    initialize = made.base.initialize_model
     for name, module in made.modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     vllm.register()
     assert "has the parameters ('engine',), not ('model', 'model_config')" in caplog.text
+    assert "has the parameters ('model',), not ('model', 'path'" in caplog.text
     assert made.base.process_weights_after_loading is process
     assert made.base.initialize_model is initialize and made.loader.save_model is save
+
+
+def test_loaders_are_hooked_when_they_are_imported(tmp_path: Path) -> None:
+    folder = tmp_path / "vllm" / "model_executor" / "model_loader"
+    folder.mkdir(parents=True)
+    for package in (folder, *list(folder.parents)[:2]):
+        (package / "__init__.py").touch()
+    (folder / "base_loader.py").write_text(
+        "def initialize_model(vllm_config): return 1\n"
+        "def process_weights_after_loading(model, model_config, target_device): return 2\n"
+    )
+    (folder / "sharded_state_loader.py").write_text(
+        "from vllm.model_executor.model_loader import base_loader\n"
+        "class ShardedStateLoader:\n"
+        "    _filter_subtensors = staticmethod(lambda tensors: tensors)\n"
+        "    @staticmethod\n"
+        "    def save_model(model, path, pattern=None, max_size=None): pass\n"
+    )
+    done = run(
+        """
+        sys.path.insert(0, sys.argv[1])
+        import fastshard.vllm as plugin
+        plugin.register(), plugin.register()
+        print([name for name in sys.modules if name.startswith("vllm")])
+        from vllm.model_executor.model_loader import base_loader, sharded_state_loader
+        plugin.register()
+        print(sharded_state_loader.ShardedStateLoader.save_model is plugin.save_model)
+        for function in (base_loader.initialize_model, base_loader.process_weights_after_loading):
+            print(function.__wrapped__.__code__.co_filename == base_loader.__file__)
+        """,
+        tmp_path,
+    )
+    assert done.stdout.split() == ["[]", "True", "True", "True"], done.stderr
 
 
 def test_twice_is_once(fake: fake_vllm.Vllm) -> None:
