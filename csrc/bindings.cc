@@ -17,6 +17,7 @@
 #include "direct_io.h"
 #include "engine.h"
 #include "kernels/embedded.h"
+#include "source_file.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -100,7 +101,9 @@ FilePlan file_from(py::handle object) {
   uint64_t offset = header.size();
   for (const py::handle view : items) {
     file.items.push_back({view_from(view), offset});
-    offset += file.items.back().source.packed_nbytes();
+    WriteItem& item = file.items.back();
+    if (item.source.device == kHost) item.mapped = SourceFile::at(item.source.data);
+    offset += item.source.packed_nbytes();
   }
   file.nbytes = offset;
   if (py::isinstance<py::bytes>(tuple[0])) {
@@ -150,6 +153,7 @@ struct PreparedHandle {
     const py::gil_scoped_release released;
     const size_t generation = standing->next();
     plans[generation]->files[0].memory = standing->target(generation);
+    read_from_files(*plans[generation]);
     const auto commit = [target = standing, generation, durable] { return target->publish(generation, durable); };
     return std::make_unique<SaveHandle>(
         engine->submit(plans[generation], streams, {.durable = durable, .checksums = checksums}, commit));
@@ -267,10 +271,11 @@ PYBIND11_MODULE(_native, module) {
              bool keep_cached, bool checksums, const py::object&) {
             const std::shared_ptr<Engine> engine = handle.engine;
             if (engine == nullptr) throw std::runtime_error("the engine is closed");
-            std::shared_ptr<const SavePlan> plan = plan_from(files);
+            const std::shared_ptr<SavePlan> plan = plan_from(files);
             const py::gil_scoped_release released;
+            read_from_files(*plan);
             return std::make_unique<SaveHandle>(engine->submit(
-                std::move(plan), streams, {.durable = durable, .keep_cached = keep_cached, .checksums = checksums}));
+                plan, streams, {.durable = durable, .keep_cached = keep_cached, .checksums = checksums}));
           },
           "files"_a, "streams"_a, "durable"_a, "keep_cached"_a, "checksums"_a, "keep_alive"_a, py::keep_alive<0, 7>())
       .def(
@@ -299,6 +304,31 @@ PYBIND11_MODULE(_native, module) {
           "bind", [](PreparedHandle& handle, const py::object& file) { handle.bind(file, handle.plans.size()); },
           "file"_a)
       .def("close", &PreparedHandle::close);
+
+  // A writable buffer of the file's bytes; what is written to it stays in this process.
+  py::class_<SourceFile>(module, "SourceFile", py::buffer_protocol())
+      .def(py::init([](int fd, uint64_t nbytes, const py::bytes& path) {
+             return std::make_unique<SourceFile>(fd, nbytes, path.cast<std::string>());
+           }),
+           "fd"_a, "nbytes"_a, "path"_a)
+      .def_buffer([](const SourceFile& file) {
+        return py::buffer_info(reinterpret_cast<uint8_t*>(file.bytes().data()),
+                               static_cast<py::ssize_t>(file.bytes().size()));
+      })
+      .def_static(
+          "at",
+          [](uintptr_t address) -> std::optional<py::bytes> {
+            const SourceFile* const file = SourceFile::at(reinterpret_cast<const std::byte*>(address));
+            return file == nullptr ? std::nullopt : std::optional(py::bytes(file->path()));
+          },
+          "address"_a);
+
+  module.def(
+      "same_bytes",
+      [](uintptr_t one, uintptr_t other, uint64_t nbytes) {
+        return same_bytes(reinterpret_cast<const std::byte*>(one), reinterpret_cast<const std::byte*>(other), nbytes);
+      },
+      "one"_a, "other"_a, "nbytes"_a, Released());
 
   // Uninitialised bytes to be filled before anybody else sees them, and their address.
   module.def(

@@ -142,6 +142,32 @@ void pack_cast(const TensorView& view, uint64_t first, uint64_t count, std::byte
 
 }  // namespace
 
+std::span<const std::byte> source_extent(const TensorView& view) {
+  uint64_t nbytes = view.run_nbytes;
+  for (int dim = 0; dim < view.ndim; ++dim) {
+    nbytes += static_cast<uint64_t>((view.shape[dim] - 1) * view.stride_nbytes[dim]);
+  }
+  return {view.data, nbytes};
+}
+
+bool in_memory_order(const TensorView& view) {
+  uint64_t reach = view.run_nbytes;
+  for (int dim = view.ndim - 1; dim >= 0; --dim) {
+    if (static_cast<uint64_t>(view.stride_nbytes[dim]) < reach) return false;
+    reach += static_cast<uint64_t>((view.shape[dim] - 1) * view.stride_nbytes[dim]);
+  }
+  return true;
+}
+
+std::span<const std::byte> source_extent(const TensorView& view, uint64_t first_byte, uint64_t nbytes) {
+  uint64_t last_byte = first_byte + nbytes - 1;
+  if (view.cast()) {
+    first_byte = first_byte / itemsize(view.to) * itemsize(view.from);
+    last_byte = (last_byte / itemsize(view.to) + 1) * itemsize(view.from) - 1;
+  }
+  return {packed_address(view, first_byte), packed_address(view, last_byte) + 1};
+}
+
 uint32_t pack_unit(const TensorView& view, uint64_t first_byte, uint64_t nbytes, uint64_t position) {
   if (view.cast()) {
     uint64_t source = reinterpret_cast<uintptr_t>(view.data);

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "plan.h"
 
@@ -26,6 +27,13 @@ FASTSHARD_HOST_DEVICE inline const std::byte* packed_address(const TensorView& v
   if (view.ndim == 0) return view.data + offset;
   return run_address(view, offset / view.run_nbytes) + offset % view.run_nbytes;
 }
+
+// Memory from the first byte of a view that is not empty to behind its last one, with what lies between its runs.
+std::span<const std::byte> source_extent(const TensorView& view);
+// Whether runs follow one another in memory as they do when packed (slices of rows or columns, not transposed views).
+bool in_memory_order(const TensorView& view);
+// The same for the (cast and) packed bytes [first_byte, first_byte + nbytes) of a view in memory order.
+std::span<const std::byte> source_extent(const TensorView& view, uint64_t first_byte, uint64_t nbytes);
 
 // The widest unit (a power of two up to 16) that divides all of: source addresses, strides, lengths and the
 // position of one gather. Of a cast: an element of the target. 0: a cast of what is not aligned, which the kernel

@@ -83,10 +83,13 @@ struct TensorView {
 TensorView make_view(const std::byte* data, int device, uint64_t itemsize, const std::vector<int64_t>& shape,
                      const std::vector<int64_t>& strides);
 
+class SourceFile;
+
 // One tensor's place in a file: its bytes, cast and packed, begin at `file_offset`.
 struct WriteItem {
   TensorView source;
   uint64_t file_offset = 0;
+  const SourceFile* mapped = nullptr;  // that `source` lies in (source_file.h)
 };
 
 // Memory of exactly the plan's size that takes the place of a file.

@@ -26,6 +26,13 @@ constexpr unsigned kMaxDirect = 8;
 constexpr uint64_t kDirectNbytes = 8 << 20;
 // One copies while the other hands a write to the kernel, which takes its time.
 constexpr size_t kDirectWriters = 2;
+// Of tensors that lie in files, smaller chunks: what all writers have of them at once is resident.
+constexpr uint64_t kFromFilesNbytes = 4 << 20;
+// How many chunks ahead the disk is asked for them.
+constexpr size_t kChunksAhead = 4;
+// A range is read whole when it is at most so many times what is wanted of it, and so much.
+constexpr uint64_t kSparse = 4;
+constexpr uint64_t kGapNbytes = 64 << 10;
 
 }  // namespace
 
@@ -78,6 +85,71 @@ struct FileWriter::InFlight {
   std::vector<std::unique_ptr<Ticket>> tickets;
 };
 
+// The pages of files that a chunk's tensors lie in: there while its bytes are read, dropped afterwards.
+class FileWriter::SourcePages {
+ public:
+  // Throws IoError where a file no longer has them.
+  SourcePages(const FileWriter& writer, const Chunk& chunk) : ranges_(ranges_of(writer, chunk)) {
+    for (const Range& range : ranges_) {
+      // Of what is not read whole the end tells at least whether the file has been cut.
+      range.file->bring_in(range.dense ? range.bytes : range.bytes.last(1));
+    }
+  }
+  ~SourcePages() {
+    for (const Range& range : ranges_) {
+      if (range.last_use) range.file->drop(range.bytes);
+    }
+  }
+  SourcePages(const SourcePages&) = delete;
+  SourcePages& operator=(const SourcePages&) = delete;
+
+  // Has the disk begin with a chunk whose turn comes later.
+  static void ask_for(const FileWriter& writer, const Chunk& chunk) {
+    for (const Range& range : ranges_of(writer, chunk)) {
+      if (range.dense) range.file->ask_for(range.bytes);
+    }
+  }
+
+ private:
+  struct Range {
+    const SourceFile* file;
+    std::span<const std::byte> bytes;
+    bool dense;     // most of it is read
+    bool last_use;  // no other chunk reads there, but for the edges
+  };
+
+  // What the chunk's ops read of files; neighbours count as one.
+  static std::vector<Range> ranges_of(const FileWriter& writer, const Chunk& chunk) {
+    std::vector<Range> ranges;
+    if (!writer.from_files_) return ranges;
+    for (const CopyOp& op : writer.schedule_.ops_of(chunk)) {
+      const SourceFile* const file = writer.plan_.items[op.item].mapped;
+      if (file == nullptr || !file->is_engine_address(op.source->data)) continue;
+      if (!in_memory_order(*op.source)) {  // every chunk of it reads all over the tensor
+        const bool last = op.first_byte + op.nbytes == op.source->packed_nbytes();
+        ranges.push_back({file, source_extent(*op.source), false, last});
+        continue;
+      }
+      const std::span<const std::byte> bytes = source_extent(*op.source, op.first_byte, op.nbytes);
+      const bool dense = bytes.size() <= kSparse * op.nbytes + kGapNbytes;
+      if (dense && !ranges.empty()) {
+        Range& before = ranges.back();
+        const std::byte* const begin = before.bytes.data();
+        if (before.file == file && before.dense && bytes.data() >= begin &&
+            bytes.data() <= begin + before.bytes.size() + kGapNbytes) {
+          const auto nbytes = static_cast<size_t>(bytes.data() - begin) + bytes.size();
+          before.bytes = {begin, std::max(before.bytes.size(), nbytes)};
+          continue;
+        }
+      }
+      ranges.push_back({file, bytes, dense, true});
+    }
+    return ranges;
+  }
+
+  const std::vector<Range> ranges_;
+};
+
 FileWriter::FileWriter(const FilePlan& plan, std::shared_ptr<OutputFile> file, const Resources& resources,
                        const CopyStreams& streams, std::unique_ptr<CopyStream> fetched, bool checksums,
                        Progress& progress)
@@ -87,7 +159,8 @@ FileWriter::FileWriter(const FilePlan& plan, std::shared_ptr<OutputFile> file, c
       streams_(streams),
       fetched_(std::move(fetched)),
       host_(resources.host.open(0)),
-      progress_(progress) {
+      progress_(progress),
+      from_files_(std::ranges::any_of(plan.items, [](const WriteItem& item) { return item.mapped != nullptr; })) {
   if (checksums) {
     for (const WriteItem& item : plan_.items) checksums_.emplace_back(item.source.packed_nbytes());
   }
@@ -103,6 +176,10 @@ FileWriter::FileWriter(const FilePlan& plan, std::shared_ptr<OutputFile> file, c
     limits.in_place = false;
     limits.packed_nbytes = file_ == nullptr ? kMemoryNbytes : kWindowNbytes;
     writers_ = resources_.workers.threads();
+  }
+  if (from_files_) {
+    limits.in_place_nbytes = std::min(limits.in_place_nbytes, kFromFilesNbytes);
+    if (!direct()) limits.packed_nbytes = std::min(limits.packed_nbytes, kFromFilesNbytes);
   }
   schedule_ = make_schedule(plan_, limits);
   writers_ = std::clamp<size_t>(schedule_.chunks.size(), 1, writers_);
@@ -125,7 +202,10 @@ void FileWriter::add_checksums(const Chunk& chunk, std::span<const std::byte> by
 
 const Chunk* FileWriter::claim() {
   const size_t index = next_chunk_++;
-  return index < schedule_.chunks.size() ? &schedule_.chunks[index] : nullptr;
+  if (index >= schedule_.chunks.size()) return nullptr;
+  const size_t ahead = index + kChunksAhead * writers_;
+  if (ahead < schedule_.chunks.size()) SourcePages::ask_for(*this, schedule_.chunks[ahead]);
+  return &schedule_.chunks[index];
 }
 
 // For each chunk: take a slot, ask each device that owns a part to pack into it, wait for the oldest, write
@@ -248,6 +328,7 @@ bool FileWriter::write_unstaged(const Chunk& chunk) {
 
 // Host memory in long runs: the kernel reads it from where it lies.
 void FileWriter::write_in_place(const Chunk& chunk) {
+  const SourcePages sources(*this, chunk);
   std::vector<iovec> parts;
   parts.reserve(chunk.op_count);
   for (const CopyOp& op : schedule_.ops_of(chunk)) {
@@ -269,6 +350,7 @@ void FileWriter::pack_into_target(const Chunk& chunk) {
   const auto pack = [&](std::span<std::byte> bytes, bool streaming) {
     {
       const Timer timer(progress_.copy_ns);
+      const SourcePages sources(*this, chunk);
       Staging target{bytes, {}, streaming};
       host_->pack(schedule_.ops_of(chunk), target);
     }
@@ -319,6 +401,7 @@ std::unique_ptr<FileWriter::InFlight> FileWriter::stage(const Chunk& chunk, Slot
   auto staged = std::make_unique<InFlight>(progress_, chunk, std::move(slot));
   place(*staged);
   const Timer timer(progress_.copy_ns);
+  const SourcePages sources(*this, chunk);  // of those in host memory, which this thread packs
   Staging staging{staged->bytes, staged->slot.scratch()};
   // Ops of one device are handed over together: many small ones then cost one launch.
   std::vector<CopyOp> ops(schedule_.ops_of(chunk).begin(), schedule_.ops_of(chunk).end());

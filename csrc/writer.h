@@ -16,6 +16,7 @@
 #include "file.h"
 #include "ring.h"
 #include "schedule.h"
+#include "source_file.h"
 #include "threads.h"
 
 namespace fastshard {
@@ -76,6 +77,7 @@ class FileWriter {
 
  private:
   struct InFlight;
+  class SourcePages;
 
   bool buffered() const { return file_ != nullptr && file_->write_path() == WritePath::buffered; }
   bool direct() const { return file_ != nullptr && file_->write_path() == WritePath::direct; }
@@ -103,6 +105,7 @@ class FileWriter {
   const std::unique_ptr<CopyStream> fetched_;
   const std::unique_ptr<CopyStream> host_;
   Progress& progress_;
+  const bool from_files_;        // some items lie in files
   std::deque<Crc32> checksums_;  // of the items; none if not asked for
   FileSchedule schedule_;
   size_t writers_ = 1;

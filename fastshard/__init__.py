@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from .errors import SaveError as SaveError
     from .hub import save_torch_model as save_torch_model
     from .hub import save_torch_state_dict as save_torch_state_dict
+    from .patching import install as install
+    from .patching import installed as installed
+    from .patching import uninstall as uninstall
     from .prepared import PreparedSave as PreparedSave
     from .prepared import prepare as prepare
     from .saving import save as save
@@ -42,6 +45,8 @@ _HOMES = {
     "SaveError": "fastshard.errors",
     "SaveFuture": "fastshard.engine",
     "Stats": "fastshard.engine",
+    "install": "fastshard.patching",
+    "installed": "fastshard.patching",
     "load": "safetensors.torch",
     "load_file": "safetensors.torch",
     "load_model": "safetensors.torch",
@@ -56,6 +61,7 @@ _HOMES = {
     "save_torch_model": "fastshard.hub",
     "save_torch_state_dict": "fastshard.hub",
     "stats": "fastshard.saving",
+    "uninstall": "fastshard.patching",
 }
 
 __all__ = list(_HOMES)

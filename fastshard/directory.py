@@ -33,6 +33,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 _STAGING: Final = re.compile(r"\.fastshard-[0-9a-f]{16}\.staging")
+_STAGED: Final = re.compile(rf"/{_STAGING.pattern}(/(new|old|now)\b)?")
 _LOCK_SECONDS: Final = 10.0
 """Putting files in place takes milliseconds; whoever holds the lock for longer uses it for something else."""
 _NO_LINKS: Final = frozenset(
@@ -71,8 +72,8 @@ def replacing(
             staging.close()
         made = []
     except OSError as error:
-        error.filename = _final(error.filename, directory)
-        error.filename2 = _final(error.filename2, directory)
+        error.filename = _final(error.filename)
+        error.filename2 = _final(error.filename2)
         raise
     finally:
         for path in reversed(made):
@@ -285,13 +286,13 @@ def _sync(path: str) -> None:
         os.close(fd)
 
 
-def _final(path: object, directory: str) -> object:
+def _final(path: object) -> object:
     """Where a staged file was to stand."""
     if isinstance(path, bytes):
-        return os.fsencode(str(_final(os.fsdecode(path), directory)))
-    if not isinstance(path, str):
-        return path
-    relative = os.path.relpath(path, directory).split(os.sep)
-    if not _STAGING.fullmatch(relative[0]):
-        return path
-    return os.path.join(directory, *relative[2:])
+        return os.fsencode(final_places(os.fsdecode(path)))
+    return final_places(path) if isinstance(path, str) else path
+
+
+def final_places(text: str) -> str:
+    """A path or a message, with the final places of staged files."""
+    return _STAGED.sub("", text)

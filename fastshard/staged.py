@@ -9,19 +9,23 @@ does not write there but collects.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from . import saving
-from .directory import replacing
+from .directory import final_places, replacing
+from .mapped import lies_in_file
 from .planning import PathLike, StateDict
 from .saving import How, PlannedFile
 
 DESCRIPTION: Final = "Saving checkpoint shards"
 """Of the progress bar."""
+_TEMPORARY_NBYTES: Final = 128 << 20
 
 _running = threading.local()
 
@@ -31,8 +35,14 @@ class Stage:
 
     def __init__(self, path: str, how: How) -> None:
         self.path = path
+        self.scratch = os.path.dirname(path)
+        """Hidden, too; what is left in there goes with the stage."""
+        self.lasting: set[int] | None = None
+        """Addresses of storages that live on after the save in any case. If this is given, files are written as soon
+        as the others, kept alive by what was added, take too much memory together."""
         self._how = how
         self._files: dict[PathLike, PlannedFile] = {}
+        self._temporary: dict[int, int] = {}
         self._began: float | None = None
 
     def add(self, tensors: StateDict, filename: PathLike, metadata: dict[str, str] | None) -> None:
@@ -41,34 +51,57 @@ class Stage:
         if self._began is None:
             self._began = time.perf_counter()
         self._files[filename] = saving.plan_file(tensors, filename, metadata, self._how)
+        if self.lasting is not None:
+            for tensor in tensors.values():
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.lasting and not lies_in_file(tensor):
+                    self._temporary[storage.data_ptr()] = storage.nbytes()
+            if sum(self._temporary.values()) > _TEMPORARY_NBYTES:
+                self.write()
 
     def write(self) -> None:
         """Writes what was added, in parallel."""
         if self._files:
             assert self._began is not None
-            files, self._files = self._files, {}
-            saving.write_files(files, self._how, self._began, DESCRIPTION)
-            self._began = None
+            saving.write_files(self._files, self._how, self._began, DESCRIPTION)
+            self._files, self._temporary, self._began = {}, {}, None
 
     def holds(self, filename: object) -> bool:
         """Whether a file of this name belongs to the checkpoint."""
         return isinstance(filename, (str, os.PathLike)) and os.fspath(filename).startswith(self.path + os.sep)
 
+    def weights(self) -> set[str]:
+        """Names of the files of weights in it, added ones too."""
+        added = (os.path.basename(os.fspath(name)) for name in self._files)
+        return {name for name in (*os.listdir(self.path), *added) if _WEIGHTS.fullmatch(name)}
+
 
 @contextlib.contextmanager
 def staged(
-    directory: str, stale: Callable[[str], bool], how: How, *, create: bool = False
+    directory: str,
+    stale: Callable[[str], bool] | None,
+    how: How,
+    *,
+    create: bool = False,
+    loggers: tuple[str, ...] = (),
 ) -> Iterator[Stage]:
     """A stage for a checkpoint in ``directory``: see :func:`fastshard.directory.replacing`. When the block ends, what
-    was added is written, and then all files stand. Until then :func:`save_file` on this thread adds."""
+    was added is written, and then all files stand. Until then :func:`save_file` on this thread adds.
+
+    ``stale``: which files to remove; ``None``: other files of the weights that this save has. ``loggers``: names of
+    those whose messages are about files; they are told the final places.
+    """
     outer = current()
-    with replacing(directory, stale, create=create, durable=how.durable) as path:
+    names: set[str] = set()
+    obsolete = stale or (lambda name: _other_files_of(names, name))
+    with replacing(directory, obsolete, create=create, durable=how.durable) as path, _final_places(loggers):
         stage = _running.stage = Stage(path, how)
         try:
             yield stage
         finally:
             _running.stage = outer
         stage.write()
+        names |= stage.weights()
 
 
 def current() -> Stage | None:
@@ -83,3 +116,37 @@ def save_file(tensors: StateDict, filename: PathLike, metadata: dict[str, str] |
         stage.add(tensors, filename, metadata)
     else:
         saving.save_file(tensors, filename, metadata)
+
+
+_WEIGHTS: Final = re.compile(r"(?P<stem>.+?)(-\d{5}-of-\d{5})?(?P<suffix>\.safetensors|\.bin)")
+_INDEX: Final = re.compile(r"(?P<stem>.+)(?P<suffix>\.safetensors|\.bin)\.index(?P<variant>\..+)?\.json")
+
+
+def _other_files_of(names: set[str], name: str) -> bool:
+    """Whether this is a file of the same weights as ``names``: a shard, the only file, an index. A variant's are
+    ``model.fp16-00001-of-00002.safetensors`` and ``model.safetensors.index.fp16.json``."""
+    found = _WEIGHTS.fullmatch(name)
+    stem = found and found["stem"]
+    if found is None:
+        found = _INDEX.fullmatch(name)
+        stem = found and found["stem"] + (found["variant"] or "")
+    return found is not None and any(
+        match["stem"] == stem and match["suffix"] == found["suffix"]
+        for match in map(_WEIGHTS.fullmatch, names)
+        if match
+    )
+
+
+@contextlib.contextmanager
+def _final_places(loggers: tuple[str, ...]) -> Iterator[None]:
+    def translate(record: logging.LogRecord) -> bool:
+        record.msg, record.args = final_places(record.getMessage()), None
+        return True
+
+    for name in loggers:
+        logging.getLogger(name).addFilter(translate)
+    try:
+        yield
+    finally:
+        for name in loggers:
+            logging.getLogger(name).removeFilter(translate)

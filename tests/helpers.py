@@ -63,10 +63,15 @@ def names(directory: Path) -> list[str]:
 
 def run(script: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
     """Runs a Python script in a process of its own; its last line of output is what it found."""
+    prelude = "import sys, os, torch, fastshard\nfrom fastshard import *\n"
+    return run_bare(prelude + textwrap.dedent(script), *arguments, **options)
+
+
+def run_bare(script: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """As :func:`run`, with nothing imported before the script's first line."""
     # Not from the checkout's top: its package would come before the installed one.
     options = {"capture_output": True, "text": True, "timeout": 120, "cwd": Path(__file__).parent, **options}
-    code = "import sys, os, torch, fastshard\nfrom fastshard import *\n" + textwrap.dedent(script)
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], **options)  # type: ignore[call-overload]
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)], **options)  # type: ignore[call-overload]
 
 
 def preload(library: Path, refuse: str) -> dict[str, str]:

@@ -17,12 +17,16 @@ error.h plan.h plan.cc schedule.h schedule.cc device.h cast.h cast.cc pack.h pac
 kernels/table.h kernels/table.cc kernels/memory.cuh kernels/elements.cuh kernels/gather.cuh kernels/tiles.cuh
 kernels/pack.cu kernels/embedded.h kernels/embedded.cc host_device.cc numa.h numa.cc cuda_driver.h cuda_driver.cc
 cuda_info.h cuda_info.cc cuda_context.h cuda_scratch.h cuda_scratch.cc cuda_device.cc ring.h filesystem.h
-filesystem.cc mapping.h mapping.cc file.h file.cc threads.h threads.cc direct_io.h direct_io.cc standing.h standing.cc crc32.h crc32.cc writer.h writer.cc
+filesystem.cc mapping.h mapping.cc file.h file.cc threads.h threads.cc direct_io.h direct_io.cc standing.h standing.cc crc32.h crc32.cc source_file.h source_file.cc
+writer.h writer.cc
 fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """.split()
 """csrc/ in reading order."""
 
-PYTHON = "layout plan errors sharing tensors engine planning saving prepared directory staged hub manifest reading sharded vllm sglang vllm_save __init__ cli __main__".split()
+PYTHON = """
+layout plan errors mapped sharing tensors engine planning saving prepared directory staged hub offload transformers accelerate adapters
+manifest reading sharded vllm sglang vllm_save patching auto __init__ cli __main__
+""".split()
 """fastshard/ in reading order."""
 
 FOREIGN = {
@@ -33,6 +37,8 @@ FOREIGN = {
     "directory": set(),
     "manifest": set(),
     "reading": {"safetensors"},
+    "patching": set(),
+    "auto": set(),
     "cli": {"tqdm"},
 }
 """Modules that must stay usable without torch, and what they may use besides the standard library."""

@@ -598,6 +598,7 @@ def test_public_names():
                 "load",
                 "safe_open",
             ),
+            *("save_torch_model", "save_torch_state_dict", "install", "installed", "uninstall"),
             *("stats", "Stats", "Options", "PreparedSave", "Engine", "SaveFuture", "SaveError"),
         }
     )

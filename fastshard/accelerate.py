@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``Accelerator.save_model``: accelerate's own code, run into a stage, so that every quirk is its own.
+
+:func:`fastshard.install` puts these functions in the place of accelerate's. Each gets the original first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .offload import offloaded_state_dict
+from .saving import How
+from .staged import current, staged
+
+
+def save_model(
+    original: Callable[..., Any],
+    accelerator: Any,
+    model: torch.nn.Module,
+    save_directory: str | os.PathLike[str],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Saves shards and index as one: shards in parallel, and the directory all or nothing. Shards and indexes of an
+    earlier save go."""
+    if os.path.isfile(save_directory):
+        return original(accelerator, model, save_directory, *args, **kwargs)
+    with staged(
+        os.fspath(save_directory), None, How(), create=True, loggers=("accelerate.accelerator",)
+    ) as stage:
+        result = original(accelerator, model, stage.path, *args, **kwargs)
+        if not stage.weights():  # another process writes them, and with them the index that all have made
+            for name in os.listdir(stage.path):
+                os.unlink(os.path.join(stage.path, name))
+    return result
+
+
+def get_state_dict_offloaded_model(
+    original: Callable[..., Any], model: torch.nn.Module
+) -> dict[str, torch.Tensor]:
+    """While a model is saved, its offloaded weights are mapped from their files, not read into memory."""
+    stage = current()
+    return original(model) if stage is None else offloaded_state_dict(model, stage.scratch)
