@@ -77,8 +77,8 @@ class _Loaded:
     """``vllm.config.VllmConfig``"""
     expected: dict[str, _Form]
     """What a loader of sharded state finds, to be filled."""
-    refusal: str | None = "vLLM's process_weights_after_loading was not seen at work on it"
-    """Why its state is not what a loader expects; ``None``: it is."""
+    refusal: str | None = "what vLLM's process_weights_after_loading did to the weights was not seen"
+    """Why its state may not be what a loader expects; ``None``: it is."""
     outcome: Outcome | None = None
 
 
@@ -202,8 +202,7 @@ def _watching_process(process: Callable[..., None]) -> Callable[..., None]:
             with _logged("the state of a loaded model was not noted"):
                 before = _before_processing(model, model_config, loaded)
         process(model, model_config, *args, **kwargs)
-        if loaded is not None and before is not None and loaded.refusal is None:
-            loaded.refusal = "what post-processing did to it could not be found out"
+        if loaded is not None and before is not None:
             with _logged("the state of a processed model was not compared"):
                 loaded.refusal = _why_changed(before, _sampled(_filtered(model)))
 
@@ -222,21 +221,23 @@ def _logged(what: str) -> Iterator[None]:
 def _before_processing(
     model: torch.nn.Module, model_config: Any, loaded: _Loaded
 ) -> dict[str, _Sampled] | None:
-    """Sees to a model whose weights are loaded, and saves them if that is what the engine was started for."""
+    """Looks at a model whose weights are loaded, and saves them if that is what the engine was started for. Returns what
+    post-processing is to leave as it is; ``None`` where the state is not to be saved later."""
     request = _request(loaded.config)
     try:
         untied = _settle_ties(model, model_config, loaded)
         state = _filtered(model)
-        loaded.refusal = _why_unloadable(loaded.expected, _forms(state))
-        if loaded.refusal is None and untied and request is None:
-            loaded.refusal = (
-                "config.json says that the embeddings are tied, the weights say they are not, so a loader "
+        refusal = _why_unloadable(loaded.expected, _forms(state))
+        if refusal is None and untied and request is None:  # who asks will write another config
+            refusal = (
+                "config.json says that the embeddings are tied, and the weights say they are not, so a loader "
                 "would expect others"
             )
         if request is None:
-            return _sampled(state) if loaded.refusal is None else None
-        if loaded.refusal is not None:
-            raise ValueError(loaded.refusal)
+            loaded.refusal = refusal or loaded.refusal
+            return _sampled(state) if refusal is None else None
+        if refusal is not None:
+            raise ValueError(refusal)
         files = _save(model, loaded, request)
         loaded.outcome = Outcome(_rank_name(), files, untied=untied)
     except Exception as error:
@@ -294,8 +295,9 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dim() == 0:
         return tensor.clone()
     count = min(_SAMPLES, tensor.numel())
-    indices = torch.linspace(0, tensor.numel() - 1, count, dtype=torch.float64).to(torch.int64)
-    return tensor[torch.unravel_index(indices.to(tensor.device), tensor.shape)].clone()
+    steps = torch.arange(count, device=tensor.device, dtype=torch.int64)
+    indices = steps * (tensor.numel() - 1) // max(count - 1, 1)
+    return tensor[torch.unravel_index(indices, tensor.shape)]
 
 
 def _filtered(model: torch.nn.Module) -> dict[str, torch.Tensor]:

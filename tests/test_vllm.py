@@ -245,6 +245,19 @@ def test_an_engine_starts_whatever_goes_wrong_in_a_hook(
         fake.loader.save_model(model, str(tmp_path))
 
 
+def test_what_could_not_be_compared_is_refused(
+    fake: fake_vllm.Vllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(tensor: object) -> None:
+        raise RuntimeError("not implemented for this type")
+
+    monkeypatch.setattr(vllm, "_sample", fails)
+    model = fake.load_model(fake_vllm.config())
+    assert "the state of a loaded model was not noted: RuntimeError: not implemented" in caplog.text
+    with pytest.raises(ValueError, match="was not seen"):
+        fake.loader.save_model(model, str(tmp_path))
+
+
 def test_what_post_processing_raises_is_raised(fake: fake_vllm.Vllm) -> None:
     def fails(model: object) -> None:
         raise RuntimeError("no such kernel")
