@@ -2,8 +2,8 @@
 """Benchmarks of saving, beside what others use. Start with ``python bench/save.py --quick``, and on a
 machine with a GPU with ``python bench/gpu.py --out DIR``.
 
-In reading order: ``samples`` (what was measured, statistics), ``machine`` (where), ``rivals`` and
-``ceilings`` (who saves), ``cases`` (what is saved, and the goals), ``verify`` (are the bytes right),
+In reading order: ``samples`` (what was measured, statistics), ``machine`` (where), ``models`` (what
+transformers makes of tensors), ``rivals`` and ``ceilings`` (who saves), ``cases`` (what is saved, and the goals), ``verify`` (are the bytes right),
 ``memory`` (peak in a fresh process), ``disturbance`` (what a job beside a save notices), ``harness`` (the
 rounds), ``report`` (table, verdict, plot), ``save`` (the command line), ``load`` (another one, for loading). Then, of
 the standard library only: ``budget`` (commands under one clock), ``build`` (a package made of the checkout), ``brief`` (the short table

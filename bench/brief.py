@@ -8,7 +8,6 @@ from typing import Any
 
 MOST_LINES = 40
 GIB, MIB = 1 << 30, 1 << 20
-US, BASE, PREPARED = "fastshard", "safetensors", "prepared"
 
 
 def brief(phases: Iterable[dict[str, Any]], bench: dict[str, Any] | None) -> str:
@@ -42,11 +41,9 @@ def _cases(cases: list[dict[str, Any]]) -> list[str]:
         if case["skipped"]:
             lines.append(f"{case['name']:24}skipped: {case['skipped']}")
             continue
-        names = {row["rival"] for row in case["rows"]}
-        us = PREPARED if PREPARED in names else US
         rows = {(row["rival"], row["mode"]): row for row in case["rows"]}
         for mode in dict.fromkeys(row["mode"] for row in case["rows"]):
-            ours, theirs = rows.get((us, mode), {}), rows.get((BASE, mode), {})
+            ours, theirs = rows.get((case["us"], mode), {}), rows.get((case["base"], mode), {})
             bound, times = ours.get("of_ceiling") or {}, ours.get("ratio") or {}
             over = rows.get((bound.get("against", ""), mode), {})
             figures = (ours.get("median_gib_s"), theirs.get("median_gib_s"), times.get("median"))

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .rivals import KINDS, Shard
+from .models import LIBRARIES, llama_shapes
+from .rivals import BASE, KINDS, Shard
 from .samples import DURABLE, GIB, MIB, MODES, RETURN
 
 BF16 = torch.bfloat16
@@ -127,6 +128,36 @@ def small(nbytes: int, device: str) -> list[Shard]:
     return [{f"experts.{i}.scale": fill(SMALL_NBYTES // 128, 64) for i in range(nbytes // SMALL_NBYTES)}]
 
 
+def bert_shapes(shrink: float = 1.0) -> Iterable[tuple[int, ...]]:
+    """Shapes of BERT-base's parameters (109 million), each width divided by ``shrink``."""
+
+    def width(size: int) -> int:
+        return max(1, round(size / shrink))
+
+    hidden, inner = width(768), width(3072)
+    yield from ((width(30522), hidden), (width(512), hidden), (2, hidden), (hidden,), (hidden,))
+    for _ in range(12):
+        for _ in range(4):  # query, key, value, output
+            yield from ((hidden, hidden), (hidden,))
+        yield from ((inner, hidden), (inner,), (hidden, inner), (hidden,))
+        yield from ((hidden,),) * 4  # two norms
+    yield from ((hidden, hidden), (hidden,))
+
+
+ADAMW_NBYTES = sum(8 * math.prod(shape) + 4 for shape in bert_shapes())
+
+
+def adamw(nbytes: int, device: str) -> list[Shard]:
+    """What AdamW keeps of BERT-base: two float32 moments and a step, a scalar of the host, for each parameter."""
+    fill = Filler(device, nbytes)
+    state: Shard = {}
+    for i, shape in enumerate(bert_shapes(max(1.0, math.sqrt(ADAMW_NBYTES / nbytes)))):
+        state[f"state.{i}.step"] = torch.tensor(float(i), device="cpu")
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[f"state.{i}.{name}"] = fill(*shape[:-1], 2 * shape[-1]).view(torch.float32)
+    return [state]
+
+
 STRIDED_COUNT = 64
 
 
@@ -154,15 +185,71 @@ def columns(nbytes: int, device: str) -> list[Shard]:
     ]
 
 
+GB = 10**9
+HUB_NBYTES = 4 * GIB
+
+
+def cut(tensors: Shard, most: int) -> list[Shard]:
+    """In order, a new shard begun where the next tensor would make one larger than ``most`` bytes: huggingface_hub's
+    rule for tensors of at most that size."""
+    shards, held = [Shard()], 0
+    for name, tensor in tensors.items():
+        if held and held + tensor.nbytes > most:
+            shards.append({})
+            held = 0
+        shards[-1][name] = tensor
+        held += tensor.nbytes
+    return shards
+
+
+def hub(nbytes: int, device: str) -> list[Shard]:
+    """Tensors of 64 MiB, in shards of 1 GB where all of them are 4 GiB; in as many shards where they are less."""
+    (tensors,) = blocks(nbytes, device)
+    return cut(tensors, nbytes * GB // HUB_NBYTES)
+
+
+def _width(nbytes: float) -> float:
+    """What the widths of a Llama of so many bytes (bf16) are divided by."""
+    return max(1.0, math.sqrt(LLAMA_NBYTES / nbytes))
+
+
+LLAMA_NBYTES = 2 * sum(map(math.prod, llama_shapes().values()))
+
+
+def llama(nbytes: int, device: str, files: int = 1) -> list[Shard]:
+    """The weights of a Llama in bf16, in ``files`` shards. It is the library that cuts: by a largest size."""
+    fill = Filler(device, nbytes)
+    tensors = {name: fill(*shape) for name, shape in llama_shapes(_width(nbytes)).items()}
+    sizes = [tensor.nbytes for tensor in tensors.values()]
+    # A shard that is closed is short of this by less than a tensor: the rest always fits into the last one.
+    return cut(tensors, (sum(sizes) + (files - 1) * max(sizes)) // files)
+
+
+def training(nbytes: int, device: str) -> list[Shard]:
+    """A Llama in fp32, and what AdamW knows of each weight: twice the bytes."""
+    fill = NumberFiller(device, nbytes, torch.float32)
+    shapes = llama_shapes(_width(nbytes / 6))
+    weights = {name: fill(*shape) for name, shape in shapes.items()}
+    moments = {
+        f"{n}.{kind}": fill(*shape) for n, shape in shapes.items() for kind in ("exp_avg", "exp_avg_sq")
+    }
+    return [weights, moments]
+
+
 @dataclass(frozen=True)
 class Case:
-    """One dict, saved by several rivals."""
+    """One dict, or what a library makes of it, saved by several rivals."""
 
     name: str
     about: str
     build: Callable[[int, str], list[Shard]]
     """(bytes wanted, device) -> the tensors of each file."""
     rivals: tuple[str, ...]
+    """The first one is ours: the one that the case is about."""
+    base: str = BASE
+    """Whom ratios are taken against, and who writes what all others must write."""
+    needs: tuple[str, ...] = ()
+    """Libraries that it cannot be run without."""
     natural_nbytes: int | None = None
     """The size it has by its nature; None: as large as ``--gib`` says. ``--gib`` caps it."""
     host_nbytes: int | None = None
@@ -186,6 +273,10 @@ class Case:
     disturbs: bool = False
     """Whether a job that runs beside the save is watched too."""
 
+    @property
+    def us(self) -> str:
+        return self.rivals[0]
+
     def natural(self, kind: str) -> int | None:
         return self.host_nbytes or self.natural_nbytes if kind == CPU else self.natural_nbytes
 
@@ -193,7 +284,7 @@ class Case:
     def measures(self) -> tuple[str, ...]:
         """Ceilings to run beside the rivals."""
         named = ("memcpy-1", "memcpy-n", *self.bound, self.writer, "direct", "link", "link-whole")
-        return tuple(dict.fromkeys(name for name in named if name != "direct" or self.place == DISK))
+        return tuple(dict.fromkeys(name for name in named if name != "direct" or DURABLE in self.modes))
 
     @property
     def bound_by(self) -> dict[str, tuple[str, ...]]:
@@ -249,6 +340,20 @@ _ALL = (
         quick=True,
         memory=True,
         disturbs=True,
+    ),
+    Case(
+        "archive",
+        "64 MiB tensors in one archive of torch.save",
+        blocks,
+        ("fastshard-archive", "torch.save", "safetensors"),
+        quick=True,
+    ),
+    Case(
+        "adamw",
+        "the state of BERT-base's AdamW in an archive: 400 moments, 200 scalars of the host",
+        adamw,
+        ("fastshard-archive", "torch.save", "safetensors"),
+        natural_nbytes=ADAMW_NBYTES,
     ),
     Case(
         "columns",
@@ -318,6 +423,52 @@ _ALL = (
         memory=True,
     ),
     Case(
+        "hub",
+        "huggingface_hub's save_torch_state_dict, 64 MiB tensors in shards of 1 GB",
+        hub,
+        ("fastshard-hub", "huggingface_hub"),
+        base="huggingface_hub",
+        needs=("huggingface_hub",),
+        natural_nbytes=HUB_NBYTES,
+        modes=(RETURN,),
+        writer="pwrite-n",
+    ),
+    Case(
+        "pretrained",
+        "save_pretrained of a Llama in bf16, four shards",
+        lambda nbytes, device: llama(nbytes, device, files=4),
+        ("fastshard-pretrained", "transformers-pretrained"),
+        base="transformers-pretrained",
+        needs=LIBRARIES,
+        natural_nbytes=LLAMA_NBYTES,
+        modes=(RETURN,),
+        writer="pwrite-n",
+    ),
+    Case(
+        "trainer",
+        "a checkpoint of a Trainer: a Llama in fp32 and its AdamW state, twice as large",
+        training,
+        ("fastshard-trainer", "transformers-trainer"),
+        base="transformers-trainer",
+        needs=LIBRARIES,
+        natural_nbytes=2 * GIB,
+        modes=(RETURN,),
+        default_on=(CPU,),
+        writer="pwrite-n",
+    ),
+    Case(
+        "offloaded",
+        "save_pretrained of a Llama in bf16 that lies on disk (device_map), one file",
+        llama,
+        ("fastshard-offloaded", "transformers-offloaded"),
+        base="transformers-offloaded",
+        needs=LIBRARIES,
+        natural_nbytes=LLAMA_NBYTES,
+        modes=(RETURN,),
+        default_on=(CPU,),
+        memory=True,
+    ),
+    Case(
         "tmpfs-one",
         "first save to tmpfs, one file",
         blocks,
@@ -351,8 +502,8 @@ CASES: dict[str, Case] = {case.name: case for case in _ALL}
 """In the order of a run: where its time is short, the last ones are left out."""
 
 
-MEMORY, DEVICE_MEMORY, PINNED = "memory", "device memory", "pinned memory"
-EXTRA = (MEMORY, DEVICE_MEMORY, PINNED)
+MEMORY, HIGH_WATER, DEVICE_MEMORY, PINNED = "memory", "high water", "device memory", "pinned memory"
+EXTRA = (MEMORY, HIGH_WATER, DEVICE_MEMORY, PINNED)
 
 
 @dataclass(frozen=True)
@@ -385,10 +536,17 @@ GOALS = (
     Goal("strided", 1.5),
     Goal("strided", 64, against=MEMORY),
     Goal("one-file", 3.0, against="torch.save"),
+    Goal("archive", 3.0, against="torch.save", by="fastshard-archive"),
+    Goal("adamw", 3.0, against="torch.save", by="fastshard-archive"),
     Goal("one-file", 4.0, against="dcp-fs"),
     Goal("one-file", 8.0, against="dcp-hf"),
     Goal("one-file", 64, against=MEMORY),
     Goal("small", 64, against=MEMORY),
+    Goal("hub", 1.6, against="huggingface_hub", by="fastshard-hub"),
+    Goal("pretrained", 1.5, against="transformers-pretrained", by="fastshard-pretrained"),
+    Goal("trainer", 2.5, against="transformers-trainer", by="fastshard-trainer"),
+    Goal("offloaded", 256, against=MEMORY, by="fastshard-offloaded"),
+    Goal("offloaded", 256, against=HIGH_WATER, by="fastshard-offloaded"),
     Goal("prepared", 0.95, against="link", by="prepared", on=CUDA),
     Goal("tmpfs-eight", 0.5, against="link", on=CUDA),
     Goal("tmpfs-eight", 10, on=CUDA),

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from . import ceilings, disturbance, machine, memory
 from .cases import CPU, FULL_NBYTES, SHM, Case
 from .ceilings import CEILINGS
 from .machine import cpu_count, free_nbytes, memory_nbytes
-from .rivals import BASE, US, Job, Rival, Unavailable
+from .rivals import BASE, OFFLOADED, RIVALS, US, Job, Rival, Unavailable
 from .samples import DURABLE, GIB, MIB, CaseResult, Disturbance, Row
 from .verify import Mismatch, Reference
 
@@ -137,11 +138,12 @@ def _synchronize(device: str) -> None:
 
 def _timed(entry: _Entry, device: str) -> tuple[float, float]:
     """(wall, CPU) seconds of one run."""
-    _synchronize(device)
-    cpu, wall = time.process_time(), time.perf_counter()
-    entry.run()
-    _synchronize(device)
-    return time.perf_counter() - wall, time.process_time() - cpu
+    with entry.rival.within():
+        _synchronize(device)
+        cpu, wall = time.process_time(), time.perf_counter()
+        entry.run()
+        _synchronize(device)
+        return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def _text(error: Exception) -> str:
@@ -171,6 +173,9 @@ def why_not(case: Case, settings: Settings) -> str | None:
     """Why a case cannot be run here at all."""
     if not settings.in_time():
         return NO_TIME
+    missing = [library for library in case.needs if find_spec(library) is None]
+    if missing:
+        return f"{', '.join(missing)} not installed"
     if settings.out_of(case) is None:
         return settings.no_shm
     nbytes = fitting(case, settings)
@@ -201,6 +206,8 @@ class Contest:
             files=len(shards),
             ceilings=case.bound_by,
             device=self.kind,
+            us=case.us,
+            base=case.base,
         )
         self.rivals = [r for r in rivals if self._takes_part(r)]
         self.reference: Reference | None = None
@@ -214,13 +221,19 @@ class Contest:
     def _takes_part(self, rival: Rival) -> bool:
         several = len(self.job.shards) > 1
         fits = not (rival.one_file_only if several else rival.many_files_only)
-        return fits and self.kind in rival.devices
+        # Where the base writes more than the tensors, so must all others.
+        strange = rival.writes is not None and (rival.own or RIVALS[self.case.base].own)
+        return fits and self.kind in rival.devices and not (strange and rival.name not in self.case.rivals)
 
     def run(self, deadline: float | None = None) -> CaseResult:
         """All rounds; those that would not end by ``deadline`` (time.monotonic) are left out."""
         if self.settings.verify:
             empty(self.job.out)
-            self.reference = Reference(self.job)
+            try:
+                self.reference = Reference(self.job, self.case.base)
+            except Exception as error:  # another case's base may do better
+                self.result.skipped = f"{self.case.base}: {_text(error)}"
+                return self.result
         with self._entries() as entries:
             self._rounds(entries, deadline)
         return self.result
@@ -286,7 +299,8 @@ class Contest:
         empty(out)
         warm_up = rival.prepare(replace(self.warm_up, **changes))
         try:
-            warm_up()
+            with rival.within():
+                warm_up()
         finally:
             _close(warm_up)
         empty(out)
@@ -337,7 +351,7 @@ class Contest:
         if entry.row.checked:
             return False
         modes = [r for r in self.result.rows if r.rival == entry.rival.name and r.checked]
-        return not modes or entry.rival.name == US
+        return not modes or entry.rival.name in (US, self.case.us)
 
 
 def run_case(
@@ -346,7 +360,9 @@ def run_case(
     """The rounds and what disturbs a job; then the memory, with the tensors of the rounds freed before."""
     reason = why_not(case, settings)
     if reason:
-        return CaseResult(case.name, case.about, 0, 0, 0, 0, case.bound_by, skipped=reason)
+        return CaseResult(
+            case.name, case.about, 0, 0, 0, 0, case.bound_by, us=case.us, base=case.base, skipped=reason
+        )
     contest = Contest(case, rivals, settings)
     result, names = contest.run(deadline), [rival.name for rival in contest.rivals]
     nbytes, out = contest.nbytes, contest.job.out
@@ -361,6 +377,6 @@ def run_case(
         if name in settings.memory and settings.in_time():
             empty(out)
             result.memory.append(memory.measure(case.name, name, nbytes, settings.device, out))
-    for directory in (out, out.with_name("standing")):
+    for directory in (out, out.with_name("standing"), out.with_name(OFFLOADED)):
         shutil.rmtree(directory, ignore_errors=True)
     return result

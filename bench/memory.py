@@ -19,6 +19,7 @@ import select
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,6 +39,11 @@ def probe(spec: str) -> None:
     case, rival, nbytes, device, out = json.loads(spec)
     shards = CASES[case].build(nbytes, device)
     run = RIVALS[rival].prepare(Job(shards, Path(out), durable=False, dtype=CASES[case].dtype))
+    with RIVALS[rival].within():
+        _probe(run, RIVALS[rival], device)
+
+
+def _probe(run: Callable[[], None], rival: Rival, device: str) -> None:
     if machine.device_kind(device) != CPU:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what building left over must not serve as the save's own
@@ -46,7 +52,7 @@ def probe(spec: str) -> None:
     print("ready", flush=True)
     sys.stdin.readline()
     run()
-    print("done", _pinned(RIVALS[rival], device), flush=True)
+    print("done", _pinned(rival, device), flush=True)
     sys.stdin.readline()
 
 

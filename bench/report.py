@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .cases import DEVICE_MEMORY, EXTRA, GOALS, MEMORY, PINNED, Goal
-from .rivals import BASE
+from .cases import DEVICE_MEMORY, EXTRA, GOALS, HIGH_WATER, MEMORY, PINNED, Goal
 from .samples import GIB, MIB, MODES, CaseResult, Memory, Ratio, Row, ratio
 
 _COLOURS = {"return": "#2b6cb0", "durable": "#dd8452"}
@@ -41,7 +40,7 @@ def _line(result: CaseResult, row: Row) -> list[str]:
     note = row.error or row.checked or ""
     if not row.seconds or row.wrong:
         return [name, *["-"] * 10, note]
-    to_base = _times(ratio(row, result.row(BASE, row.mode)))
+    to_base = _times(ratio(row, result.row(result.base, row.mode)))
     to_ceiling = _times(ratio(row, result.ceiling(row.mode)))
     cpu = sorted(row.cpu_seconds)[len(row.cpu_seconds) // 2]
     return [
@@ -93,7 +92,7 @@ def table(result: CaseResult) -> str:
         bound = result.ceiling(mode)
         over = "of " + (bound.rival if bound else "ceiling")
         units = ["n", "best s", "median s", "worst s", "best GiB/s", "median GiB/s"]
-        head = [_TITLES[mode], *units, f"x {BASE}", "x at best", over, "cpu s", "output"]
+        head = [_TITLES[mode], *units, f"x {result.base}", "x at best", over, "cpu s", "output"]
         parts.append(_columns([head, *(_line(result, row) for row in rows)]))
     if result.memory:
         parts.append(_memory_table(result))
@@ -122,7 +121,12 @@ class Finding:
 
 
 def _extra(found: Memory, kind: str) -> int | None:
-    return {MEMORY: found.extra_nbytes, DEVICE_MEMORY: found.device_nbytes, PINNED: found.pinned_nbytes}[kind]
+    return {
+        MEMORY: found.extra_nbytes,
+        HIGH_WATER: found.high_water_nbytes,
+        DEVICE_MEMORY: found.device_nbytes,
+        PINNED: found.pinned_nbytes,
+    }[kind]
 
 
 def _judge(goal: Goal, result: CaseResult) -> Finding:

@@ -7,10 +7,11 @@ for each case and mode, the call once in each round. A new rival is one function
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from . import models
 from .samples import DURABLE, MODES, RETURN
 
 KINDS = ("cpu", "cuda")
@@ -54,7 +56,12 @@ class Job:
     @property
     def nbytes(self) -> int:
         """Of the tensors in the files."""
-        return sum(self.nbytes_of(t) for shard in self.shards for t in shard.values())
+        return sum(map(self.nbytes_of_shard, self.shards))
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest shard: ``max_shard_size`` for a library to make these shards of the tensors."""
+        return max(map(self.nbytes_of_shard, self.shards))
 
     @property
     def strided(self) -> bool:
@@ -62,6 +69,9 @@ class Job:
 
     def nbytes_of(self, tensor: torch.Tensor) -> int:
         return tensor.numel() * (self.dtype or tensor.dtype).itemsize
+
+    def nbytes_of_shard(self, shard: Shard) -> int:
+        return sum(map(self.nbytes_of, shard.values()))
 
     def contiguous(self) -> list[Shard]:
         """What a saver that refuses strided tensors and casts nothing must be given; no copy where none
@@ -90,6 +100,8 @@ class Rival:
     modes: tuple[str, ...] = MODES
     slow: bool = False
     """Takes part in the first rounds only: more would double the length of the whole bench."""
+    own: bool = False
+    """Saves more than the tensors, with files of its own: takes part only in cases that name it."""
     many_files_only: bool = False
     one_file_only: bool = False
     devices: tuple[str, ...] = KINDS
@@ -98,6 +110,8 @@ class Rival:
     """Its files stand from round to round, in a directory of their own; ``close`` of the call ends them."""
     footprint: float = 1.0
     """Memory a save dirties, page cache included, in multiples of the bytes saved: sizes the ballast."""
+    within: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    """Entered before each run and left after it; neither is timed."""
     detail: Callable[[], dict[str, Any]] | None = None
 
 
@@ -232,6 +246,20 @@ def _torch_save(job: Job) -> Callable[[], None]:
     return _then_sync(job, save)
 
 
+def _fastshard_archive(job: Job) -> Callable[[], None]:
+    import fastshard
+
+    if not hasattr(fastshard, "torch_save"):
+        raise Unavailable("this fastshard has no torch_save")
+    torch_save = fastshard.torch_save
+
+    def save() -> None:
+        for path, tensors in zip(job.paths, job.contiguous()):
+            torch_save(tensors, path.with_suffix(".pt"), durable=job.durable)
+
+    return save
+
+
 def _configured(save: Callable[[], None], **switches: bool) -> Callable[[], None]:
     """The call with other settings of torch.save, which is put back as it was."""
     from torch.utils.serialization import config
@@ -359,6 +387,78 @@ def _fastshard_uncached(job: Job) -> Callable[[], None]:
     return _fastshard(job, keep_cached=False)
 
 
+def _huggingface_hub(job: Job) -> Callable[[], None]:
+    from huggingface_hub import save_torch_state_dict
+
+    tensors = job.merged()
+    return lambda: save_torch_state_dict(dict(tensors), job.out, max_shard_size=job.largest)
+
+
+def _fastshard_hub(job: Job) -> Callable[[], None]:
+    import fastshard
+
+    if not hasattr(fastshard, "save_torch_state_dict"):
+        raise Unavailable("this fastshard has no save_torch_state_dict")
+    save_torch_state_dict, tensors = fastshard.save_torch_state_dict, job.merged()
+    return lambda: save_torch_state_dict(dict(tensors), job.out, max_shard_size=job.largest)
+
+
+def _pretrained(job: Job) -> Callable[[], None]:
+    with models.quiet():
+        model = models.llama(job.merged())
+    return lambda: model.save_pretrained(job.out, max_shard_size=job.largest)
+
+
+def _trainer(job: Job) -> Callable[[], None]:
+    with models.quiet():
+        trainer = models.trainer(*job.shards, job.out)
+    # What training calls when a checkpoint is due.
+    return lambda: trainer._save_checkpoint(trainer.model_wrapped, trial=None)
+
+
+def _offloaded(job: Job) -> Callable[[], None]:
+    with models.quiet():
+        model = models.on_disk(job.merged(), job.out.with_name(OFFLOADED) / str(job.nbytes))
+    return lambda: model.save_pretrained(job.out)
+
+
+@contextlib.contextmanager
+def _installed() -> Iterator[None]:
+    import fastshard
+
+    with models.quiet(), fastshard.installed():
+        yield
+
+
+def _with_fastshard(prepare: Prepare) -> Prepare:
+    """The same call, with fastshard in the place of what it calls."""
+
+    def prepare_if_possible(job: Job) -> Callable[[], None]:
+        import fastshard
+
+        if not hasattr(fastshard, "installed"):
+            raise Unavailable("this fastshard has no installed()")
+        return prepare(job)
+
+    return prepare_if_possible
+
+
+def _transformers(name: str, call: str, prepare: Prepare, **fields: Any) -> tuple[Rival, Rival]:
+    """A call of transformers' as it comes, and inside ``fastshard.installed()``."""
+    fields |= {"modes": (RETURN,), "own": True}
+    return (
+        Rival(
+            f"fastshard-{name}",
+            f"{call}, inside fastshard.installed()",
+            _with_fastshard(prepare),
+            within=_installed,
+            detail=_fastshard_detail,
+            **fields,
+        ),
+        Rival(f"transformers-{name}", f"{call}, as it comes", prepare, within=models.quiet, **fields),
+    )
+
+
 def _variant(name: str, about: str, prepare: Prepare, **fields: Any) -> Rival:
     return Rival(name, f"fastshard, {about}", prepare, detail=_fastshard_detail, **fields)
 
@@ -398,6 +498,7 @@ _ALL = (
     Rival(
         "vllm-sharded", "vLLM's save_sharded_state: one part after the other", _vllm_sharded, writes="sharded"
     ),
+    _variant("fastshard-archive", "torch_save: torch.save's file", _fastshard_archive, writes="torch"),
     Rival("safetensors", "safetensors.torch.save_file, one file after the other", _safetensors),
     Rival(
         "safetensors-threads",
@@ -442,8 +543,27 @@ _ALL = (
         slow=True,
         footprint=3.0,
     ),
+    _variant("fastshard-hub", "save_torch_state_dict", _fastshard_hub, modes=(RETURN,), own=True),
+    Rival(
+        "huggingface_hub",
+        "huggingface_hub.save_torch_state_dict",
+        _huggingface_hub,
+        modes=(RETURN,),
+        own=True,
+    ),
+    *_transformers("pretrained", "PreTrainedModel.save_pretrained", _pretrained),
+    *_transformers("trainer", "a checkpoint of a Trainer", _trainer),
+    *_transformers(
+        "offloaded",
+        "save_pretrained of a model on disk",
+        _offloaded,
+        devices=("cpu",),
+        footprint=2.0,  # the model in memory, once
+    ),
 )
 RIVALS: dict[str, Rival] = {rival.name: rival for rival in _ALL}
 US = "fastshard"
 BASE = "safetensors"
-"""Every ratio is taken against this one unless it says otherwise."""
+"""Whom ratios are taken against, unless a case has a base of its own."""
+OFFLOADED = "offloaded"
+"""Directory beside the output where models lie that are on disk, until their case has ended."""

@@ -126,6 +126,10 @@ class CaseResult:
     disturbance: list[Disturbance] = field(default_factory=list)
     device: str = "cpu"
     """Kind of the device the tensors were on."""
+    us: str = "fastshard"
+    """The row that the case is about."""
+    base: str = "safetensors"
+    """The row that ratios are taken against."""
     skipped: str | None = None
     """Why the case was not run at all."""
 
@@ -144,8 +148,8 @@ class CaseResult:
         """GiB/s of a save that took ``seconds``."""
         return self.nbytes / GIB / seconds
 
-    def as_dict(self, base: str) -> dict[str, Any]:
-        """For JSON: every sample, and the statistics beside ``base`` and the ceiling."""
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: every sample, and the statistics beside the base and the ceiling."""
         out = asdict(self)
         for row, written in zip(self.rows, out["rows"]):
             if not row.seconds:
@@ -153,7 +157,10 @@ class CaseResult:
             written["best_gib_s"] = self.rate(row.best)
             written["median_gib_s"] = self.rate(row.median)
             written["worst_gib_s"] = self.rate(row.worst)
-            for key, other in (("ratio", self.row(base, row.mode)), ("of_ceiling", self.ceiling(row.mode))):
+            for key, other in (
+                ("ratio", self.row(self.base, row.mode)),
+                ("of_ceiling", self.ceiling(row.mode)),
+            ):
                 found = ratio(row, other)
                 written[key] = {**asdict(found), "against": other.rival} if found and other else None
         return out

@@ -29,7 +29,7 @@ from . import machine, memory, report
 from .cases import CASES, CPU, FULL_NBYTES, GOALS
 from .ceilings import CEILINGS
 from .harness import Settings, run_case
-from .rivals import BASE, KINDS, RIVALS, US, Rival
+from .rivals import KINDS, RIVALS, US, Rival
 from .samples import GIB, MIB, MODES, RETURN, CaseResult
 
 QUICK_SECONDS = 90.0
@@ -82,9 +82,9 @@ def _parser() -> argparse.ArgumentParser:
 def _list() -> str:
     lines = []
     for title, known in (("cases", CASES), ("rivals", RIVALS), ("ceilings", CEILINGS)):
-        lines += [title, *(f"  {name:20} {entry.about}" for name, entry in known.items())]
+        lines += [title, *(f"  {name:23} {entry.about}" for name, entry in known.items())]
     lines.append("goals")
-    lines += [f"  {g.on:5} {g.case:12} {g.by:10} {g.mode:8} {g.against:20} {g.limit:g}" for g in GOALS]
+    lines += [f"  {g.on:5} {g.case:12} {g.by:20} {g.mode:8} {g.against:23} {g.limit:g}" for g in GOALS]
     return "\n".join(lines)
 
 
@@ -112,7 +112,8 @@ def _settings(args: argparse.Namespace, out: Path, shm: Path | None, no_shm: str
     full = FULL_NBYTES[machine.device_kind(args.device)] / GIB
     nbytes = int(args.mib * MIB) if args.mib else int((args.gib or (0.5 if args.quick else full)) * GIB)
     short = args.quick or args.budget is not None
-    measured = () if args.no_memory else (US,) if short else tuple(RIVALS)
+    ours = tuple({case.us for case in CASES.values()})
+    measured = () if args.no_memory else ours if short else tuple(RIVALS)
     return Settings(
         out=out,
         shm=shm,
@@ -176,7 +177,9 @@ def _run(args: argparse.Namespace, settings: Settings) -> Iterator[CaseResult]:
 def _sound(results: list[CaseResult], settings: Settings) -> bool:
     """Nothing was written wrong, and fastshard, where it took part, was seen to write right."""
     rows = [row for result in results for row in result.rows]
-    ours = [row for row in rows if row.rival == US and not row.absent]
+    ours = [
+        row for result in results for row in result.rows if row.rival in (US, result.us) and not row.absent
+    ]
     unseen = settings.verify and any(not row.checked for row in ours)
     return not unseen and not any(row.wrong for row in rows)
 
@@ -196,7 +199,7 @@ def _document(
             "quick": args.quick,
             "budget": args.budget,
         },
-        "cases": [result.as_dict(BASE) for result in results],
+        "cases": [result.as_dict() for result in results],
         "verdict": [finding.as_dict() for finding in report.judge(results)],
         "sound": _sound(results, settings),
     }

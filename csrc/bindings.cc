@@ -253,6 +253,17 @@ PYBIND11_MODULE(_native, module) {
       .def("fetch", &fetch)
       .def(
           "fetched", [](SaveHandle& handle, uint64_t request) { handle.save->fetched(request); }, "request"_a)
+      .def("take_amendment", [](SaveHandle& handle) { return handle.save->take_amendment(); })
+      .def(
+          "amend",
+          [](SaveHandle& handle, const std::vector<std::tuple<uint32_t, uint64_t, py::bytes>>& given) {
+            std::vector<Amendment> amendments;
+            amendments.reserve(given.size());
+            for (const auto& [file, offset, bytes] : given) amendments.push_back({file, offset, bytes});
+            const py::gil_scoped_release released;
+            handle.save->amend(std::move(amendments));
+          },
+          "amendments"_a)
       .def_property_readonly("nbytes", [](const SaveHandle& handle) { return handle.save->nbytes(); })
       .def_property_readonly("nbytes_written", [](const SaveHandle& handle) { return handle.save->nbytes_written(); })
       .def("checksums", [](const SaveHandle& handle) { return handle.save->checksums(); })
@@ -268,16 +279,18 @@ PYBIND11_MODULE(_native, module) {
       .def(
           "submit",
           [](EngineHandle& handle, const py::list& files, const std::map<int, uintptr_t>& streams, bool durable,
-             bool keep_cached, bool checksums, const py::object&) {
+             bool keep_cached, bool checksums, bool amended, const py::object&) {
             const std::shared_ptr<Engine> engine = handle.engine;
             if (engine == nullptr) throw std::runtime_error("the engine is closed");
             const std::shared_ptr<SavePlan> plan = plan_from(files);
             const py::gil_scoped_release released;
             read_from_files(*plan);
-            return std::make_unique<SaveHandle>(engine->submit(
-                plan, streams, {.durable = durable, .keep_cached = keep_cached, .checksums = checksums}));
+            const Intent intent{
+                .durable = durable, .keep_cached = keep_cached, .checksums = checksums, .amended = amended};
+            return std::make_unique<SaveHandle>(engine->submit(plan, streams, intent));
           },
-          "files"_a, "streams"_a, "durable"_a, "keep_cached"_a, "checksums"_a, "keep_alive"_a, py::keep_alive<0, 7>())
+          "files"_a, "streams"_a, "durable"_a, "keep_cached"_a, "checksums"_a, "amended"_a, "keep_alive"_a,
+          py::keep_alive<0, 8>())
       .def(
           "prepare",
           [](EngineHandle& handle, const py::object& file, size_t generations) {

@@ -56,6 +56,7 @@ struct Intent {
   bool from_device = false;  // some of it comes from a GPU
   bool host_casts = false;   // some of it is cast by the CPU, which takes longer than writing it
   bool checksums = false;    // CRC-32 of each tensor, taken as it passes
+  bool amended = false;      // some bytes follow when all chunks are written
   uint64_t nbytes = 0;       // of all its files together
   size_t writers = 1;        // threads, for each file
 };

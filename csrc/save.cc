@@ -60,16 +60,78 @@ void Save::start() {
   }
 }
 
-// The last writer of a file syncs it; the last file's publishes them all. Direct writes are on the disk already, all
-// but sizes and extents: synced one by one while others write, each would wait for these to pause.
+// Direct writes are on the disk already, all but sizes and extents: synced one by one while others write, each would
+// wait for these to pause. What is to be amended is synced afterwards.
+bool Save::synced_together(const OutputFile& file) const {
+  return intent_.amended || file.write_path() == WritePath::direct;
+}
+
+// The last writer of a file syncs it; the last file's publishes them all.
 void Save::end_file(size_t index) {
   attempt([&] {
     if (files_[index] == nullptr) return;
     const Timer timer(progress_.sync_ns);
     files_[index]->end_writing();
-    if (must_sync() && files_[index]->write_path() != WritePath::direct) files_[index]->sync();
+    if (must_sync() && !synced_together(*files_[index])) files_[index]->sync();
   });
-  if (--unfinished_files_ == 0) finish();
+  if (--unfinished_files_ == 0 && !await_amendment()) finish();
+}
+
+// Whether the save is not to be finished yet: Python has its say first, or whoever cancels.
+bool Save::await_amendment() {
+  if (!intent_.amended) return false;
+  {
+    const std::lock_guard lock(mutex_);
+    if (error_) return false;
+    take_checksums();
+    amending_ = Amending::due;
+    changed_.notify_all();  // under the lock: a waiter that sees it may drop the save
+  }
+  return true;
+}
+
+bool Save::take_amendment() {
+  const std::lock_guard lock(mutex_);
+  if (amending_ != Amending::due) return false;
+  amending_ = Amending::taken;
+  return true;
+}
+
+void Save::amend(std::vector<Amendment> amendments) {
+  for (const Amendment& amendment : amendments) {
+    const uint64_t nbytes = amendment.file < plan_->files.size() ? plan_->files[amendment.file].nbytes : 0;
+    if (amendment.bytes.size() > nbytes || amendment.offset > nbytes - amendment.bytes.size()) {
+      throw std::invalid_argument("an amendment lies outside of its file");
+    }
+  }
+  {
+    const std::lock_guard lock(mutex_);
+    if (amending_ != Amending::taken) return;
+    amending_ = Amending::no;
+  }
+  resources_.workers.post([self = shared_from_this(), amendments = std::move(amendments)] {
+    self->attempt([&] {
+      for (const Amendment& amendment : amendments) self->write(amendment);
+    });
+    self->finish();
+  });
+}
+
+void Save::write(const Amendment& amendment) {
+  if (amendment.bytes.empty()) return;
+  const Timer timer(progress_.write_ns);
+  std::byte* const memory = plan_->files[amendment.file].memory.bytes;
+  if (memory != nullptr) {
+    std::ranges::copy(std::as_bytes(std::span(amendment.bytes)), memory + amendment.offset);
+  } else {
+    iovec part{const_cast<char*>(amendment.bytes.data()), amendment.bytes.size()};
+    files_[amendment.file]->write({&part, 1}, amendment.offset);
+  }
+}
+
+void Save::take_checksums() {
+  if (!intent_.checksums || !checksums_.empty()) return;
+  for (const auto& writer : writers_) checksums_.push_back(writer->checksums());
 }
 
 void Save::attempt(const std::function<void()>& step) {
@@ -82,13 +144,17 @@ void Save::attempt(const std::function<void()>& step) {
 }
 
 void Save::fail(std::exception_ptr error) {
+  bool abandoned;  // no thread works on it that would come to its end
   {
     const std::lock_guard lock(mutex_);
     if (ending_) return;
     if (!error_) error_ = std::move(error);
+    abandoned = amending_ != Amending::no;
+    amending_ = Amending::no;
   }
   progress_.stop = true;
   fetches_.abort();
+  if (abandoned) finish();
 }
 
 void Save::cancel() { fail(std::make_exception_ptr(Cancelled())); }
@@ -105,7 +171,7 @@ void Save::finish() {
     try {
       const Timer timer(progress_.sync_ns);
       for (OutputFile* file : open_files()) {
-        if (must_sync() && file->write_path() == WritePath::direct) file->sync();
+        if (must_sync() && synced_together(*file)) file->sync();
       }
       publish(open_files(), intent_.durable);
       if (commit_) use.fallbacks = commit_();
@@ -120,13 +186,12 @@ void Save::finish() {
   for (const auto& [ordinal, stream] : streams_) stream->add_use(use);
   streams_.clear();
   commit_ = nullptr;  // and what it holds
-  if (!error && intent_.checksums) {
-    for (const auto& writer : writers_) checksums_.push_back(writer->checksums());
-  }
   // Whoever waits may count on the files being closed: a nameless one holds its space until then.
   std::vector<std::shared_ptr<OutputFile>> closing;
   {
     const std::lock_guard lock(mutex_);
+    if (error) checksums_.clear();
+    if (!error) take_checksums();
     describe_files(final_);
     final_.device_scratch_nbytes = use.scratch_nbytes;
     final_.fallbacks.insert(final_.fallbacks.end(), use.fallbacks.begin(), use.fallbacks.end());
@@ -151,7 +216,8 @@ std::vector<OutputFile*> Save::open_files() const {
 
 bool Save::wait(double seconds) {
   std::unique_lock lock(mutex_);
-  changed_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return finished_ || !fetches_.empty(); });
+  changed_.wait_for(lock, std::chrono::duration<double>(seconds),
+                    [&] { return finished_ || amending_ == Amending::due || !fetches_.empty(); });
   if (finished_ && error_) std::rethrow_exception(error_);
   return finished_;
 }
@@ -159,6 +225,11 @@ bool Save::wait(double seconds) {
 void Save::settle() {
   std::unique_lock lock(mutex_);
   changed_.wait(lock, [&] { return finished_; });
+}
+
+std::vector<std::vector<uint32_t>> Save::checksums() const {
+  const std::lock_guard lock(mutex_);
+  return checksums_;
 }
 
 bool Save::finished() const {

@@ -33,6 +33,13 @@ struct Stats {
   std::vector<std::string> fallbacks;
 };
 
+// Bytes that are known only when all others are in place (checksums of them, say), and where they go.
+struct Amendment {
+  uint32_t file;
+  uint64_t offset;
+  std::string bytes;
+};
+
 // Thread-safe. Tensors must stay alive and unchanged until the save is finished.
 class Save : public std::enable_shared_from_this<Save> {
  public:
@@ -46,7 +53,8 @@ class Save : public std::enable_shared_from_this<Save> {
   // Gives the work to the writers; once.
   void start();
 
-  // True when finished, false after `seconds` or when fetch() has something. Throws what the save failed with.
+  // True when finished, false after `seconds`, when fetch() has something or an amendment is due. Throws what the
+  // save failed with.
   bool wait(double seconds);
   bool finished() const;
   // Blocks until the save is finished, however it ends.
@@ -59,16 +67,27 @@ class Save : public std::enable_shared_from_this<Save> {
   std::optional<FetchRequest> fetch() { return fetches_.take(); }
   void fetched(uint64_t id) { fetches_.complete(id); }
 
+  // With Intent::amended: true, once, when every chunk is written and checksums() are there. The save then waits,
+  // without a thread, for amend() or cancel().
+  bool take_amendment();
+  // What to write over before the files are synced and published. Nothing happens when the save has been stopped.
+  // Throws std::invalid_argument for what lies outside of a file.
+  void amend(std::vector<Amendment> amendments);
+
   uint64_t nbytes() const { return nbytes_; }
   uint64_t nbytes_written() const { return progress_.nbytes_written.load(std::memory_order_relaxed); }
   Stats stats() const;
-  // Of the items of each file, once finished, if they were asked for.
-  const std::vector<std::vector<uint32_t>>& checksums() const { return checksums_; }
+  // Of the items of each file, once finished or to be amended, if they were asked for.
+  std::vector<std::vector<uint32_t>> checksums() const;
 
  private:
   using Clock = std::chrono::steady_clock;
 
   void end_file(size_t index);
+  bool await_amendment();
+  void write(const Amendment& amendment);
+  void take_checksums();
+  bool synced_together(const OutputFile& file) const;
   bool must_sync() const { return intent_.durable || !intent_.keep_cached; }
   void attempt(const std::function<void()>& step);
   std::vector<OutputFile*> open_files() const;
@@ -93,6 +112,7 @@ class Save : public std::enable_shared_from_this<Save> {
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::exception_ptr error_;
+  enum class Amending { no, due, taken } amending_ = Amending::no;
   bool ending_ = false;  // all chunks are through: too late to fail or cancel
   bool finished_ = false;
   std::vector<std::vector<uint32_t>> checksums_;

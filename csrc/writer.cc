@@ -34,6 +34,20 @@ constexpr size_t kChunksAhead = 4;
 constexpr uint64_t kSparse = 4;
 constexpr uint64_t kGapNbytes = 64 << 10;
 
+// The pieces of host memory an op that is not cast is made of: (their first byte among the packed ones, where they
+// lie).
+template <typename Visit>
+void for_each_run(const CopyOp& op, Visit visit) {
+  for (uint64_t done = 0; done < op.nbytes;) {
+    const uint64_t first = op.first_byte + done;
+    const uint64_t run_left =
+        op.source->contiguous() ? op.nbytes - done : op.source->run_nbytes - first % op.source->run_nbytes;
+    const uint64_t nbytes = std::min(op.nbytes - done, run_left);
+    visit(first, std::span(packed_address(*op.source, first), nbytes));
+    done += nbytes;
+  }
+}
+
 }  // namespace
 
 // A chunk being copied: into its slot, or, where the target is page-locked, straight into that (the slot then
@@ -176,6 +190,8 @@ FileWriter::FileWriter(const FilePlan& plan, std::shared_ptr<OutputFile> file, c
     limits.in_place = false;
     limits.packed_nbytes = file_ == nullptr ? kMemoryNbytes : kWindowNbytes;
     writers_ = resources_.workers.threads();
+  } else if (checksums && !from_files_) {
+    writers_ = std::min<size_t>(resources_.workers.threads(), 2);
   }
   if (from_files_) {
     limits.in_place_nbytes = std::min(limits.in_place_nbytes, kFromFilesNbytes);
@@ -208,11 +224,34 @@ const Chunk* FileWriter::claim() {
   return &schedule_.chunks[index];
 }
 
+void FileWriter::write_chunks() {
+  if (direct()) return write_chunks_directly();
+  if (!buffered() || !has_writer_.exchange(true)) write_chunks_in_turn();
+  check_chunks_in_place();
+}
+
+// What no writer ever has in its cache may as well be read by another thread, beside the write. Tensors that lie in
+// files are there only while they are written.
+void FileWriter::check_chunks_in_place() {
+  if (checksums_.empty() || from_files_) return;
+  for (size_t index; (index = next_checked_++) < schedule_.chunks.size();) {
+    if (progress_.stop) throw Cancelled();
+    const Chunk& chunk = schedule_.chunks[index];
+    if (chunk.route == Route::in_place) check_in_place(chunk);
+  }
+}
+
+void FileWriter::check_in_place(const Chunk& chunk) {
+  const Timer timer(progress_.copy_ns);
+  for (const CopyOp& op : schedule_.ops_of(chunk)) {
+    for_each_run(op, [&](uint64_t first, std::span<const std::byte> run) { checksums_[op.item].add(first, run); });
+  }
+}
+
 // For each chunk: take a slot, ask each device that owns a part to pack into it, wait for the oldest, write
 // it at its offset and let the slot go. A writer blocks for a slot only while it holds none, so one slot is
 // enough to finish.
-void FileWriter::write_chunks() {
-  if (direct()) return write_chunks_directly();
+void FileWriter::write_chunks_in_turn() {
   const Ring::Share share(resources_.ring);
   std::deque<std::unique_ptr<InFlight>> in_flight;
   const Chunk* next = claim();
@@ -329,19 +368,13 @@ bool FileWriter::write_unstaged(const Chunk& chunk) {
 // Host memory in long runs: the kernel reads it from where it lies.
 void FileWriter::write_in_place(const Chunk& chunk) {
   const SourcePages sources(*this, chunk);
+  if (from_files_ && !checksums_.empty()) check_in_place(chunk);
   std::vector<iovec> parts;
   parts.reserve(chunk.op_count);
   for (const CopyOp& op : schedule_.ops_of(chunk)) {
-    for (uint64_t done = 0; done < op.nbytes;) {
-      const uint64_t at = op.first_byte + done;
-      const uint64_t run_left =
-          op.source->contiguous() ? op.nbytes - done : op.source->run_nbytes - at % op.source->run_nbytes;
-      const uint64_t nbytes = std::min(op.nbytes - done, run_left);
-      const std::byte* const address = packed_address(*op.source, at);
-      if (!checksums_.empty()) checksums_[op.item].add(at, {address, nbytes});
-      parts.push_back({const_cast<std::byte*>(address), nbytes});
-      done += nbytes;
-    }
+    for_each_run(op, [&](uint64_t, std::span<const std::byte> run) {
+      parts.push_back({const_cast<std::byte*>(run.data()), run.size()});
+    });
   }
   put(chunk, parts);
 }

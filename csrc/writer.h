@@ -61,7 +61,8 @@ class Timer {
 using CopyStreams = std::map<int, std::unique_ptr<CopyStream>>;
 
 // A file of the plan on its way. A file of the page cache has one writer (a second one only fights for the
-// inode's lock), a direct one, which holds that lock with others, two; mapped files and memory are shared by all.
+// inode's lock) and one that takes checksums, a direct one, which holds that lock with others, two writers; mapped
+// files and memory are shared by all.
 class FileWriter {
  public:
   // `file` is null when the plan's target is memory. `fetched` brings what only Python can.
@@ -81,7 +82,10 @@ class FileWriter {
 
   bool buffered() const { return file_ != nullptr && file_->write_path() == WritePath::buffered; }
   bool direct() const { return file_ != nullptr && file_->write_path() == WritePath::direct; }
+  void write_chunks_in_turn();
   void write_chunks_directly();
+  void check_chunks_in_place();
+  void check_in_place(const Chunk& chunk);
   const Chunk* claim();
   int node_of(const Chunk& chunk) const;
   bool write_unstaged(const Chunk& chunk);
@@ -109,7 +113,8 @@ class FileWriter {
   std::deque<Crc32> checksums_;  // of the items; none if not asked for
   FileSchedule schedule_;
   size_t writers_ = 1;
-  std::atomic<size_t> next_chunk_ = 0;
+  std::atomic<size_t> next_chunk_ = 0, next_checked_ = 0;
+  std::atomic<bool> has_writer_ = false;
   std::atomic<bool> registration_refused_ = false;
 };
 

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from safetensors.torch import load_file as load_file
     from safetensors.torch import load_model as load_model
 
+    from .archive import torch_save as torch_save
     from .engine import Engine as Engine
     from .engine import Options as Options
     from .engine import SaveFuture as SaveFuture
     from .engine import Stats as Stats
+    from .errors import ArchiveError as ArchiveError
     from .errors import SaveError as SaveError
     from .hub import save_torch_model as save_torch_model
     from .hub import save_torch_state_dict as save_torch_state_dict
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ArchiveError": "fastshard.errors",
     "Engine": "fastshard.engine",
     "Options": "fastshard.engine",
     "PreparedSave": "fastshard.prepared",
@@ -61,6 +64,7 @@ _HOMES = {
     "save_torch_model": "fastshard.hub",
     "save_torch_state_dict": "fastshard.hub",
     "stats": "fastshard.saving",
+    "torch_save": "fastshard.archive",
     "uninstall": "fastshard.patching",
 }
 

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from . import hub, saving, staged
+from . import archive, hub, saving, staged
 
 
 def _namesake(door: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,3 +32,4 @@ save = _namesake(saving.save)
 save_model = _namesake(saving.save_model)
 save_torch_state_dict = _namesake(hub.save_torch_state_dict)
 save_torch_model = _namesake(hub.save_torch_model)
+torch_save = _namesake(archive.torch_save)

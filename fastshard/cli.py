@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastshard inspect FILE``, ``fastshard env [PATH]``, ``fastshard bench``, ``fastshard vllm-save``."""
+"""``fastshard inspect FILE``, ``convert FILE FILE``, ``env [PATH]``, ``bench`` and ``vllm-save``."""
 
 from __future__ import annotations
 
@@ -31,6 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inspect = commands.add_parser("inspect", help="header, tensors and sizes of a safetensors file")
     inspect.add_argument("file", help="a .safetensors file")
     inspect.add_argument("--json", action="store_true", help="as JSON")
+    convert = commands.add_parser("convert", help="a checkpoint of torch.save to safetensors")
+    convert.add_argument("file", metavar="SRC", help="a .bin, .pt or .pth file: a dict of tensors")
+    convert.add_argument("destination", metavar="DST", help="the .safetensors file")
+    convert.add_argument("--key", help="the tensors are those of this entry (model, state_dict, ...)")
+    convert.add_argument(
+        "--dtype", help="cast floating-point tensors to this: fp32, fp16, bf16, fp8_e4m3fn, fp8_e5m2"
+    )
+    convert.add_argument("--force", action="store_true", help="replace DST if it exists")
     env = commands.add_parser("env", help="what this machine and the filesystem of a path offer a save")
     env.add_argument(
         "path", nargs="?", default=".", help="an existing directory, or a file in one (default: .)"
@@ -45,13 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.command == "inspect":
             _inspect(given.file, given.json)
+        elif given.command == "convert":
+            _convert(given)
         else:
             _env(given.path)
     except BrokenPipeError:  # `fastshard inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as error:
-        name = given.file if given.command == "inspect" else given.path
-        text = error.strerror if isinstance(error, OSError) else error
+        name = given.path if given.command == "env" else given.file
+        text: object = error
+        if isinstance(error, OSError):
+            name, text = error.filename or name, error.strerror
         print(f"fastshard: {name}: {text}", file=sys.stderr)
         return 1
     return 0
@@ -102,6 +114,20 @@ def _inspect(path: str, as_json: bool) -> None:
         print("no metadata")
     else:
         print(f"metadata: {json.dumps(found.metadata, ensure_ascii=False)}")
+
+
+def _convert(given: argparse.Namespace) -> None:
+    if util.find_spec("torch") is None:
+        raise ValueError("convert needs torch")
+    from .convert import DTYPES, convert
+
+    if given.dtype not in (None, *DTYPES):
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {given.dtype}")
+    dtype = DTYPES.get(given.dtype)
+    done = convert(given.file, given.destination, key=given.key, dtype=dtype, force=given.force)
+    print(f"{given.destination}: {done.tensors} tensors, {_size(done.nbytes)}")
+    for name, kept in done.dropped.items():
+        print(f"{_printable(name)} is {_printable(kept)}")
 
 
 def _printable(name: str) -> str:

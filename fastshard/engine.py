@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PROGRESS_VARIABLE: Final = "FASTSHARD_PROGRESS"
 IO_URING_VARIABLE: Final = "FASTSHARD_IO_URING"
+Amend = Callable[[list[list[int]]], list[tuple[int, int, bytes]]]
 _POLL_SECONDS: Final = 0.1
 """How long Ctrl-C or the progress bar may have to wait."""
 
@@ -106,12 +107,14 @@ class SaveFuture:
         *,
         kept: list[object],
         fetch: Callable[[int, int, int, int, int], None] | None,
+        amend: Amend | None = None,
         plan_seconds: float,
         description: str,
     ) -> None:
         self._native = native
         self._kept = kept
         self._fetch = fetch
+        self._amend = amend
         self._plan_seconds = plan_seconds
         self._description = description
         self._pid = os.getpid()
@@ -151,7 +154,7 @@ class SaveFuture:
         return self.stats
 
     def checksums(self) -> list[list[int]]:
-        """Of each file, the CRC-32 of each tensor in file order; none unless asked for, or before the end."""
+        """Of each file, the CRC-32 of each tensor in file order; none unless asked for, or before all is written."""
         return [values[1:] for values in self._native.checksums()]  # the first is the header's
 
     @property
@@ -167,12 +170,14 @@ class SaveFuture:
             return self._native.wait(_POLL_SECONDS)
 
     def _serve(self) -> None:
-        """Brings the bytes only Python can bring."""
+        """Brings the bytes only Python can bring, and those that are known last."""
         while request := self._native.fetch():
             ticket, *what = request
             assert self._fetch is not None
             self._fetch(*what)
             self._native.fetched(ticket)
+        if self._amend is not None and self._native.take_amendment():
+            self._native.amend(self._amend(self.checksums()))
 
     def _stop(self) -> None:
         """Cancels, and waits until nothing touches the tensors or the files any more."""
@@ -236,6 +241,7 @@ class Engine:
         keep_cached: bool = True,
         checksums: bool = False,
         fetch: Callable[[int, int, int, int, int], None] | None = None,
+        amend: Amend | None = None,
         plan_seconds: float = 0.0,
         description: str = "Saving",
     ) -> SaveFuture:
@@ -243,13 +249,20 @@ class Engine:
 
         ``streams``: by CUDA ordinal, the stream behind whose present work the copies are ordered. ``fetch``:
         called as ``fetch(file, item, first_byte, nbytes, address)`` by :meth:`SaveFuture.result` for views on
-        ``plan.FETCHED``; until then such a save occupies a writer. Raises :class:`SaveError` (no space, no directory, ...) before the first copy.
+        ``plan.FETCHED``; until then such a save occupies a writer. ``amend``: called by :meth:`SaveFuture.result`
+        with the checksums (of each file, of each view), once all is written; what it returns, ``(file, offset,
+        bytes)`` each, is written over that before the files are synced and appear. Raises :class:`SaveError`
+        (no space, no directory, ...) before the first copy.
         """
         native = self._running()
         kept = [keep_alive, self]
         with _save_errors():
-            save = native.submit(list(files), dict(streams or {}), durable, keep_cached, checksums, kept)
-        future = SaveFuture(save, kept=kept, fetch=fetch, plan_seconds=plan_seconds, description=description)
+            save = native.submit(
+                list(files), dict(streams or {}), durable, keep_cached, checksums, amend is not None, kept
+            )
+        future = SaveFuture(
+            save, kept=kept, fetch=fetch, amend=amend, plan_seconds=plan_seconds, description=description
+        )
         self._saves.add(future)
         return future
 

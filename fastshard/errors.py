@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exception every failed write raises."""
+"""The exceptions that failed writes raise."""
 
 from __future__ import annotations
 
@@ -20,3 +20,7 @@ class SaveError(SafetensorError, OSError):
             return super().__str__()
         place = f': "{os.fsdecode(self.filename)}"' if self.filename is not None else ""
         return f"Error while serializing: I/O error: {self.strerror} (os error {self.errno}){place}"
+
+
+class ArchiveError(SaveError, RuntimeError):
+    """The same of an archive: ``torch.save`` raises ``RuntimeError`` where a file cannot be written."""

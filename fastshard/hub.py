@@ -9,6 +9,7 @@ import re
 
 import torch
 
+from .archive import torch_save
 from .engine import Engine, Options
 from .saving import How
 from .sharing import by_storage
@@ -78,7 +79,8 @@ def save_torch_state_dict(
         save_directory: an existing directory. Files in it that belong to an earlier save with the same
             ``filename_pattern`` go, if ``is_main_process``; all others stay.
         filename_pattern: of the shards, with ``{suffix}``; ``None``: ``model{suffix}.safetensors``, or
-            ``pytorch_model{suffix}.bin`` when ``safe_serialization`` is false (pickled then).
+            ``pytorch_model{suffix}.bin`` when ``safe_serialization`` is false (pickled then, by
+            :func:`fastshard.torch_save`).
         force_contiguous: save strided tensors instead of refusing them.
         max_shard_size: bytes, or as ``"5GB"`` (10^9). A larger tensor has a shard to itself.
         metadata: goes into the file, or into the index if there is one.
@@ -131,7 +133,7 @@ def save_torch_state_dict(
             if safe_serialization:
                 stage.add(shard, path, in_file)
             else:
-                torch.save(shard, path)
+                torch_save(shard, path, durable=durable, keep_cached=keep_cached, engine=engine)
         if split.is_sharded:
             index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
             with open(

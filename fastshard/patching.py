@@ -63,11 +63,15 @@ TABLE: tuple[Entry, ...] = (
         "fastshard.adapters:save_torch_state_dict",
     ),
     Entry("huggingface_hub.serialization._torch", "save_torch_model", "fastshard.adapters:save_torch_model"),
+    Entry("torch.serialization", "save", "fastshard.adapters:torch_save"),
     Entry(
         "transformers.modeling_utils",
         "PreTrainedModel.save_pretrained",
         "fastshard.transformers:save_pretrained",
     ),
+    Entry("transformers.trainer", "Trainer._save_checkpoint", "fastshard.transformers:save_checkpoint"),
+    Entry("transformers.trainer", "Trainer._push_from_checkpoint", "fastshard.transformers:settled"),
+    Entry("transformers.trainer_utils", "rotate_checkpoints", "fastshard.transformers:settled"),
     Entry(
         "transformers.integrations.accelerate",
         "load_offloaded_parameter",

@@ -30,7 +30,7 @@ def lay_out(
 ) -> tuple[Entries, bytes]:
     """The tensors in file order, and the header that goes before them."""
     _tensors.check_dtype(dtype)
-    with _collector_paused():
+    with collector_paused():
         entries = _tensors.describe(tensors, allow_strided=allow_strided, dtype=dtype)
         check_filename(filename)
         _check_metadata(metadata)
@@ -43,7 +43,7 @@ def lay_out(
 
 
 @contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Planning makes many small tuples and no cycles; searching them for cycles takes longer than making them."""
     if not gc.isenabled():
         yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, Final, NamedTuple
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from .engine import usable_cpus
 
 _READ_NBYTES: Final = 16 << 20
-"""Of one call: enough to cost nothing, little enough for threads to share a file."""
+"""Of one call: enough to cost nothing, little enough to stop soon."""
 _MAX_BUFFERS: Final = 1024  # IOV_MAX
 _MAX_THREADS: Final = 16
 
@@ -44,16 +45,38 @@ def read_into(files: Iterable[tuple[BinaryIO, list[Piece]]]) -> None:
     Raises ``OSError`` with the file's name, and ``SafetensorError`` for a file that is shorter than expected; some
     memory has been written to then. Nothing writes to it any more when the call has ended.
     """
-    reads = [read for file, pieces in files for read in _cut(file, pieces)]
-    if not reads:
-        return
-    with ThreadPoolExecutor(max(1, min(_MAX_THREADS, usable_cpus(), len(reads)))) as pool:
+    threads = min(_MAX_THREADS, usable_cpus())
+    wanted = [(file, pieces) for file, pieces in files if pieces]
+    # One reader for each file, which the kernel reads ahead of; more only where there are fewer files than threads.
+    readers = [
+        reads
+        for file, pieces in wanted
+        for reads in _shared_out([*_cut(file, pieces)], -(-threads // len(wanted)))
+    ]
+    stop = threading.Event()
+
+    def perform(reads: list[_Read]) -> None:
         try:
-            for _ in pool.map(_perform, reads):
-                pass
+            for read in reads:
+                if stop.is_set():
+                    return
+                _perform(read)
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            stop.set()
             raise
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for _ in pool.map(perform, sorted(readers, key=len, reverse=True)):
+                pass
+        finally:
+            stop.set()
+
+
+def _shared_out(reads: list[_Read], readers: int) -> list[list[_Read]]:
+    """In stretches of about the same length."""
+    each = -(-len(reads) // readers)
+    return [reads[i : i + each] for i in range(0, len(reads), each)]
 
 
 def _cut(file: BinaryIO, pieces: list[Piece]) -> Iterator[_Read]:

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -208,12 +208,25 @@ def plan_file(
 
 def write_files(
     plans: Mapping[PathLike, PlannedFile], how: How, began: float, description: str | None = None
-) -> Stats:
+) -> None:
     """Writes them all, and waits. ``began``: when planning did, by ``time.perf_counter``."""
     if description is None:
         description = (
             os.path.basename(os.fspath(next(iter(plans)))) if len(plans) == 1 else f"{len(plans)} files"
         )
+    start_files(plans, how, began, description).finish()
+
+
+class Started(NamedTuple):
+    """A save under way."""
+
+    future: SaveFuture
+    finish: Callable[[], Stats]
+    """Waits for it."""
+
+
+def start_files(plans: Mapping[PathLike, PlannedFile], how: How, began: float, description: str) -> Started:
+    """Begins to write them all; see :func:`write_files`."""
     entries_of = [planned.entries for planned in plans.values()]
     future = engine_for(how.engine).submit(
         [planned.file for planned in plans.values()],
@@ -226,7 +239,8 @@ def write_files(
         plan_seconds=time.perf_counter() - began,
         description=description,
     )
-    return finish(future, how.progress, {name: planned.entries for name, planned in plans.items()})
+    files = {name: planned.entries for name, planned in plans.items()}
+    return Started(future, lambda: finish(future, how.progress, files))
 
 
 def finish(future: SaveFuture, progress: bool | None, files: Mapping[PathLike, Entries]) -> Stats:
@@ -236,6 +250,10 @@ def finish(future: SaveFuture, progress: bool | None, files: Mapping[PathLike, E
         os.fspath(filename): {entry.name: value for entry, value in zip(entries, values)}
         for (filename, entries), values in zip(files.items(), future.checksums())
     }
-    figures = dataclasses.replace(figures, checksums=checksums)
+    return keep_stats(dataclasses.replace(figures, checksums=checksums))
+
+
+def keep_stats(figures: Stats) -> Stats:
+    """Keeps them for :func:`stats`."""
     _newest.stats = figures
     return figures

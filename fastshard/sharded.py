@@ -23,6 +23,7 @@ from . import tensors as _tensors
 from .engine import Engine, Options
 from .layout import read_header
 from .manifest import Alias, Manifest, Names, Ranks, read_manifest
+from .planning import collector_paused
 from .reading import Piece, read_into
 from .saving import How
 from .sharing import shared_names
@@ -191,41 +192,37 @@ def load_sharded_state(
     )
     names = Names(pattern, ranks)
     directory = os.fspath(path)
-    state = _state(model_or_state_dict)
-    wanted, covered = _without_subtensors(state)
-    manifest = _manifest_of(directory, names)
-    found = _parts_in(directory, names)
-    if manifest is not None:
-        _check_manifest(
-            manifest, os.path.join(directory, names.manifest), ranks, reader, quantization, post_processed
-        )
-    elif not found:
-        raise ValueError(
-            f"Could not find checkpoint files {os.path.join(directory, names.glob)!r}{_others(directory)}"
-        )
+    described = os.path.join(directory, names.manifest)
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(os.path.join(directory, name), "rb")) for name in found]
-        stored = _stored(files)
-        if manifest is not None:
-            _check_files(manifest, os.path.join(directory, names.manifest), files, stored)
-        _fill(_sources(wanted, covered, stored, manifest.aliases if manifest else {}))
+        with collector_paused():
+            wanted, covered = _without_subtensors(_state(model_or_state_dict))
+            manifest, files = _opened(directory, names)
+            for file in files:
+                stack.enter_context(file)
+            if manifest is not None:
+                _check_manifest(manifest, described, ranks, reader, quantization, post_processed)
+            elif not files:
+                missing = os.path.join(directory, names.glob)
+                raise ValueError(f"Could not find checkpoint files {missing!r}{_others(directory)}")
+            stored = _stored(files)
+            if manifest is not None:
+                _check_files(manifest, described, files, stored)
+            sources = _sources(wanted, covered, stored, manifest.aliases if manifest else {})
+        _fill(sources)
     return manifest
 
 
 class _Source(NamedTuple):
     """A tensor in a file."""
 
+    name: str
+    """Of the file, without its directory."""
     file: BinaryIO
     offset: int
     """From the beginning of the file."""
     nbytes: int
     code: str
     shape: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        """Of the file."""
-        return os.path.basename(self.file.name)
 
 
 def _state(model_or_state_dict: State) -> dict[str, torch.Tensor]:
@@ -330,19 +327,44 @@ def _check_data_parallelism(ranks: Ranks, names: Names, replicated: bool) -> Non
         )
 
 
+def _opened(directory: str, names: Names) -> tuple[Manifest | None, list[BinaryIO]]:
+    """The manifest, if there is one, and the parts, by number: all of one save, whatever is saved meanwhile."""
+    path = os.path.join(directory, names.manifest)
+    while True:
+        before = _identity(path)
+        with contextlib.ExitStack() as stack:
+            manifest = None
+            try:
+                if before is not None:
+                    manifest = read_manifest(path)
+                files: list[BinaryIO] = [
+                    stack.enter_context(open(name, "rb")) for name in _parts_in(directory, names)
+                ]
+            except FileNotFoundError:
+                if _identity(path) == before:
+                    raise
+                continue
+            if _identity(path) == before:
+                stack.pop_all()
+                return manifest, files
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Tells a file from those that took its name later."""
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def _parts_in(directory: str, names: Names) -> list[str]:
     try:
         found = os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(filter(names.is_part, found), key=lambda name: (len(name), name))
-
-
-def _manifest_of(directory: str, names: Names) -> Manifest | None:
-    try:
-        return read_manifest(os.path.join(directory, names.manifest))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    parts = sorted(filter(names.is_part, found), key=lambda name: (len(name), name))
+    return [os.path.join(directory, name) for name in parts]
 
 
 def _others(directory: str) -> str:
@@ -400,6 +422,7 @@ def _stored(files: Iterable[BinaryIO]) -> dict[str, _Source]:
     """Every tensor of the files."""
     stored: dict[str, _Source] = {}
     for file in files:
+        shard = os.path.basename(file.name)
         try:
             header = read_header(file, os.fstat(file.fileno()).st_size)
         except ValueError as error:
@@ -407,7 +430,7 @@ def _stored(files: Iterable[BinaryIO]) -> dict[str, _Source]:
         for name, code, shape, begin, end in header.tensors:
             if name in stored:
                 raise ValueError(f"tensor {name!r} is in both {stored[name].file.name!r} and {file.name!r}")
-            stored[name] = _Source(file, header.nbytes + begin, end - begin, code, shape)
+            stored[name] = _Source(shard, file, header.nbytes + begin, end - begin, code, shape)
     return stored
 
 
@@ -443,7 +466,9 @@ def _sources(
             holder = stored[alias.tensor]
             nbytes = tensor.numel() * tensor.element_size()
             if alias.offset + nbytes <= holder.nbytes:
-                source = _Source(holder.file, holder.offset + alias.offset, nbytes, alias.code, alias.shape)
+                source = _Source(
+                    holder.name, holder.file, holder.offset + alias.offset, nbytes, alias.code, alias.shape
+                )
         fault = f"{name!r} is missing" if source is None else _misfit(name, tensor, source)
         if fault:
             wrong.append(fault)

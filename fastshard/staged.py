@@ -21,7 +21,8 @@ from . import saving
 from .directory import final_places, replacing
 from .mapped import lies_in_file
 from .planning import PathLike, StateDict
-from .saving import How, PlannedFile
+from .saving import How, PlannedFile, Started
+from .together import end, end_save
 
 DESCRIPTION: Final = "Saving checkpoint shards"
 """Of the progress bar."""
@@ -62,9 +63,18 @@ class Stage:
     def write(self) -> None:
         """Writes what was added, in parallel."""
         if self._files:
-            assert self._began is not None
-            saving.write_files(self._files, self._how, self._began, DESCRIPTION)
-            self._files, self._temporary, self._began = {}, {}, None
+            self._start().finish()
+
+    def write_later(self) -> None:
+        """The same, but it may go on beside other saves: see :func:`fastshard.together.end`."""
+        if self._files:
+            end_save(*self._start())
+
+    def _start(self) -> Started:
+        assert self._began is not None
+        files, began = self._files, self._began
+        self._files, self._temporary, self._began = {}, {}, None
+        return saving.start_files(files, self._how, began, DESCRIPTION)
 
     def holds(self, filename: object) -> bool:
         """Whether a file of this name belongs to the checkpoint."""
@@ -86,7 +96,7 @@ def staged(
     loggers: tuple[str, ...] = (),
 ) -> Iterator[Stage]:
     """A stage for a checkpoint in ``directory``: see :func:`fastshard.directory.replacing`. When the block ends, what
-    was added is written, and then all files stand. Until then :func:`save_file` on this thread adds.
+    was added is written, and then all files stand (both at the end of :func:`fastshard.together.together`). Until then :func:`save_file` on this thread adds.
 
     ``stale``: which files to remove; ``None``: other files of the weights that this save has. ``loggers``: names of
     those whose messages are about files; they are told the final places.
@@ -94,14 +104,18 @@ def staged(
     outer = current()
     names: set[str] = set()
     obsolete = stale or (lambda name: _other_files_of(names, name))
-    with replacing(directory, obsolete, create=create, durable=how.durable) as path, _final_places(loggers):
+    with contextlib.ExitStack() as opened:
+        path = opened.enter_context(replacing(directory, obsolete, create=create, durable=how.durable))
         stage = _running.stage = Stage(path, how)
         try:
-            yield stage
+            with _final_places(loggers):
+                yield stage
         finally:
             _running.stage = outer
-        stage.write()
         names |= stage.weights()
+        stage.write_later()
+        begun = opened.pop_all()
+    end(begun.close, lambda error: begun.__exit__(type(error), error, error.__traceback__))
 
 
 def current() -> Stage | None:

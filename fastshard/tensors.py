@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +78,7 @@ def describe(
                 tensor = tensor.resolve_conj().resolve_neg()
             shape: tuple[int, ...] = tensor.shape
             nbytes = tensor.numel() * itemsize
-            device = HOST if tensor.is_cpu else _device_number(tensor.device)
+            device = HOST if tensor.is_cpu else device_number(tensor.device)
             if tensor.is_contiguous() and device != FETCHED:
                 data = tensor.data_ptr()
                 view = TensorView(data, nbytes, device)
@@ -163,7 +163,7 @@ def _unusual_view(tensor: torch.Tensor, device: int, nbytes: int) -> tuple[torch
     )
 
 
-def _device_number(device: torch.device) -> int:
+def device_number(device: torch.device) -> int:
     if device.type == "cpu":
         return HOST
     # ROCm builds of torch call their devices "cuda" too; the engine speaks to NVIDIA's driver only.
@@ -248,8 +248,13 @@ def streams_for(entries: list[Entry]) -> dict[int, int]:
 
     Raises ``RuntimeError`` while such a stream is being captured into a graph.
     """
+    return current_streams(entry.view.device for entry in entries)
+
+
+def current_streams(devices: Iterable[int]) -> dict[int, int]:
+    """The same for device numbers of views, of which only CUDA ordinals count."""
     streams = {}
-    for ordinal in sorted({entry.view.device for entry in entries if entry.view.device >= 0}):
+    for ordinal in sorted({device for device in devices if device >= 0}):
         stream = torch.cuda.current_stream(ordinal)
         with torch.cuda.stream(stream):
             if torch.cuda.is_current_stream_capturing():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -28,6 +29,15 @@ def filled(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int
     raw = torch.arange(math.prod(shape) * dtype.itemsize) * 37 + 101 * seed
     raw = raw % (2 if dtype == torch.bool else 251)
     return raw.to(torch.uint8).view(dtype).view(shape)
+
+
+def saved_by_torch(dtype: torch.dtype) -> bool:
+    """Whether this torch has a way to save it."""
+    try:
+        torch.save(filled((2,), dtype), io.BytesIO())
+    except KeyError:
+        return False
+    return True
 
 
 def crc32(tensor: torch.Tensor) -> int:

@@ -24,13 +24,14 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """csrc/ in reading order."""
 
 PYTHON = """
-layout plan errors mapped sharing tensors engine planning saving prepared directory staged hub offload transformers accelerate adapters
-manifest reading sharded vllm sglang vllm_save patching auto __init__ cli __main__
+layout records plan errors mapped sharing tensors engine planning saving prepared together archive directory staged hub offload
+transformers accelerate convert adapters manifest reading sharded vllm sglang vllm_save patching auto __init__ cli __main__
 """.split()
 """fastshard/ in reading order."""
 
 FOREIGN = {
     "layout": set(),
+    "records": set(),
     "plan": set(),
     "errors": {"safetensors"},
     "engine": {"tqdm"},

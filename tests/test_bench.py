@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -12,8 +14,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
-from fastshard.bench import cases, ceilings, disturbance, harness, load, machine, memory, report, rivals, save
+from fastshard.bench import (
+    cases,
+    ceilings,
+    disturbance,
+    harness,
+    load,
+    machine,
+    memory,
+    models,
+    report,
+    rivals,
+    save,
+)
 from fastshard.bench.ceilings import CEILINGS
 from fastshard.bench.harness import touch_and_free
 from fastshard.bench.machine import mount_of
@@ -65,11 +80,14 @@ def test_everything_is_verified(everything):
 
 @pytest.mark.parametrize("case", cases.CASES)
 def test_case(everything, case):
-    rows = rows_of(everything[1], case)
     chosen = cases.CASES[case]
+    for library in chosen.needs:
+        pytest.importorskip(library)
+    rows = rows_of(everything[1], case)
     several = len(chosen.build(1 << 20, "cpu")) > 1
     for rival in rivals.RIVALS.values() if case in VARIED else map(rivals.RIVALS.get, chosen.rivals):
         excluded = rival.one_file_only if several else rival.many_files_only
+        excluded |= rival.own and rival.name not in chosen.rivals
         if excluded or "cpu" not in rival.devices:
             assert not any(name == rival.name for name, _ in rows)
             continue
@@ -80,13 +98,14 @@ def test_case(everything, case):
                 continue  # this torch, or this fastshard, has no such writer: said in its row
             assert row["error"] is None
             assert len(row["seconds"]) == 1 and row["seconds"][0] > 0
-            assert row["ratio"]["against"] == "safetensors"
+            assert row["ratio"]["against"] == chosen.base
             assert row["of_ceiling"]["against"] in chosen.bound_by[mode]
             checked.append(row["checked"])
-        if rival.name == "fastshard":
-            assert set(checked) <= {"same bytes"}
+        wanted = "same bytes" if rival.writes == "safetensors" else "loads back"
+        if rival.name in ("fastshard", chosen.us):
+            assert set(checked) <= {wanted}
         elif checked:
-            assert checked[0] == ("same bytes" if rival.writes == "safetensors" else "loads back")
+            assert checked[0] == wanted
     for name in chosen.measures:
         if "cpu" not in CEILINGS[name].devices:
             continue
@@ -101,7 +120,7 @@ def test_report(everything):
     # Against a writer that this torch does not have there is no verdict.
     absent = {row["rival"] for case in document["cases"] for row in case["rows"] if row["error"]}
     for finding in document["verdict"]:
-        if not {finding["goal"]["against"], finding["goal"]["by"]} & {"memory", *absent}:
+        if not {finding["goal"]["against"], finding["goal"]["by"]} & {*cases.EXTRA, *absent}:
             assert finding["state"] in ("reached", "at median only", "at best only", "not reached")
     assert document["machine"]["filesystem"] == mount_of(directory)[0]
     assert (directory / "bench.png").read_bytes().startswith(b"\x89PNG")
@@ -152,6 +171,91 @@ def test_a_flipped_bit_is_noticed(tmp_path, monkeypatch, capsys, case, offset):
     assert "differs in the 16 MiB at byte 0" in rows["fastshard", "return"]["error"]
     assert rows["safetensors", "return"]["checked"] == "same bytes"
     assert "NOT VERIFIED" in capsys.readouterr().out
+
+
+def followed_by(name: str, change):
+    """The rival, followed by a change of what it has written."""
+    honest = rivals.RIVALS[name]
+
+    def prepare(job):
+        write = honest.prepare(job)
+
+        def write_and_change():
+            write()
+            change(job.out)
+
+        return write_and_change
+
+    return replace(honest, prepare=prepare)
+
+
+def flip_in_optimizer(out):
+    path = out / "checkpoint-1" / "optimizer.pt"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "case, change, reason",
+    [
+        ("hub", lambda out: (out / "model.safetensors.index.json").unlink(), "files are"),
+        ("pretrained", lambda out: (out / ".left").touch(), "files are"),
+        ("pretrained", lambda out: (out / "config.json").write_text("{}"), "config.json has 2 bytes"),
+        ("trainer", flip_in_optimizer, "checkpoint-1/optimizer.pt differs in the 16 MiB at byte 0"),
+    ],
+)
+def test_whole_checkpoints_are_compared_file_by_file(tmp_path, monkeypatch, case, change, reason):
+    for library in cases.CASES[case].needs:
+        pytest.importorskip(library)
+    us = cases.CASES[case].us
+    monkeypatch.setitem(rivals.RIVALS, us, followed_by(us, change))
+    status, document = run(tmp_path, "--cases", case)
+    rows = rows_of(document, case)
+    assert status == 1 and document["sound"] is False
+    assert rows[us, "return"]["wrong"] is True and reason in rows[us, "return"]["error"]
+    assert rows[cases.CASES[case].base, "return"]["checked"] == "same bytes"
+
+
+def test_only_ours_runs_with_fastshard_in_place(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    original, replaced = safetensors.torch.save_file, {}
+    chosen = cases.CASES["pretrained"]
+    for name in chosen.rivals:
+
+        def note(out, name=name):
+            replaced.setdefault(name, set()).add(safetensors.torch.save_file is not original)
+
+        monkeypatch.setitem(rivals.RIVALS, name, followed_by(name, note))
+    assert run(tmp_path, "--cases", "pretrained")[0] == 0
+    assert replaced == {chosen.us: {True}, chosen.base: {False}}
+    assert safetensors.torch.save_file is original
+
+
+def test_a_case_whose_library_is_missing_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    status, document = run(tmp_path, "--cases", "trainer,small", "--modes", "return")
+    assert status == 0
+    left_out, ran = document["cases"]
+    assert left_out["skipped"] == "transformers, accelerate not installed" and not left_out["rows"]
+    assert ran["skipped"] is None
+    assert {f["state"] for f in document["verdict"] if f["goal"]["case"] == "trainer"} == {"not measured"}
+    assert "skipped: transformers" in capsys.readouterr().out
+
+
+def test_a_case_whose_base_fails_is_left_out(tmp_path, monkeypatch):
+    pytest.importorskip("huggingface_hub")
+
+    def prepare(job):
+        raise TypeError("no such argument in this version")
+
+    base = replace(rivals.RIVALS["huggingface_hub"], prepare=prepare)
+    monkeypatch.setitem(rivals.RIVALS, "huggingface_hub", base)
+    status, document = run(tmp_path, "--cases", "hub,small", "--modes", "return")
+    assert status == 0
+    skipped = [case["skipped"] for case in document["cases"]]
+    assert skipped == ["huggingface_hub: TypeError: no such argument in this version", None]
 
 
 def test_an_unreadable_checkpoint_is_noticed(tmp_path, monkeypatch):
@@ -205,6 +309,20 @@ def test_memory_reports_a_rival_that_fails(tmp_path):
     assert found.error and found.extra_nbytes is None
 
 
+@pytest.mark.parametrize("rival", cases.CASES["offloaded"].rivals)
+def test_what_the_process_does_whose_memory_is_measured(tmp_path, monkeypatch, capsys, rival):
+    """In this process: a fresh one would spend seconds on imports."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("go\n\n"))
+    memory.probe(json.dumps(["offloaded", rival, 1 << 20, "cpu", str(out)]))
+    assert capsys.readouterr().out == "ready\ndone 0\n"
+    (model,) = (tmp_path / rivals.OFFLOADED).iterdir()
+    assert (out / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+
+
 def test_script_lists_what_there_is(tmp_path):
     """As a user starts it: by its path, from anywhere."""
     command = [sys.executable, str(ROOT / "bench" / "save.py"), "--list"]
@@ -245,6 +363,40 @@ def test_cases_have_about_the_size_asked_for(case):
     for wanted in (1 << 20, 24 << 20):
         found = rivals.Job(case.build(wanted, "cpu"), Path("."), durable=False).nbytes
         assert 0.8 * wanted < found < 1.2 * wanted
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tensors_are_cut_as_huggingface_hub_cuts_them(seed):
+    hub = pytest.importorskip("huggingface_hub")
+    numels = torch.randint(1, 50, (40,), generator=torch.Generator().manual_seed(seed)).tolist()
+    tensors = {str(i): torch.empty(numel, dtype=torch.uint8, device="meta") for i, numel in enumerate(numels)}
+    most = 50 + 10 * seed
+    shards = cases.cut(tensors, most)
+    largest = rivals.Job(shards, Path("."), durable=False).largest
+    for limit in (most, largest):
+        split = hub.split_torch_state_dict_into_shards(tensors, max_shard_size=limit)
+        assert [list(shard) for shard in shards] == list(split.filename_to_tensors.values())
+
+
+def test_shards_are_as_many_as_the_goals_speak_of():
+    tensors = {str(i): torch.empty(64 << 20, dtype=torch.uint8, device="meta") for i in range(64)}
+    assert len(cases.cut(tensors, cases.GB)) == 5
+    assert len(cases.hub(8 << 20, "cpu")) == 4  # of four tensors
+    assert len(cases.llama(8 << 20, "cpu")) == 1
+    for nbytes in (1 << 20, 8 << 20):
+        assert len(cases.llama(nbytes, "cpu", files=4)) == 4
+
+
+def test_shapes_are_the_models():
+    pytest.importorskip("transformers")
+    accelerate = pytest.importorskip("accelerate")
+    shapes = models.llama_shapes()
+    assert sum(map(math.prod, shapes.values())) == 1_100_048_384
+    with accelerate.init_empty_weights():
+        tensors = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    assert [(n, t.shape) for n, t in models.llama(tensors).state_dict().items()] == [
+        (n, torch.Size(s)) for n, s in shapes.items()
+    ]
 
 
 def test_ratio_is_taken_within_a_round():
@@ -429,7 +581,7 @@ def as_if_cuda(monkeypatch):
 
 def test_what_a_gpu_would_run(tmp_path, as_if_cuda, standing):
     found = Memory("fastshard", 1 << 20, 1 << 20, device_nbytes=64 << 20, pinned_nbytes=1 << 30)
-    names = ["prepared", "tmpfs-eight", "eight-files", "one-file", "columns", "small"]
+    names = ["prepared", "tmpfs-eight", "eight-files", "one-file", "columns", "small", "hub", "pretrained"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "measure", lambda *_: found)
         arguments = ["--mib", "1", "--rounds", "1", "--budget", "60", "--cases", ",".join(names)]

@@ -166,6 +166,7 @@ def test_a_phase_that_breaks_is_noted(tmp_path, monkeypatch):
 def test_the_short_table_is_short():
     row = {"rival": "fastshard", "mode": "return", "error": None, "median_gib_s": 2.0, "ratio": None}
     case = {"name": "x", "skipped": None, "nbytes": 1 << 30, "rows": [row] * 2, "disturbance": []}
+    case |= {"us": "fastshard", "base": "safetensors"}
     skipped = {"name": "y", "skipped": "no room", "rows": [], "disturbance": []}
     machine = dict.fromkeys(["gpu", "cpus", "filesystem", "torch", "safetensors", "commit"], "?")
     goal = {"case": "x", "mode": "return", "against": "link", "limit": 0.5}

@@ -20,6 +20,7 @@ from test_cuda_path import on_host, varied
 import fastshard
 from fastshard import Engine, Options, save_file, save_files, save_model, stats
 from fastshard.layout import read_header
+from fastshard.mapped import load_mapped
 from fastshard.plan import FilePlan
 
 NewEngine = Callable[..., Engine]
@@ -115,3 +116,9 @@ def test_a_failed_save_has_none(tmp_path: Path) -> None:
     with pytest.raises(fastshard.SaveError):
         save_file({"a": torch.zeros(3)}, tmp_path / "missing" / "m", checksums=True)
     assert recorded(tmp_path / "m") == found(tmp_path / "m")
+
+
+def test_of_tensors_that_lie_in_files(tmp_path: Path) -> None:
+    save_file(varied_tensors(), tmp_path / "source", allow_strided=True)
+    save_file(load_mapped(tmp_path / "source"), tmp_path / "m", checksums=True)
+    assert recorded(tmp_path / "m") == found(tmp_path / "m") == found(tmp_path / "source")

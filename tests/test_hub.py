@@ -142,6 +142,13 @@ def test_arguments_are_those_of_the_hub(
     both(tmp_path, make, **{"max_shard_size": size, **arguments})
 
 
+@pytest.mark.parametrize("size", ["5GB", "10KB"])
+@pytest.mark.parametrize("make", [plain, tied, strided])
+def test_pickled_shards(tmp_path: Path, make: Callable[[], dict[str, torch.Tensor]], size: str) -> None:
+    files = both(tmp_path, make, max_shard_size=size, safe_serialization=False)
+    assert all(name.startswith("pytorch_model") for name in files)
+
+
 BEFORE = {
     "model.safetensors": STALE,
     "model.safetensors.index.json": STALE,

@@ -539,7 +539,7 @@ def test_a_failed_save_leaves_the_newest_and_can_be_repeated(
     from fastshard import tensors as module
 
     path, tensors = memory / "m.safetensors", model(1)
-    monkeypatch.setattr(module, "_device_number", lambda device: -2)
+    monkeypatch.setattr(module, "device_number", lambda device: -2)
     monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda self: False))
     with prepare(tensors, path) as prepared:
         prepared.save()

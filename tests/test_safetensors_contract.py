@@ -600,6 +600,8 @@ def test_public_names():
             ),
             *("save_torch_model", "save_torch_state_dict", "install", "installed", "uninstall"),
             *("stats", "Stats", "Options", "PreparedSave", "Engine", "SaveFuture", "SaveError"),
+            *("torch_save", "ArchiveError"),
+            *("save_sharded_state", "load_sharded_state"),
         }
     )
     assert all(getattr(fastshard, name) is value for name, value in star.items())

@@ -17,7 +17,7 @@ from helpers import DTYPES, FLOAT4, filled, names, run, same, snapshot
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fastshard import SaveError, load_sharded_state, save_sharded_state, stats
+from fastshard import SaveError, load_sharded_state, save_sharded_state, sharded, stats
 from fastshard.manifest import Names, Ranks, read_manifest
 
 State = dict[str, torch.Tensor]
@@ -371,6 +371,26 @@ def test_ranks_save_into_one_directory_at_once(tmp_path: Path) -> None:
         found = zeros(layers(4))
         load_sharded_state(found, tmp_path, tp_rank=rank, tp_size=ranks)
         assert_equal(found, layers(4, 10 * rank + saves - 1))
+
+
+@pytest.mark.parametrize("parts", [1, 3, 5])
+def test_a_load_is_of_one_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
+    """Whose three parts are replaced by fewer, as many or more while it opens them."""
+    save_sharded_state(layers(), tmp_path, max_size=800)
+    opened = []
+
+    def then_save(path: Any, *arguments: Any) -> Any:
+        file = open(path, *arguments)  # noqa: SIM115
+        opened.append(path)
+        if len(opened) == 1:
+            size = {1: 2000, 3: 800, 5: 400}[parts]
+            assert len(save_sharded_state(layers(seed=9), tmp_path, max_size=size).files) == parts
+        return file
+
+    monkeypatch.setattr(sharded, "open", then_save, raising=False)
+    found = zeros(layers())
+    load_sharded_state(found, tmp_path)
+    assert_equal(found, layers(seed=9))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import torch
 from helpers import names
 
 import fastshard
+import fastshard.records
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
@@ -162,7 +163,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastshard.saving.write_files", full)
+        patch.setattr("fastshard.saving.start_files", full)
         with pytest.raises(OSError, match="No space"):
             other.save_pretrained(tmp_path, max_shard_size="10KB")
     assert files_of(tmp_path) == before
@@ -353,6 +354,42 @@ def test_trainer_checkpoints_and_resumes(tmp_path: Path) -> None:
         finals.append(trainer.model.state_dict())
         assert (directory / "checkpoint-6" / "optimizer.pt").is_file()
     assert all(torch.equal(value, finals[1][name]) for name, value in finals[0].items())
+
+
+def test_a_checkpoint_that_fails_leaves_the_one_before(
+    tmp_path: Path, installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older checkpoints are removed when the new one stands, not before."""
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), save_total_limit=1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    trainer = transformers.Trainer(llama(), arguments)
+    trainer.create_optimizer_and_scheduler(10)
+    for parameter in trainer.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    trainer.optimizer.step()
+    trainer.state.global_step = 1
+    trainer._save_checkpoint(trainer.model, trial=None)
+    before = files_of(tmp_path / "checkpoint-1")
+    assert {"model.safetensors", "optimizer.pt"} < set(before)
+    amend = fastshard.records.Archive.amendments
+
+    def failing(archive: Any, crcs: dict[str, int]) -> Any:
+        if len(crcs) > 10:  # the optimizer's; all of it is written, and so is the model
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return amend(archive, crcs)
+
+    trainer.state.global_step = 2
+    with monkeypatch.context() as patch:
+        patch.setattr("fastshard.records.Archive.amendments", failing)
+        with pytest.raises(RuntimeError, match="Input/output error"):
+            trainer._save_checkpoint(trainer.model, trial=None)
+    assert files_of(tmp_path / "checkpoint-1") == before
+    assert "optimizer.pt" not in files_of(tmp_path / "checkpoint-2")
+    assert not [path for path in tmp_path.rglob(".fastshard*")]
+    trainer._save_checkpoint(trainer.model, trial=None)
+    assert names(tmp_path) == ["checkpoint-2"]
+    assert files_of(tmp_path / "checkpoint-2").keys() == before.keys()
 
 
 def test_modules_that_are_no_models_of_transformers_are_saved_by_trainer(tmp_path: Path) -> None:

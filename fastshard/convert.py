@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of ``torch.save`` -> safetensors, mapped on one side and streamed on the other."""
+
+from __future__ import annotations
+
+import errno
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import torch
+
+from .saving import save_file
+from .sharing import by_storage, shared_names
+
+DTYPES: Final = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""What ``--dtype`` can name."""
+
+_MOST_NAMED = 5
+
+
+class Converted(NamedTuple):
+    """What has become of a checkpoint."""
+
+    tensors: int
+    nbytes: int
+    """Of the file written."""
+    dropped: dict[str, str]
+    """Names that stood for the same tensor as another one -> that name, which is in the file."""
+
+
+def convert(
+    source: str,
+    destination: str,
+    *,
+    key: str | None = None,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+) -> Converted:
+    """Writes the tensors of a ``.bin``, ``.pt`` or ``.pth`` file to a safetensors file.
+
+    The checkpoint must be a dict of tensors, or have one under ``key``. It is loaded with ``weights_only=True``, so
+    nothing in it is executed, and mapped, if it is not of torch's old format. Of names that stand for one tensor the
+    first is kept, and the others are in the metadata, as ``safetensors.torch.save_model`` has them; views that only
+    overlap become tensors of their own. ``dtype``: as for :func:`fastshard.save_file`.
+
+    Raises:
+        ValueError: the checkpoint is not of this kind; the text says what can be done.
+        OSError: a file cannot be read or written, or, unless ``force`` is given, ``destination`` exists.
+    """
+    if not force and os.path.lexists(destination):
+        raise FileExistsError(errno.EEXIST, "exists; --force replaces it", destination)
+    tensors = _tensors_of(_load(source), key)
+    dropped = _separate(tensors)
+    try:
+        save_file(tensors, destination, {"format": "pt", **dropped}, dtype=dtype, allow_strided=True)
+    except KeyError as error:
+        names = [name for name, tensor in tensors.items() if tensor.dtype == error.args[0]]
+        raise ValueError(f"safetensors has no {error.args[0]}: {_listed(names)}") from None
+    return Converted(len(tensors), os.stat(destination).st_size, dropped)
+
+
+def _load(source: str) -> object:
+    with open(source, "rb") as file:
+        mapped = file.read(4) == b"PK\x03\x04"  # the old format cannot be
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about TypedStorage, in the middle of torch
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of any kind, if it is no checkpoint at all
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"torch.load(weights_only=True) cannot read it: {reason[0]}") from None
+
+
+def _tensors_of(loaded: object, key: str | None) -> dict[str, torch.Tensor]:
+    found: Any = loaded
+    if key is not None:
+        if not isinstance(found, Mapping) or key not in found:
+            names = list(found) if isinstance(found, Mapping) else []
+            raise ValueError(f"no {key!r} in it, but {_listed(names)}" if names else f"no {key!r} in it")
+        found = found[key]
+    if not isinstance(found, Mapping):
+        raise ValueError(f"a dict of tensors is wanted, not {type(found).__name__}")
+    others = [name for name, value in found.items() if not isinstance(value, torch.Tensor)]
+    if others:
+        inner = [name for name in others if _is_state_dict(found[name])]
+        hint = f"; --key {inner[0]} takes the tensors in there" if inner else ""
+        raise ValueError(f"not only tensors in it: {_listed(others)}{hint}")
+    unnamed = [name for name in found if not isinstance(name, str)]
+    if unnamed:
+        raise ValueError(f"names of tensors must be strings: {_listed(unnamed)}")
+    return dict(found)
+
+
+def _is_state_dict(value: object) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and len(value) != 0
+        and all(isinstance(name, str) and isinstance(t, torch.Tensor) for name, t in value.items())
+    )
+
+
+def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Leaves each byte in there once; returns the names left out, and those that are kept for them."""
+    dense = {name: t for name, t in tensors.items() if t.layout == torch.strided}
+    dropped = {}
+    for group in shared_names(dense, by_storage(dense)):
+        views: dict[tuple[object, ...], str] = {}
+        for name in sorted(group):
+            tensor = tensors[name]
+            what = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+            if what in views:
+                dropped[name] = views[what]
+                del tensors[name]
+                continue
+            if views:
+                tensors[name] = tensor.clone()
+            views[what] = name
+    return dropped
+
+
+def _listed(names: list[Any]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(repr(name) for name in names[:_MOST_NAMED]) + more

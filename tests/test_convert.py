@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fastshard convert`: checkpoints of torch.save become safetensors files, or the reason why not is said."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import DTYPES, FLOAT4, filled, names, saved_by_torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_model
+
+from fastshard import cli
+
+STATE = {
+    "embed": filled((50, 8)),
+    "half": filled((7,), torch.bfloat16, 1),
+    "count": torch.tensor(5),
+    "turned": filled((6, 9), torch.int16, 2).t(),
+    "part": filled((100,))[10:20],
+    "empty": torch.empty(0, 3),
+}
+
+
+def converted(
+    tmp_path: Path, obj: object, *options: str, old_format: bool = False
+) -> dict[str, torch.Tensor]:
+    torch.save(obj, tmp_path / "m.pt", _use_new_zipfile_serialization=not old_format)
+    assert cli.main(["convert", str(tmp_path / "m.pt"), str(tmp_path / "m.safetensors"), *options]) == 0
+    return load_file(tmp_path / "m.safetensors")
+
+
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], obj: object, *options: str) -> str:
+    torch.save(obj, tmp_path / "m.pt")
+    assert cli.main(["convert", str(tmp_path / "m.pt"), str(tmp_path / "m.safetensors"), *options]) == 1
+    assert names(tmp_path) == ["m.pt"]
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    prefix = f"fastshard: {tmp_path / 'm.pt'}: "
+    assert shown.err.startswith(prefix)
+    return shown.err.removeprefix(prefix).strip()
+
+
+def metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_same_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str], old_format: bool) -> None:
+    loaded = converted(tmp_path, STATE, old_format=old_format)
+    assert loaded.keys() == STATE.keys()
+    assert all(torch.equal(loaded[name], STATE[name]) for name in STATE)
+    assert [tensor.dtype for tensor in loaded.values()] == [STATE[name].dtype for name in loaded]
+    assert metadata(tmp_path / "m.safetensors") == {"format": "pt"}
+    size = os.stat(tmp_path / "m.safetensors").st_size / 1024
+    assert capsys.readouterr().out == f"{tmp_path / 'm.safetensors'}: 6 tensors, {size:.2f} KiB\n"
+
+
+def test_every_dtype(tmp_path: Path) -> None:
+    dtypes = [dtype for dtype in DTYPES if dtype != FLOAT4]
+    state = {str(dtype): filled((4, 6), dtype) for dtype in dtypes if saved_by_torch(dtype)}
+    loaded = converted(tmp_path, state)
+    for name, tensor in state.items():
+        assert torch.equal(loaded[name].view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_cast(tmp_path: Path) -> None:
+    loaded = converted(tmp_path, STATE, "--dtype", "bf16")
+    assert torch.equal(loaded["embed"], STATE["embed"].to(torch.bfloat16))
+    assert torch.equal(loaded["count"], STATE["count"])
+
+
+def test_tied_names_are_kept_once_as_by_save_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = torch.nn.ModuleDict({"z": torch.nn.Linear(3, 3), "a": torch.nn.Linear(3, 3)})
+    model["z"].weight = model["a"].weight
+    loaded = converted(tmp_path, model.state_dict())
+    save_model(model, str(tmp_path / "reference"), {"format": "pt"})
+    expected = load_file(tmp_path / "reference")
+    assert loaded.keys() == expected.keys() == {"a.weight", "a.bias", "z.bias"}
+    assert metadata(tmp_path / "m.safetensors") == metadata(tmp_path / "reference")
+    assert capsys.readouterr().out.splitlines()[1:] == ["z.weight is a.weight"]
+
+
+def test_overlapping_views_become_tensors_of_their_own(tmp_path: Path) -> None:
+    base = filled((20, 20))
+    state = {"whole": base, "rows": base[3:9], "turned": base.t(), "same": base, "cut": base[:, 5:]}
+    loaded = converted(tmp_path, state)
+    assert loaded.keys() == {"same", "rows", "turned", "cut"}
+    assert all(torch.equal(loaded[name], state[name]) for name in loaded)
+    assert metadata(tmp_path / "m.safetensors") == {"format": "pt", "whole": "same"}
+
+
+def test_a_dict_inside(tmp_path: Path) -> None:
+    loaded = converted(tmp_path, {"model": STATE, "epoch": 5}, "--key", "model")
+    assert loaded.keys() == STATE.keys()
+
+
+def test_what_is_no_dict_of_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = refused(tmp_path, capsys, {"epoch": 5, "model": STATE, "w": torch.ones(1)})
+    assert text == "not only tensors in it: 'epoch', 'model'; --key model takes the tensors in there"
+    text = refused(tmp_path, capsys, {str(i): i for i in range(9)})
+    assert text == "not only tensors in it: '0', '1', '2', '3', '4' and 4 more"
+    assert refused(tmp_path, capsys, {"a": STATE}, "--key", "b") == "no 'b' in it, but 'a'"
+    assert refused(tmp_path, capsys, torch.ones(3)) == "a dict of tensors is wanted, not Tensor"
+    assert refused(tmp_path, capsys, [1], "--key", "b") == "no 'b' in it"
+    assert refused(tmp_path, capsys, {3: torch.ones(1)}) == "names of tensors must be strings: 3"
+    state = {"good": torch.ones(1), "bad": torch.ones(1, dtype=torch.complex128)}
+    assert refused(tmp_path, capsys, state) == "safetensors has no torch.complex128: 'bad'"
+    text = refused(tmp_path, capsys, {"a": torch.ones(2).to_sparse()})
+    assert "sparse" in text
+    assert refused(tmp_path, capsys, STATE, "--dtype", "int3").startswith("--dtype must be one of fp32, ")
+
+
+class Code:
+    pass
+
+
+def test_nothing_is_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = refused(tmp_path, capsys, {"a": torch.ones(1), "code": Code()})
+    assert text.startswith("torch.load(weights_only=True) cannot read it: ")
+
+
+@pytest.mark.parametrize("data", [b"", b"nonsense", b"PK\x03\x04 nonsense", b"\x80\x02."])
+def test_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str], data: bytes) -> None:
+    (tmp_path / "m.pt").write_bytes(data)
+    assert cli.main(["convert", str(tmp_path / "m.pt"), str(tmp_path / "out")]) == 1
+    assert "cannot read it: " in capsys.readouterr().err
+    assert names(tmp_path) == ["m.pt"]
+
+
+def test_an_existing_file_is_replaced_only_by_force(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    converted(tmp_path, STATE)
+    before = (tmp_path / "m.safetensors").read_bytes()
+    arguments = ["convert", str(tmp_path / "m.pt"), str(tmp_path / "m.safetensors")]
+    torch.save({"other": torch.ones(3)}, tmp_path / "m.pt")
+    capsys.readouterr()
+    assert cli.main(arguments) == 1
+    assert (
+        capsys.readouterr().err == f"fastshard: {tmp_path / 'm.safetensors'}: exists; --force replaces it\n"
+    )
+    assert (tmp_path / "m.safetensors").read_bytes() == before
+    assert cli.main([*arguments, "--force"]) == 0
+    assert load_file(tmp_path / "m.safetensors").keys() == {"other"}
+
+
+def test_over_itself(tmp_path: Path) -> None:
+    """Mapped while it is replaced."""
+    torch.save(STATE, tmp_path / "m")
+    assert cli.main(["convert", str(tmp_path / "m"), str(tmp_path / "m"), "--force"]) == 0
+    assert load_file(tmp_path / "m").keys() == STATE.keys()
+
+
+def test_files_that_cannot_be_read_or_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["convert", str(tmp_path / "no"), str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == f"fastshard: {tmp_path / 'no'}: No such file or directory\n"
+    assert cli.main(["convert", str(tmp_path), str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == f"fastshard: {tmp_path}: Is a directory\n"
+    torch.save(STATE, tmp_path / "m.pt")
+    target = tmp_path / "no" / "out"
+    assert cli.main(["convert", str(tmp_path / "m.pt"), str(target)]) == 1
+    assert capsys.readouterr().err == f"fastshard: {target}: No such file or directory\n"
