@@ -72,13 +72,11 @@ def make_models(work: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
 
 
-def generate(model: str, ranks: int, load_format: str, live: list[str], repacking: bool) -> None:
+def generate(model: str, ranks: int, load_format: str, live: list[str]) -> None:
     """Prints the tokens, and what became of each save from the live engine."""
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
-    if not repacking:
-        leave_weights_alone()
     llm = LLM(
         model=model,
         tensor_parallel_size=ranks,
@@ -103,8 +101,8 @@ def generate(model: str, ranks: int, load_format: str, live: list[str], repackin
 
 
 def leave_weights_alone() -> None:
-    """Takes the repacking for CPUs out of vLLM, in this process and those forked from it: linear layers without
-    quantization keep their weights then, as they do on a GPU."""
+    """Takes the repacking for CPUs out of vLLM: linear layers without quantization keep their weights then, as they do
+    on a GPU. A general plugin, in the environment of the steps that ask for it."""
     import torch
     from vllm.model_executor.layers import utils
 
@@ -205,13 +203,23 @@ class Check:
     ) -> tuple[Tokens, list[str]]:
         arguments = ["--step", "generate", "--model", str(self.work / model), "--ranks", str(ranks)]
         arguments += ["--load-format", load_format, *(f"--live={self.work / path}" for path in live)]
-        more = {} if repacking else {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}
-        arguments += [] if repacking else ["--no-repacking"]
+        more = {} if repacking else {"PYTHONPATH": f"{self._no_repacking()}:{Path(__file__).parent}"}
         shown = self._run(f"generate-{model}", arguments, ranks, **more)
         (result,) = (line for line in shown.splitlines() if line.startswith(RESULT))
         tokens, outcomes = json.loads(result.removeprefix(RESULT))
         assert len(tokens) == len(PROMPTS) and all(len(set(answer)) > 4 for answer in tokens), tokens
         return tokens, outcomes
+
+    def _no_repacking(self) -> Path:
+        """A folder with what importlib takes for an installed package."""
+        folder = self.work / "no_repacking"
+        info = folder / "no_repacking-0.dist-info"
+        info.mkdir(parents=True, exist_ok=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: no-repacking\nVersion: 0\n")
+        (info / "entry_points.txt").write_text(
+            "[vllm.general_plugins]\nno_repacking = serving:leave_weights_alone\n"
+        )
+        return folder
 
     def save(
         self,
@@ -400,13 +408,12 @@ def main() -> None:
         parser.add_argument(name, help=argparse.SUPPRESS)
     parser.add_argument("--ranks", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--live", action="append", default=[], help=argparse.SUPPRESS)
-    parser.add_argument("--no-repacking", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     work = given.work.resolve()
     if given.step == "models":
         make_models(work)
     elif given.step == "generate":
-        generate(given.model, given.ranks, given.load_format, given.live, not given.no_repacking)
+        generate(given.model, given.ranks, given.load_format, given.live)
     else:
         work.mkdir(parents=True, exist_ok=True)
         check(work)
