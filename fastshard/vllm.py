@@ -18,6 +18,7 @@ comparisons have shown that it can be loaded, and refuses otherwise. :class:`Wor
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import importlib.util
 import inspect
@@ -376,6 +377,9 @@ def _save(model: torch.nn.Module, loaded: _Loaded, request: Request) -> tuple[st
             "the names of sharded state tell ranks of tensor and pipeline parallelism apart, no others: "
             "ranks of data or context parallelism would overwrite each other's files"
         )
+    if not os.path.isdir(request.path):
+        # Not to be made: the command that made it has been killed, and the next one has cleaned up after it.
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), request.path)
     manifest = save_sharded_state(
         model,
         request.path,

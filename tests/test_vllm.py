@@ -446,6 +446,15 @@ def test_a_vllm_save_that_fails_leaves_the_old_folder(
     assert saved(folder, tmp_path / "new") == 1 and not (tmp_path / "new").exists()
 
 
+def test_a_worker_whose_command_is_gone_leaves_nothing(fake: fake_vllm.Vllm, tmp_path: Path) -> None:
+    gone = tmp_path / "out" / "staging" / "new"
+    request = vllm.Request(str(gone), None, None, durable=False)
+    executor = fake.executor(fake_vllm.config({vllm.REQUEST: request._asdict()}))
+    (said,) = executor.collective_rpc(vllm.outcome)
+    assert said.files == () and said.error == f"[Errno 2] No such file or directory: '{gone}'"
+    assert names(tmp_path) == []
+
+
 def test_vllm_save_without_the_plugin_says_why(
     fake: fake_vllm.Vllm, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
