@@ -5,4 +5,5 @@ import sys
 
 from .cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # vLLM's workers import the program they are spawned from
+    sys.exit(main())

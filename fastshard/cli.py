@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastshard inspect FILE``, ``fastshard convert FILE FILE``, ``fastshard env [PATH]``, ``fastshard bench``,
-and those of cli_checkpoints.py."""
+"""``fastshard inspect FILE``, ``convert FILE FILE``, ``env [PATH]``, ``bench``, ``vllm-save``, and those of
+cli_checkpoints.py."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["bench"]:  # its own parser, and its own dependencies
         return _bench(arguments[1:])
+    if arguments[:1] == ["vllm-save"]:  # with vLLM's arguments
+        return _vllm_save(arguments[1:])
     parser = argparse.ArgumentParser(prog="fastshard", description="Fast, safe safetensors files.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -45,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cli_checkpoints.add_parsers(commands)
     commands.add_parser(
         "bench", help="measure against safetensors, torch.save and DCP (--help for its options)"
+    )
+    commands.add_parser(
+        "vllm-save", help="a model folder with the weights as the ranks of vLLM want them (needs vLLM)"
     )
     given = parser.parse_args(arguments)
     if given.command in cli_checkpoints.COMMANDS:
@@ -214,3 +219,12 @@ def _bench(arguments: list[str]) -> int:
     from .bench.save import main as bench
 
     return int(bench(arguments))
+
+
+def _vllm_save(arguments: list[str]) -> int:
+    if util.find_spec("torch") is None:
+        print("fastshard: vllm-save needs vLLM", file=sys.stderr)
+        return 1
+    from .vllm_save import main as vllm_save
+
+    return vllm_save(arguments)

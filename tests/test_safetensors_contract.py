@@ -602,6 +602,7 @@ def test_public_names():
             *("stats", "Stats", "Options", "PreparedSave", "Engine", "SaveFuture", "SaveError"),
             *("torch_save", "ArchiveError"),
             *("save_sharded_state", "load_sharded_state"),
+            *("shard_checkpoint", "merge_checkpoint", "reshard_checkpoint"),
         }
     )
     assert all(getattr(fastshard, name) is value for name, value in star.items())
