@@ -176,13 +176,13 @@ def is_plain(name: object) -> bool:
     )
 
 
-def weight_map(text: str, path: str) -> dict[str, str]:
-    """Tensor -> file, from an index. Raises ``ValueError`` for what is no index or names files elsewhere."""
+def weight_map(text: str, path: str, suffix: str = WEIGHTS_SUFFIX) -> dict[str, str]:
+    """Tensor -> file, whose name has this suffix, from an index. Raises ``ValueError`` for what is no index or names files elsewhere."""
     found = read_object(text, path).get("weight_map")
     if not isinstance(found, dict):
         raise ValueError(f"{path!r} has no weight_map")
     for tensor, name in found.items():
-        if not is_plain(name) or not name.endswith(WEIGHTS_SUFFIX) or name.startswith("."):
+        if not is_plain(name) or not name.endswith(suffix) or name.startswith("."):
             raise ValueError(f"{path!r}: tensor {tensor!r} cannot lie in {name!r}")
     return found
 

@@ -33,11 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inspect.add_argument("file", help="a .safetensors file")
     inspect.add_argument("--json", action="store_true", help="as JSON")
     convert = commands.add_parser("convert", help="a checkpoint of torch.save to safetensors")
-    convert.add_argument("file", metavar="SRC", help="a .bin, .pt or .pth file: a dict of tensors")
-    convert.add_argument("destination", metavar="DST", help="the .safetensors file")
+    convert.add_argument(
+        "file", metavar="SRC", help="a .bin, .pt or .pth file: a dict of tensors; a folder of such"
+    )
+    convert.add_argument("destination", metavar="DST", help="the .safetensors file, or the folder")
     convert.add_argument("--key", help="the tensors are those of this entry (model, state_dict, ...)")
     convert.add_argument(
         "--dtype", help="cast floating-point tensors to this: fp32, fp16, bf16, fp8_e4m3fn, fp8_e5m2"
+    )
+    convert.add_argument(
+        "--max-shard-size", metavar="SIZE", help="make DST a folder of shards of this size, as 5GB"
     )
     convert.add_argument("--force", action="store_true", help="replace DST if it exists")
     env = commands.add_parser("env", help="what this machine and the filesystem of a path offer a save")
@@ -123,12 +128,17 @@ def _inspect(path: str, as_json: bool) -> None:
 def _convert(given: argparse.Namespace) -> None:
     if util.find_spec("torch") is None:
         raise ValueError("convert needs torch")
-    from .convert import DTYPES, convert
+    from .convert import DTYPES, convert, convert_folder
 
     if given.dtype not in (None, *DTYPES):
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {given.dtype}")
     dtype = DTYPES.get(given.dtype)
-    done = convert(given.file, given.destination, key=given.key, dtype=dtype, force=given.force)
+    options = {"key": given.key, "dtype": dtype, "force": given.force}
+    if given.max_shard_size is None and os.path.isfile(given.file) and not given.file.endswith(".json"):
+        done = convert(given.file, given.destination, **options)
+    else:
+        size = given.max_shard_size or "5GB"
+        done = convert_folder(given.file, given.destination, max_shard_size=size, **options)
     print(f"{given.destination}: {done.tensors} tensors, {_size(done.nbytes)}")
     for name, kept in done.dropped.items():
         print(f"{_printable(name)} is {_printable(kept)}")

@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import re
+import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 import torch
 
+from .checkpoint import INDEX_SUFFIX, WEIGHTS_SUFFIX, other_files, read_text, weight_map
+from .directory import replacing
+from .hub import save_torch_state_dict
 from .saving import save_file
 from .sharing import by_storage, shared_names
 
@@ -24,6 +30,7 @@ DTYPES: Final = {
 """What ``--dtype`` can name."""
 
 _MOST_NAMED = 5
+_EARLIER: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 class Converted(NamedTuple):
@@ -59,12 +66,80 @@ def convert(
         raise FileExistsError(errno.EEXIST, "exists; --force replaces it", destination)
     tensors = _tensors_of(_load(source), key)
     dropped = _separate(tensors)
-    try:
+    with _named(tensors):
         save_file(tensors, destination, {"format": "pt", **dropped}, dtype=dtype, allow_strided=True)
+    return Converted(len(tensors), os.stat(destination).st_size, dropped)
+
+
+def convert_folder(
+    source: str,
+    destination: str,
+    *,
+    key: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    force: bool = False,
+) -> Converted:
+    """The same for a checkpoint of several files, or one that becomes several: as :func:`convert`, but ``destination``
+    is a folder, which gets shards and an index as ``huggingface_hub.save_torch_state_dict`` makes them.
+
+    ``source``: a file; a ``*.bin.index.json``; or a folder with that, or with a ``pytorch_model.bin``, whose other files
+    (configuration, tokenizer, ...) are copied. ``destination`` may be the same folder.
+
+    Raises ``ValueError``, too, for an index that does not fit its files, naming them. Unless ``force`` is given, a folder
+    that has safetensors files already is refused.
+    """
+    if not force and os.path.isdir(destination):
+        for name in sorted(os.listdir(destination)):
+            if name.endswith((WEIGHTS_SUFFIX, INDEX_SUFFIX)):
+                path = os.path.join(destination, name)
+                raise FileExistsError(errno.EEXIST, "exists; --force replaces it", path)
+    folder = source if os.path.isdir(source) else None
+    files = _files_of(source)
+    tensors: dict[str, torch.Tensor] = {}
+    for path, names in files.items():
+        found = _tensors_of(_load(path), key)
+        if names is not None and names != found.keys():
+            different = _listed(sorted(names ^ found.keys()))
+            raise ValueError(f"{path}: its tensors are not those of the index: {different}")
+        tensors.update(found)
+    dropped = _separate(tensors)
+    with replacing(destination, lambda name: _EARLIER.fullmatch(name) is not None, create=True) as staging:
+        with _named(tensors):
+            save_torch_state_dict(
+                tensors, staging, max_shard_size=max_shard_size, metadata=dict(dropped), dtype=dtype
+            )
+        nbytes = sum(entry.stat().st_size for entry in os.scandir(staging))
+        if folder is not None and os.path.realpath(folder) != os.path.realpath(destination):
+            for name in other_files(folder):
+                shutil.copyfile(os.path.join(folder, name), os.path.join(staging, name))
+    return Converted(len(tensors), nbytes, dropped)
+
+
+def _files_of(source: str) -> dict[str, set[str] | None]:
+    """Paths of a checkpoint's files, and the tensors that an index says are in them."""
+    index = source
+    if os.path.isdir(source):
+        index = os.path.join(source, "pytorch_model.bin.index.json")
+        if not os.path.exists(index):
+            return {os.path.join(source, "pytorch_model.bin"): None}
+    elif not source.endswith(".index.json"):
+        return {source: None}
+    files: dict[str, set[str] | None] = {}
+    for tensor, name in weight_map(read_text(index), index, ".bin").items():
+        path = os.path.join(os.path.dirname(index), name)
+        files[path] = {*(files.get(path) or ()), tensor}
+    return files
+
+
+@contextlib.contextmanager
+def _named(tensors: dict[str, torch.Tensor]) -> Iterator[None]:
+    """What the format does not have, with the names of the tensors."""
+    try:
+        yield
     except KeyError as error:
         names = [name for name, tensor in tensors.items() if tensor.dtype == error.args[0]]
         raise ValueError(f"safetensors has no {error.args[0]}: {_listed(names)}") from None
-    return Converted(len(tensors), os.stat(destination).st_size, dropped)
 
 
 def _load(source: str) -> object:

@@ -30,6 +30,7 @@ def save_torch_model(
     durable: bool = False,
     keep_cached: bool = True,
     progress: bool | None = None,
+    dtype: torch.dtype | None = None,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a module's state dict; see :func:`save_torch_state_dict`."""
@@ -46,6 +47,7 @@ def save_torch_model(
         durable=durable,
         keep_cached=keep_cached,
         progress=progress,
+        dtype=dtype,
         engine=engine,
     )
 
@@ -64,6 +66,7 @@ def save_torch_state_dict(
     durable: bool = False,
     keep_cached: bool = True,
     progress: bool | None = None,
+    dtype: torch.dtype | None = None,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a state dict in shards with an index, to the byte the files of ``huggingface_hub.save_torch_state_dict``.
@@ -86,7 +89,7 @@ def save_torch_state_dict(
         metadata: goes into the file, or into the index if there is one.
         is_main_process: whether to remove files of earlier saves. Every process that calls this writes all files.
         shared_tensors_to_discard: names not to be kept if there are others for the same memory.
-        durable, keep_cached, progress, engine: as for :func:`fastshard.save_file`.
+        durable, keep_cached, progress, dtype, engine: as for :func:`fastshard.save_file`; pickled shards are not cast.
 
     Raises:
         FileNotFoundError: ``save_directory`` is missing.
@@ -113,6 +116,11 @@ def save_torch_state_dict(
         sized = state_dict
         if force_contiguous:
             state_dict, sized = _made_contiguous(state_dict)
+        if dtype is not None:
+            sized = {
+                name: torch.empty_like(t, dtype=dtype, device="meta") if t.is_floating_point() else t
+                for name, t in sized.items()
+            }
     split = split_torch_state_dict_into_shards(
         sized, filename_pattern=filename_pattern, max_shard_size=max_shard_size
     )
@@ -122,9 +130,7 @@ def save_torch_state_dict(
     def stale(name: str) -> bool:
         return is_main_process and earlier.fullmatch(name) is not None
 
-    how = How(
-        durable, keep_cached, progress, allow_strided=safe_serialization and force_contiguous, engine=engine
-    )
+    how = How(durable, keep_cached, progress, force_contiguous, dtype, engine=engine)
     in_file = {"format": "pt"} if split.is_sharded else {"format": "pt", **metadata}
     with staged(os.fspath(save_directory), stale, how) as stage:
         for filename, names in split.filename_to_tensors.items():

@@ -25,7 +25,7 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 
 PYTHON = """
 layout records plan errors mapped sharing tensors engine planning saving prepared together archive directory staged hub offload
-transformers accelerate convert adapters manifest reading sharded vllm sglang vllm_save patching auto checkpoint tp_plan
+transformers accelerate adapters manifest reading sharded vllm sglang vllm_save patching auto checkpoint convert tp_plan
 model_plan parts rank_folders reshard __init__ cli_checkpoints cli __main__
 """.split()
 """fastshard/ in reading order."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -161,8 +162,91 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path, capsys: pytest.Cap
     assert cli.main(["convert", str(tmp_path / "no"), str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == f"fastshard: {tmp_path / 'no'}: No such file or directory\n"
     assert cli.main(["convert", str(tmp_path), str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err == f"fastshard: {tmp_path}: Is a directory\n"
+    assert capsys.readouterr().err == f"fastshard: {tmp_path}/pytorch_model.bin: No such file or directory\n"
     torch.save(STATE, tmp_path / "m.pt")
     target = tmp_path / "no" / "out"
     assert cli.main(["convert", str(tmp_path / "m.pt"), str(target)]) == 1
     assert capsys.readouterr().err == f"fastshard: {target}: No such file or directory\n"
+
+
+def checkpoint_folder(folder: Path, **changes: object) -> dict[str, torch.Tensor]:
+    """As transformers wrote them before safetensors: two pickled shards, an index, a configuration."""
+    folder.mkdir()
+    shards: list[dict[str, torch.Tensor]] = [
+        {"a": filled((100, 8)), "b": filled((3,))},
+        {"c": filled((50, 8), seed=1)},
+    ]
+    shards[0]["tied"] = shards[0]["a"]
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        name = f"pytorch_model-{i + 1:05d}-of-00002.bin"
+        torch.save(shard, folder / name)
+        weight_map.update(dict.fromkeys(shard, name))
+    weight_map.update(changes)  # type: ignore[arg-type]
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+    (folder / "config.json").write_text("{}")
+    return {**shards[0], **shards[1]}
+
+
+def loaded_folder(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+@pytest.mark.parametrize("what", ["", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize("size", ["5GB", "2KB"])
+def test_folders(tmp_path: Path, size: str, what: str) -> None:
+    tensors = checkpoint_folder(tmp_path / "in")
+    source, out = str(tmp_path / "in" / what), tmp_path / "out"
+    assert cli.main(["convert", source, str(out), "--max-shard-size", size]) == 0
+    assert {name: t.tolist() for name, t in loaded_folder(out).items()} == {
+        name: t.tolist() for name, t in tensors.items() if name != "tied"
+    }
+    sharded = [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]
+    others = [] if what else ["config.json"]
+    assert names(out) == sorted([*others, *(["model.safetensors"] if size == "5GB" else sharded)])
+    assert cli.main(["convert", source, str(out)]) == 1  # it exists
+    assert cli.main(["convert", source, str(out), "--force", "--dtype", "bf16"]) == 0
+    assert names(out) == sorted([*others, "model.safetensors"])
+    assert loaded_folder(out)["c"].dtype == torch.bfloat16
+
+
+def test_a_folder_into_itself(tmp_path: Path) -> None:
+    checkpoint_folder(tmp_path / "in")
+    before = names(tmp_path / "in")
+    assert cli.main(["convert", str(tmp_path / "in"), str(tmp_path / "in")]) == 0
+    assert names(tmp_path / "in") == sorted([*before, "model.safetensors"])
+
+
+def test_one_file_in_shards(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "m.bin")
+    options = ["--max-shard-size", "1KB", "--dtype", "fp16"]
+    assert cli.main(["convert", str(tmp_path / "m.bin"), str(tmp_path / "out"), *options]) == 0
+    assert len(names(tmp_path / "out")) > 2
+    loaded = loaded_folder(tmp_path / "out")
+    assert loaded.keys() == STATE.keys()
+    assert loaded["embed"].dtype == torch.float16 and loaded["count"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.bin", "/etc/passwd.bin", "pytorch_model.txt", 3, "sub/x.bin"])
+def test_an_index_that_leads_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: object
+) -> None:
+    checkpoint_folder(tmp_path / "in", c=name)
+    assert cli.main(["convert", str(tmp_path / "in"), str(tmp_path / "out")]) == 1
+    assert "tensor 'c' cannot lie in" in capsys.readouterr().err
+    assert names(tmp_path) == ["in"]
+
+
+def test_an_index_that_does_not_fit_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint_folder(tmp_path / "in", d="pytorch_model-00001-of-00002.bin")
+    assert cli.main(["convert", str(tmp_path / "in"), str(tmp_path / "out")]) == 1
+    assert "its tensors are not those of the index: 'd'" in capsys.readouterr().err
+    checkpoint_folder(tmp_path / "missing", c="pytorch_model-00003-of-00003.bin")
+    assert cli.main(["convert", str(tmp_path / "missing"), str(tmp_path / "out")]) == 1
+    assert names(tmp_path) == ["in", "missing"]
