@@ -104,6 +104,9 @@ def convert_folder(
             raise ValueError(f"{path}: its tensors are not those of the index: {different}")
         tensors.update(found)
     dropped = _separate(tensors)
+    for name, tensor in tensors.items():  # the hub takes no part of a storage for a tensor
+        if tensor.layout == torch.strided and tensor.nbytes != tensor.untyped_storage().nbytes():
+            tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
     with replacing(destination, lambda name: _EARLIER.fullmatch(name) is not None, create=True) as staging:
         with _named(tensors):
             save_torch_state_dict(

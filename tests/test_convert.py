@@ -225,7 +225,7 @@ def test_a_folder_into_itself(tmp_path: Path) -> None:
 
 def test_one_file_in_shards(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "m.bin")
-    options = ["--max-shard-size", "1KB", "--dtype", "fp16"]
+    options = ["--max-shard-size", "0.5KB", "--dtype", "fp16"]
     assert cli.main(["convert", str(tmp_path / "m.bin"), str(tmp_path / "out"), *options]) == 0
     assert len(names(tmp_path / "out")) > 2
     loaded = loaded_folder(tmp_path / "out")
