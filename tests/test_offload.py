@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator, cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.utils.offload import OffloadedWeightsLoader, offload_state_dict
 from helpers import crc32, filled, run, snapshot
 
 import fastshard
@@ -19,11 +22,6 @@ from fastshard import _native
 from fastshard.offload import offloaded_state_dict, offloaded_tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following device_map keys:UserWarning")
-
-pytest.importorskip("accelerate")
-from accelerate import Accelerator, cpu_offload, disk_offload, dispatch_model  # noqa: E402
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module  # noqa: E402
-from accelerate.utils.offload import OffloadedWeightsLoader, offload_state_dict  # noqa: E402
 
 
 class Model(torch.nn.Module):
