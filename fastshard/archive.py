@@ -25,6 +25,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from . import tensors as _tensors
+from .directory import sync
 from .engine import Amend, Engine, Options, Stats, engine_for, progress_wanted
 from .errors import ArchiveError
 from .plan import FETCHED, HOST, FilePlan, TensorView
@@ -350,7 +351,7 @@ def _replace_by_torch(by_torch: Callable[[Any], None], path: str, durable: bool,
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             os.replace(made, target)
             if durable:
-                _sync_folder(parent)
+                sync(parent)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(made)
@@ -366,14 +367,6 @@ def _adopt_attributes(descriptor: int, target: str) -> None:
     with contextlib.suppress(PermissionError):
         os.fchown(descriptor, replaced.st_uid, replaced.st_gid)
     os.fchmod(descriptor, stat.S_IMODE(replaced.st_mode))
-
-
-def _sync_folder(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -62,8 +62,7 @@ def replacing(
     Raises ``FileNotFoundError`` or ``NotADirectoryError`` for the directory, ``IsADirectoryError`` where one stands
     in the place of a file, and other ``OSError``; their ``filename`` is that of the final place.
     """
-    made = _make_directories(directory) if create else []
-    try:
+    with _made(directory if create else ""):
         _wait_for_space()
         with _locked(directory):
             _finish_abandoned(directory)
@@ -74,15 +73,6 @@ def replacing(
                 staging.put_in_place(stale, obsolete)
         finally:
             staging.close()
-        made = []
-    except OSError as error:
-        error.filename = _final(error.filename)
-        error.filename2 = _final(error.filename2)
-        raise
-    finally:
-        for path in reversed(made):
-            with contextlib.suppress(OSError):
-                os.rmdir(path)
 
 
 @contextlib.contextmanager
@@ -94,8 +84,8 @@ def creating(directory: str, *, durable: bool = False) -> Iterator[str]:
     """
     place = os.path.realpath(directory)
     parent = os.path.dirname(place)
-    made = _make_directories(parent)
-    try:
+    with _made(parent):
+        _wait_for_space()
         with _locked(parent):
             _finish_abandoned(parent)
             staging = _Staging(parent, durable)
@@ -106,6 +96,14 @@ def creating(directory: str, *, durable: bool = False) -> Iterator[str]:
             staging.put_directory_in_place(created, place)
         finally:
             staging.close()
+
+
+@contextlib.contextmanager
+def _made(directory: str) -> Iterator[None]:
+    """Makes it, if there is a name, and takes it away again after an exception; ``OSError`` gets the final places."""
+    made = _make_directories(directory)
+    try:
+        yield
         made = []
     except OSError as error:
         error.filename = _final(error.filename)
@@ -170,7 +168,7 @@ class _Staging:
             os.makedirs(os.path.dirname(self._place(name)), exist_ok=True)
         if self.durable:
             for path in (*(os.path.join(self.new, name) for name in names), self.new):
-                _sync(path)
+                sync(path)
         linked = False
         try:
             # Of new files the last one shows the others, unless they are in several folders.
@@ -187,7 +185,7 @@ class _Staging:
                 os.unlink(self._place(name))
         if self.durable:
             for path in {os.path.dirname(self._place(name)) for name in (*names, *gone)}:
-                _sync(path)
+                sync(path)
 
     def put_directory_in_place(self, created: str, place: str) -> None:
         if os.path.isdir(place):
@@ -195,10 +193,10 @@ class _Staging:
         if self.durable:
             for folder, _, files in os.walk(created):
                 for path in (*(os.path.join(folder, name) for name in files), folder):
-                    _sync(path)
+                    sync(path)
         os.rename(created, place)
         if self.durable:
-            _sync(self.directory)
+            sync(self.directory)
 
     def _redirect(self, names: list[str], present: list[str]) -> bool:
         """Replaces every name by a link that leads to its old file; false where that is not possible."""
@@ -221,7 +219,7 @@ class _Staging:
             raise
         if self.durable:
             for path in (self.old, *{os.path.dirname(self._place(name)) for name in present}):
-                _sync(path)
+                sync(path)
         return True
 
     def _point_to(self, which: str) -> None:
@@ -229,7 +227,7 @@ class _Staging:
         os.symlink(which, following)
         os.rename(following, self.now)
         if self.durable:
-            _sync(self.path)
+            sync(self.path)
 
     def settle(self) -> None:
         """Replaces the links by the files they lead to."""
@@ -381,7 +379,8 @@ def _locked(directory: str) -> Iterator[None]:
         os.close(fd)
 
 
-def _sync(path: str) -> None:
+def sync(path: str) -> None:
+    """Of a file or a directory: what it holds is on stable storage."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
