@@ -26,13 +26,12 @@ import torch
 
 from . import tensors as _tensors
 from .directory import sync
-from .engine import Amend, Engine, Options, Stats, engine_for, progress_wanted
+from .engine import Amend, Engine, Options, engine_for, progress_wanted
 from .errors import ArchiveError
 from .plan import FETCHED, HOST, FilePlan, TensorView
 from .planning import collector_paused, encoded_path
 from .records import Archive, UnknownLayout
 from .saving import keep_stats
-from .together import end_save
 
 _STORAGES: Final = (torch.storage.TypedStorage, torch.UntypedStorage)
 Storage = Any
@@ -110,12 +109,7 @@ def torch_save(
             plan_seconds=time.perf_counter() - began,
             description=os.path.basename(path),
         )
-
-    def finish() -> Stats:
-        with _archive_errors(path):
-            return keep_stats(future.result(progress_wanted(progress)))
-
-    end_save(future, finish)
+        keep_stats(future.result(progress_wanted(progress)))
 
 
 def _original() -> Callable[..., None]:

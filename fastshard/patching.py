@@ -69,9 +69,6 @@ TABLE: tuple[Entry, ...] = (
         "PreTrainedModel.save_pretrained",
         "fastshard.transformers:save_pretrained",
     ),
-    Entry("transformers.trainer", "Trainer._save_checkpoint", "fastshard.transformers:save_checkpoint"),
-    Entry("transformers.trainer", "Trainer._push_from_checkpoint", "fastshard.transformers:settled"),
-    Entry("transformers.trainer_utils", "rotate_checkpoints", "fastshard.transformers:settled"),
     Entry(
         "transformers.integrations.accelerate",
         "load_offloaded_parameter",

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -214,19 +214,6 @@ def write_files(
         description = (
             os.path.basename(os.fspath(next(iter(plans)))) if len(plans) == 1 else f"{len(plans)} files"
         )
-    start_files(plans, how, began, description).finish()
-
-
-class Started(NamedTuple):
-    """A save under way."""
-
-    future: SaveFuture
-    finish: Callable[[], Stats]
-    """Waits for it."""
-
-
-def start_files(plans: Mapping[PathLike, PlannedFile], how: How, began: float, description: str) -> Started:
-    """Begins to write them all; see :func:`write_files`."""
     entries_of = [planned.entries for planned in plans.values()]
     future = engine_for(how.engine).submit(
         [planned.file for planned in plans.values()],
@@ -240,7 +227,7 @@ def start_files(plans: Mapping[PathLike, PlannedFile], how: How, began: float, d
         description=description,
     )
     files = {name: planned.entries for name, planned in plans.items()}
-    return Started(future, lambda: finish(future, how.progress, files))
+    finish(future, how.progress, files)
 
 
 def finish(future: SaveFuture, progress: bool | None, files: Mapping[PathLike, Entries]) -> Stats:

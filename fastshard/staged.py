@@ -21,8 +21,7 @@ from . import saving
 from .directory import final_places, replacing
 from .mapped import lies_in_file
 from .planning import PathLike, StateDict
-from .saving import How, PlannedFile, Started
-from .together import end, end_save
+from .saving import How, PlannedFile
 
 DESCRIPTION: Final = "Saving checkpoint shards"
 """Of the progress bar."""
@@ -62,19 +61,12 @@ class Stage:
 
     def write(self) -> None:
         """Writes what was added, in parallel."""
-        if self._files:
-            self._start().finish()
-
-    def write_later(self) -> None:
-        """The same, but it may go on beside other saves: see :func:`fastshard.together.end`."""
-        if self._files:
-            end_save(*self._start())
-
-    def _start(self) -> Started:
+        if not self._files:
+            return
         assert self._began is not None
         files, began = self._files, self._began
         self._files, self._temporary, self._began = {}, {}, None
-        return saving.start_files(files, self._how, began, DESCRIPTION)
+        saving.write_files(files, self._how, began, DESCRIPTION)
 
     def holds(self, filename: object) -> bool:
         """Whether a file of this name belongs to the checkpoint."""
@@ -96,7 +88,7 @@ def staged(
     loggers: tuple[str, ...] = (),
 ) -> Iterator[Stage]:
     """A stage for a checkpoint in ``directory``: see :func:`fastshard.directory.replacing`. When the block ends, what
-    was added is written, and then all files stand (both at the end of :func:`fastshard.together.together`). Until then :func:`save_file` on this thread adds.
+    was added is written, and then all files stand. Until then :func:`save_file` on this thread adds.
 
     ``stale``: which files to remove; ``None``: other files of the weights that this save has. ``loggers``: names of
     those whose messages are about files; they are told the final places.
@@ -104,8 +96,7 @@ def staged(
     outer = current()
     names: set[str] = set()
     obsolete = stale or (lambda name: _other_files_of(names, name))
-    with contextlib.ExitStack() as opened:
-        path = opened.enter_context(replacing(directory, obsolete, create=create, durable=how.durable))
+    with replacing(directory, obsolete, create=create, durable=how.durable) as path:
         stage = _running.stage = Stage(path, how)
         try:
             with _final_places(loggers):
@@ -113,9 +104,7 @@ def staged(
         finally:
             _running.stage = outer
         names |= stage.weights()
-        stage.write_later()
-        begun = opened.pop_all()
-    end(begun.close, lambda error: begun.__exit__(type(error), error, error.__traceback__))
+        stage.write()
 
 
 def current() -> Stage | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -18,18 +17,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .offload import follow_weights, held_in_memory, offloaded_tensor
 from .saving import How
 from .staged import current, staged
-from .together import end, settle, together
 
 _LOGGERS: Final = (
     "transformers.modeling_utils",
     "transformers.configuration_utils",
     "transformers.generation.configuration_utils",
-)
-_OTHERS_SAVE: Final = (
-    "is_deepspeed_enabled",
-    "is_fsdp_enabled",
-    "is_fsdp_xla_enabled",
-    "is_fsdp_xla_v1_enabled",
 )
 
 
@@ -59,35 +51,13 @@ def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwar
             stage.lasting |= _storages(given.arguments["state_dict"].values())
         given.arguments["save_directory"] = stage.path
         result = original(*given.args, **given.kwargs)
-
-    def afterwards() -> None:
-        if hasattr(model, "hf_device_map"):
-            follow_weights(model, directory)
-        # The original waits for the writing rank before there is anything: once more.
-        barrier = getattr(model, "barrier_after_gathered_checkpoint_save", None)
-        if barrier is not None:
-            barrier(getattr(model.config, "distributed_config", None))
-
-    end(afterwards)
+    if hasattr(model, "hf_device_map"):
+        follow_weights(model, directory)
+    # The original waits for the writing rank before there is anything: once more.
+    barrier = getattr(model, "barrier_after_gathered_checkpoint_save", None)
+    if barrier is not None:
+        barrier(getattr(model.config, "distributed_config", None))
     return result
-
-
-def save_checkpoint(original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any) -> Any:
-    """``Trainer._save_checkpoint``: the model is written while the optimizer's state is pickled and written.
-
-    Where other libraries have a hand in it (DeepSpeed, FSDP, ...), which may look at files between two saves, one
-    save ends before the next begins.
-    """
-    if any(getattr(trainer, name, False) for name in _OTHERS_SAVE) or "smdistributed" in sys.modules:
-        return original(trainer, *args, **kwargs)
-    with together():
-        return original(trainer, *args, **kwargs)
-
-
-def settled(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What looks at a checkpoint's files, or removes older ones, comes after they stand."""
-    settle()
-    return original(*args, **kwargs)
 
 
 def load_offloaded_parameter(original: Callable[..., Any], model: Any, param_name: str) -> torch.Tensor:
