@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``import fastshard.auto`` is ``fastshard.install()``, unless the environment says ``FASTSHARD_DISABLE=1``."""
 
-import os
-
 from .patching import DISABLE_VARIABLE, install
+from .settings import flag
 
-if os.environ.get(DISABLE_VARIABLE, "0") in ("", "0"):
+if not flag(DISABLE_VARIABLE):
     install()

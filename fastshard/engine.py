@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .errors import SaveError
 from .plan import FilePlan
+from .settings import flag
 
 if TYPE_CHECKING:
     from . import _native
@@ -359,13 +360,13 @@ def engine_for(engine: Engine | Options | None) -> Engine:
 def progress_wanted(progress: bool | None) -> bool:
     """An argument that was given, else the environment's answer."""
     if progress is None:
-        return os.environ.get(PROGRESS_VARIABLE, "0").lower() not in ("", "0", "false", "no", "off")
+        return flag(PROGRESS_VARIABLE)
     return progress
 
 
 def io_uring_allowed() -> bool:
     """Whether direct writes may use io_uring where the kernel lets them; ``FASTSHARD_IO_URING=0``: threads."""
-    return os.environ.get(IO_URING_VARIABLE, "1") != "0"
+    return flag(IO_URING_VARIABLE, True)
 
 
 @atexit.register

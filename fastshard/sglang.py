@@ -13,8 +13,8 @@ from typing import Final
 
 import torch
 
+from .settings import parse_size
 from .sharded import save_sharded_state
-from .vllm import parse_size
 
 TARGET: Final = "sglang.srt.model_loader.loader.ShardedStateLoader.save_model"
 
@@ -59,7 +59,7 @@ def save_model(
         tp_rank=parallel.tp_rank,
         tp_size=parallel.tp_size,
         pattern=pattern,
-        max_size=parse_size(max_size),
+        max_size=None if max_size is None else parse_size(max_size),
         writer=("sglang", version),
         post_processed=True,
     )

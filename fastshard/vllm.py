@@ -38,6 +38,7 @@ import torch
 
 from .directory import replacing
 from .manifest import PP_PATTERN, TP_PATTERN
+from .settings import parse_size
 from .sharded import save_sharded_state
 
 REQUEST: Final = "fastshard_save"
@@ -479,7 +480,7 @@ class WorkerExtension:
         self, path: str, pattern: str | None = None, max_size: int | str | None = None
     ) -> None:
         """:func:`save_model` for this worker's model. ``max_size``: bytes, or as ``"5GB"``."""
-        save_model(self.get_model(), path, pattern, parse_size(max_size))  # type: ignore[attr-defined]
+        save_model(self.get_model(), path, pattern, None if max_size is None else parse_size(max_size))  # type: ignore[attr-defined]
 
 
 class _Ranks:
@@ -527,27 +528,3 @@ def stale_names(pattern: str | None) -> Callable[[str], bool]:
         )
         patterns.append(re.compile("".join(pieces), re.ASCII))
     return lambda name: any(pattern.fullmatch(name) for pattern in patterns)
-
-
-_UNITS: Final = {
-    f"{letter}{kind}".upper(): base**power
-    for kind, base in (("B", 1000), ("iB", 1024))
-    for power, letter in enumerate("KMGT", 1)
-}
-
-
-def parse_size(size: int | str | None) -> int | None:
-    """Bytes: a number of them, or one with a unit: ``"5GB"`` (10^9 each), ``"5GiB"`` (2^30), any case. ``None`` stays.
-
-    Raises ``ValueError`` for anything else, and for less than a byte.
-    """
-    if size is None:
-        return None
-    found = re.fullmatch(r"\s*(\d+)(\.\d+)?\s*([a-zA-Z]*)\s*", str(size))
-    unit = found and (1 if not found[3] and not found[2] else _UNITS.get(found[3].upper()))
-    if not found or not unit:
-        raise ValueError(f"{size!r} is no size: a number of bytes, or one with a unit, as 5GB or 5GiB")
-    nbytes = int(found[1]) * unit + int(float(found[2] or 0) * unit)
-    if nbytes < 1:
-        raise ValueError(f"{size!r} is less than a byte")
-    return nbytes

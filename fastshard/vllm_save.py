@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from .directory import replacing
-from .vllm import REQUEST, Outcome, Request, outcome, parse_size, stale_names
+from .settings import parse_size
+from .vllm import REQUEST, Outcome, Request, outcome, stale_names
 
 PLUGIN: Final = "fastshard"
 """The name of the entry point in ``vllm.general_plugins``."""

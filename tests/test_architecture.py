@@ -24,13 +24,15 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """csrc/ in reading order."""
 
 PYTHON = """
-layout records plan errors mapped sharing tensors engine planning saving prepared directory archive staged hub offload
+settings activity layout records plan errors mapped sharing tensors engine planning saving prepared directory archive staged hub offload
 transformers accelerate adapters manifest reading sharded vllm sglang vllm_save patching auto checkpoint convert tp_plan
 model_plan parts rank_folders reshard __init__ cli_checkpoints cli __main__
 """.split()
 """fastshard/ in reading order."""
 
 FOREIGN = {
+    "settings": set(),
+    "activity": set(),
     "layout": set(),
     "records": set(),
     "plan": set(),

@@ -19,7 +19,7 @@ import torch
 from helpers import names, run, same, snapshot
 from safetensors.torch import load_file, save_file
 
-from fastshard import cli, sglang, vllm, vllm_save
+from fastshard import cli, settings, sglang, vllm, vllm_save
 from fastshard.manifest import read_manifest
 from fastshard.vllm_save import check_engine, copy_metadata
 
@@ -519,7 +519,6 @@ def test_wrong_arguments(fake: fake_vllm.Vllm, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("size", "nbytes"),
     [
-        (None, None),
         (7, 7),
         ("7", 7),
         ("5GB", 5 * 10**9),
@@ -529,14 +528,14 @@ def test_wrong_arguments(fake: fake_vllm.Vllm, capsys: pytest.CaptureFixture[str
         ("9007199254740993", 9007199254740993),
     ],
 )
-def test_sizes(size: int | str | None, nbytes: int | None) -> None:
-    assert vllm.parse_size(size) == nbytes
+def test_sizes(size: int | str, nbytes: int) -> None:
+    assert settings.parse_size(size) == nbytes
 
 
 @pytest.mark.parametrize("size", ["", "GB", "5 apples", "-1", "0", "0.1", "1e9", 0, -1, 1.5])
 def test_sizes_that_are_none(size: Any) -> None:
     with pytest.raises(ValueError, match="is no size|less than a byte"):
-        vllm.parse_size(size)
+        settings.parse_size(size)
 
 
 @pytest.fixture

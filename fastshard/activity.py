@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this process has saved through the engine, and what was left to the replaced function and why.
+
+:func:`fastshard.status` and the log lines of the logger ``fastshard`` show it. Nothing here takes a lock, as a signal
+handler may save at any moment: each count is a list that is appended to, which is atomic.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import Final, NamedTuple
+
+_LOGGER: Final = logging.getLogger("fastshard")
+
+
+class Saved(NamedTuple):
+    """Saves that the engine made."""
+
+    saves: int
+    files: int
+    nbytes: int
+    seconds: float
+
+
+_MOST_KEPT: Final = 1024
+_saved: dict[str, list[Saved]] = {}
+_left: dict[tuple[str, str], list[None]] = {}
+_compacting = threading.Lock()
+"""Only ever tried, never waited for."""
+
+
+def count_saved(call: str, place: object, files: int, nbytes: int, seconds: float) -> None:
+    """Counts a save of the engine under the public function that made it, and logs one line (INFO).
+
+    ``call``: as ``"save_file"``; ``place``: the file or folder; ``nbytes``: of all files; ``seconds``: all of it took.
+    """
+    saves = _saved.setdefault(call, [])
+    saves.append(Saved(1, files, nbytes, seconds))
+    if len(saves) > _MOST_KEPT and _compacting.acquire(blocking=False):
+        try:
+            saves[:_MOST_KEPT] = [_total(saves[:_MOST_KEPT])]
+        finally:
+            _compacting.release()
+    if _LOGGER.isEnabledFor(logging.INFO):
+        rate = nbytes / seconds / 2**30 if seconds else 0.0
+        _LOGGER.info(
+            "%s: %s, %d file(s), %d bytes in %.3f s (%.2f GiB/s)", call, place, files, nbytes, seconds, rate
+        )
+
+
+def count_left(call: str, reason: str, *, level: int = logging.INFO) -> None:
+    """Counts a call that was left to the replaced function, and logs the reason when it is seen for the first time.
+
+    ``reason``: one of few texts, without names of files, as ``"a file-like object (BytesIO)"``.
+    """
+    seen = _left.setdefault((call, reason), [])
+    seen.append(None)
+    if len(seen) == 1:
+        _LOGGER.log(level, "%s is left to the original: %s", call, reason)
+
+
+def saved() -> dict[str, Saved]:
+    """Totals by public function."""
+    return {call: _total(saves[:]) for call, saves in _saved.copy().items()}
+
+
+def _total(saves: list[Saved]) -> Saved:
+    return Saved(
+        sum(save.saves for save in saves),
+        sum(save.files for save in saves),
+        sum(save.nbytes for save in saves),
+        sum(save.seconds for save in saves),
+    )
+
+
+def left() -> dict[str, dict[str, int]]:
+    """Call -> reason -> how often it was left to the replaced function."""
+    found: dict[str, dict[str, int]] = {}
+    for (call, reason), seen in _left.copy().items():
+        found.setdefault(call, {})[reason] = len(seen)
+    return found
+
+
+def _forget() -> None:
+    """A forked child counts its own."""
+    _saved.clear()
+    _left.clear()
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How users write a switch or a size, in the environment, on the command line and in arguments: one rule for each."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Final
+
+_NO: Final = frozenset(("", "0", "false", "no", "off", "n", "f", "never"))
+
+_UNITS: Final = {
+    unit: base**power
+    for power, letter in enumerate(("", "K", "M", "G", "T"))
+    for unit, base in (((f"{letter}B", 1000), (f"{letter}IB", 1024)) if letter else (("B", 1),))
+}
+
+
+def flag(variable: str, default: bool = False) -> bool:
+    """Whether an environment variable says yes: anything but an empty text, ``0``, ``false``, ``no``, ``off``, ``n``,
+    ``f`` or ``never``, in any case. A variable that is not set says ``default``."""
+    value = os.environ.get(variable)
+    return default if value is None else value.strip().lower() not in _NO
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes: a number of them, or a text with a unit, ``"5GB"`` (10^9 each) or ``"5GiB"`` (2^30), in any case.
+
+    Raises ``ValueError`` for anything else, and for less than a byte.
+    """
+    found = None if isinstance(size, bool) else re.fullmatch(r"\s*(\d+)(\.\d+)?\s*([a-zA-Z]*)\s*", str(size))
+    unit = found and (1 if not found[3] and not found[2] else _UNITS.get(found[3].upper()))
+    if not found or not unit:
+        raise ValueError(f"{size!r} is no size: a number of bytes, or one with a unit, as 5GB or 5GiB")
+    nbytes = int(found[1]) * unit + int(float(found[2] or 0) * unit)
+    if nbytes < 1:
+        raise ValueError(f"{size!r} is less than a byte")
+    return nbytes
