@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from . import limits
 from .errors import SaveError
 from .plan import FilePlan
 from .settings import flag
@@ -256,6 +257,7 @@ class Engine:
         (no space, no directory, ...) before the first copy.
         """
         native = self._running()
+        limits.require_room(files)
         kept = [keep_alive, self]
         with _save_errors():
             save = native.submit(
@@ -267,12 +269,13 @@ class Engine:
         self._saves.add(future)
         return future
 
-    def prepare(self, file: FilePlan, generations: int) -> _native.Prepared:
+    def prepare(self, file: FilePlan, generations: int, tag: object = None) -> _native.Prepared:
         """Makes the standing files of a prepared save (:func:`fastshard.prepare`). Raises as :meth:`submit`,
-        and ``ValueError`` for less than two generations."""
+        and ``ValueError`` for less than two generations. ``tag``: of what is bound by that."""
         native = self._running()
+        limits.require_room([file], generations)
         with _save_errors():
-            prepared = native.prepare(file, generations)
+            prepared = native.prepare(file, generations, tag)
         self._prepared.add(prepared)
         return prepared
 
@@ -286,12 +289,19 @@ class Engine:
         checksums: bool = False,
         fetch: Callable[[int, int, int, int, int], None] | None,
         description: str,
-    ) -> SaveFuture:
-        """Starts filling the next generation of a prepared save; as :meth:`submit`."""
+        tag: object = None,
+    ) -> SaveFuture | None:
+        """Starts filling the next generation of a prepared save; as :meth:`submit`.
+
+        A save of it that is under way, interrupted by whoever calls this, is cancelled. ``None``, and nothing is done,
+        if what is bound has not this tag.
+        """
         self._running()
         kept = [keep_alive, prepared, self]
         with _save_errors():
-            save = prepared.submit(dict(streams), durable, checksums, kept)
+            save = prepared.submit(dict(streams), durable, checksums, kept, tag)
+        if save is None:
+            return None
         future = SaveFuture(save, kept=kept, fetch=fetch, plan_seconds=0.0, description=description)
         self._saves.add(future)
         return future
