@@ -510,18 +510,19 @@ def test_what_only_this_thread_can_bring_is_refused_in_a_handler(
 
 def test_closed_by_a_signal_handler(tmp_path: Path, no_hang: None) -> None:
     mine = filled_with(1)
-    total = interrupted(lambda: prepare(mine, tmp_path / "m").save(), lambda: None, 0)
+    made: list[PreparedSave] = []
+
+    def run() -> None:
+        made.append(prepare(mine, tmp_path / "m"))
+        made[0].save()
+
+    def handler() -> None:
+        for prepared in made:
+            prepared.close()
+
+    total = interrupted(run, lambda: None, 0)
     for at in range(1, total + 1, 5):
-        made: list[PreparedSave] = []
-
-        def run() -> None:
-            made.append(prepare(mine, tmp_path / "m"))
-            made[0].save()
-
-        def handler() -> None:
-            for prepared in made:
-                prepared.close()
-
+        made.clear()
         try:
             interrupted(run, handler, at)
         except RuntimeError as error:
