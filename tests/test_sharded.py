@@ -738,3 +738,44 @@ def test_parameters_on_a_device(tmp_path: Path, real_cuda: torch.device) -> None
     assert_equal(
         {n: t.resolve_conj() for n, t in found.items()}, {n: t.resolve_conj() for n, t in state.items()}
     )
+
+
+@pytest.mark.parametrize("how", ["refused", "dead"])
+def test_loading_waits_for_no_thread_that_never_comes(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch, no_hang: None
+) -> None:
+    from fastshard import reading
+
+    def start(*_: object) -> int:
+        if how == "refused":
+            raise RuntimeError("can't start new thread")
+        return 0  # it has died before its first line
+
+    state = {str(i): filled((100, i + 1), seed=i) for i in range(5)}
+    save_sharded_state(state, tmp_path, max_size=1)
+    monkeypatch.setattr(reading, "usable_cpus", lambda: 8)
+    monkeypatch.setattr(reading._thread, "start_new_thread", start)  # type: ignore[attr-defined]
+    found = zeros(state)
+    load_sharded_state(found, tmp_path)
+    assert_equal(found, state)
+
+
+def test_loading_by_many_threads_raises_the_first_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_hang: None
+) -> None:
+    from fastshard import reading
+
+    state = {str(i): filled((100, i + 1), seed=i) for i in range(9)}
+    save_sharded_state(state, tmp_path, max_size=1)
+    monkeypatch.setattr(reading, "usable_cpus", lambda: 8)
+    perform, failed = reading._perform, OSError(errno.EIO, "of one")
+
+    def fails(read: Any) -> None:
+        if read.file.name.endswith("part-4.safetensors"):
+            raise failed
+        perform(read)
+
+    monkeypatch.setattr(reading, "_perform", fails)
+    with pytest.raises(OSError) as raised:
+        load_sharded_state(zeros(state), tmp_path)
+    assert raised.value is failed
