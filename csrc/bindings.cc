@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "closing.h"
 #include "cuda_info.h"
 #include "direct_io.h"
 #include "engine.h"
@@ -24,6 +25,9 @@ using namespace py::literals;
 
 namespace fastshard {
 namespace {
+
+// How long a signal's handler may have to wait.
+constexpr double kSignalsSeconds = 0.1;
 
 using Released = py::call_guard<py::gil_scoped_release>;
 
@@ -317,6 +321,28 @@ PYBIND11_MODULE(_native, module) {
           "bind", [](PreparedHandle& handle, const py::object& file) { handle.bind(file, handle.plans.size()); },
           "file"_a)
       .def("close", &PreparedHandle::close);
+
+  // Takes the descriptors over and closes them on a thread of its own; what it returns can be waited for.
+  py::class_<Closing>(module, "Closing")
+      .def("done", &Closing::done)
+      .def("wait", [](const Closing& closing) {
+        for (;;) {
+          {
+            const py::gil_scoped_release released;
+            if (closing.wait(kSignalsSeconds)) return;
+          }
+          if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+        }
+      });
+  module.def(
+      "close_later",
+      [](const std::vector<int>& descriptors) {
+        auto closing = std::make_unique<Closing>();
+        const py::gil_scoped_release released;
+        closing->start(descriptors);
+        return closing;
+      },
+      "descriptors"_a);
 
   // A writable buffer of the file's bytes; what is written to it stays in this process.
   py::class_<SourceFile>(module, "SourceFile", py::buffer_protocol())

@@ -5,11 +5,8 @@
 #include <signal.h>
 
 namespace fastshard {
-namespace {
-
 // Signals are the interpreter's business: a thread of ours must not be the one that is interrupted.
-template <typename Function>
-std::thread start(const char* name, Function function) {
+std::thread start_thread(const char* name, std::function<void()> function) {
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -24,8 +21,6 @@ std::thread start(const char* name, Function function) {
   pthread_setname_np(thread.native_handle(), name);
   return thread;
 }
-
-}  // namespace
 
 WorkerPool::~WorkerPool() {
   {
@@ -42,7 +37,7 @@ void WorkerPool::post(std::function<void()> task) {
     tasks_.push_back(std::move(task));
     if (tasks_.size() > idle_ && running_.size() < threads_) {
       try {
-        running_.push_back(start("fastshard-write", [this] { run(); }));
+        running_.push_back(start_thread("fastshard-write", [this] { run(); }));
       } catch (const std::system_error&) {
         // No more threads to be had: those that run will do it, if there is one.
         if (running_.empty()) {
@@ -85,7 +80,7 @@ void WriteBehind::post(std::shared_ptr<OutputFile> file, uint64_t offset, uint64
     const std::lock_guard lock(mutex_);
     if (!thread_.joinable()) {
       try {
-        thread_ = start("fastshard-flush", [this] { run(); });
+        thread_ = start_thread("fastshard-flush", [this] { run(); });
       } catch (const std::system_error&) {
         return;  // only a hint
       }

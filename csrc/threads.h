@@ -14,6 +14,10 @@
 
 namespace fastshard {
 
+// A thread that no signal of the process interrupts. Throws std::system_error or std::bad_alloc where there is none to
+// be had; `function` has not run then.
+std::thread start_thread(const char* name, std::function<void()> function);
+
 // Runs posted tasks on at most `threads` threads, first come first served; threads start when needed.
 // Tasks must not throw. Thread-safe.
 class WorkerPool {
