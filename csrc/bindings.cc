@@ -236,6 +236,10 @@ PYBIND11_MODULE(_native, module) {
       const py::object text = py::module_::import("os").attr("strerror")(code);
       const py::object path = py::module_::import("os").attr("fsdecode")(py::bytes(error.path()));
       PyErr_SetObject(PyExc_OSError, py::make_tuple(code, text, path).ptr());
+    } catch (const std::system_error& error) {  // a thread that is not to be had
+      const int code = error.code().value();
+      const py::object text = py::module_::import("os").attr("strerror")(code);
+      PyErr_SetObject(PyExc_OSError, py::make_tuple(code, text).ptr());
     } catch (const CudaError& error) {
       PyErr_SetString(PyExc_RuntimeError, error.what());
     } catch (const Cancelled& error) {
