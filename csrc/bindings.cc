@@ -274,6 +274,7 @@ PYBIND11_MODULE(_native, module) {
           "amendments"_a)
       .def_property_readonly("nbytes", [](const SaveHandle& handle) { return handle.save->nbytes(); })
       .def_property_readonly("nbytes_written", [](const SaveHandle& handle) { return handle.save->nbytes_written(); })
+      .def_property_readonly("fetches", [](const SaveHandle& handle) { return handle.save->fetches(); })
       .def("checksums", [](const SaveHandle& handle) { return handle.save->checksums(); })
       .def("stats", [](const SaveHandle& handle) { return to_dict(handle.save->stats()); });
 
@@ -313,6 +314,7 @@ PYBIND11_MODULE(_native, module) {
             return engine->device(ordinal).numa_node();
           },
           "ordinal"_a, Released())
+      .def_property_readonly("closed", [](const EngineHandle& handle) { return handle.engine == nullptr; })
       .def("close", &EngineHandle::close);
 
   py::class_<PreparedHandle>(module, "Prepared")

@@ -25,10 +25,13 @@ Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>&
   for (const FilePlan& file : plan_->files) nbytes_ += file.nbytes;
   intent_.nbytes = nbytes_;
   intent_.from_device = !resources_.devices.empty();
-  intent_.host_casts = std::ranges::any_of(plan_->files, [](const FilePlan& file) {
-    return std::ranges::any_of(file.items,
-                               [](const WriteItem& item) { return item.source.cast() && item.source.device == kHost; });
-  });
+  const auto any_source = [&](auto is) {
+    return std::ranges::any_of(plan_->files, [&](const FilePlan& file) {
+      return std::ranges::any_of(file.items, [&](const WriteItem& item) { return is(item.source); });
+    });
+  };
+  intent_.host_casts = any_source([](const TensorView& source) { return source.cast() && source.device == kHost; });
+  fetches_bytes_ = any_source([](const TensorView& source) { return source.device == kFetched; });
   intent_.writers = resources_.workers.threads() / std::max<size_t>(1, plan_->files.size());
   for (uint32_t index = 0; index < plan_->files.size(); ++index) {
     const FilePlan& file = plan_->files[index];
@@ -87,12 +90,6 @@ void Save::attempt(const Step& step) {
 void Save::write_share(size_t index) {
   attempt([&] { writers_[index]->write_chunks(); });
   if (--unfinished_shares_[index] == 0) end_file(index);
-}
-
-bool Save::fetches() const {
-  return std::ranges::any_of(plan_->files, [](const FilePlan& file) {
-    return std::ranges::any_of(file.items, [](const WriteItem& item) { return item.source.device == kFetched; });
-  });
 }
 
 // Direct writes are on the disk already, all but sizes and extents: synced one by one while others write, each would

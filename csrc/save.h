@@ -75,6 +75,8 @@ class Save : public std::enable_shared_from_this<Save> {
   // Throws std::invalid_argument for what lies outside of a file.
   void amend(std::vector<Amendment> amendments);
 
+  // Whether some of its bytes only Python can bring.
+  bool fetches() const { return fetches_bytes_; }
   uint64_t nbytes() const { return nbytes_; }
   uint64_t nbytes_written() const { return progress_.nbytes_written.load(std::memory_order_relaxed); }
   Stats stats() const;
@@ -90,7 +92,6 @@ class Save : public std::enable_shared_from_this<Save> {
   void write(const Amendment& amendment);
   void take_checksums();
   bool synced_together(const OutputFile& file) const;
-  bool fetches() const;
   bool must_sync() const { return intent_.durable || !intent_.keep_cached; }
   template <typename Step>
   void attempt(const Step& step);
@@ -104,6 +105,7 @@ class Save : public std::enable_shared_from_this<Save> {
   std::function<std::vector<std::string>()> commit_;
   const Resources resources_;
   uint64_t nbytes_ = 0;
+  bool fetches_bytes_ = false;
   const Clock::time_point started_ = Clock::now();
   CopyStreams streams_;
   FetchQueue fetches_;
