@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "attributes.h"
+#include "closing.h"
 #include "cuda_info.h"
 #include "direct_io.h"
 #include "engine.h"
@@ -27,6 +28,9 @@ using namespace py::literals;
 
 namespace fastshard {
 namespace {
+
+// How long a signal's handler may have to wait.
+constexpr double kSignalsSeconds = 0.1;
 
 using Released = py::call_guard<py::gil_scoped_release>;
 
@@ -238,6 +242,10 @@ PYBIND11_MODULE(_native, module) {
       const py::object raised = py::module_::import("builtins").attr("OSError")(code, text, path);
       raised.attr("published") = error.published();
       PyErr_SetObject(py::type::handle_of(raised).ptr(), raised.ptr());
+    } catch (const std::system_error& error) {  // a thread that is not to be had
+      const int code = error.code().value();
+      const py::object text = py::module_::import("os").attr("strerror")(code);
+      PyErr_SetObject(PyExc_OSError, py::make_tuple(code, text).ptr());
     } catch (const CudaError& error) {
       PyErr_SetString(PyExc_RuntimeError, error.what());
     } catch (const Cancelled& error) {
@@ -272,6 +280,7 @@ PYBIND11_MODULE(_native, module) {
           "amendments"_a)
       .def_property_readonly("nbytes", [](const SaveHandle& handle) { return handle.save->nbytes(); })
       .def_property_readonly("nbytes_written", [](const SaveHandle& handle) { return handle.save->nbytes_written(); })
+      .def_property_readonly("fetches", [](const SaveHandle& handle) { return handle.save->fetches(); })
       .def("checksums", [](const SaveHandle& handle) { return handle.save->checksums(); })
       .def("stats", [](const SaveHandle& handle) { return to_dict(handle.save->stats()); });
 
@@ -314,6 +323,7 @@ PYBIND11_MODULE(_native, module) {
             return engine->device(ordinal).numa_node();
           },
           "ordinal"_a, Released())
+      .def_property_readonly("closed", [](const EngineHandle& handle) { return handle.engine == nullptr; })
       .def("close", &EngineHandle::close);
 
   py::class_<PreparedHandle>(module, "Prepared")
@@ -326,6 +336,28 @@ PYBIND11_MODULE(_native, module) {
           "bind", [](PreparedHandle& handle, const py::object& file) { handle.bind(file, handle.plans.size()); },
           "file"_a)
       .def("close", &PreparedHandle::close);
+
+  // Takes the descriptors over and closes them on a thread of its own; what it returns can be waited for.
+  py::class_<Closing>(module, "Closing")
+      .def("done", &Closing::done)
+      .def("wait", [](const Closing& closing) {
+        for (;;) {
+          {
+            const py::gil_scoped_release released;
+            if (closing.wait(kSignalsSeconds)) return;
+          }
+          if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+        }
+      });
+  module.def(
+      "close_later",
+      [](const std::vector<int>& descriptors) {
+        auto closing = std::make_unique<Closing>();
+        const py::gil_scoped_release released;
+        closing->start(descriptors);
+        return closing;
+      },
+      "descriptors"_a);
 
   // A writable buffer of the file's bytes; what is written to it stays in this process.
   py::class_<SourceFile>(module, "SourceFile", py::buffer_protocol())

@@ -35,6 +35,8 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
+from .loading import load
+
 if TYPE_CHECKING:
     import inspect
     from importlib.machinery import ModuleSpec
@@ -307,7 +309,7 @@ def _load(implementation: str) -> tuple[Function, inspect.Signature]:
     import inspect
 
     module, _, name = implementation.partition(":")
-    function = getattr(importlib.import_module(module), name)
+    function = getattr(load(module), name)
     return function, inspect.signature(function)
 
 

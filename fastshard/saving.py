@@ -15,15 +15,22 @@ from safetensors.torch import _remove_duplicate_names
 
 from . import tensors as _tensors
 from .engine import Engine, Options, SaveFuture, Stats, engine_for, progress_wanted
+from .loading import load
 from .plan import FilePlan
 from .planning import Entries, PathLike, StateDict, check_filename, encoded_path, fetcher, lay_out
 
-_newest = threading.local()
+class _Newest:
+    """Figures of the newest save, of each thread and of them all."""
+
+    of_thread = threading.local()
+    of_all: Stats | None = None
 
 
 def stats() -> Stats | None:
-    """Figures of the newest save this thread has made, ``None`` before the first."""
-    return getattr(_newest, "stats", None)
+    """Figures of the newest save this thread has made. In a thread that has made none: of the newest that any thread of
+    this process has made; ``None`` before the first. A save counts when it is complete."""
+    found: Stats | None = getattr(_Newest.of_thread, "stats", None)
+    return _Newest.of_all if found is None else found
 
 
 class How(NamedTuple):
@@ -183,15 +190,13 @@ def save(
     engine: Engine | Options | None = None,
 ) -> bytes:
     """The bytes that :func:`save_file` would write. Arguments and errors are the same."""
-    from . import _native
-
     began = time.perf_counter()
     entries, head = lay_out(tensors, metadata, allow_strided, dtype)
-    data, address = _native.new_bytes(len(head) + sum(entry.view.nbytes for entry in entries))
+    data, address = load(f"{__package__}._native").new_bytes(len(head) + sum(entry.view.nbytes for entry in entries))
     plan = FilePlan((address, len(data)), head, [entry.view for entry in entries])
     how = How(progress=progress, dtype=dtype, engine=engine)
     write_files({"": PlannedFile(plan, entries)}, how, began, "Saving to memory")
-    return data
+    return bytes(data)
 
 
 def _save(files: Mapping[PathLike, StateDict], metadata: dict[str, str] | None, how: How) -> None:
@@ -244,5 +249,5 @@ def finish(future: SaveFuture, progress: bool | None, files: Mapping[PathLike, E
 
 def keep_stats(figures: Stats) -> Stats:
     """Keeps them for :func:`stats`."""
-    _newest.stats = figures
+    _Newest.of_thread.stats = _Newest.of_all = figures
     return figures

@@ -18,14 +18,14 @@ kernels/table.h kernels/table.cc kernels/memory.cuh kernels/elements.cuh kernels
 kernels/pack.cu kernels/embedded.h kernels/embedded.cc host_device.cc numa.h numa.cc cuda_driver.h cuda_driver.cc
 cuda_info.h cuda_info.cc cuda_context.h cuda_scratch.h cuda_scratch.cc cuda_device.cc ring.h filesystem.h
 filesystem.cc attributes.h attributes.cc target.h target.cc temporary.h temporary.cc probe.h probe.cc mapping.h
-mapping.cc file.h file.cc publish.cc threads.h threads.cc direct_io.h direct_io.cc standing.h standing.cc crc32.h crc32.cc source_file.h source_file.cc
+mapping.cc file.h file.cc publish.cc threads.h threads.cc closing.h closing.cc direct_io.h direct_io.cc standing.h standing.cc crc32.h crc32.cc source_file.h source_file.cc
 writer.h writer.cc
 fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """.split()
 """csrc/ in reading order."""
 
 PYTHON = """
-settings activity layout records plan errors mapped sharing tensors engine planning saving prepared directory archive staged hub offload
+settings living loading options activity layout records plan errors mapped sharing tensors engine planning saving prepared directory archive staged hub offload
 transformers accelerate adapters manifest reading sharded vllm sglang vllm_save patching auto checkpoint convert tp_plan
 model_plan parts rank_folders reshard __init__ cli_checkpoints cli __main__
 """.split()
@@ -33,6 +33,9 @@ model_plan parts rank_folders reshard __init__ cli_checkpoints cli __main__
 
 FOREIGN = {
     "settings": set(),
+    "living": set(),
+    "loading": set(),
+    "options": set(),
     "activity": set(),
     "layout": set(),
     "records": set(),
