@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from . import limits
 from .errors import SaveError, rewritten
 from .living import Living
 from .loading import load
@@ -33,6 +34,7 @@ PROGRESS_VARIABLE: Final = "FASTSHARD_PROGRESS"
 IO_URING_VARIABLE: Final = "FASTSHARD_IO_URING"
 Amend = Callable[[list[list[int]]], list[tuple[int, int, bytes]]]
 T = TypeVar("T")
+Future = TypeVar("Future", bound="SaveFuture | None")
 _POLL_SECONDS: Final = 0.1
 """How long Ctrl-C or the progress bar may have to wait."""
 
@@ -228,6 +230,7 @@ class Engine:
         is a symbolic link, the file that it leads to is replaced, and not the link. Raises :class:`SaveError`
         (no space, no directory, ...) before the first copy.
         """
+        limits.require_room(files)
 
         def start(native: _native.Engine) -> SaveFuture:
             kept = [keep_alive, self, native]
@@ -247,11 +250,12 @@ class Engine:
 
         return self._submit(start)
 
-    def prepare(self, file: FilePlan, generations: int) -> _native.Prepared:
+    def prepare(self, file: FilePlan, generations: int, tag: object = None) -> _native.Prepared:
         """Makes the standing files of a prepared save (:func:`fastshard.prepare`). Raises as :meth:`submit`,
-        and ``ValueError`` for less than two generations."""
+        and ``ValueError`` for less than two generations. ``tag``: of what is bound by that."""
+        limits.require_room([file], generations)
         with _save_errors():
-            prepared = self._with_native(lambda native: native.prepare(file, generations))
+            prepared = self._with_native(lambda native: native.prepare(file, generations, tag))
         self._prepared.add(prepared)
         return prepared
 
@@ -265,17 +269,24 @@ class Engine:
         checksums: bool = False,
         fetch: Callable[[int, int, int, int, int], None] | None,
         description: str,
-    ) -> SaveFuture:
-        """Starts filling the next generation of a prepared save; as :meth:`submit`."""
+        tag: object = None,
+    ) -> SaveFuture | None:
+        """Starts filling the next generation of a prepared save; as :meth:`submit`.
 
-        def start(native: _native.Engine) -> SaveFuture:
+        A save of it that is under way, interrupted by whoever calls this, is cancelled. ``None``, and nothing is done,
+        if what is bound has not this tag.
+        """
+
+        def start(native: _native.Engine) -> SaveFuture | None:
             kept = [keep_alive, prepared, self, native]
-            save = prepared.submit(dict(streams), durable, checksums, kept)
+            save = prepared.submit(dict(streams), durable, checksums, kept, tag)
+            if save is None:
+                return None
             return SaveFuture(save, kept=kept, fetch=fetch, plan_seconds=0.0, description=description)
 
         return self._submit(start)
 
-    def _submit(self, start: Callable[[_native.Engine], SaveFuture]) -> SaveFuture:
+    def _submit(self, start: Callable[[_native.Engine], Future]) -> Future:
         thread = threading.get_ident()
         interrupted = thread in self._submitting or any(save._needs(thread) for save in self._saves.all())
         self._submitting.append(thread)
@@ -288,7 +299,8 @@ class Engine:
                     future = start(spare)
                 else:
                     future = self._with_native(start)
-            self._saves.add(future)
+            if future is not None:
+                self._saves.add(future)
         finally:
             self._submitting.remove(thread)
         return future

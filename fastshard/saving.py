@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import _remove_duplicate_names
 
 from . import tensors as _tensors
 from .engine import Engine, Options, SaveFuture, Stats, engine_for, progress_wanted
 from .loading import load
 from .plan import FilePlan
 from .planning import Entries, PathLike, StateDict, check_filename, encoded_path, fetcher, lay_out
+from .sharing import duplicates
 
 class _Newest:
     """Figures of the newest save, of each thread and of them all."""
@@ -155,7 +155,7 @@ def save_model(
     """
     _tensors.check_dtype(dtype)
     state_dict = model.state_dict()
-    for kept, removed in _remove_duplicate_names(state_dict).items():
+    for kept, removed in duplicates(state_dict).items():
         metadata = {} if metadata is None else metadata
         for name in removed:
             metadata.setdefault(name, kept)
