@@ -24,7 +24,7 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """csrc/ in reading order."""
 
 PYTHON = """
-settings activity layout records plan errors mapped sharing tensors engine planning saving prepared directory archive staged hub offload
+settings activity jsontext layout records plan errors mapped sharing tensors engine planning saving prepared directory archive staged hub offload
 transformers accelerate adapters manifest reading sharded vllm sglang vllm_save patching auto checkpoint convert tp_plan
 model_plan parts rank_folders reshard __init__ cli_checkpoints cli __main__
 """.split()
@@ -33,6 +33,7 @@ model_plan parts rank_folders reshard __init__ cli_checkpoints cli __main__
 FOREIGN = {
     "settings": set(),
     "activity": set(),
+    "jsontext": set(),
     "layout": set(),
     "records": set(),
     "plan": set(),
