@@ -14,6 +14,7 @@ from .engine import Engine, Options
 from .saving import How
 from .sharing import by_storage
 from .staged import staged
+from .tensors import check_dtype
 
 
 def save_torch_model(
@@ -30,7 +31,7 @@ def save_torch_model(
     durable: bool = False,
     keep_cached: bool = True,
     progress: bool | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a module's state dict; see :func:`save_torch_state_dict`."""
@@ -66,7 +67,7 @@ def save_torch_state_dict(
     durable: bool = False,
     keep_cached: bool = True,
     progress: bool | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a state dict in shards with an index, to the byte the files of ``huggingface_hub.save_torch_state_dict``.
@@ -98,6 +99,7 @@ def save_torch_state_dict(
     from huggingface_hub import constants, split_torch_state_dict_into_shards
     from huggingface_hub.serialization._torch import _clean_state_dict_for_safetensors
 
+    dtype = check_dtype(dtype)
     if filename_pattern is None:
         filename_pattern = (
             constants.SAFETENSORS_WEIGHTS_FILE_PATTERN

@@ -26,7 +26,7 @@ def prepare(
     generations: int = 2,
     durable: bool = False,
     allow_strided: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     checksums: bool = False,
     engine: Engine | Options | None = None,
 ) -> PreparedSave:

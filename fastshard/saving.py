@@ -40,7 +40,7 @@ class How(NamedTuple):
     keep_cached: bool = True
     progress: bool | None = None
     allow_strided: bool = False
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | str | None = None
     checksums: bool = False
     engine: Engine | Options | None = None
 
@@ -61,7 +61,7 @@ def save_file(
     keep_cached: bool = True,
     progress: bool | None = None,
     allow_strided: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     checksums: bool = False,
     engine: Engine | Options | None = None,
 ) -> None:
@@ -87,7 +87,7 @@ def save_file(
             of one tensor are fine as long as they have no element in common.
         dtype: cast every floating-point tensor to this on its way into the file, as ``module.to(dtype)``
             does, without a second copy in memory: ``torch.float32``, ``float16``, ``bfloat16``,
-            ``float8_e4m3fn`` or ``float8_e5m2``. The bytes are those of ``tensor.to(dtype)`` on the CPU,
+            ``float8_e4m3fn`` or ``float8_e5m2``, or a name, as ``"bf16"``. The bytes are those of ``tensor.to(dtype)`` on the CPU,
             except that a NaN saved as ``bfloat16`` is always 0x7fc0 (torch's depends on strides and length).
         checksums: take the CRC-32 of each tensor's bytes (that of ``zlib.crc32``) as they pass; afterwards
             ``stats().checksums`` holds them.
@@ -111,7 +111,7 @@ def save_files(
     keep_cached: bool = True,
     progress: bool | None = None,
     allow_strided: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     checksums: bool = False,
     engine: Engine | Options | None = None,
 ) -> None:
@@ -143,7 +143,7 @@ def save_model(
     keep_cached: bool = True,
     progress: bool | None = None,
     allow_strided: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     checksums: bool = False,
     engine: Engine | Options | None = None,
 ) -> None:
@@ -186,7 +186,7 @@ def save(
     *,
     progress: bool | None = None,
     allow_strided: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     engine: Engine | Options | None = None,
 ) -> bytes:
     """The bytes that :func:`save_file` would write. Arguments and errors are the same."""

@@ -25,7 +25,7 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """csrc/ in reading order."""
 
 PYTHON = """
-settings living loading options activity layout records plan errors mapped sharing tensors limits engine planning saving holders sources prepared directory archive staged hub offload
+settings living loading options activity jsontext layout records plan errors mapped sharing tensors limits engine planning saving holders sources prepared directory archive staged hub offload
 transformers accelerate adapters manifest reading sharded vllm sglang vllm_save patching auto checkpoint convert tp_plan
 model_plan parts rank_folders reshard __init__ cli_checkpoints cli __main__
 """.split()
@@ -37,6 +37,7 @@ FOREIGN = {
     "loading": set(),
     "options": set(),
     "activity": set(),
+    "jsontext": set(),
     "layout": set(),
     "records": set(),
     "plan": set(),
