@@ -24,8 +24,8 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """csrc/ in reading order."""
 
 PYTHON = """
-settings activity layout records plan errors mapped sharing tensors engine planning saving prepared directory archive staged hub offload
-transformers accelerate adapters manifest reading sharded vllm sglang vllm_save patching auto checkpoint convert tp_plan
+settings activity patch_groups import_hook calls patching layout records plan errors mapped sharing tensors engine planning saving prepared directory archive staged hub offload
+transformers accelerate adapters manifest reading sharded vllm sglang vllm_save auto checkpoint convert tp_plan
 model_plan parts rank_folders reshard __init__ cli_checkpoints cli __main__
 """.split()
 """fastshard/ in reading order."""
@@ -44,6 +44,9 @@ FOREIGN = {
     "checkpoint": set(),
     "tp_plan": set(),
     "cli_checkpoints": set(),
+    "patch_groups": set(),
+    "import_hook": set(),
+    "calls": set(),
     "patching": set(),
     "auto": set(),
     "cli": {"tqdm"},
