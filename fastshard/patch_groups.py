@@ -120,6 +120,7 @@ NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "huggingface_hub: save_torch_state_dict": (
         "huggingface_hub.serialization._torch:_clean_state_dict_for_safetensors",
         "huggingface_hub.serialization._torch:split_torch_state_dict_into_shards",
+        "huggingface_hub.serialization._torch:logger",
         "huggingface_hub.constants:SAFETENSORS_WEIGHTS_FILE_PATTERN",
         "huggingface_hub.constants:PYTORCH_WEIGHTS_FILE_PATTERN",
     ),

@@ -76,6 +76,8 @@ _pairs: dict[int, _Pair] = {}
 """Every replacement ever made, by the original's id; kept, so that it is the same one after the next install."""
 _replacements: dict[int, _Pair] = {}
 """The same by the replacement's id."""
+_originals: dict[tuple[str, str], Function] = {}
+"""Those that others have replaced, as far as somebody has asked for them."""
 _class_attributes: list[_ClassAttribute] = []
 """Those in place."""
 _in_place: set[str] = set()
@@ -150,18 +152,12 @@ def overview() -> dict[str, tuple[Found, bool]]:
     found = {}
     with _lock:
         for group, entries in groups(TABLE).items():
-            seen = _found.get(group) if group in _in_place else examine(group, entries, _ready, _is_ours)
-            seen = seen or examine(group, entries, _ready, _is_ours)
+            seen = _found.get(group) if group in _in_place else examine(group, entries, _ready, is_ours)
+            seen = seen or examine(group, entries, _ready, is_ours)
             if group in refused:
                 seen = seen._replace(misfit=refused[group])
             found[group] = seen, group in _in_place and seen.misfit is None
     return found
-
-
-def is_somebody_elses(function: object, home: str) -> bool:
-    """Whether this is neither a function of the module ``home`` nor our replacement: whoever has put it in the place of
-    such a function wants to see its calls, and with the paths of the caller."""
-    return not (_is_ours(function) or is_own(function, home))
 
 
 def original_of(module: str, name: str) -> Function:
@@ -171,19 +167,22 @@ def original_of(module: str, name: str) -> Function:
     """
     home = namespace(sys.modules.get(module))
     function = home.get(name)
-    while function is not None:
-        if _is_ours(function):
-            return _replacements[id(function)].original
+    while function is not None and not is_ours(function):
         if is_own(function, module) and not hasattr(function, "__wrapped__"):
             return function
         function = getattr(function, "__wrapped__", None)
-    import gc
+    if function is not None:
+        return _replacements[id(function)].original
+    known = _originals.get((module, name))
+    if known is None or not is_own(known, module):
+        import gc
 
-    for found in gc.get_referrers(home):  # its functions: each refers to the dict of its module
-        if is_own(found, module) and found.__qualname__ == name:
-            original: Function = found
-            return original
-    raise LookupError(f"{module}.{name} has been replaced, and nothing leads to what it was")
+        # Its functions: each refers to the dict of its module.
+        known = next((f for f in gc.get_referrers(home) if is_own(f, module) and f.__qualname__ == name), None)
+        if known is None:
+            raise LookupError(f"{module}.{name} has been replaced, and nothing leads to what it was")
+        _originals[module, name] = known
+    return known
 
 
 def _load_native() -> None:
@@ -257,7 +256,7 @@ def _replace_if_active() -> None:
             return
         new = []
         for group, entries in by_group.items():
-            found = examine(group, entries, _ready, _is_ours)
+            found = examine(group, entries, _ready, is_ours)
             fits = not (found.awaited or found.misfit or found.foreign or group in refused)
             if fits and group not in _in_place:
                 _in_place.add(group)
@@ -294,7 +293,8 @@ def _replace(target: Target) -> None:
         _class_attributes.append(_ClassAttribute(owner, name, value, replacement))
 
 
-def _is_ours(function: object) -> bool:
+def is_ours(function: object) -> bool:
+    """Whether this is one of the replacements."""
     return id(function) in _replacements
 
 

@@ -115,7 +115,7 @@ class PreparedSave:
                 fetch=fetcher([self._entries], self._how.dtype),
                 description=os.path.basename(os.fspath(self.filename)),
             )
-            return finish(future, progress, {self.filename: self._entries})
+            return finish(future, progress, {self.filename: self._entries}, "PreparedSave.save")
 
     def bind(self, tensors: StateDict) -> None:
         """From now on saves these tensors.

@@ -24,7 +24,7 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """csrc/ in reading order."""
 
 PYTHON = """
-settings activity patch_groups import_hook calls patching layout records plan errors mapped sharing tensors engine planning saving prepared directory archive staged hub offload
+settings activity patch_groups import_hook calls patching overrides layout records plan errors mapped sharing tensors engine planning saving prepared directory archive staged hub offload
 transformers accelerate adapters manifest reading sharded vllm sglang vllm_save auto checkpoint convert tp_plan
 model_plan parts rank_folders reshard __init__ cli_checkpoints cli __main__
 """.split()
@@ -48,6 +48,7 @@ FOREIGN = {
     "import_hook": set(),
     "calls": set(),
     "patching": set(),
+    "overrides": set(),
     "auto": set(),
     "cli": {"tqdm"},
 }
