@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .patching import uninstall as uninstall
     from .prepared import PreparedSave as PreparedSave
     from .prepared import prepare as prepare
+    from .report import Status as Status
+    from .report import status as status
     from .reshard import merge_checkpoint as merge_checkpoint
     from .reshard import reshard_checkpoint as reshard_checkpoint
     from .reshard import shard_checkpoint as shard_checkpoint
@@ -51,6 +53,7 @@ _HOMES = {
     "SaveError": "fastshard.errors",
     "SaveFuture": "fastshard.engine",
     "Stats": "fastshard.engine",
+    "Status": "fastshard.report",
     "install": "fastshard.patching",
     "installed": "fastshard.patching",
     "load": "safetensors.torch",
@@ -70,6 +73,7 @@ _HOMES = {
     "save_torch_state_dict": "fastshard.hub",
     "shard_checkpoint": "fastshard.reshard",
     "stats": "fastshard.saving",
+    "status": "fastshard.report",
     "torch_save": "fastshard.archive",
     "uninstall": "fastshard.patching",
 }

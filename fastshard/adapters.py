@@ -29,7 +29,7 @@ def _namesake(function: Callable[..., Any], by_saver: bool = False) -> Callable[
     def implementation(original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if by_saver:
             safe = kwargs.get("safe_serialization", True)
-            if wrapped(bound("safetensors.torch", by_saver=True) if safe else bound("torch", "save")):
+            if wrapped(bound("safetensors.torch", "save_file") if safe else bound("torch", "save")):
                 count_left(function.__name__, "somebody else's save_file or torch.save is in place")
                 return original(*args, **kwargs)
         return function(*args, **kwargs)

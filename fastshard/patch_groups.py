@@ -13,6 +13,7 @@ implementation uses of the library (:data:`NEEDS`) is there. Nothing of a module
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 import sys
@@ -169,7 +170,20 @@ def groups(table: Iterable[Entry]) -> dict[str, list[Entry]]:
 def version_of(library: str) -> str:
     """Of a library that is imported; an empty text where it does not say."""
     said = namespace(sys.modules.get(library)).get("__version__")
-    return said if isinstance(said, str) else ""
+    if isinstance(said, str):
+        return said
+    return _installed_version(library) if library in sys.modules else ""
+
+
+@functools.cache
+def _installed_version(library: str) -> str:
+    """For those that have put something lazy in the place of their module."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def expected(entries: Iterable[Entry]) -> list[Entry]:
