@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import inspect
 import mmap
 import os
 import pickle
@@ -28,6 +27,7 @@ from . import tensors as _tensors
 from .directory import sync
 from .engine import Amend, Engine, Options, engine_for, progress_wanted
 from .errors import ArchiveError
+from .patching import original_of
 from .plan import FETCHED, HOST, FilePlan, TensorView
 from .planning import collector_paused, encoded_path
 from .records import Archive, UnknownLayout
@@ -109,13 +109,12 @@ def torch_save(
             plan_seconds=time.perf_counter() - began,
             description=os.path.basename(path),
         )
-        keep_stats(future.result(progress_wanted(progress)))
+        keep_stats(future.result(progress_wanted(progress)), "torch.save", path)
 
 
 def _original() -> Callable[..., None]:
-    """``torch.save`` itself, should this module's function have taken its place."""
-    function: Callable[..., None] = inspect.unwrap(torch.serialization.save)
-    return function
+    """``torch.save`` itself, whoever has put what in its place."""
+    return original_of("torch.serialization", "save")
 
 
 def _can_skip_data() -> bool:

@@ -213,7 +213,7 @@ class PreparedSave:
             return None
         self._fetching = FETCHED in bound.devices
         try:
-            return finish(future, progress, {self.filename: bound.entries})
+            return finish(future, progress, {self.filename: bound.entries}, "PreparedSave.save")
         except CancelledError:
             if self._turn == turn:
                 raise

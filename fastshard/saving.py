@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from . import tensors as _tensors
+from .activity import count_saved, one_save
 from .engine import Engine, Options, SaveFuture, Stats, engine_for, progress_wanted
 from .loading import load
 from .plan import FilePlan
@@ -130,7 +131,9 @@ def save_files(
         known = seen.setdefault(os.path.join(os.path.realpath(folder), name), filename)  # a link is replaced
         if known is not filename:
             raise ValueError(f"{filename!r} and {known!r} are the same file")
-    _save(files, metadata, How(durable, keep_cached, progress, allow_strided, dtype, checksums, engine))
+    how = How(durable, keep_cached, progress, allow_strided, dtype, checksums, engine)
+    with one_save("save_files", os.path.dirname(next(iter(seen), "")) or "."):
+        _save(files, metadata, how)
 
 
 def save_model(
@@ -162,19 +165,11 @@ def save_model(
             del state_dict[name]
     if force_contiguous:
         state_dict = dict(state_dict)  # there a new dict is made, whatever mapping the module returns
+    strided = allow_strided or force_contiguous
+    how = How(durable, keep_cached, progress, strided, dtype, checksums, engine)
     try:
-        save_file(
-            state_dict,
-            filename,
-            metadata,
-            durable=durable,
-            keep_cached=keep_cached,
-            progress=progress,
-            allow_strided=allow_strided or force_contiguous,
-            dtype=dtype,
-            checksums=checksums,
-            engine=engine,
-        )
+        with one_save("save_model", filename):
+            _save({filename: state_dict}, metadata, how)
     except ValueError as error:
         hint = " Or use save_model(..., force_contiguous=True), read the docs for potential caveats."
         raise ValueError(f"{error}{hint}") from None
@@ -195,7 +190,8 @@ def save(
     data, address = load(f"{__package__}._native").new_bytes(len(head) + sum(entry.view.nbytes for entry in entries))
     plan = FilePlan((address, len(data)), head, [entry.view for entry in entries])
     how = How(progress=progress, dtype=dtype, engine=engine)
-    write_files({"": PlannedFile(plan, entries)}, how, began, "Saving to memory")
+    with one_save("save", "memory"):
+        write_files({"": PlannedFile(plan, entries)}, how, began, "Saving to memory")
     return bytes(data)
 
 
@@ -237,17 +233,23 @@ def write_files(
     finish(future, how.progress, files)
 
 
-def finish(future: SaveFuture, progress: bool | None, files: Mapping[PathLike, Entries]) -> Stats:
-    """Waits for a save, and keeps its figures for :func:`stats`."""
+def finish(
+    future: SaveFuture,
+    progress: bool | None,
+    files: Mapping[PathLike, Entries],
+    call: str = "save_file",
+) -> Stats:
+    """Waits for a save, and keeps its figures for :func:`stats`. ``call``: the public function."""
     figures = future.result(progress_wanted(progress))
     checksums = {
         os.fspath(filename): {entry.name: value for entry, value in zip(entries, values)}
         for (filename, entries), values in zip(files.items(), future.checksums())
     }
-    return keep_stats(dataclasses.replace(figures, checksums=checksums))
+    return keep_stats(dataclasses.replace(figures, checksums=checksums), call, next(iter(files), ""))
 
 
-def keep_stats(figures: Stats) -> Stats:
-    """Keeps them for :func:`stats`."""
+def keep_stats(figures: Stats, call: str, place: object) -> Stats:
+    """Keeps them for :func:`stats`, and counts the save of the public function ``call``."""
     _Newest.of_thread.stats = _Newest.of_all = figures
+    count_saved(call, place, figures.files, figures.nbytes, figures.seconds)
     return figures

@@ -28,6 +28,16 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     return begin, begin + (last + 1) * tensor.element_size()
 
 
+def storage_of(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Address and size of a tensor's memory; ``None`` for those that have none of the usual kind (sparse, opaque, not yet
+    initialized, on a device that hides it)."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except (RuntimeError, ValueError):  # NotImplementedError is a RuntimeError
+        return None
+
+
 _SEARCH_STEPS = 1000
 """Views that cannot be told apart in so many steps count as overlapping; slices of one tensor take a few."""
 

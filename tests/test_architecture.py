@@ -25,9 +25,9 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """csrc/ in reading order."""
 
 PYTHON = """
-settings living loading options activity jsontext layout records plan errors mapped sharing tensors limits engine planning saving holders sources prepared directory archive staged hub offload
-transformers accelerate adapters manifest reading sharded vllm sglang vllm_save patching auto checkpoint convert tp_plan
-model_plan parts rank_folders reshard __init__ cli_checkpoints cli __main__
+settings living loading options activity jsontext patch_groups import_hook calls patching overrides report layout records plan errors mapped sharing tensors limits engine planning saving holders sources prepared directory archive staged hub offload
+transformers accelerate adapters manifest reading sharded vllm sglang vllm_save auto checkpoint convert tp_plan
+model_plan parts rank_folders reshard __init__ cli_checkpoints cli_run cli __main__
 """.split()
 """fastshard/ in reading order."""
 
@@ -50,7 +50,13 @@ FOREIGN = {
     "checkpoint": set(),
     "tp_plan": set(),
     "cli_checkpoints": set(),
+    "cli_run": set(),
+    "patch_groups": set(),
+    "import_hook": set(),
+    "calls": set(),
     "patching": set(),
+    "overrides": set(),
+    "report": set(),
     "auto": set(),
     "cli": {"tqdm"},
 }
