@@ -24,7 +24,7 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """csrc/ in reading order."""
 
 PYTHON = """
-settings activity layout records plan errors mapped sharing tensors engine planning saving prepared directory archive staged hub offload
+settings activity layout records plan errors mapped sharing tensors engine planning saving prepared staging change linking exchanging switching directory archive staged hub offload
 transformers accelerate adapters manifest reading sharded vllm sglang vllm_save patching auto checkpoint convert tp_plan
 model_plan parts rank_folders reshard __init__ cli_checkpoints cli __main__
 """.split()
@@ -38,6 +38,11 @@ FOREIGN = {
     "plan": set(),
     "errors": {"safetensors"},
     "engine": {"tqdm"},
+    "staging": set(),
+    "change": set(),
+    "linking": set(),
+    "exchanging": set(),
+    "switching": set(),
     "directory": set(),
     "manifest": set(),
     "reading": {"safetensors"},
