@@ -32,4 +32,4 @@ save = _namesake(saving.save)
 save_model = _namesake(saving.save_model)
 save_torch_state_dict = _namesake(hub.save_torch_state_dict)
 save_torch_model = _namesake(hub.save_torch_model)
-torch_save = _namesake(archive.torch_save)
+torch_save = archive.in_the_place_of_torch

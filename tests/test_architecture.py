@@ -24,7 +24,7 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """csrc/ in reading order."""
 
 PYTHON = """
-settings activity layout records plan errors mapped sharing tensors engine planning saving prepared directory archive staged hub offload
+settings activity layout records plan errors mapped sharing tensors engine planning saving prepared directory archive_errors archive_skeleton archive_by_torch in_place archive staged hub offload
 transformers accelerate adapters manifest reading sharded vllm sglang vllm_save patching auto checkpoint convert tp_plan
 model_plan parts rank_folders reshard __init__ cli_checkpoints cli __main__
 """.split()
@@ -39,6 +39,7 @@ FOREIGN = {
     "errors": {"safetensors"},
     "engine": {"tqdm"},
     "directory": set(),
+    "in_place": set(),
     "manifest": set(),
     "reading": {"safetensors"},
     "checkpoint": set(),
