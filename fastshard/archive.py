@@ -22,10 +22,10 @@ import torch
 
 from . import tensors as _tensors
 from .activity import count_left
-from .archive_by_torch import can_replace, replace_by_torch, sync_published
+from .archive_by_torch import Replacement, can_replace, replace_by_torch, sync_published
 from .archive_errors import NO_SPACE, archive_error, archive_errors, no_space
 from .archive_skeleton import NotByEngine, Pickling, Plan, Skeleton, make_skeleton, plan, stem_in_archive
-from .engine import Engine, Options, engine_for, progress_wanted
+from .engine import Engine, Options, Stats, engine_for, progress_wanted
 from .in_place import LATE, why_in_place
 from .plan import FilePlan
 from .planning import encoded_path
@@ -135,30 +135,65 @@ def _save(original: Callable[..., None], pickling: Pickling, f: Any, how: _How, 
     if reason:
         return _write_over(by_torch, path, reason, how)
     try:
-        if not pickling.new_format:
-            raise NotByEngine("the old format")
-        skeleton = make_skeleton(pickling, path)
-        planned = plan(skeleton)
-    except NotByEngine as why:
-        reason = str(why)
+        if pickling.new_format:
+            reason = _write_new(pickling, path, how, began)
+        else:
+            reason = "the old format"
+    except OSError as error:
+        if error.errno not in LATE or error.filename != path or getattr(error, "published", False):
+            raise
+        if not os.path.lexists(path):
+            raise
+        # Found out late: the file that is there can be opened, which has been tried.
+        return _write_over(by_torch, path, f"a file that cannot be replaced ({errno.errorcode[error.errno]})", how)
     if reason:
         if not can_replace(path):
             return _write_over(by_torch, path, reason, how)
         count_left(_CALL, reason)
         by_name = pickling.new_format and path.isascii()
-        return replace_by_torch(by_torch, path, by_name, how.durable, how.keep_cached)
+        replace_by_torch(by_torch, path, by_name, how.durable, how.keep_cached)
+
+
+def _write_new(pickling: Pickling, path: str, how: _How, began: float) -> str | None:
+    """By the engine, or, if it is small, at once. Why it cannot be; ``None``: it stands."""
+    progress = progress_wanted(how.progress)
+    with Replacement(path, how.durable, how.keep_cached) as new:
+        try:
+            at_once = how.engine is None and not progress and can_replace(path)
+            skeleton = make_skeleton(pickling, path, new.open if at_once else None)
+            if skeleton is None:
+                new.publish()
+                seconds = time.perf_counter() - began
+                keep_stats(_stats_of(new.nbytes, seconds))
+                return None
+            planned = plan(skeleton)
+        except NotByEngine as why:
+            return str(why)
     try:
         _write(path, skeleton, planned, how, began)
     except OSError as error:
-        if getattr(error, "published", False) or error.errno not in (*LATE, *NO_SPACE):
-            raise
-        if error.errno in NO_SPACE:
-            raise no_space(error.errno or errno.ENOSPC, path, len(skeleton.mapping)) from None
-        if not os.path.lexists(path):
-            raise
-        reason = f"a file that cannot be replaced ({errno.errorcode[error.errno or 0]})"
-    if reason:
-        _write_over(by_torch, path, reason, how)
+        if error.errno in NO_SPACE and not getattr(error, "published", False):
+            raise no_space(error.errno, path, len(skeleton.mapping)) from None
+        raise
+    return None
+
+
+def _stats_of(nbytes: int, seconds: float) -> Stats:
+    """Of a file that torch has written."""
+    return Stats(
+        files=1,
+        nbytes=nbytes,
+        seconds=seconds,
+        plan_seconds=0.0,
+        copy_seconds=0.0,
+        write_seconds=seconds,
+        sync_seconds=0.0,
+        write_path="buffered",
+        staging="none",
+        staging_nbytes=0,
+        device_scratch_nbytes=0,
+        fallbacks=(),
+    )
 
 
 def _write(path: str, skeleton: Skeleton, planned: Plan, how: _How, began: float) -> None:

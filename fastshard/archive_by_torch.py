@@ -17,7 +17,7 @@ import secrets
 import stat
 import struct
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from .archive_errors import archive_error, archive_errors, why_torch_failed
 from .archive_skeleton import named_like
@@ -47,31 +47,64 @@ def _is_link(path: str) -> bool:
         return False
 
 
+class Replacement:
+    """A new file that torch writes, and that then takes the place of ``path``. Nothing is left unless it did."""
+
+    def __init__(self, path: str, durable: bool, keep_cached: bool) -> None:
+        self._path, self._durable, self._keep_cached = path, durable, keep_cached
+        self._folder: int | None = None
+        self._staged: _Staged | None = None
+        self.nbytes = 0
+
+    def open(self) -> BinaryIO:
+        """Raises :class:`ArchiveError`."""
+        with archive_errors(self._path):
+            directory, name = _place_of(self._path)
+            self._folder = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._staged = _Staged(self._folder, name)
+            return open(self._staged.descriptor, "wb", closefd=False)
+
+    def publish(self) -> None:
+        """Raises :class:`ArchiveError`."""
+        assert self._staged is not None and self._folder is not None
+        descriptor = self._staged.descriptor
+        with archive_errors(self._path):
+            self.nbytes = os.fstat(descriptor).st_size
+            if self._durable or not self._keep_cached:
+                os.fsync(descriptor)
+            if not self._keep_cached:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            self._staged.publish()
+        if self._durable:
+            sync_published(self._path, self._folder)
+
+    def __enter__(self) -> Replacement:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._staged is not None:
+            self._staged.close()
+        if self._folder is not None:
+            os.close(self._folder)
+        self._staged = self._folder = None
+
+
 def replace_by_torch(write: Callable[[Any], None], path: str, by_name: bool, durable: bool, keep_cached: bool) -> None:
     """Lets ``write`` write to what it is given, and puts that in the place of ``path``.
 
     ``by_name``: it opens its target itself, and the name goes into what it writes.
     """
-    with archive_errors(path):
-        directory, name = _place_of(path)
-        folder = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with archive_errors(path):
-            staged = _Staged(folder, name)
-        try:
-            _write(write, staged.descriptor, path, by_name)
-            with archive_errors(path):
-                if durable or not keep_cached:
-                    os.fsync(staged.descriptor)
-                if not keep_cached:
-                    os.posix_fadvise(staged.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-                staged.publish()
-        finally:
-            staged.close()
-        if durable:
-            sync_published(path, folder)
-    finally:
-        os.close(folder)
+    with Replacement(path, durable, keep_cached) as new:
+        with new.open() as file:
+            try:
+                write(named_like(path, file) if by_name else file)
+                file.flush()
+            except Exception as error:
+                failed = why_torch_failed(error, file.fileno(), path)
+                if failed is None:
+                    raise
+                raise failed from error
+        new.publish()
 
 
 def sync_published(path: str, folder: int | None = None) -> None:
@@ -100,25 +133,13 @@ def _place_of(path: str) -> tuple[str, str]:
         os.close(descriptor)
 
 
-def _write(write: Callable[[Any], None], descriptor: int, path: str, by_name: bool) -> None:
-    try:
-        with open(os.dup(descriptor), "wb") as file:
-            write(named_like(path, file) if by_name else file)
-    except Exception as error:
-        failed = why_torch_failed(error, descriptor, path)
-        with contextlib.suppress(OSError):
-            os.ftruncate(descriptor, 0)  # torch's own opening of it lives as long as the exception
-        if failed is None:
-            raise
-        raise failed from error
-
-
 class _Staged:
     """The new file until it has its name."""
 
     def __init__(self, folder: int, name: str) -> None:
         self._folder, self._name = folder, name
         self._hidden: str | None = None
+        self._published = False
         try:
             self._replaced = os.stat(name, dir_fd=folder, follow_symlinks=False)
             mode = stat.S_IMODE(self._replaced.st_mode) & 0o666
@@ -142,17 +163,24 @@ class _Staged:
         """Gives it its name."""
         if self._hidden is None and self._replaced is None:
             with contextlib.suppress(FileExistsError):
-                return self._link(self._name)
+                self._link(self._name)
+                self._published = True
+                return
         if self._hidden is None:
             self._hidden = self._try_names(self._link)
         os.rename(self._hidden, self._name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
-        self._hidden = None
+        self._hidden, self._published = None, True
 
     def close(self) -> None:
+        """Removes it, unless it has its name."""
         if self._hidden is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._hidden, dir_fd=self._folder)
             self._hidden = None
+        if not self._published:
+            with contextlib.suppress(OSError):
+                # Torch's own opening of it lives as long as the exception that has ended the save.
+                os.ftruncate(self.descriptor, 0)
         os.close(self.descriptor)
 
     def _link(self, name: str) -> None:
@@ -196,8 +224,10 @@ class _Staged:
         """Owner, mode, access list and extended attributes of the file that is replaced."""
         if self._replaced is None:
             return
-        with contextlib.suppress(PermissionError):
-            os.fchown(self.descriptor, self._replaced.st_uid, self._replaced.st_gid)
+        ours = os.fstat(self.descriptor)
+        if (ours.st_uid, ours.st_gid) != (self._replaced.st_uid, self._replaced.st_gid):
+            with contextlib.suppress(PermissionError):
+                os.fchown(self.descriptor, self._replaced.st_uid, self._replaced.st_gid)
         old = f"/proc/self/fd/{self._folder}/{self._name}"
         try:
             attributes = {name: os.getxattr(old, name) for name in os.listxattr(old)}

@@ -9,6 +9,7 @@ middle of it writes what it would write at any time.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -32,6 +33,8 @@ _LARGE: Final = 64 << 10
 """Records of this size are holes."""
 _MOST_INSIDE: Final = 1 << 20
 """Bytes of storages that are no holes, all together."""
+_SMALL: Final = 256 << 10
+"""Bytes that torch has written before the engine's threads would have woken up."""
 
 
 class NotByEngine(Exception):
@@ -60,33 +63,32 @@ class Plan(NamedTuple):
     amend: Amend | None
 
 
-def make_skeleton(pickling: Pickling, path: str) -> Skeleton:
-    """Raises :class:`NotByEngine`, what pickling raises, and :class:`ArchiveError` where there is no memory."""
-    serialization = torch.serialization
+def make_skeleton(pickling: Pickling, path: str, small: Callable[[], Any] | None = None) -> Skeleton | None:
+    """``small`` opens the file that a small archive is written to, which then has all of it: ``None``.
+
+    Raises :class:`NotByEngine`, what pickling raises, and :class:`ArchiveError` where there is no memory, or no file.
+    """
     if not torch_makes_holes():
         raise NotByEngine("a torch that makes no holes")
-    if getattr(getattr(serialization, "_serialization_tls", None), "skip_data", False):
+    if getattr(getattr(torch.serialization, "_serialization_tls", None), "skip_data", False):
         raise NotByEngine("an active skip_data()")
-    with archive_errors(path):
-        memory = open(os.memfd_create("fastshard"), "r+b", buffering=0)
-    with memory:
+    torch.serialization._check_dill_version(pickling.module)
+    with contextlib.ExitStack() as stack:
+        writer = _Writer(path, small, stack)
         try:
-            opened = serialization._open_zipfile_writer(named_like(path, memory))
-        except RuntimeError as error:
-            raise NotByEngine("no /proc to open files by") from error
-        try:
-            with opened as writer:
-                holes = _Holes(writer)
-                serialization._save(
-                    pickling.obj, holes, pickling.module, pickling.protocol, pickling.no_byteorder
-                )
+            torch.serialization._save(
+                pickling.obj, writer, pickling.module, pickling.protocol, pickling.no_byteorder
+            )
+            writer.end()
         except (RuntimeError, OSError) as error:
-            failed = why_torch_failed(error, memory.fileno(), path)
+            failed = None if writer.file is None else why_torch_failed(error, writer.file.fileno(), path)
             if failed is None:
                 raise
             raise failed from error
+        if writer.is_small:
+            return None
         with archive_errors(path):
-            return Skeleton(mmap.mmap(memory.fileno(), 0), holes.made)
+            return Skeleton(mmap.mmap(writer.file.fileno(), 0), writer.holes)
 
 
 def torch_makes_holes() -> bool:
@@ -112,38 +114,70 @@ def stem_in_archive(path: str) -> str:
     return name.rpartition(".")[0] if "." in name else name
 
 
-class _Holes:
-    """Stands for torch's zip writer."""
+class _Writer:
+    """Stands for torch's zip writer, which it makes when pickling has ended and the first record comes."""
 
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
+    def __init__(self, path: str, small: Callable[[], Any] | None, stack: contextlib.ExitStack) -> None:
+        self._path = path
+        self._open_small = small
+        self._stack = stack
+        self._opened: Any = None
+        self._writer: Any = None
         self._left = _MOST_INSIDE
-        self.made: dict[str, Held] = {}
+        self.file: Any = None
+        self.is_small = False
+        self.holes: dict[str, Held] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._writer, name)
 
     def write_record(self, name: str, data: Any, nbytes: int) -> None:
-        if name == "data.pkl":
-            _leave_where_they_are(sys._getframe(1).f_locals.get("serialized_storages"))
-        elif isinstance(data, _Elsewhere):
+        if self._writer is None:
+            self._begin(sys._getframe(1).f_locals.get("serialized_storages"), nbytes)
+        if isinstance(data, _Elsewhere):
             return self._make_hole(name, data.storage, nbytes)
-        elif not isinstance(data, torch.UntypedStorage):
+        if self.is_small or not isinstance(data, (torch.UntypedStorage, bytes)):
             return self._writer.write_record(name, data, nbytes)
-        elif nbytes < _LARGE:
+        if nbytes < _LARGE and nbytes <= self._left:
             self._left -= nbytes
-        if nbytes < _LARGE and self._left >= 0:
             return self._writer.write_record(name, data, nbytes)
         return self._make_hole(name, data, nbytes)
+
+    def end(self) -> None:
+        self._opened.__exit__(None, None, None)
+
+    def _begin(self, storages: Any, nbytes: int) -> None:
+        if not isinstance(storages, dict):
+            raise NotByEngine("a torch that keeps its storages elsewhere")
+        # What is on a device torch would copy to the host as a whole.
+        elsewhere = {
+            key: _Elsewhere(storage)
+            for key, storage in storages.items()
+            if storage.device.type not in ("cpu", "meta")
+        }
+        storages.update(elsewhere)
+        if self._open_small is not None and not elsewhere:
+            self.is_small = nbytes + sum(storage.nbytes() for storage in storages.values()) < _SMALL
+        if self.is_small:
+            self.file = self._open_small()  # type: ignore[misc]
+        else:
+            with archive_errors(self._path):
+                memory = os.memfd_create("fastshard")
+            self.file = self._stack.enter_context(open(memory, "r+b", buffering=0))
+        try:
+            self._opened = torch.serialization._open_zipfile_writer(named_like(self._path, self.file))
+        except RuntimeError as error:
+            raise NotByEngine("no /proc to open files by") from error
+        self._writer = self._opened.__enter__()
 
     def _make_hole(self, name: str, held: Held, nbytes: int) -> None:
         self._writer.write_record_metadata(name, nbytes)
         if nbytes:
-            self.made[name] = held
+            self.holes[name] = held
 
 
 class _Elsewhere:
-    """Stands for a storage on a device, that torch would copy to the host as a whole."""
+    """Stands for a storage on a device, in torch's own dict of those that it is going to write."""
 
     device: Final = torch.device("cpu")
 
@@ -153,15 +187,6 @@ class _Elsewhere:
     def nbytes(self) -> int:
         nbytes: int = self.storage.nbytes()
         return nbytes
-
-
-def _leave_where_they_are(storages: Any) -> None:
-    """In torch's own dict of those that it is going to write."""
-    if not isinstance(storages, dict):
-        raise NotByEngine("a torch that keeps its storages elsewhere")
-    for key, storage in storages.items():
-        if storage.device.type not in ("cpu", "meta"):
-            storages[key] = _Elsewhere(storage)
 
 
 def plan(skeleton: Skeleton) -> Plan:

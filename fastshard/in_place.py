@@ -8,9 +8,11 @@ followed by the kernel alone, which knows whose links may be followed.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import stat
+import sys
 from typing import Final
 
 LATE: Final = frozenset(
@@ -26,6 +28,12 @@ LATE: Final = frozenset(
     )
 )
 """Errors of making a new file and renaming it where the file that is there can be written to nevertheless."""
+
+_EMPTY_PATH: Final = 0x1000
+"""The descriptor itself."""
+_ATTRIBUTES: Final = (8, 56)
+"""Offsets in the answer of statx: attributes of the file, and those that the filesystem knows."""
+_MOUNT_ROOT: Final = 0x2000
 
 
 def why_in_place(path: str) -> str | None:
@@ -86,9 +94,7 @@ def _why_in(folder: int, name: str, descriptor: int, info: os.stat_result) -> st
     held = os.fstat(folder)
     if held.st_mode & stat.S_ISVTX and os.geteuid() not in (0, info.st_uid, held.st_uid):
         return "a folder that may not be written to"
-    if _mount(descriptor) != _mount(folder):
-        return "a file that is a mount point"
-    return None
+    return "a file that is a mount point" if _is_mount(descriptor, folder) else None
 
 
 def _why_open(descriptor: int, info: os.stat_result, place: str) -> str | None:
@@ -96,17 +102,15 @@ def _why_open(descriptor: int, info: os.stat_result, place: str) -> str | None:
 
     Not where it has mapped it: a mapped file that is cut kills who reads it.
     """
+    device, inode = info.st_dev, info.st_ino
     for name in os.listdir("/proc/self/fd"):
-        number = int(name)
-        if number == descriptor:
-            continue
         try:
-            found = os.path.samestat(os.fstat(number), info)
+            found = os.fstat(int(name))
         except OSError as error:
-            if error.errno == errno.EBADF:  # closed in the meantime
-                continue
-            found = True  # it cannot be told
-        if found:
+            if error.errno != errno.EBADF:  # it cannot be told
+                return "a file that this process may hold open"
+            continue  # closed in the meantime
+        if found.st_ino == inode and found.st_dev == device and int(name) != descriptor:
             return None if _is_mapped(info, place) else "a file that this process holds open"
     return None
 
@@ -119,6 +123,18 @@ def _is_mapped(info: os.stat_result, place: str) -> bool:
             if len(fields) == 6 and fields[4] == inode and fields[5] == at:
                 return True
     return False
+
+
+def _is_mount(descriptor: int, folder: int) -> bool:
+    """Whether the file itself is mounted there: a name that cannot be taken."""
+    try:
+        if ctypes.CDLL(None).statx(descriptor, b"", _EMPTY_PATH, 0, found := ctypes.create_string_buffer(256)) == 0:
+            attributes, known = (int.from_bytes(found[at : at + 8], sys.byteorder) for at in _ATTRIBUTES)
+            if known & _MOUNT_ROOT:  # since Linux 5.8
+                return bool(attributes & _MOUNT_ROOT)
+    except AttributeError:
+        pass
+    return _mount(descriptor) != _mount(folder)
 
 
 def _mount(descriptor: int) -> bytes:
