@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from .errors import SaveError
+from .errors import SaveError, rewritten
 from .plan import FilePlan
 from .settings import flag
 
@@ -96,7 +96,7 @@ def _save_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SaveError(error.errno, error.strerror, error.filename) from None
+        raise rewritten(error, SaveError) from None
 
 
 class SaveFuture:
@@ -241,6 +241,7 @@ class Engine:
         durable: bool = False,
         keep_cached: bool = True,
         checksums: bool = False,
+        follow_links: bool = False,
         fetch: Callable[[int, int, int, int, int], None] | None = None,
         amend: Amend | None = None,
         plan_seconds: float = 0.0,
@@ -252,14 +253,22 @@ class Engine:
         called as ``fetch(file, item, first_byte, nbytes, address)`` by :meth:`SaveFuture.result` for views on
         ``plan.FETCHED``; until then such a save occupies a writer. ``amend``: called by :meth:`SaveFuture.result`
         with the checksums (of each file, of each view), once all is written; what it returns, ``(file, offset,
-        bytes)`` each, is written over that before the files are synced and appear. Raises :class:`SaveError`
+        bytes)`` each, is written over that before the files are synced and appear. ``follow_links``: where a path
+        is a symbolic link, the file that it leads to is replaced, and not the link. Raises :class:`SaveError`
         (no space, no directory, ...) before the first copy.
         """
         native = self._running()
         kept = [keep_alive, self]
         with _save_errors():
             save = native.submit(
-                list(files), dict(streams or {}), durable, keep_cached, checksums, amend is not None, kept
+                list(files),
+                dict(streams or {}),
+                durable,
+                keep_cached,
+                checksums,
+                amend is not None,
+                kept,
+                follow_links,
             )
         future = SaveFuture(
             save, kept=kept, fetch=fetch, amend=amend, plan_seconds=plan_seconds, description=description

@@ -60,8 +60,9 @@ def save_file(
 ) -> None:
     """Saves a dict of tensors in safetensors format, byte for byte what ``safetensors.torch.save_file`` writes.
 
-    The file appears under its name complete or not at all; its mode follows the umask, or is that of the
-    file it replaces, and a symbolic link keeps pointing where it points.
+    The file appears under its name complete or not at all; its mode follows the umask, or is that of the file it
+    replaces, as are access control list and extended attributes. A symbolic link is replaced by the file; what it
+    led to stays as it is.
 
     Args:
         tensors: name -> dense, contiguous tensor on any device, each with memory of its own. What was
@@ -118,7 +119,8 @@ def save_files(
     for filename in files:
         check_filename(filename)
         encoded_path(filename)
-        known = seen.setdefault(os.path.realpath(filename), filename)
+        folder, name = os.path.split(os.fspath(filename))
+        known = seen.setdefault(os.path.join(os.path.realpath(folder), name), filename)  # a link is replaced
         if known is not filename:
             raise ValueError(f"{filename!r} and {known!r} are the same file")
     _save(files, metadata, How(durable, keep_cached, progress, allow_strided, dtype, checksums, engine))
