@@ -26,7 +26,7 @@ def prepare(
     generations: int = 2,
     durable: bool = False,
     allow_strided: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     checksums: bool = False,
     engine: Engine | Options | None = None,
 ) -> PreparedSave:
@@ -213,7 +213,7 @@ class PreparedSave:
             return None
         self._fetching = FETCHED in bound.devices
         try:
-            return finish(future, progress, {self.filename: bound.entries})
+            return finish(future, progress, {self.filename: bound.entries}, "PreparedSave.save")
         except CancelledError:
             if self._turn == turn:
                 raise

@@ -113,7 +113,7 @@ def save_sharded_state(
     kept, covered = _without_subtensors(state)
     parts = {names.part(i): part for i, part in enumerate(_split(_separated(kept), max_size))}
     how = How(durable, keep_cached, progress, allow_strided=True, engine=engine)
-    with staged(os.fspath(path), names.is_part, how, create=True) as stage:
+    with staged(os.fspath(path), names.is_part, how, call="save_sharded_state", create=True) as stage:
         for name, part in parts.items():
             stage.add(part, os.path.join(stage.path, name), None)
         aliases = {name: _alias(state[name], holder, state[holder]) for name, holder in covered.items()}
