@@ -128,11 +128,13 @@ std::shared_ptr<SavePlan> plan_from(const py::list& files) {
 }
 
 // A prepared save as Python holds it: one plan for each generation of the file, as each has its own address.
-// Python sees to it that there is one save at a time.
+// Python sees to it that one thread at a time is in here. In that thread a signal handler may call in between any two
+// calls: what is bound has a tag that submit compares, and a save that the handler interrupted is stopped.
 struct PreparedHandle {
-  PreparedHandle(std::shared_ptr<Engine> of, const py::object& file, size_t generations) : engine(std::move(of)) {
+  PreparedHandle(std::shared_ptr<Engine> of, const py::object& file, size_t generations, py::object tag)
+      : engine(std::move(of)) {
     if (engine == nullptr) throw std::runtime_error("the engine is closed");
-    bind(file, generations);
+    bind(file, generations, std::move(tag));
     const py::gil_scoped_release released;
     standing = engine->stand(*plans.front(), generations);
   }
@@ -140,7 +142,7 @@ struct PreparedHandle {
   PreparedHandle& operator=(const PreparedHandle&) = delete;
   ~PreparedHandle() { close(); }
 
-  void bind(const py::object& file, size_t generations) {
+  void bind(const py::object& file, size_t generations, py::object tag) {
     std::vector<std::shared_ptr<SavePlan>> bound;
     py::list files;
     files.append(file);
@@ -150,17 +152,26 @@ struct PreparedHandle {
       throw std::invalid_argument("the file would have another size");
     }
     plans = std::move(bound);
+    bound_tag = std::move(tag);
   }
 
-  std::unique_ptr<SaveHandle> submit(const std::map<int, uintptr_t>& streams, bool durable, bool checksums) {
+  // Null unless what is bound has this tag.
+  std::unique_ptr<SaveHandle> submit(const std::map<int, uintptr_t>& streams, bool durable, bool checksums,
+                                     const py::object& tag) {
     if (standing == nullptr) throw std::runtime_error("the prepared save is closed");
+    if (!tag.is(bound_tag)) return nullptr;
     const py::gil_scoped_release released;
+    if (const std::shared_ptr<Save> before = newest.lock(); before != nullptr && !before->finished()) {
+      before->cancel();
+      before->settle();
+    }
     const size_t generation = standing->next();
     plans[generation]->files[0].memory = standing->target(generation);
     read_from_files(*plans[generation]);
     const auto commit = [target = standing, generation, durable] { return target->publish(generation, durable); };
-    return std::make_unique<SaveHandle>(
-        engine->submit(plans[generation], streams, {.durable = durable, .checksums = checksums}, commit));
+    auto save = engine->submit(plans[generation], streams, {.durable = durable, .checksums = checksums}, commit);
+    newest = save;
+    return std::make_unique<SaveHandle>(std::move(save));
   }
 
   void close() {
@@ -172,6 +183,8 @@ struct PreparedHandle {
   std::shared_ptr<Engine> engine;
   std::shared_ptr<Standing> standing;
   std::vector<std::shared_ptr<SavePlan>> plans;
+  py::object bound_tag;
+  std::weak_ptr<Save> newest;
 };
 
 WritePath write_path_from(const std::string& name) {
@@ -302,10 +315,10 @@ PYBIND11_MODULE(_native, module) {
           py::keep_alive<0, 8>())
       .def(
           "prepare",
-          [](EngineHandle& handle, const py::object& file, size_t generations) {
-            return std::make_unique<PreparedHandle>(handle.engine, file, generations);
+          [](EngineHandle& handle, const py::object& file, size_t generations, py::object tag) {
+            return std::make_unique<PreparedHandle>(handle.engine, file, generations, std::move(tag));
           },
-          "file"_a, "generations"_a)
+          "file"_a, "generations"_a, "tag"_a)
       .def(
           "numa_node",
           [](EngineHandle& handle, int ordinal) {
@@ -321,11 +334,15 @@ PYBIND11_MODULE(_native, module) {
       .def(
           "submit",
           [](PreparedHandle& handle, const std::map<int, uintptr_t>& streams, bool durable, bool checksums,
-             const py::object&) { return handle.submit(streams, durable, checksums); },
-          "streams"_a, "durable"_a, "checksums"_a, "keep_alive"_a, py::keep_alive<0, 5>())
+             const py::object&, const py::object& tag) { return handle.submit(streams, durable, checksums, tag); },
+          "streams"_a, "durable"_a, "checksums"_a, "keep_alive"_a, "tag"_a, py::keep_alive<0, 5>())
       .def(
-          "bind", [](PreparedHandle& handle, const py::object& file) { handle.bind(file, handle.plans.size()); },
-          "file"_a)
+          "bind",
+          [](PreparedHandle& handle, const py::object& file, py::object tag) {
+            handle.bind(file, handle.plans.size(), std::move(tag));
+          },
+          "file"_a, "tag"_a)
+      .def_property_readonly("tag", [](const PreparedHandle& handle) { return handle.bound_tag; })
       .def("close", &PreparedHandle::close);
 
   // Takes the descriptors over and closes them on a thread of its own; what it returns can be waited for.

@@ -24,7 +24,7 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """csrc/ in reading order."""
 
 PYTHON = """
-settings living loading options activity layout records plan errors mapped sharing tensors engine planning saving prepared directory archive staged hub offload
+settings living loading options activity layout records plan errors mapped sharing tensors limits future engine planning saving holders sources prepared directory archive staged hub offload
 transformers accelerate adapters manifest reading sharded vllm sglang vllm_save patching auto checkpoint convert tp_plan
 model_plan parts rank_folders reshard __init__ cli_checkpoints cli __main__
 """.split()
@@ -40,7 +40,9 @@ FOREIGN = {
     "records": set(),
     "plan": set(),
     "errors": {"safetensors"},
-    "engine": {"tqdm"},
+    "limits": set(),
+    "future": set(),
+    "engine": set(),
     "directory": set(),
     "manifest": set(),
     "reading": {"safetensors"},
