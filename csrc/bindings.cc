@@ -13,12 +13,15 @@
 #include <utility>
 #include <vector>
 
+#include "attributes.h"
 #include "closing.h"
 #include "cuda_info.h"
 #include "direct_io.h"
 #include "engine.h"
 #include "kernels/embedded.h"
+#include "probe.h"
 #include "source_file.h"
+#include "temporary.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -246,9 +249,12 @@ PYBIND11_MODULE(_native, module) {
       if (pointer) std::rethrow_exception(pointer);
     } catch (const IoError& error) {
       const int code = error.code().value();
-      const py::object text = py::module_::import("os").attr("strerror")(code);
+      py::object text = py::module_::import("os").attr("strerror")(code);
+      if (!error.detail().empty()) text = text + py::str("; " + error.detail());
       const py::object path = py::module_::import("os").attr("fsdecode")(py::bytes(error.path()));
-      PyErr_SetObject(PyExc_OSError, py::make_tuple(code, text, path).ptr());
+      const py::object raised = py::module_::import("builtins").attr("OSError")(code, text, path);
+      raised.attr("published") = error.published();
+      PyErr_SetObject(py::type::handle_of(raised).ptr(), raised.ptr());
     } catch (const std::system_error& error) {  // a thread that is not to be had
       const int code = error.code().value();
       const py::object text = py::module_::import("os").attr("strerror")(code);
@@ -301,18 +307,21 @@ PYBIND11_MODULE(_native, module) {
       .def(
           "submit",
           [](EngineHandle& handle, const py::list& files, const std::map<int, uintptr_t>& streams, bool durable,
-             bool keep_cached, bool checksums, bool amended, const py::object&) {
+             bool keep_cached, bool checksums, bool amended, const py::object&, bool follow_links) {
             const std::shared_ptr<Engine> engine = handle.engine;
             if (engine == nullptr) throw std::runtime_error("the engine is closed");
             const std::shared_ptr<SavePlan> plan = plan_from(files);
             const py::gil_scoped_release released;
             read_from_files(*plan);
-            const Intent intent{
-                .durable = durable, .keep_cached = keep_cached, .checksums = checksums, .amended = amended};
+            const Intent intent{.durable = durable,
+                                .keep_cached = keep_cached,
+                                .checksums = checksums,
+                                .amended = amended,
+                                .follow_links = follow_links};
             return std::make_unique<SaveHandle>(engine->submit(plan, streams, intent));
           },
           "files"_a, "streams"_a, "durable"_a, "keep_cached"_a, "checksums"_a, "amended"_a, "keep_alive"_a,
-          py::keep_alive<0, 8>())
+          "follow_links"_a = false, py::keep_alive<0, 8>())
       .def(
           "prepare",
           [](EngineHandle& handle, const py::object& file, size_t generations, py::object tag) {
@@ -425,6 +434,33 @@ PYBIND11_MODULE(_native, module) {
       },
       "directory"_a, "write_path"_a = "auto", "durable"_a = false, "keep_cached"_a = true, "from_device"_a = false,
       "nbytes"_a = uint64_t{1} << 30, "writers"_a = 1);
+  // For files that Python writes: what the native saves do by themselves. Paths are bytes.
+  module.def(
+      "adopt_attributes", [](int fd, const std::string& path) { return adopt_attributes(fd, path); }, "fd"_a, "path"_a,
+      Released());
+  module.def(
+      "find_target",
+      [](const std::string& path, bool follow_links) { return py::bytes(find_target(path, follow_links).path); },
+      "path"_a, "follow_links"_a);
+  module.def(
+      "temporary_names",
+      [](const std::string& path) {
+        const Target target = target_of(path);
+        py::list names;
+        for (unsigned number = 0; number < kTemporaryNames; ++number) {
+          names.append(py::bytes(temporary_name(target.directory, target.name, number)));
+        }
+        return names;
+      },
+      "path"_a);
+  module.def(
+      "remove_leftovers",
+      [](const std::string& path) {
+        const Target target = target_of(path);
+        return remove_leftovers(target, filesystem_of(target.directory, path).one_machine);
+      },
+      "path"_a, Released());
+  module.def("mark_in_use", &mark_in_use, "fd"_a);
   module.def("io_uring_refusal", &io_uring_refusal);
   module.def("probe", &probe, "directory"_a, Released());
 }

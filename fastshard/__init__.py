@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .patching import uninstall as uninstall
     from .prepared import PreparedSave as PreparedSave
     from .prepared import prepare as prepare
+    from .report import Status as Status
+    from .report import status as status
     from .reshard import merge_checkpoint as merge_checkpoint
     from .reshard import reshard_checkpoint as reshard_checkpoint
     from .reshard import shard_checkpoint as shard_checkpoint
@@ -52,6 +54,7 @@ _HOMES = {
     "SaveError": "fastshard.errors",
     "SaveFuture": "fastshard.engine",
     "Stats": "fastshard.options",
+    "Status": "fastshard.report",
     "install": "fastshard.patching",
     "installed": "fastshard.patching",
     "load": "safetensors.torch",
@@ -71,6 +74,7 @@ _HOMES = {
     "save_torch_state_dict": "fastshard.hub",
     "shard_checkpoint": "fastshard.reshard",
     "stats": "fastshard.saving",
+    "status": "fastshard.report",
     "torch_save": "fastshard.archive",
     "uninstall": "fastshard.patching",
 }

@@ -78,6 +78,7 @@ class Engine:
         durable: bool = False,
         keep_cached: bool = True,
         checksums: bool = False,
+        follow_links: bool = False,
         fetch: Callable[[int, int, int, int, int], None] | None = None,
         amend: Amend | None = None,
         plan_seconds: float = 0.0,
@@ -89,7 +90,8 @@ class Engine:
         called as ``fetch(file, item, first_byte, nbytes, address)`` by :meth:`SaveFuture.result` for views on
         ``plan.FETCHED``; until then such a save occupies a writer. ``amend``: called by :meth:`SaveFuture.result`
         with the checksums (of each file, of each view), once all is written; what it returns, ``(file, offset,
-        bytes)`` each, is written over that before the files are synced and appear. Raises :class:`SaveError`
+        bytes)`` each, is written over that before the files are synced and appear. ``follow_links``: where a path
+        is a symbolic link, the file that it leads to is replaced, and not the link. Raises :class:`SaveError`
         (no space, no directory, ...) before the first copy.
         """
         limits.require_room(files)
@@ -97,7 +99,14 @@ class Engine:
         def start(native: _native.Engine) -> SaveFuture:
             kept = [keep_alive, self, native]
             save = native.submit(
-                list(files), dict(streams or {}), durable, keep_cached, checksums, amend is not None, kept
+                list(files),
+                dict(streams or {}),
+                durable,
+                keep_cached,
+                checksums,
+                amend is not None,
+                kept,
+                follow_links,
             )
             return SaveFuture(
                 save,

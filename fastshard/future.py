@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from .errors import SaveError
+from .errors import SaveError, rewritten
 from .loading import load
 from .options import Stats
 
@@ -28,7 +28,7 @@ def save_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SaveError(error.errno, error.strerror, error.filename) from None
+        raise rewritten(error, SaveError) from None
 
 
 class SaveFuture:

@@ -125,7 +125,7 @@ def _has_countable_memory(tensor: object) -> bool:
 def warn_stale(names: list[str]) -> None:
     """In the log, and as a warning of the line that saves."""
     shown = ", ".join(f"`{name}`" for name in names[:_SHOWN])
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    more = f" (and {len(names) - _SHOWN} others)" if len(names) > _SHOWN else ""
     text = (
         f"this prepared save repeats old values: nobody else holds {shown}{more} any more, which somebody did when the"
         " save was prepared. The tensors of a module's state_dict() do not follow it when its parameters are given"

@@ -158,7 +158,11 @@ def _room_v2(group: str, root: str) -> Room | None:
         return None
     stat = _figures(group, "memory.stat")
     free = limit - used + _reclaimable(stat, "")
-    return Room(free + _swap(_number(group, "memory.swap.max"), _number(group, "memory.swap.current"), root), limit, group)
+    return Room(
+        free + _swap(_number(group, "memory.swap.max"), _number(group, "memory.swap.current"), root),
+        limit,
+        group,
+    )
 
 
 def _room_v1(group: str, root: str) -> Room | None:
@@ -166,7 +170,10 @@ def _room_v1(group: str, root: str) -> Room | None:
     if limit is None or used is None:
         return None
     free = limit - used + _reclaimable(_figures(group, "memory.stat"), "total_")
-    both, both_used = _number(group, "memory.memsw.limit_in_bytes"), _number(group, "memory.memsw.usage_in_bytes")
+    both, both_used = (
+        _number(group, "memory.memsw.limit_in_bytes"),
+        _number(group, "memory.memsw.usage_in_bytes"),
+    )
     swap_limit = both - limit if both is not None else None
     swap_used = both_used - used if both_used is not None else None
     return Room(free + _swap(swap_limit, swap_used, root), limit, group)

@@ -76,6 +76,8 @@ class ModuleSource:
         # The parameters themselves where that is torch's own method: detaching each takes as long as all the rest.
         self._keep_vars = type(module).state_dict is torch.nn.Module.state_dict
         state = self._state()
+        if not all(isinstance(value, torch.Tensor) for value in state.values()):
+            state = {}  # refused when it is laid out
         self.tied = {name: kept for kept, names in duplicates(state).items() for name in names}
         self._ties = {name: _Tie.between(state[name], state[kept]) for name, kept in self.tied.items()}
 
