@@ -68,6 +68,7 @@ void OutputFile::take_attributes() {
 }
 
 void OutputFile::put_in_place(bool keep_old) {
+  const Awake awake(*this);
   check_written();
   take_attributes();
   if (!one_machine_) {
@@ -143,7 +144,7 @@ bool OutputFile::keep_old_by_link() {
     unlink(old.c_str());
     fail("rename", error);
   }
-  temporary_ = old;
+  temporary_ = std::move(old);
   state_ = State::exchanged;
   return true;
 }
@@ -211,7 +212,8 @@ int OutputFile::remove_old() noexcept {
   const int error = failed ? errno : 0;
   temporary_.clear();
   state_ = State::replaced;
-  give_up(fd_.get());
+  if (fd_) give_up(fd_.get());
+  mark_.reset();
   return error;
 }
 

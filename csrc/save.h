@@ -87,7 +87,6 @@ class Save : public std::enable_shared_from_this<Save> {
   using Clock = std::chrono::steady_clock;
 
   void write_share(size_t index);
-  void end_file(size_t index);
   bool await_amendment();
   void write(const Amendment& amendment);
   void take_checksums();
@@ -113,6 +112,7 @@ class Save : public std::enable_shared_from_this<Save> {
   // By index in the plan; null where the target is memory.
   std::vector<std::shared_ptr<OutputFile>> files_;
   std::vector<OutputFile*> open_files_;  // those there are
+  bool bounded_ = false;                 // they are open only while they are worked on
   std::vector<std::unique_ptr<FileWriter>> writers_;
   std::vector<std::atomic<size_t>> unfinished_shares_;  // of each file
   std::atomic<size_t> unfinished_files_ = 0;

@@ -10,6 +10,7 @@ locks that the import system has for threads.
 from __future__ import annotations
 
 import _thread
+import contextlib
 import importlib
 import queue
 import sys
@@ -59,10 +60,10 @@ def _load_apart(name: str) -> None:
     except RuntimeError:
         return
     del alive
-    try:
+    with contextlib.suppress(
+        queue.Empty
+    ):  # it waits for a lock of this thread's, perhaps: the import system finds out
         ended.get(timeout=_STUCK_SECONDS)
-    except queue.Empty:
-        pass  # it waits for a lock of this thread's, perhaps: the import system finds that out
     del watch
 
 
@@ -74,8 +75,9 @@ def _is_importing() -> bool:
     """Whether this thread is in the middle of an import that the other one would wait for."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "_find_and_load" and frame.f_code.co_filename.startswith("<frozen importlib"):
-            if str(frame.f_locals.get("name")).partition(".")[0] in _IMPORTED:
-                return True
+        code = frame.f_code
+        finding = code.co_name == "_find_and_load" and code.co_filename.startswith("<frozen importlib")
+        if finding and str(frame.f_locals.get("name")).partition(".")[0] in _IMPORTED:
+            return True
         frame = frame.f_back  # type: ignore[assignment]
     return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import collections
 import ctypes
+import dataclasses
 import errno
 import functools
 import inspect
@@ -26,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import safetensors.torch as reference
 import torch
@@ -502,15 +504,46 @@ def test_strided_tensors_are_staged_within_the_budget(tmp_path):
     assert 0 < stats.staging_nbytes <= MIB
 
 
-def test_stats_belong_to_the_thread():
+def test_stats_are_the_threads_own_or_else_the_newest_of_all():
     fastshard.save(TENSORS)
     mine = fastshard.stats()
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(fastshard.stats).result() is None
+    with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as watcher:
+        assert watcher.submit(fastshard.stats).result() is mine  # that thread has made none
         pool.submit(fastshard.save, {}).result()
         theirs = pool.submit(fastshard.stats).result()
+        assert theirs.nbytes == 16 != mine.nbytes
+        assert watcher.submit(fastshard.stats).result() is theirs
     assert fastshard.stats() is mine
-    assert theirs.nbytes == 16 != mine.nbytes
+
+
+def test_stats_of_a_save_in_a_worker_thread():
+    script = """
+import threading, torch, fastshard
+assert fastshard.stats() is None
+worker = threading.Thread(target=fastshard.save, args=({"a": torch.zeros(9)},))
+worker.start(); worker.join()
+print(fastshard.stats().files)
+"""
+    assert python(script) == "1\n"
+
+
+def test_a_save_within_another_leaves_the_outer_ones_figures(tmp_path):
+    """As a signal handler makes it: the figures of the save that ends last are the newest."""
+    inner = []
+
+    def hook(frame, event, argument):
+        if frame.f_code.co_name == "finish" and not inner:
+            inner.append(None)
+            inner[0] = (fastshard.save({}), fastshard.stats())
+        return None
+
+    sys.settrace(hook)
+    try:
+        fastshard.save(TENSORS)
+    finally:
+        sys.settrace(None)
+    assert inner[0][1].nbytes == 16
+    assert fastshard.stats().nbytes == len(reference.save(TENSORS))
 
 
 def test_failed_save_leaves_the_stats(target):
@@ -522,6 +555,28 @@ def test_failed_save_leaves_the_stats(target):
 
 
 # Progress ------------------------------------------------------------------------------------------------
+
+
+def test_the_bar_shows_the_rate_of_the_whole_save(tmp_path, new_engine, monkeypatch):
+    import tqdm.auto
+
+    shown = []
+
+    class Bar(tqdm.auto.tqdm):
+        def close(self):
+            shown.append(self.format_dict)
+            super().close()
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
+    memory = ctypes.create_string_buffer(MIB)
+    future = new_engine().submit([plan_of(tmp_path / "model", memory)], keep_alive=memory)
+    time.sleep(0.2)  # the bar comes late, and finds all of it done
+    future.result(progress=True)
+    figures = shown[0]
+    rate = figures["rate"] or (figures["n"] - figures["initial"]) / figures["elapsed"]
+    assert figures["n"] == figures["total"] == MIB + 4
+    assert figures["elapsed"] >= 0.2
+    assert rate <= (MIB + 4) / 0.2
 
 
 @pytest.mark.parametrize(
@@ -619,22 +674,36 @@ def plan_of(path: Path, memory: ctypes.Array[ctypes.c_char]) -> FilePlan:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "error"),
     [
-        {"memory_budget": 0},
-        {"memory_budget": MIB - 1},
-        {"memory_budget": -1},
-        {"threads": 0},
-        {"threads": -1},
-        {"write_path": "fast"},
-        {"write_path": ""},
+        ({"memory_budget": 0}, ValueError),
+        ({"memory_budget": MIB - 1}, ValueError),
+        ({"memory_budget": -1}, ValueError),
+        ({"memory_budget": "1 parsec"}, ValueError),
+        ({"memory_budget": "1KB"}, ValueError),
+        ({"memory_budget": 1 << 63}, ValueError),
+        ({"memory_budget": 1e9}, TypeError),
+        ({"memory_budget": None}, TypeError),
+        ({"memory_budget": True}, TypeError),
+        ({"threads": 0}, ValueError),
+        ({"threads": -1}, ValueError),
+        ({"threads": 1 << 40}, ValueError),
+        ({"threads": "4"}, TypeError),
+        ({"threads": 2.0}, TypeError),
+        ({"threads": True}, TypeError),
+        ({"write_path": "fast"}, ValueError),
+        ({"write_path": ""}, ValueError),
+        ({"write_path": None}, TypeError),
+        ({"device_scratch": -1}, ValueError),
+        ({"device_scratch": "much"}, ValueError),
+        ({"device_scratch": b"1MB"}, TypeError),
     ],
     ids=str,
 )
-def test_options_that_cannot_work(tmp_path, options):
-    with pytest.raises(ValueError):
+def test_options_that_cannot_work(tmp_path, options, error):
+    with pytest.raises(error, match=next(iter(options))):
         Engine(Options(**options))
-    with pytest.raises(ValueError):
+    with pytest.raises(error):
         fastshard.save_file(TENSORS, tmp_path / "model", engine=Options(**options))
     assert snapshot(tmp_path) == {}
 
@@ -647,13 +716,30 @@ def test_options():
         Options().threads = 3  # type: ignore[misc]
 
 
+def test_options_take_sizes_as_the_command_line_does(tmp_path):
+    options = Options(memory_budget="1GB", device_scratch="64MiB")
+    assert options == Options(memory_budget=10**9, device_scratch=64 * MIB)
+    assert dataclasses.replace(options, device_scratch="0").device_scratch == 0
+    assert Options(threads=numpy.int64(2)).threads == 2
+    fastshard.save_file(TENSORS, tmp_path / "model", engine=Options(memory_budget="2MiB"))
+
+
 def test_default_number_of_threads_can_be_asked_for():
+    cpus = len(os.sched_getaffinity(0))
+    assert Options(threads=None).writers == Options().writers == min(16, cpus)
+    assert Options(threads=3).writers == 3
     with Engine(Options(threads=None)) as engine:
         assert fastshard.save(TENSORS, engine=engine) == reference.save(TENSORS)
 
 
+@pytest.mark.parametrize("options", ["fast", {"threads": 1}, Engine, 3], ids=str)
+def test_what_are_no_options(options):
+    with pytest.raises(TypeError, match="must be .*Options, not"):
+        Engine(options)
+
+
 def test_what_is_no_engine():
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises(TypeError, match="engine must be an Engine or Options, not str"):
         fastshard.save(TENSORS, engine="fast")
 
 
