@@ -456,6 +456,30 @@ def test_exit_without_closing(memory: Path) -> None:
     assert done.returncode == 0 and names(memory) == ["m.safetensors"], done.stderr
 
 
+@pytest.mark.parametrize("first", ["hook", "save"])
+def test_a_save_in_an_exit_hook(memory: Path, first: str) -> None:
+    """Whether the hook was registered before or after the engine's own."""
+    script = """
+    import atexit
+    tensors = {"a": torch.ones(1000)}
+    if sys.argv[2] == "hook":
+        atexit.register(lambda: last())
+    prepared = prepare(tensors, sys.argv[1])
+    if sys.argv[2] == "save":
+        atexit.register(lambda: last())
+    prepared.save()
+
+    def last():
+        for value in (2, 3):
+            tensors["a"].fill_(value)
+            print(prepared.save().nbytes == os.path.getsize(sys.argv[1]))
+    """
+    done = run(script, memory / "m.safetensors", first)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["True", "True"], "")
+    assert same(memory / "m.safetensors", {"a": torch.full((1000,), 3.0)})
+    assert names(memory) == ["m.safetensors"]
+
+
 LOOP = """
 tensors = {str(i): torch.zeros(1 << 18) for i in range(16)}
 prepared = prepare(tensors, sys.argv[1])
