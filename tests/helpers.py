@@ -7,10 +7,12 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import textwrap
 import zlib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,20 @@ def same(path: os.PathLike[str] | str, tensors: dict[str, torch.Tensor]) -> bool
     loaded = load_file(path)
     return loaded.keys() == tensors.keys() and all(
         torch.equal(loaded[name], tensors[name]) for name in tensors
+    )
+
+
+def release(library: str) -> tuple[int, ...]:
+    """Of the installed version, to compare with: ``(4, 57, 1)``."""
+    return tuple(int(number) for number in re.findall(r"\d+", metadata.version(library))[:3])
+
+
+def said_now(text: str) -> str:
+    """An error of safetensors in the words of its version 0.8, which are ours: older ones name PyO3's types."""
+    return re.sub(
+        r"cannot be converted to 'Py(?:Dict|(String))'",
+        lambda m: f"is not an instance of '{'str' if m[1] else 'dict'}'",
+        text,
     )
 
 

@@ -594,9 +594,7 @@ def test_killed_leaves_nothing(tmp_path: Path) -> None:
 
 
 @by_the_engine
-def test_interrupted_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_holes: None
-) -> None:
+def test_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_holes: None) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 

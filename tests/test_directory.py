@@ -396,7 +396,9 @@ def test_without_links_files_are_renamed_one_by_one(
     rename = os.rename
     with monkeypatch.context() as patch:
         patch.setattr(os, refused, refuse)
-        patch.setattr(os, "rename", lambda a, b, **at: (renamed.append(os.path.basename(b)), rename(a, b, **at)))
+        patch.setattr(
+            os, "rename", lambda a, b, **at: (renamed.append(os.path.basename(b)), rename(a, b, **at))
+        )
         save(tmp_path, checkpoint("new"))
     assert found(tmp_path) == "new"
     assert names(tmp_path) == sorted(checkpoint("new"))

@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from helpers import filled, names, parsed, snapshot
+from helpers import filled, names, parsed, release, said_now, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,7 +57,7 @@ def both(
         try:
             save(state_dict, directory, **given)
         except Exception as caught:
-            error = type(caught), str(caught)
+            error = type(caught), said_now(str(caught))
         outcomes.append((snapshot(directory), list(state_dict), given, error))
     hub, ours = outcomes
     assert ours[1:] == hub[1:]
@@ -168,9 +168,12 @@ BEFORE = {
 def test_files_of_earlier_saves(
     tmp_path: Path, make: Callable[[], dict[str, torch.Tensor]], size: str, main: bool
 ) -> None:
-    files = both(tmp_path, make, BEFORE, max_shard_size=size, is_main_process=main)
+    before = BEFORE
+    if release("huggingface_hub") < (1,):  # which removes whatever begins as a shard's name does
+        before = {name: text for name, text in BEFORE.items() if not name.endswith(".bak")}
+    files = both(tmp_path, make, before, max_shard_size=size, is_main_process=main)
     assert {name for name, data in files.items() if data == b"kept"} == {
-        name for name, text in BEFORE.items() if text == "kept"
+        name for name, text in before.items() if text == "kept"
     }
     assert (STALE.encode() in files.values()) == (not main)
 

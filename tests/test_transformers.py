@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -181,14 +182,14 @@ def test_a_full_disk_leaves_the_old_checkpoint(small_disk: Path, installed: None
 
 def test_messages_name_the_final_places(tmp_path: Path, installed: None) -> None:
     stream = io.StringIO()
-    handler = transformers.utils.logging.logging.StreamHandler(stream)
-    transformers.utils.logging.add_handler(handler)
+    logger, handler = logging.getLogger("transformers"), logging.StreamHandler(stream)
+    logger.addHandler(handler)
     transformers.utils.logging.set_verbosity_info()
     try:
         llama().save_pretrained(tmp_path, max_shard_size="20KB")
     finally:
         transformers.utils.logging.set_verbosity_warning()
-        transformers.utils.logging.remove_handler(handler)
+        logger.removeHandler(handler)
     assert f"{tmp_path}/config.json" in stream.getvalue()
     assert f"{tmp_path}/model.safetensors.index.json" in stream.getvalue()
     assert ".fastshard" not in stream.getvalue()

@@ -46,7 +46,7 @@ SETS = (
         (
             "torch==2.4.0",
             "numpy<2",
-            "transformers==4.46.0",
+            "transformers==4.46.3",
             "accelerate==1.0.0",
             "huggingface_hub==0.26.0",
             "safetensors==0.5.0",
@@ -82,10 +82,14 @@ SHOWN = ("torch", "transformers", "accelerate", "huggingface_hub", "safetensors"
 
 ECOSYSTEM = (
     "test_install.py",
+    "test_patch_groups.py",
+    "test_user_code.py",
+    "test_startup.py",
     "test_hub.py",
     "test_transformers.py",
     "test_offload.py",
     "test_archive.py",
+    "test_in_place.py",
     "test_safetensors_contract.py",
 )
 CHOSEN = (
@@ -214,7 +218,7 @@ def run(versions: Versions, pythons: dict[str, str], source: Path, log: Path) ->
             return outcome
     outcome.versions = installed(python)
     outcome.nbytes = sum(path.lstat().st_size for path in place.rglob("*"))
-    tests = [f"tests/{name}" for name in (*ECOSYSTEM, *CHOSEN)]
+    tests = [f"tests/{name}" for name in (*ECOSYSTEM, *CHOSEN) if (source / "tests" / name).exists()]
     # Others' warnings are news only of the newest; ours have tests of their own.
     options = ["-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default", "--disable-warnings", "-rs"]
     ended = call(
