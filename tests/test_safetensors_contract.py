@@ -315,7 +315,9 @@ def test_save_model_refuses_what_the_reference_refuses(tmp_path, make, force_con
             error_of(lambda: library.save_model(model, target, force_contiguous=force_contiguous))  # noqa: B023
         )
         files.append(snapshot(target.parent))
-    if errors[0] is not None:
+    if "amongst: {'a'}. None is covering" in str(errors[0]):  # the only view of it: ours is no stricter
+        assert isinstance(errors[1], type(None) if force_contiguous else ValueError)
+    elif errors[0] is not None:
         if "unsupported memory format" not in str(
             errors[0]
         ):  # an older torch's .contiguous() of sparse tensors
@@ -654,7 +656,7 @@ def test_public_names():
                 "safe_open",
             ),
             *("save_torch_model", "save_torch_state_dict", "install", "installed", "uninstall"),
-            *("stats", "Stats", "Options", "PreparedSave", "Engine", "SaveFuture", "SaveError"),
+            *("status", "Status", "stats", "Stats", "Options", "PreparedSave", "Engine", "SaveFuture", "SaveError"),
             *("torch_save", "ArchiveError"),
             *("save_sharded_state", "load_sharded_state"),
             *("shard_checkpoint", "merge_checkpoint", "reshard_checkpoint"),
