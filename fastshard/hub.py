@@ -115,11 +115,11 @@ def save_torch_state_dict(
     sized = state_dict
     comes_in_pieces = type(state_dict) not in (dict, OrderedDict)
     if safe_serialization:
+        discarded = {}  # which huggingface_hub knows from 0.27 on
+        if shared_tensors_to_discard is not None:
+            discarded["shared_tensors_to_discard"] = shared_tensors_to_discard
         state_dict = theirs._clean_state_dict_for_safetensors(
-            state_dict,
-            metadata,
-            force_contiguous=False,
-            shared_tensors_to_discard=shared_tensors_to_discard,
+            state_dict, metadata, force_contiguous=False, **discarded
         )
         sized = state_dict
         if force_contiguous:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import _find_shared_tensors
+from safetensors.torch import _SIZE, _find_shared_tensors
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .layout import CAST_NAMES, CODES, METADATA_KEY, RANKS, cast_name
@@ -28,7 +28,7 @@ _MAX_DIMS = 8  # kMaxDims in csrc/plan.h
 _DTYPES: dict[torch.dtype, tuple[int, str, int]] = {
     dtype: (RANKS[code], code, dtype.itemsize)
     for name, code in CODES.items()
-    if (dtype := getattr(torch, name, None)) is not None
+    if (dtype := getattr(torch, name, None)) in _SIZE  # what this safetensors cannot read, it does not write
 }
 _FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import _SIZE, load_file
 
 from fastshard.layout import CODES
 
-DTYPES = [getattr(torch, name) for name in CODES if hasattr(torch, name)]
-"""All that this torch has of what the format can hold."""
-FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
+DTYPES = [getattr(torch, name) for name in CODES if getattr(torch, name, None) in _SIZE]
+"""All that this torch and this safetensors have of what the format can hold."""
+FLOAT4 = next((dtype for dtype in DTYPES if str(dtype) == "torch.float4_e2m1fn_x2"), None)
 
 
 def filled(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

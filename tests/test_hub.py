@@ -2,6 +2,7 @@
 """The doors of huggingface_hub against the originals: files, errors, what happens to the caller's dicts."""
 
 import copy
+import inspect
 import errno
 import json
 import os
@@ -45,6 +46,14 @@ def both(
     **arguments: Any,
 ) -> dict[str, bytes]:
     """Saves with both, compares, and returns the files."""
+    known = inspect.signature(huggingface_hub.save_torch_state_dict).parameters
+    new = [
+        name
+        for name in ("is_main_process", "shared_tensors_to_discard")
+        if name in arguments and name not in known
+    ]
+    if new:
+        pytest.skip(f"this huggingface_hub has no {new[0]}")
     outcomes = []
     for which, save in (("hub", huggingface_hub.save_torch_state_dict), ("ours", save_torch_state_dict)):
         directory = tmp_path / which
@@ -190,6 +199,8 @@ class Tied(torch.nn.Module):
 @pytest.mark.parametrize("arguments", [{}, {"shared_tensors_to_discard": ["embed.weight"]}])
 def test_models(tmp_path: Path, arguments: dict[str, Any]) -> None:
     model = Tied()
+    if not arguments.keys() <= inspect.signature(huggingface_hub.save_torch_model).parameters.keys():
+        pytest.skip("this huggingface_hub has no such argument")
     for which, save in (("hub", huggingface_hub.save_torch_model), ("ours", save_torch_model)):
         (tmp_path / which).mkdir()
         save(model, tmp_path / which, **arguments)

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import safetensors.torch as st
 import torch
-from helpers import filled, names, run, run_bare, said_now, same
+from helpers import filled, names, release, run, run_bare, said_now, same
 
 import fastshard
 import fastshard.adapters
@@ -171,6 +171,8 @@ def test_looks_like_the_original(entry):
     _, signature = patching._load(entry.implementation)
     taken = list(signature.parameters.values())[1:]
     expected = list(inspect.signature(original).parameters.values())
+    if entry.library == "huggingface_hub" and release("huggingface_hub") < (0, 27):  # it has got more since
+        taken = [p for p in taken if p.name not in ("is_main_process", "shared_tensors_to_discard")]
     assert [(p.name, p.kind, p.default) for p in taken] == [(p.name, p.kind, p.default) for p in expected]
 
 
@@ -235,7 +237,7 @@ def test_errors_are_the_same(name, args, kwargs, tmp_path, monkeypatch):
     expected = failure()
     with fastshard.installed():
         found = failure()
-    if expected is not None and "I/O error" in expected[1]:
+    if expected is not None and ("I/O error" in expected[1] or "IoError" in expected[1]):
         assert "I/O error" in found[1]  # SaveError, which is a SafetensorError
     else:
         assert found == expected
