@@ -75,11 +75,20 @@ def release(library: str) -> tuple[int, ...]:
 
 
 def said_now(text: str) -> str:
-    """An error of safetensors in the words of its version 0.8, which are ours: older ones name PyO3's types."""
-    return re.sub(
-        r"cannot be converted to 'Py(?:Dict|(String))'",
-        lambda m: f"is not an instance of '{'str' if m[1] else 'dict'}'",
+    """An error of safetensors in the words of its version 0.8, which are ours: older ones name types of PyO3 and Rust."""
+    text = re.sub(
+        r"'(\w+)' object cannot be converted to 'Py(Dict|String)'",
+        lambda match: (
+            ("'None'" if match[1] == "NoneType" else f"'{match[1]}' object")
+            + f" is not an instance of '{'dict' if match[2] == 'Dict' else 'str'}'"
+        ),
         text,
+    )
+    text = re.sub(
+        r'IoError\(Os \{ code: (\d+), .*, message: "(.*)" \}\)', r"I/O error: \2 (os error \1)", text
+    )
+    return re.sub(
+        r"IoError\(Error \{ kind: InvalidInput, .*\}\)", "I/O error: Invalid argument (os error 22)", text
     )
 
 

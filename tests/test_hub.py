@@ -206,6 +206,8 @@ def test_models(tmp_path: Path, arguments: dict[str, Any]) -> None:
         save(model, tmp_path / which, **arguments)
     assert_same_files(snapshot(tmp_path / "ours"), snapshot(tmp_path / "hub"))
     other = Tied()
+    if not hasattr(huggingface_hub, "load_torch_model"):
+        return
     huggingface_hub.load_torch_model(other, tmp_path / "ours", strict=False)
     assert torch.equal(other.embed.weight, model.embed.weight)
 

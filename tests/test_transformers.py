@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import names
+from helpers import names, release
 
 import fastshard
 import fastshard.records
@@ -242,7 +242,8 @@ def test_modules_on_disk_in_another_precision(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "source")
 
     def save(path: Path) -> None:
-        options = {"device_map": DEVICE_MAP, "dtype": torch.bfloat16}
+        name = "dtype" if release("transformers") >= (4, 56) else "torch_dtype"
+        options = {"device_map": DEVICE_MAP, name: torch.bfloat16}
         model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "source", **options)
         model.save_pretrained(path, max_shard_size="20KB")
 
