@@ -88,6 +88,8 @@ def replacements() -> list[str]:
         else f"{AUTO_VARIABLE}=1 and `fastshard run` have no effect here: there is no {STARTUP_FILE}"
     )
     lines += [
-        f"{name}={os.environ[name]}" for name in (AUTO_VARIABLE, patching.DISABLE_VARIABLE) if name in os.environ
+        f"{name}={os.environ[name]}"
+        for name in (AUTO_VARIABLE, patching.DISABLE_VARIABLE)
+        if name in os.environ
     ]
     return lines
