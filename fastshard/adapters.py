@@ -42,4 +42,4 @@ save_file = _namesake(staged.save_file)
 save = _namesake(saving.save)
 save_model = _namesake(saving.save_model, by_saver=True)
 save_torch_state_dict = _namesake(hub.save_torch_state_dict, by_saver=True)
-torch_save = _namesake(archive.torch_save)
+torch_save = archive.in_the_place_of_torch

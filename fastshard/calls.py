@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from . import loading
 from .patch_groups import Entry, Function
 
 if TYPE_CHECKING:
@@ -136,5 +136,5 @@ def load(implementation: str) -> tuple[Function, inspect.Signature]:
     import inspect
 
     module, _, name = implementation.partition(":")
-    function = getattr(importlib.import_module(module), name)
+    function = getattr(loading.load(module), name)
     return function, inspect.signature(function)

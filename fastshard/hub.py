@@ -19,6 +19,7 @@ from .errors import ArchiveError, SaveError
 from .saving import How
 from .sharing import by_storage
 from .staged import staged
+from .tensors import check_dtype
 
 
 def save_torch_model(
@@ -35,7 +36,7 @@ def save_torch_model(
     durable: bool = False,
     keep_cached: bool = True,
     progress: bool | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a module's state dict; see :func:`save_torch_state_dict`."""
@@ -71,7 +72,7 @@ def save_torch_state_dict(
     durable: bool = False,
     keep_cached: bool = True,
     progress: bool | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a state dict in shards with an index, to the byte the files of ``huggingface_hub.save_torch_state_dict``.
@@ -103,6 +104,7 @@ def save_torch_state_dict(
     from huggingface_hub import constants
     from huggingface_hub.serialization import _torch as theirs
 
+    dtype = check_dtype(dtype)
     if filename_pattern is None:
         filename_pattern = (
             constants.SAFETENSORS_WEIGHTS_FILE_PATTERN

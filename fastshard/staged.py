@@ -19,7 +19,7 @@ from typing import Final
 
 from . import saving
 from .activity import one_save
-from .directory import final_places, replacing
+from .directory import final_places, replacing, scratch_of
 from .mapped import lies_in_file
 from .planning import PathLike, StateDict
 from .saving import How, PlannedFile
@@ -37,7 +37,7 @@ class Stage:
 
     def __init__(self, path: str, how: How) -> None:
         self.path = path
-        self.scratch = os.path.dirname(path)
+        self.scratch = scratch_of(path)
         """Hidden, too; what is left in there goes with the stage."""
         self.lasting: set[int] | None = None
         """Addresses of storages that live on after the save in any case. If this is given, files are written as soon
