@@ -145,7 +145,9 @@ def _save(original: Callable[..., None], pickling: Pickling, f: Any, how: _How, 
         if not os.path.lexists(path):
             raise
         # Found out late: the file that is there can be opened, which has been tried.
-        return _write_over(by_torch, path, f"a file that cannot be replaced ({errno.errorcode[error.errno]})", how)
+        return _write_over(
+            by_torch, path, f"a file that cannot be replaced ({errno.errorcode[error.errno]})", how
+        )
     if reason:
         if not can_replace(path):
             return _write_over(by_torch, path, reason, how)
@@ -164,7 +166,7 @@ def _write_new(pickling: Pickling, path: str, how: _How, began: float) -> str | 
             if skeleton is None:
                 new.publish()
                 seconds = time.perf_counter() - began
-                keep_stats(_stats_of(new.nbytes, seconds))
+                keep_stats(_stats_of(new.nbytes, seconds), _CALL, path)
                 return None
             planned = plan(skeleton)
         except NotByEngine as why:

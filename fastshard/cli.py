@@ -47,12 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--max-shard-size", metavar="SIZE", help="make DST a folder of shards of this size, as 5GB"
     )
     convert.add_argument("--force", action="store_true", help="replace DST if it exists")
-    env = commands.add_parser("env", help="what this machine and the filesystem of a path offer a save, what is replaced")
+    env = commands.add_parser(
+        "env", help="what this machine and the filesystem of a path offer a save, what is replaced"
+    )
     env.add_argument(
         "path", nargs="?", default=".", help="an existing directory, or a file in one (default: .)"
     )
     cli_checkpoints.add_parsers(commands)
-    commands.add_parser("run", help="a command whose Pythons all start with fastshard (run torchrun train.py)")
+    commands.add_parser(
+        "run", help="a command whose Pythons all start with fastshard (run torchrun train.py)"
+    )
     commands.add_parser(
         "bench", help="measure against safetensors, torch.save and DCP (--help for its options)"
     )

@@ -53,7 +53,8 @@ def run(arguments: list[str]) -> int:
         return 127
     sys.stdout.flush()
     try:
-        os.execve(found, arguments, {**os.environ, AUTO_VARIABLE: "1"})
+        # By its whole path, from which Python finds its environment.
+        os.execve(found, [found, *arguments[1:]], {**os.environ, AUTO_VARIABLE: "1"})
     except OSError as error:
         print(f"fastshard: {found}: {error.strerror}", file=sys.stderr)
         return 127 if error.errno == errno.ENOENT else 126

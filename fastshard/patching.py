@@ -242,7 +242,7 @@ def _imported(name: str) -> None:
     """A module's code has run."""
     _finished.add(name)
     try:
-        _replace_if_active()
+        _replace_if_active(imported=True)
     finally:
         _finished.discard(name)
 
@@ -250,7 +250,8 @@ def _imported(name: str) -> None:
 _finder: Final = import_hook.Hook(lambda name: any(entry.module == name for entry in TABLE), _imported)
 
 
-def _replace_if_active() -> None:
+def _replace_if_active(imported: bool = False) -> None:
+    """``imported``: because of an import, not at installation."""
     if not _state.active:
         return
     by_group = groups(TABLE)
@@ -280,7 +281,7 @@ def _replace_if_active() -> None:
             }
         )
     _log_findings()
-    if _state.lasting and "logging" in sys.modules:
+    if imported and _state.lasting and "logging" in sys.modules:
         for found in new:
             _tell(_INFO, f"replaces {described(found)}")
 

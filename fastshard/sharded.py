@@ -17,9 +17,9 @@ from typing import BinaryIO, Final, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import tensors as _tensors
+from .borrowed import is_traceable_wrapper_subclass
 from .engine import Engine, Options
 from .layout import read_header
 from .manifest import Alias, Manifest, Names, Ranks, read_manifest

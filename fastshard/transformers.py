@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .activity import count_left
+from .borrowed import is_traceable_wrapper_subclass
 from .offload import follow_weights, held_elsewhere, held_in_memory, offloaded_tensor
 from .overrides import bound, is_of_a_library, overridden, wrapped
 from .saving import How

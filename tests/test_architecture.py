@@ -25,7 +25,7 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """csrc/ in reading order."""
 
 PYTHON = """
-settings living loading options activity jsontext patch_groups import_hook calls patching overrides report layout records plan errors mapped sharing tensors limits engine planning saving holders sources prepared staging change linking exchanging switching directory archive_errors archive_skeleton archive_by_torch in_place archive staged hub offload
+settings living loading options activity jsontext patch_groups import_hook calls patching overrides report layout records plan errors mapped borrowed sharing tensors limits engine planning saving holders sources prepared staging change linking exchanging switching directory archive_errors archive_skeleton archive_by_torch in_place archive staged hub offload
 transformers accelerate adapters manifest reading sharded vllm sglang vllm_save auto checkpoint convert tp_plan
 model_plan parts rank_folders reshard __init__ cli_checkpoints cli_run cli __main__
 """.split()

@@ -226,7 +226,14 @@ def test_a_wrapper_that_comes_later_is_no_news(library, caplog):
     assert gs_library.one.save() == ["wrapped", ("ours", 1)] and texts(caplog) == []
 
 
-BINDINGS = ["save(a, b)", "save(a, /, b=1)", "save(a, *, b)", "save(*a, b=2, **c)", "save(a, /, *, b=1)", "save()"]
+BINDINGS = [
+    "save(a, b)",
+    "save(a, /, b=1)",
+    "save(a, *, b)",
+    "save(*a, b=2, **c)",
+    "save(a, /, *, b=1)",
+    "save()",
+]
 
 
 @pytest.mark.parametrize("signature", BINDINGS)
@@ -265,7 +272,11 @@ def test_the_installed_libraries_fit(caplog):
         ("transformers.integrations.accelerate", "load_offloaded_parameter", "save_pretrained"),
         ("transformers.utils.logging", "EmptyTqdm", "save_pretrained"),
         ("accelerate.utils.modeling", "get_state_dict_offloaded_model", "save_model"),
-        ("huggingface_hub.serialization._torch", "_clean_state_dict_for_safetensors", "save_torch_state_dict"),
+        (
+            "huggingface_hub.serialization._torch",
+            "_clean_state_dict_for_safetensors",
+            "save_torch_state_dict",
+        ),
     ],
 )
 def test_a_version_without_one_part_is_left_as_it_is(monkeypatch, caplog, module, name, method):
