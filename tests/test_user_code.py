@@ -291,15 +291,16 @@ class Lazy(collections.UserDict):
         return self._filled(name)
 
     def items(self) -> Any:
-        return [(name, torch.empty(256)) for name in self.data]
+        return self.data.items()
 
     def values(self) -> Any:
-        return [torch.empty(256) for _ in self.data]
+        return self.data.values()
 
 
+@pytest.mark.skipif(FOUR, reason="transformers 4 takes all of it at once")
 def test_a_state_dict_that_uses_one_buffer_again(tmp_path):
     def save(folder: Path, seen: list[Any]) -> None:
-        lazy = Lazy({f"layers.{n}": None for n in range(4)})
+        lazy = Lazy({f"layers.{n}": torch.empty(256) for n in range(4)})
         arguments = {} if FOUR else {"save_original_format": False}
         Model().save_pretrained(folder, state_dict=lazy, max_shard_size=1024, **arguments)
 
@@ -321,12 +322,12 @@ def test_who_reads_of_a_file_may_open_it(tmp_path):
                     opened.append(len(Path(part).read_bytes()))
 
     handler = Uploads()
-    transformers.utils.logging.add_handler(handler)
+    logging.getLogger("transformers").addHandler(handler)
     transformers.utils.logging.set_verbosity_info()
     try:
         Model().save_pretrained(tmp_path)
     finally:
-        transformers.utils.logging.remove_handler(handler)
+        logging.getLogger("transformers").removeHandler(handler)
         transformers.utils.logging.set_verbosity_warning()
     assert len(opened) >= 2 and all(opened)
 
@@ -334,7 +335,7 @@ def test_who_reads_of_a_file_may_open_it(tmp_path):
 def test_a_failed_save_says_of_no_file_that_it_is_there(tmp_path):
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
-    transformers.utils.logging.add_handler(handler)
+    logging.getLogger("transformers").addHandler(handler)
     transformers.utils.logging.set_verbosity_info()
     broken = Model()
     broken.layers[0] = torch.nn.Parameter(torch.zeros(3, dtype=torch.complex128))
@@ -342,7 +343,7 @@ def test_a_failed_save_says_of_no_file_that_it_is_there(tmp_path):
         with pytest.raises(KeyError):
             broken.save_pretrained(tmp_path)
     finally:
-        transformers.utils.logging.remove_handler(handler)
+        logging.getLogger("transformers").removeHandler(handler)
         transformers.utils.logging.set_verbosity_warning()
     assert str(tmp_path) not in stream.getvalue() and names(tmp_path) == []
 
