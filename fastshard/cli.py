@@ -190,11 +190,12 @@ def _env(path: str) -> None:
         ("a durable save here", f"{durable_path}: {durable_reason}"),
         *_native.probe(directory),
         ("asynchronous direct I/O (io_uring)", _io_uring()),
+        ("", ""),
+        *cli_run.replacements(),
     ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name.ljust(width)}  {value}".rstrip())
-    print("\nwith `import fastshard.auto`", *cli_run.replacements(), sep="\n")
 
 
 def _io_uring() -> str:
