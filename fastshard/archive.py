@@ -8,6 +8,7 @@ Where a new file cannot take the place of the old one (``in_place.py``), torch w
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -22,11 +23,11 @@ import torch
 
 from . import tensors as _tensors
 from .activity import count_left
-from .archive_by_torch import Replacement, can_replace, replace_by_torch, sync_published
+from .archive_by_torch import Replacement, can_replace, replace_by_torch, sync_folder
 from .archive_errors import NO_SPACE, archive_error, archive_errors, no_space
 from .archive_skeleton import NotByEngine, Pickling, Plan, Skeleton, make_skeleton, plan, stem_in_archive
 from .engine import Engine, Options, Stats, engine_for, progress_wanted
-from .in_place import LATE, why_in_place
+from .in_place import LATE, note_made, why_in_place
 from .plan import FilePlan
 from .planning import encoded_path
 from .saving import keep_stats
@@ -147,7 +148,7 @@ def _save(original: Callable[..., None], pickling: Pickling, f: Any, how: _How, 
         # Found out late: the file that is there can be opened, which has been tried.
         return _write_over(by_torch, path, f"a file that cannot be replaced ({errno.errorcode[error.errno]})", how)
     if reason:
-        if not can_replace(path):
+        if not can_replace():
             return _write_over(by_torch, path, reason, how)
         count_left(_CALL, reason)
         by_name = pickling.new_format and path.isascii()
@@ -159,7 +160,7 @@ def _write_new(pickling: Pickling, path: str, how: _How, began: float) -> str | 
     progress = progress_wanted(how.progress)
     with Replacement(path, how.durable, how.keep_cached) as new:
         try:
-            at_once = how.engine is None and not progress and can_replace(path)
+            at_once = how.engine is None and not progress and can_replace()
             skeleton = make_skeleton(pickling, path, new.open if at_once else None)
             if skeleton is None:
                 new.publish()
@@ -205,12 +206,15 @@ def _write(path: str, skeleton: Skeleton, planned: Plan, how: _How, began: float
             durable=how.durable,
             keep_cached=how.keep_cached,
             checksums=planned.amend is not None,
+            follow_links=True,
             fetch=planned.fetch,
             amend=planned.amend,
             plan_seconds=time.perf_counter() - began,
             description=os.path.basename(path),
         )
         keep_stats(future.result(progress_wanted(how.progress)))
+    with contextlib.suppress(OSError):  # others may have moved it already
+        note_made(path)
 
 
 def _write_over(by_torch: Callable[[Any], None], path: str, reason: str, how: _How) -> None:
@@ -230,7 +234,7 @@ def _write_over(by_torch: Callable[[Any], None], path: str, reason: str, how: _H
         finally:
             os.close(descriptor)
     if how.durable:
-        sync_published(path)
+        sync_folder(os.fsencode(os.path.dirname(os.path.realpath(path))), path)
 
 
 def _kind_of(f: object) -> str:

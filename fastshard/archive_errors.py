@@ -66,15 +66,15 @@ def no_space(number: int, path: str, needed: int | None) -> ArchiveError:
     return archive_error(number, "; ".join([f"{os.strerror(number)}: {', '.join(said[:2])}", *said[2:]]), path)
 
 
-def why_torch_failed(error: Exception, descriptor: int, path: str) -> ArchiveError | None:
+def why_torch_failed(error: Exception, descriptor: int, path: str, skipped: int = 0) -> ArchiveError | None:
     """What the file says when torch could not write it: torch does not tell, or not the name. ``None``: it was
-    something else, pickling perhaps."""
-    known = isinstance(error, OSError) and error.filename is None and error.errno in (*NO_SPACE, errno.EIO)
+    something else, pickling perhaps. ``skipped``: bytes that torch has left out."""
+    known = isinstance(error, OSError) and error.filename is None
     if not known and not (isinstance(error, RuntimeError) and any(t in str(error) for t in _OF_TORCH_WRITING)):
         return None
     try:
         size = os.fstat(descriptor).st_size
-        os.pwrite(descriptor, bytes(1 << 16), size)
+        os.pwrite(descriptor, bytes(1 << 16), size + skipped)
         os.ftruncate(descriptor, size)
     except OSError as again:
         number = again.errno or errno.EIO

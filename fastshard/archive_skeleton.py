@@ -22,6 +22,7 @@ import torch
 from . import tensors as _tensors
 from .archive_errors import archive_errors, why_torch_failed
 from .engine import Amend
+from .errors import ArchiveError
 from .plan import FETCHED, HOST, TensorView
 from .planning import collector_paused
 from .records import Archive, UnknownLayout
@@ -81,7 +82,7 @@ def make_skeleton(pickling: Pickling, path: str, small: Callable[[], Any] | None
             )
             writer.end()
         except (RuntimeError, OSError) as error:
-            failed = None if writer.file is None else why_torch_failed(error, writer.file.fileno(), path)
+            failed = writer.why_failed(error)
             if failed is None:
                 raise
             raise failed from error
@@ -145,6 +146,13 @@ class _Writer:
 
     def end(self) -> None:
         self._opened.__exit__(None, None, None)
+
+    def why_failed(self, error: Exception) -> ArchiveError | None:
+        """``None``: what the error says."""
+        if self.file is None:
+            return None
+        skipped = sum(len(held) if isinstance(held, bytes) else held.nbytes() for held in self.holes.values())
+        return why_torch_failed(error, self.file.fileno(), self._path, skipped)
 
     def _begin(self, storages: Any, nbytes: int) -> None:
         if not isinstance(storages, dict):

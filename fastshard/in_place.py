@@ -8,11 +8,15 @@ followed by the kernel alone, which knows whose links may be followed.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import ctypes
 import errno
+import functools
 import os
 import stat
 import sys
+import time
 from typing import Final
 
 LATE: Final = frozenset(
@@ -34,6 +38,10 @@ _EMPTY_PATH: Final = 0x1000
 _ATTRIBUTES: Final = (8, 56)
 """Offsets in the answer of statx: attributes of the file, and those that the filesystem knows."""
 _MOUNT_ROOT: Final = 0x2000
+
+_LET_GO_SECONDS: Final = 2.0
+_made: Final[collections.deque[tuple[int, int]]] = collections.deque(maxlen=256)
+"""Device and inode of the newest files of the engine."""
 
 
 def why_in_place(path: str) -> str | None:
@@ -76,7 +84,7 @@ def _why(descriptor: int, path: str) -> str | None:
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return "a file that is not found by its name"
     try:
-        return _why_in(folder, name, descriptor, info) or _why_open(descriptor, info, place)
+        return _why_in(folder, name, descriptor, info) or _why_open_by_others(descriptor, info, place)
     finally:
         os.close(folder)
 
@@ -115,6 +123,27 @@ def _why_open(descriptor: int, info: os.stat_result, place: str) -> str | None:
     return None
 
 
+def note_made(path: str) -> None:
+    """The engine has made this file, and may have it open for a moment: what was written is on its way to the disk."""
+    info = os.stat(path)
+    _made.append((info.st_dev, info.st_ino))
+
+
+def _why_open_by_others(descriptor: int, info: os.stat_result, place: str) -> str | None:
+    """The same, once the engine has let go of it."""
+    made = (info.st_dev, info.st_ino)
+    reason = _why_open(descriptor, info, place)
+    if reason is None or made not in _made:
+        return reason
+    end = time.monotonic() + _LET_GO_SECONDS
+    while reason is not None and time.monotonic() < end:
+        time.sleep(0.002)
+        reason = _why_open(descriptor, info, place)
+    with contextlib.suppress(ValueError):
+        _made.remove(made)
+    return reason
+
+
 def _is_mapped(info: os.stat_result, place: str) -> bool:
     inode, at = str(info.st_ino).encode(), os.fsencode(place).replace(b"\n", b"\\012")
     with open("/proc/self/maps", "rb") as maps:
@@ -128,13 +157,18 @@ def _is_mapped(info: os.stat_result, place: str) -> bool:
 def _is_mount(descriptor: int, folder: int) -> bool:
     """Whether the file itself is mounted there: a name that cannot be taken."""
     try:
-        if ctypes.CDLL(None).statx(descriptor, b"", _EMPTY_PATH, 0, found := ctypes.create_string_buffer(256)) == 0:
+        if _libc().statx(descriptor, b"", _EMPTY_PATH, 0, found := ctypes.create_string_buffer(256)) == 0:
             attributes, known = (int.from_bytes(found[at : at + 8], sys.byteorder) for at in _ATTRIBUTES)
             if known & _MOUNT_ROOT:  # since Linux 5.8
                 return bool(attributes & _MOUNT_ROOT)
     except AttributeError:
         pass
     return _mount(descriptor) != _mount(folder)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def _mount(descriptor: int) -> bytes:

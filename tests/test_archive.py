@@ -82,7 +82,9 @@ def check(obj: object, folder: Path, name: str = "model.pt", **keywords: Any) ->
     (folder / "ours").mkdir(exist_ok=True)
     for large in (1, archive_skeleton._LARGE):  # all storages are holes, or the large ones
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(archive_skeleton, "_LARGE", large)
+            if large == 1:
+                patch.setattr(archive_skeleton, "_LARGE", large)
+                patch.setattr(archive_skeleton, "_SMALL", 0)
             torch_save(obj, str(folder / "ours" / name), **keywords)
         assert_same((folder / "ours" / name).read_bytes(), expected)
         assert names(folder / "ours") == [name]
@@ -92,6 +94,7 @@ def check(obj: object, folder: Path, name: str = "model.pt", **keywords: Any) ->
 def all_holes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small storages are not left inside the skeleton."""
     monkeypatch.setattr(archive_skeleton, "_LARGE", 1)
+    monkeypatch.setattr(archive_skeleton, "_SMALL", 0)
 
 
 class Model(torch.nn.Module):
@@ -469,6 +472,7 @@ def test_an_unknown_layout_is_left_to_torch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_to_torch: list[str]
 ) -> None:
     monkeypatch.setattr("fastshard.records._IDENTITY", "something else")
+    monkeypatch.setattr(archive_skeleton, "_SMALL", 0)
     check({"a": BASE}, tmp_path)
     assert left_to_torch == ["an archive of another layout"]  # the other time there were no holes
 
