@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``torch.save`` writes itself, put in the place of the old file all at once.
+"""Files that the engine does not write, put in the place of the old ones all at once: what ``torch.save`` writes
+itself, and what is so small that the engine's threads would only wake up for it.
 
-Torch writes into a nameless file in the target's folder, which then gets the target's name. Where there are no
+It is written into a nameless file in the target's folder, which then gets the target's name. Where there are no
 nameless files, or the name is taken, it has one of the target's hidden names first: the next save through the same
 path removes what a killed one has left there, as it does for the engine's files.
 """
@@ -13,8 +14,8 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Callable
-from typing import Any, BinaryIO, Final
+from collections.abc import Callable, Iterator
+from typing import Any, Final
 
 from .archive_errors import archive_error, archive_errors, why_torch_failed
 from .archive_skeleton import named_like
@@ -32,59 +33,57 @@ def can_replace() -> bool:
     return True
 
 
-class Replacement:
-    """A new file that torch writes, and that then takes the place of ``path``. Nothing is left unless it did."""
-
-    def __init__(self, path: str, durable: bool, keep_cached: bool) -> None:
-        self._path, self._durable, self._keep_cached = path, durable, keep_cached
-        self._staged: _Staged | None = None
-        self.nbytes = 0
-
-    def open(self) -> BinaryIO:
-        """Raises :class:`ArchiveError`."""
-        with archive_errors(self._path):
-            self._staged = _Staged(self._path)
-            return open(self._staged.descriptor, "wb", closefd=False)
-
-    def publish(self) -> None:
-        """Raises :class:`ArchiveError`."""
-        staged = self._staged
-        assert staged is not None
-        with archive_errors(self._path):
-            self.nbytes = os.fstat(staged.descriptor).st_size
-            if self._durable or not self._keep_cached:
-                os.fsync(staged.descriptor)
-            if not self._keep_cached:
-                os.posix_fadvise(staged.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            staged.publish()
-        if self._durable:
-            sync_folder(os.path.dirname(staged.target), self._path)
-
-    def __enter__(self) -> Replacement:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._staged is not None:
-            self._staged.close()
-            self._staged = None
-
-
-def replace_by_torch(write: Callable[[Any], None], path: str, by_name: bool, durable: bool, keep_cached: bool) -> None:
+def replace_by_torch(
+    write: Callable[[Any], None], path: str, by_name: bool, durable: bool, keep_cached: bool
+) -> None:
     """Lets ``write`` write to what it is given, and puts that in the place of ``path``.
 
-    ``by_name``: it opens its target itself, and the name goes into what it writes.
+    ``by_name``: it is given a path that it opens itself, as the name goes into what it writes.
     """
-    with Replacement(path, durable, keep_cached) as new:
-        with new.open() as file:
-            try:
-                write(named_like(path, file) if by_name else file)
-                file.flush()
-            except Exception as error:
-                failed = why_torch_failed(error, file.fileno(), path)
-                if failed is None:
-                    raise
-                raise failed from error
-        new.publish()
+    with _staged(path) as staged:
+        try:
+            if by_name:
+                write(named_like(path, staged.descriptor))
+            else:
+                with open(staged.descriptor, "wb", closefd=False) as file:
+                    write(file)
+        except Exception as error:
+            failed = why_torch_failed(error, staged.descriptor, path)
+            if failed is None:
+                raise
+            raise failed from error
+        _publish(staged, path, durable, keep_cached)
+
+
+def replace_by_bytes(data: bytes, path: str, durable: bool, keep_cached: bool) -> None:
+    """Puts a file of these bytes in the place of ``path``. Raises :class:`ArchiveError`."""
+    with _staged(path) as staged:
+        with archive_errors(path):
+            left = memoryview(data)
+            while left:
+                left = left[os.write(staged.descriptor, left) :]
+        _publish(staged, path, durable, keep_cached)
+
+
+@contextlib.contextmanager
+def _staged(path: str) -> Iterator[_Staged]:
+    with archive_errors(path):
+        staged = _Staged(path)
+    try:
+        yield staged
+    finally:
+        staged.close()
+
+
+def _publish(staged: _Staged, path: str, durable: bool, keep_cached: bool) -> None:
+    with archive_errors(path):
+        if durable or not keep_cached:
+            os.fsync(staged.descriptor)
+        if not keep_cached:
+            os.posix_fadvise(staged.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        staged.publish()
+    if durable:
+        sync_folder(os.path.dirname(staged.target), path)
 
 
 def sync_folder(folder: bytes, path: str) -> None:
@@ -171,9 +170,6 @@ class _Staged:
         self.descriptor = os.open(hidden, flags, mode)
 
     def _link(self, name: bytes) -> None:
-        descriptors = os.open(_DESCRIPTORS, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            # Only with a folder's descriptor Python asks the kernel to follow the link.
-            os.link(str(self.descriptor).encode(), name, src_dir_fd=descriptors, follow_symlinks=True)
-        finally:
-            os.close(descriptors)
+        place = f"{_DESCRIPTORS}/{self.descriptor}".encode()
+        # Only where it is given a folder's descriptor, which an absolute path needs not, Python has the link followed.
+        os.link(place, name, src_dir_fd=self.descriptor, follow_symlinks=True)

@@ -13,7 +13,13 @@ from typing import Any
 from .errors import ArchiveError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_OF_TORCH_WRITING = ("PytorchStreamWriter", "unexpected pos", "iostream error", "write(): ", "open file failed")
+_OF_TORCH_WRITING = (
+    "PytorchStreamWriter",
+    "unexpected pos",
+    "iostream error",
+    "write(): ",
+    "open file failed",
+)
 """In the texts of torch's errors when it cannot write a file."""
 
 
@@ -62,15 +68,20 @@ def no_space(number: int, path: str, needed: int | None) -> ArchiveError:
         space = os.statvfs(folder)
         said.append(f"{space.f_bavail * space.f_frsize:,} bytes are free")
     if os.path.lexists(path):
-        said.append("the old file is kept until the new one stands (torch_save(..., in_place=True) writes over it)")
-    return archive_error(number, "; ".join([f"{os.strerror(number)}: {', '.join(said[:2])}", *said[2:]]), path)
+        how = "torch_save(..., in_place=True) writes over it"
+        said.append(f"the old file is kept until the new one stands ({how})")
+    text = "; ".join([f"{os.strerror(number)}: {', '.join(said[:2])}", *said[2:]])
+    return archive_error(number, text, path)
 
 
 def why_torch_failed(error: Exception, descriptor: int, path: str, skipped: int = 0) -> ArchiveError | None:
     """What the file says when torch could not write it: torch does not tell, or not the name. ``None``: it was
     something else, pickling perhaps. ``skipped``: bytes that torch has left out."""
-    known = isinstance(error, OSError) and error.filename is None
-    if not known and not (isinstance(error, RuntimeError) and any(t in str(error) for t in _OF_TORCH_WRITING)):
+    if isinstance(error, OSError):
+        known = error.filename is None
+    else:
+        known = isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_TORCH_WRITING)
+    if not known:
         return None
     try:
         size = os.fstat(descriptor).st_size
@@ -78,5 +89,7 @@ def why_torch_failed(error: Exception, descriptor: int, path: str, skipped: int 
         os.ftruncate(descriptor, size)
     except OSError as again:
         number = again.errno or errno.EIO
-        return no_space(number, path, None) if number in NO_SPACE else archive_error(number, os.strerror(number), path)
+        if number in NO_SPACE:
+            return no_space(number, path, None)
+        return archive_error(number, os.strerror(number), path)
     return None

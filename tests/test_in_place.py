@@ -110,7 +110,9 @@ def test_paths_of_descriptors(tmp_path: Path, where: str, nameless: str) -> None
 
 def test_standard_output(tmp_path: Path) -> None:
     with (tmp_path / "out").open("wb") as out:
-        done = run("torch_save({'a': torch.ones(9)}, '/dev/stdout')", stdout=out, stderr=None, capture_output=False)
+        done = run(
+            "torch_save({'a': torch.ones(9)}, '/dev/stdout')", stdout=out, stderr=None, capture_output=False
+        )
     assert done.returncode == 0
     assert_same((tmp_path / "out").read_bytes(), bytes_of({"a": torch.ones(9)}, "stdout"))
     assert names(tmp_path) == ["out"]
@@ -119,7 +121,10 @@ def test_standard_output(tmp_path: Path) -> None:
 def test_anothers_descriptor(tmp_path: Path, reasons: list[str]) -> None:
     """By way of /proc, even where the file has a name: its holder goes on with the file that it has."""
     (tmp_path / "m.pt").touch()
-    with (tmp_path / "m.pt").open() as held, subprocess.Popen(["sleep", "60"], pass_fds=[held.fileno()]) as other:
+    with (
+        (tmp_path / "m.pt").open() as held,
+        subprocess.Popen(["sleep", "60"], pass_fds=[held.fileno()]) as other,
+    ):
         number = held.fileno()
         held.close()
         before = (tmp_path / "m.pt").stat().st_ino
@@ -151,6 +156,22 @@ def test_the_engines_own_descriptor_is_waited_for(tmp_path: Path, reasons: list[
     torch_save(LARGE, path)
     closing.join()
     assert path.stat().st_ino != before and reasons == []
+
+
+def test_the_engines_own_nameless_descriptor_is_known(tmp_path: Path, reasons: list[str]) -> None:
+    path = tmp_path / "m.pt"
+    descriptor = os.open(tmp_path, os.O_TMPFILE | os.O_RDWR, 0o600)
+    folder = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY)
+    try:
+        os.link(str(descriptor), path, src_dir_fd=folder, follow_symlinks=True)
+        torch_save(SMALL, path)
+        assert reasons == ["a file that this process holds open"]  # not the engine's
+        in_place.note_made(str(path))
+        torch_save(LARGE, path)
+        assert len(reasons) == 1 and path.stat().st_ino != os.fstat(descriptor).st_ino
+    finally:
+        os.close(descriptor)
+        os.close(folder)
 
 
 # What else knows it.
@@ -195,7 +216,7 @@ def test_what_shows_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obj: o
         raise ArchiveError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(archive, "_write", fail)
-    monkeypatch.setattr(archive.Replacement, "publish", fail)
+    monkeypatch.setattr(archive, "replace_by_bytes", fail)
     with pytest.raises(ArchiveError):
         torch_save(obj, path)  # there is none that could be written over
     assert names(tmp_path) == []
@@ -326,7 +347,9 @@ def test_no_room_says_what_can_be_done(small_disk: Path) -> None:
     obj = {"a": torch.zeros(14 << 18)}
     torch_save(obj, small_disk / "m.pt")
     for name, known in (("m.pt", True), ("new.pt", False)):
-        with pytest.raises(ArchiveError, match=r"14,68\d,\d+ bytes are needed, [\d,]+ bytes are free") as raised:
+        with pytest.raises(
+            ArchiveError, match=r"14,68\d,\d+ bytes are needed, [\d,]+ bytes are free"
+        ) as raised:
             torch_save(obj, small_disk / name)
         assert raised.value.errno == errno.ENOSPC and ("in_place=True" in str(raised.value)) == known
         assert ("the old file is kept" in str(raised.value)) == known
@@ -367,7 +390,9 @@ torch_save({"a": torch.ones(5)}, sys.argv[1], _use_new_zipfile_serialization=sys
 @pytest.mark.parametrize("format_", ["new", "old"])
 @pytest.mark.parametrize("how", ["nameless", "named"])
 @both
-def test_what_a_kill_leaves_the_next_save_removes(tmp_path: Path, obj: object, format_: str, how: str) -> None:
+def test_what_a_kill_leaves_the_next_save_removes(
+    tmp_path: Path, obj: object, format_: str, how: str
+) -> None:
     path = tmp_path / "m.pt"
     path.write_bytes(b"old")
     done = run(KILLED, path, format_, how)
