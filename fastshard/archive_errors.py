@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -21,22 +20,24 @@ _OF_TORCH_WRITING = (
     "open file failed",
 )
 """In the texts of torch's errors when it cannot write a file."""
+_classes: dict[type[OSError], type[ArchiveError]] = {}
 
 
 def archive_error(number: int, text: str, path: Any, *, published: bool = False) -> ArchiveError:
     """An :class:`ArchiveError` that is also what ``open`` would raise, as ``PermissionError``: torch raises either
     class, by format and name of the file."""
-    error = _class_for(type(OSError(number, text)))(number, text, path)
+    error: ArchiveError = _class_for(type(OSError(number, text)))(number, text, path)
     error.published = published
     return error
 
 
-@functools.cache
 def _class_for(kind: type[OSError]) -> Any:
     if issubclass(ArchiveError, kind):
         return ArchiveError
+    if kind in _classes:
+        return _classes[kind]
     members = {"__module__": ArchiveError.__module__, "__reduce__": _reduced, "__doc__": ArchiveError.__doc__}
-    return type(ArchiveError.__name__, (ArchiveError, kind), members)
+    return _classes.setdefault(kind, type(ArchiveError.__name__, (ArchiveError, kind), members))
 
 
 def _reduced(error: OSError) -> tuple[Any, ...]:

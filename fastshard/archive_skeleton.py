@@ -14,7 +14,7 @@ import mmap
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 
@@ -26,7 +26,7 @@ from .plan import FETCHED, HOST, TensorView
 from .planning import collector_paused
 from .records import Archive, UnknownLayout
 
-Held: Final = Any
+Held: TypeAlias = Any
 """What a hole is for: an ``UntypedStorage``, or the ``bytes`` of a pickle."""
 
 _LARGE: Final = 64 << 10

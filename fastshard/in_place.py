@@ -174,7 +174,7 @@ def _is_mount(descriptor: int, place: str) -> bool:
     """Whether the file itself is mounted there: a name that cannot be taken."""
     try:
         if _libc().statx(descriptor, b"", _EMPTY_PATH, 0, found := ctypes.create_string_buffer(256)) == 0:
-            attributes, known = (int.from_bytes(found[at : at + 8], sys.byteorder) for at in _ATTRIBUTES)
+            attributes, known = (int.from_bytes(found.raw[at : at + 8], sys.byteorder) for at in _ATTRIBUTES)
             if known & _MOUNT_ROOT:  # since Linux 5.8
                 return bool(attributes & _MOUNT_ROOT)
     except AttributeError:

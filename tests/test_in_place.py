@@ -9,10 +9,12 @@ import errno
 import io
 import os
 import pickle
+import resource
 import stat
 import subprocess
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,26 @@ def bytes_of(obj: object, path: Path | str) -> bytes:
         place = f"{folder}/{os.path.basename(path)}"
         torch.save(obj, place)
         return Path(place).read_bytes()
+
+
+def in_child(work: Callable[[], object]) -> str:
+    """What it returns, or raises, in a forked process; empty if that is killed."""
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of threads in the parent
+        child = os.fork()
+    if not child:
+        try:
+            said = str(work())
+        except BaseException as error:
+            said = repr(error)
+        os.write(writing, said.encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    return said
 
 
 def read(descriptor: int) -> bytes:
@@ -229,18 +251,22 @@ def test_what_shows_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obj: o
 
 # Who may write.
 
-AS_ANOTHER = """
-from fastshard import activity
-torch_save({"a": torch.ones(5)}, sys.argv[2] + "/warm.pt")
-for name in ("warm.pt",): os.unlink(sys.argv[2] + "/" + name)
-if not os.getuid():
-    os.setgroups([]); os.setgid(65534); os.setuid(65534)
-try:
-    torch_save({"a": torch.ones(5)}, sys.argv[1], _use_new_zipfile_serialization=sys.argv[3] == "new")
-    print("saved", *activity.left().get("torch.save", {}), sep="|")
-except Exception as error:
-    print(isinstance(error, RuntimeError), isinstance(error, PermissionError), error.errno, error.filename, sep="|")
-"""
+
+def save_as_another(path: Path, format_: str) -> str:
+    def work() -> str:
+        if not os.getuid():
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+        activity._forget()
+        try:
+            torch_save({"a": torch.ones(5)}, path, _use_new_zipfile_serialization=format_ == "new")
+        except OSError as error:
+            kinds = isinstance(error, RuntimeError), isinstance(error, PermissionError)
+            return f"{kinds} {error.errno} {error.filename}"
+        return f"saved: {', '.join(activity.left().get('torch.save', {}))}"
+
+    return in_child(work)
 
 
 @pytest.fixture
@@ -265,8 +291,7 @@ def given_away(path: Path, mode: int) -> Path:
 def test_a_file_that_may_not_be_written_to(shared: Path, format_: str) -> None:
     given_away(shared / "own", 0o755)
     path = given_away(shared / "own" / "m.pt", 0o444)
-    done = run(AS_ANOTHER, path, shared, format_)
-    assert done.stdout.strip() == f"True|True|{errno.EACCES}|{path}", done.stderr
+    assert save_as_another(path, format_) == f"(True, True) {errno.EACCES} {path}"
     assert path.read_bytes() == b"old" and names(shared / "own") == ["m.pt"]
 
 
@@ -276,8 +301,7 @@ def test_a_folder_that_may_not_be_written_to(shared: Path, format_: str) -> None
     (shared / "own").chmod(0o555)
     link = shared / "link.pt"
     link.symlink_to(path)
-    done = run(AS_ANOTHER, link, shared, format_)
-    assert done.stdout.strip() == "saved|a folder that may not be written to", done.stderr
+    assert save_as_another(link, format_) == "saved: a folder that may not be written to"
     assert torch.equal(torch.load(path, weights_only=True)["a"], torch.ones(5)) and link.is_symlink()
 
 
@@ -288,8 +312,7 @@ def test_another_users_file_stays_theirs(shared: Path) -> None:
     path = shared / "own" / "m.pt"
     path.write_bytes(b"old")
     path.chmod(0o666)
-    done = run(AS_ANOTHER, path, shared, "new")
-    assert done.stdout.strip() == "saved|another user's or group's file", done.stderr
+    assert save_as_another(path, "new") == "saved: another user's or group's file"
     assert path.stat().st_uid == 0 and torch.load(path, weights_only=True)["a"].sum() == 5
 
 
@@ -376,17 +399,6 @@ def test_attributes_are_carried_over(tmp_path: Path, obj: object, new_format: bo
     assert os.getxattr(path, "user.note") == b"kept" and stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-KILLED = """
-from fastshard import archive_by_torch
-rename = os.rename
-os.rename = lambda *_, **__: os.kill(os.getpid(), 9)
-if sys.argv[3] == "named":
-    del archive_by_torch.os.O_TMPFILE
-    archive_by_torch.os.O_TMPFILE = os.O_DIRECTORY | os.O_WRONLY
-torch_save({"a": torch.ones(5)}, sys.argv[1], _use_new_zipfile_serialization=sys.argv[2] == "new")
-"""
-
-
 @pytest.mark.parametrize("format_", ["new", "old"])
 @pytest.mark.parametrize("how", ["nameless", "named"])
 @both
@@ -395,8 +407,14 @@ def test_what_a_kill_leaves_the_next_save_removes(
 ) -> None:
     path = tmp_path / "m.pt"
     path.write_bytes(b"old")
-    done = run(KILLED, path, format_, how)
-    assert done.returncode == -9, done.stderr
+
+    def killed() -> None:
+        os.rename = lambda *_, **__: os.kill(os.getpid(), 9)  # type: ignore[assignment]
+        if how == "named":
+            os.O_TMPFILE = os.O_DIRECTORY | os.O_WRONLY  # type: ignore[misc]
+        torch_save(SMALL, path, _use_new_zipfile_serialization=format_ == "new")
+
+    assert in_child(killed) == ""
     assert path.read_bytes() == b"old" and len(names(tmp_path)) == 2
     torch_save(obj, path)
     assert names(tmp_path) == ["m.pt"]
@@ -419,24 +437,21 @@ def test_an_error_after_publication_says_so(tmp_path: Path, monkeypatch: pytest.
         os.unlink(tmp_path / "m.pt")
 
 
-LIMITED = """
-import resource
-torch_save({"a": torch.ones(5)}, sys.argv[1])
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-obj = {"n": list(range(int(sys.argv[3])))}
-try:
-    torch_save(obj, sys.argv[1], _use_new_zipfile_serialization=sys.argv[2] == "new")
-except ArchiveError as error:
-    print(error.errno, error.filename)
-"""
-
-
 @pytest.mark.parametrize("count", [40_000, 400_000])
 @pytest.mark.parametrize("format_", ["new", "old"])
 def test_a_failed_write_reaches_the_caller(tmp_path: Path, format_: str, count: int) -> None:
     path = tmp_path / "m.pt"
-    done = run(LIMITED, path, format_, count)
-    assert done.stdout.split() == [str(errno.EFBIG), str(path)], done.stderr
+    torch_save({"a": torch.ones(5)}, path)
+
+    def limited() -> str:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        try:
+            torch_save(list(range(count)), path, _use_new_zipfile_serialization=format_ == "new")
+        except ArchiveError as error:
+            return f"{error.errno} {error.filename}"
+        return "saved"
+
+    assert in_child(limited) == f"{errno.EFBIG} {path}"
     assert names(tmp_path) == ["m.pt"]
     assert torch.load(path, weights_only=True)["a"].sum() == 5
 
