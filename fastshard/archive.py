@@ -15,7 +15,6 @@ import os
 import pickle
 import stat
 import time
-import types
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
@@ -28,6 +27,7 @@ from .archive_errors import NO_SPACE, archive_error, archive_errors, no_space
 from .archive_skeleton import NotByEngine, Pickling, Plan, Skeleton, make_skeleton, plan, stem_in_archive
 from .engine import Engine, Options, Stats, engine_for, progress_wanted
 from .in_place import LATE, note_made, why_in_place
+from .patching import original_of
 from .plan import FilePlan
 from .planning import encoded_path
 from .saving import keep_stats
@@ -170,7 +170,7 @@ def _write_new(pickling: Pickling, path: str, how: _How, began: float) -> str | 
             _write(path, skeleton, planned, how, began)
         elif how.engine is None and not progress_wanted(how.progress) and can_replace():
             replace_by_bytes(skeleton, path, how.durable, how.keep_cached)
-            keep_stats(_stats_of(nbytes, time.perf_counter() - began))
+            keep_stats(_stats_of(nbytes, time.perf_counter() - began), _CALL, path)
         else:
             _write(path, skeleton, None, how, began)
     except OSError as error:
@@ -216,7 +216,7 @@ def _write(path: str, skeleton: Skeleton | bytes, planned: Plan | None, how: _Ho
             plan_seconds=time.perf_counter() - began,
             description=os.path.basename(path),
         )
-        keep_stats(future.result(progress_wanted(how.progress)))
+        keep_stats(future.result(progress_wanted(how.progress)), _CALL, path)
     with contextlib.suppress(OSError):  # others may have moved it already
         note_made(path)
 
@@ -249,34 +249,8 @@ def _kind_of(f: object) -> str:
 
 
 def _original() -> Callable[..., None]:
-    """``torch.save`` itself, whatever has taken its place."""
-    names = vars(torch.serialization)
-    function = torch.serialization.save
-    while not (isinstance(function, types.FunctionType) and function.__globals__ is names):
-        function = getattr(function, "__wrapped__", None)  # type: ignore[assignment]
-        if function is None:
-            return _as_torch_save
-    return function
-
-
-def _as_torch_save(
-    obj: object,
-    f: Any,
-    pickle_module: Any,
-    pickle_protocol: int,
-    _use_new_zipfile_serialization: bool,
-    _disable_byteorder_record: bool,
-) -> None:
-    """What ``torch.save`` does, where another library's function has its name and hides it."""
-    serialization = torch.serialization
-    serialization._check_dill_version(pickle_module)
-    serialization._check_save_filelike(f)
-    if _use_new_zipfile_serialization:
-        with serialization._open_zipfile_writer(f) as writer:
-            serialization._save(obj, writer, pickle_module, pickle_protocol, _disable_byteorder_record)
-    else:
-        with serialization._open_file_like(f, "wb") as file:
-            serialization._legacy_save(obj, file, pickle_module, pickle_protocol)
+    """``torch.save`` itself, whoever has put what in its place."""
+    return original_of("torch.serialization", "save")
 
 
 def _check_folder(path: str) -> None:
