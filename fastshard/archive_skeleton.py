@@ -167,11 +167,7 @@ class _Writer:
         if not isinstance(storages, dict):
             raise NotByEngine("a torch that keeps its storages elsewhere")
         # What is on a device torch would copy to the host as a whole.
-        elsewhere = {
-            key: _Elsewhere(storage)
-            for key, storage in storages.items()
-            if storage.device.type not in ("cpu", "meta")
-        }
+        elsewhere = {key: _Elsewhere(held) for key, held in storages.items() if _is_elsewhere(held)}
         storages.update(elsewhere)
         if not elsewhere:
             self.is_small = nbytes + sum(storage.nbytes() for storage in storages.values()) < _SMALL
@@ -200,6 +196,10 @@ class _Elsewhere:
     def nbytes(self) -> int:
         nbytes: int = self.storage.nbytes()
         return nbytes
+
+
+def _is_elsewhere(storage: Any) -> bool:
+    return storage.device.type not in ("cpu", "meta")
 
 
 def plan(skeleton: Skeleton) -> Plan:

@@ -678,6 +678,28 @@ def test_storages_on_a_gpu(
     assert len(moved) == 50 and asked == {HOST, 0, 1}
 
 
+@by_the_engine
+@pytest.mark.parametrize("kind", ["dtypes", "empty", "views", "whole optimizer", "typed storage"])
+def test_storages_on_a_device_are_not_copied_by_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_to_torch: list[str], kind: str
+) -> None:
+    """Torch is given stand-ins for them, and the engine the storages themselves."""
+    obj = OBJECTS[kind]()
+    expected = by_torch(obj, tmp_path, "m.pt")
+    met: list[Any] = []
+    make_hole = archive_skeleton._Writer._make_hole
+
+    def noted(self: Any, name: str, held: Any, nbytes: int) -> None:
+        met.append(held)
+        make_hole(self, name, held, nbytes)
+
+    monkeypatch.setattr(archive_skeleton._Writer, "_make_hole", noted)
+    monkeypatch.setattr(archive_skeleton, "_is_elsewhere", lambda _: True)
+    torch_save(obj, tmp_path / "m.pt")
+    assert_same((tmp_path / "m.pt").read_bytes(), expected)
+    assert left_to_torch == [] and met and all(isinstance(held, torch.UntypedStorage) for held in met)
+
+
 def test_on_a_real_gpu(real_cuda: torch.device, tmp_path: Path) -> None:
     state = {k: v.to(real_cuda) for k, v in Model().state_dict().items()}
     check({"model": state, "part": torch.arange(1 << 20, device=real_cuda)[5:70], "host": BASE}, tmp_path)
