@@ -226,7 +226,13 @@ def _on_meta(folder: str) -> Iterator[Any]:
 
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise ValueError(f"{folder!r} has no config.json to find a plan by: give a plan file")
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds, by what is wrong with it
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder!r}: transformers cannot read its config.json: {reason}") from None
     classes: list[Any] = []
     for name in _AUTOMATIC:
         mapping = getattr(getattr(transformers, name, None), "_model_mapping", {})
@@ -240,5 +246,10 @@ def _on_meta(folder: str) -> Iterator[Any]:
             classes = [found]
             break
     for model in dict.fromkeys(classes):
-        with torch.device("meta"):
-            yield model(config)
+        try:
+            with torch.device("meta"):
+                made = model(config)
+        except Exception as error:  # likewise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{folder!r}: transformers cannot make a {model.__name__}: {reason}") from None
+        yield made

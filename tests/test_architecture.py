@@ -25,8 +25,8 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 
 PYTHON = """
 settings activity jsontext layout records plan errors mapped sharing tensors engine planning saving prepared directory archive staged hub offload
-transformers accelerate adapters manifest reading sharded vllm sglang vllm_save patching auto checkpoint convert tp_plan
-model_plan parts rank_folders reshard __init__ cli_checkpoints cli __main__
+transformers accelerate adapters manifest reading sharded vllm sglang vllm_save patching auto checkpoint whatis convert tp_plan
+model_plan parts rank_folders reshard __init__ cli_text cli_files cli_checkpoints cli __main__
 """.split()
 """fastshard/ in reading order."""
 
@@ -44,10 +44,13 @@ FOREIGN = {
     "reading": {"safetensors"},
     "checkpoint": set(),
     "tp_plan": set(),
+    "whatis": set(),
+    "cli_text": {"safetensors", "tqdm"},
+    "cli_files": set(),
     "cli_checkpoints": set(),
     "patching": set(),
     "auto": set(),
-    "cli": {"tqdm"},
+    "cli": set(),
 }
 """Modules that must stay usable without torch, and what they may use besides the standard library."""
 
