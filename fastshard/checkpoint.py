@@ -117,6 +117,14 @@ def exists(path: str) -> bool:
     return True
 
 
+def is_folder(path: str) -> bool:
+    """Whether it is one. What cannot be looked at is an ``OSError``, not an absence."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def open_file(path: str) -> BinaryIO:
     """A regular file, to be read. Raises ``OSError``, and ``ValueError`` naming what is none; does not hang on a pipe."""
     file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")  # noqa: SIM115 - returned

@@ -38,9 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "vllm-save", help="a model folder with the weights as the ranks of vLLM want them (needs vLLM)"
     )
     given = parser.parse_args(arguments)
-    for module in (cli_files, cli_checkpoints):
-        if given.command in module.COMMANDS:
-            return module.run(given)
+    if given.command in cli_files.COMMANDS:
+        return cli_files.run(given)
+    if given.command in cli_checkpoints.COMMANDS:
+        return cli_checkpoints.run(given)
     return guarded(lambda: _env(given.path), given.path)
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
-from .checkpoint import INDEX_SUFFIX, WEIGHTS_SUFFIX, exists, files_of_index, open_file, read_text
+from .checkpoint import INDEX_SUFFIX, WEIGHTS_SUFFIX, files_of_index, is_folder, open_file, read_text
 from .cli_text import fail, guarded, needs_torch, printable, size, table
 from .layout import CAST_NAMES, FileHeader, cast_name, read_header
 from .whatis import FOLDER, INDEX, SAFETENSORS, TORCH, TORCH_SUFFIXES, format_of_name, what_is
@@ -22,7 +22,9 @@ COMMANDS: Final = ("inspect", "convert")
 
 def add_parsers(commands: Commands) -> None:
     inspect = commands.add_parser("inspect", help="header, tensors and sizes of safetensors files")
-    inspect.add_argument("files", metavar="PATH", nargs="+", help="a safetensors file, an index, or a folder of such")
+    inspect.add_argument(
+        "files", metavar="PATH", nargs="+", help="a safetensors file, an index, or a folder of such"
+    )
     inspect.add_argument("--json", action="store_true", help="as JSON; of several files a list")
     convert = commands.add_parser(
         "convert",
@@ -31,7 +33,9 @@ def add_parsers(commands: Commands) -> None:
         f" {', '.join(TORCH_SUFFIXES)}, else a safetensors file, or a folder of shards.",
     )
     convert.add_argument(
-        "file", metavar="SRC", help="a file of torch.save (a dict of tensors) or of safetensors; a folder of such"
+        "file",
+        metavar="SRC",
+        help="a file of torch.save (a dict of tensors) or of safetensors; a folder of such",
     )
     convert.add_argument("destination", metavar="DST", help="the file, or the folder")
     convert.add_argument("--key", help="the tensors are those of this entry (model, state_dict, ...)")
@@ -110,8 +114,12 @@ def _named_by(index: str) -> set[str]:
 
 def _header_of(path: str) -> tuple[FileHeader, int]:
     what = what_is(path)
+    if what.text.startswith("no regular file"):
+        raise ValueError(what.text)
     if what.kind == TORCH:
-        raise ValueError(f"{what.text}{'; fastshard convert makes a safetensors file of it' if what.is_whole else ''}")
+        raise ValueError(
+            f"{what.text}{'; fastshard convert makes a safetensors file of it' if what.is_whole else ''}"
+        )
     if what.kind != SAFETENSORS and what.text != "no file of a known kind":
         # The text of the format's own check says more of a file that is only nearly one.
         try:
@@ -129,7 +137,13 @@ def _read(path: str) -> tuple[FileHeader, int]:
 
 def _show(found: FileHeader, nbytes: int) -> None:
     rows = [
-        (printable(t.name), t.code, printable(str(list(t.shape))), str(found.nbytes + t.begin), size(t.end - t.begin))
+        (
+            printable(t.name),
+            t.code,
+            printable(str(list(t.shape))),
+            str(found.nbytes + t.begin),
+            size(t.end - t.begin),
+        )
         for t in found.tensors
     ]
     print(table(("tensor", "dtype", "shape", "offset", "size"), rows, right=(3, 4)))
@@ -176,7 +190,9 @@ def _convert(given: argparse.Namespace) -> int:
     how: dict[str, Any] = {"key": given.key, "dtype": given.dtype, "force": given.force}
     how["progress"] = True if sys.stderr.isatty() and not given.quiet else None
     if is_folder:
-        done = convert_folder(given.file, given.destination, max_shard_size=given.max_shard_size or "5GB", **how)
+        done = convert_folder(
+            given.file, given.destination, max_shard_size=given.max_shard_size or "5GB", **how
+        )
     else:
         done = convert(given.file, given.destination, **how)
     if not given.quiet:
@@ -189,12 +205,14 @@ def _convert(given: argparse.Namespace) -> int:
 def _is_to_be_folder(given: argparse.Namespace) -> bool:
     """Whether DST is a folder. Raises ``ValueError`` where its name says that it is to be a file of another kind."""
     destination: str = given.destination
-    is_there = exists(destination) and os.path.isdir(destination)
+    is_there = is_folder(destination)
     kind = format_of_name(destination.rstrip("/"))
     has_suffix = kind == TORCH or destination.endswith(WEIGHTS_SUFFIX)
     if given.max_shard_size is not None:
         if has_suffix and not is_there:
-            raise ValueError(f"{destination}: with --max-shard-size DST is a folder, and this is the name of a file")
+            raise ValueError(
+                f"{destination}: with --max-shard-size DST is a folder, and this is the name of a file"
+            )
         return True
     if is_there or destination.endswith("/"):
         return True

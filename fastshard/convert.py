@@ -16,7 +16,16 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from .archive import torch_save
-from .checkpoint import INDEX_SUFFIX, WEIGHTS_SUFFIX, exists, other_files, read_checkpoint, read_text, weight_map
+from .checkpoint import (
+    INDEX_SUFFIX,
+    WEIGHTS_SUFFIX,
+    exists,
+    is_folder,
+    other_files,
+    read_checkpoint,
+    read_text,
+    weight_map,
+)
 from .directory import replacing
 from .hub import save_torch_state_dict
 from .layout import read_header
@@ -69,7 +78,7 @@ def convert(
     """
     target = check_dtype(dtype)
     kind = format_of_name(destination)
-    if not force and os.path.lexists(destination):
+    if not force and exists(destination):
         raise FileExistsError(errno.EEXIST, "exists; --force replaces it", destination)
     tensors, metadata = _load_all(source, key, into=destination if kind == TORCH else None)
     if kind == TORCH:
@@ -111,12 +120,12 @@ def convert_folder(
     that has safetensors files already is refused.
     """
     target = check_dtype(dtype)
-    if not force and os.path.isdir(destination):
+    if not force and is_folder(destination):
         for name in sorted(os.listdir(destination)):
             if name.endswith((WEIGHTS_SUFFIX, INDEX_SUFFIX)):
                 path = os.path.join(destination, name)
                 raise FileExistsError(errno.EEXIST, "exists; --force replaces it", path)
-    folder = source if os.path.isdir(source) else None
+    folder = source if is_folder(source) else None
     tensors, metadata = _load_all(source, key)
     dropped = _separate(tensors)
     for name, tensor in tensors.items():  # the hub takes no part of a storage for a tensor
@@ -149,7 +158,9 @@ def _load_all(
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[str, str] | None = None
     for path, names in _files_of(source).items():
-        found, told = _load(path, key, mapped=into is None or os.path.realpath(into) != os.path.realpath(path))
+        found, told = _load(
+            path, key, mapped=into is None or os.path.realpath(into) != os.path.realpath(path)
+        )
         if names is not None and names != found.keys():
             different = _listed(sorted(names ^ found.keys()))
             raise ValueError(f"{path}: its tensors are not those of the index: {different}")
@@ -172,7 +183,9 @@ def _files_of(source: str) -> dict[str, set[str] | None]:
             if exists(whole):
                 return {whole: None}
             if "safetensors" not in what.text:
-                raise ValueError(f"{source}: {what.text}: no pytorch_model.bin, no index, no {WEIGHTS_SUFFIX} file")
+                raise ValueError(
+                    f"{source}: {what.text}: no pytorch_model.bin, no index, no {WEIGHTS_SUFFIX} file"
+                )
             checkpoint = read_checkpoint(source)
             return {file.path: {t.name for t in file.header.tensors} for file in checkpoint.files.values()}
     elif what.kind != INDEX:
@@ -226,7 +239,10 @@ def _load_archive(path: str, mapped: bool) -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about TypedStorage, in the middle of torch
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            with open(path, "rb") as file:
+                # Under a name without suffix: torch reads what is called .safetensors in another way.
+                name = f"/proc/self/fd/{file.fileno()}" if path.endswith(WEIGHTS_SUFFIX) else path
+                return torch.load(name, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # of any kind, if it is no checkpoint at all

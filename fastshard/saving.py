@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import _remove_duplicate_names
+from safetensors.torch import _find_shared_tensors, _remove_duplicate_names
 
 from . import tensors as _tensors
 from .engine import Engine, Options, SaveFuture, Stats, engine_for, progress_wanted
@@ -140,13 +140,14 @@ def save_model(
 ) -> None:
     """Saves a module's parameters and buffers, of tied tensors only one; see ``safetensors.torch.save_model``.
 
-    The names left out are added to ``metadata`` (the caller's dict, as there), pointing to the one kept.
+    The names left out are added to ``metadata`` (the caller's dict, as there), pointing to the one kept. A tensor that is
+    part of a larger storage is taken, other than there, if no other one has memory in common with it.
     With ``force_contiguous`` strided tensors are packed straight into the file. The other arguments and the
     errors are those of :func:`save_file`.
     """
     _tensors.check_dtype(dtype)
     state_dict = model.state_dict()
-    for kept, removed in _remove_duplicate_names(state_dict).items():
+    for kept, removed in _duplicate_names(state_dict).items():
         metadata = {} if metadata is None else metadata
         for name in removed:
             metadata.setdefault(name, kept)
@@ -169,6 +170,14 @@ def save_model(
     except ValueError as error:
         hint = " Or use save_model(..., force_contiguous=True), read the docs for potential caveats."
         raise ValueError(f"{error}{hint}") from None
+
+
+def _duplicate_names(state_dict: StateDict) -> dict[str, list[str]]:
+    """Name kept -> names of the same memory. Raises ``RuntimeError``, as there, where no tensor has all of it."""
+    alone = {name for group in _find_shared_tensors(state_dict) if len(group) == 1 for name in group}
+    others = {name: tensor for name, tensor in state_dict.items() if name not in alone}
+    found: dict[str, list[str]] = _remove_duplicate_names(others)
+    return found
 
 
 def save(

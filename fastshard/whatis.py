@@ -201,7 +201,11 @@ def _of_zip(file: BinaryIO, has_pickle: bool) -> What:
         return What(OTHER, "a program of TorchScript, not a dict of tensors")
     if "data.pkl" in inner or "data.pkl" in names:
         return What(TORCH, "an archive of torch.save")
-    if "archive_format" in inner or "archive_format" in names or any(n.endswith("exported_program.json") for n in names):
+    if (
+        "archive_format" in inner
+        or "archive_format" in names
+        or any(n.endswith("exported_program.json") for n in names)
+    ):
         return What(OTHER, "a program of torch.export")
     if names and all(name.endswith(".npy") for name in names):
         return What(OTHER, "arrays of numpy (.npz)")

@@ -223,7 +223,13 @@ sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.mark.parametrize(
     "arguments",
-    ["shard m -o out --tp 2", "merge m -o out", "reshard m -o out --max-shard-size 1GB", "convert m/m.bin out", "bench --list"],
+    [
+        "shard m -o out --tp 2",
+        "merge m -o out",
+        "reshard m -o out --max-shard-size 1GB",
+        "convert m/m.bin out",
+        "bench --list",
+    ],
 )
 def test_without_torch(tmp_path: Path, arguments: str) -> None:
     (tmp_path / "m").mkdir()
@@ -241,7 +247,10 @@ def test_inspect_needs_no_torch(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "m.safetensors")
     code = _BLOCKED.replace("BLOCKED", "{'torch', 'numpy'}")
     done = subprocess.run(
-        [sys.executable, "-c", code, "inspect", "m.safetensors", "."], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", code, "inspect", "m.safetensors", "."],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -249,7 +258,9 @@ def test_inspect_needs_no_torch(tmp_path: Path) -> None:
 def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
     code = _BLOCKED.replace("BLOCKED", "{'matplotlib'}")
     arguments = ["bench", "--plot", "out.png", "--case", "four-files"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 2
     assert done.stderr.endswith("--plot needs matplotlib\n") and done.stdout == ""
 
