@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastshard env [PATH]``, ``bench``, ``vllm-save``, and those of cli_files.py and cli_checkpoints.py."""
+"""``fastshard env [PATH]``, ``run COMMAND``, ``bench``, ``vllm-save``, and those of cli_files.py and
+cli_checkpoints.py."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from . import __version__, cli_checkpoints, cli_files
+from . import __version__, cli_checkpoints, cli_files, cli_run
 from .cli_text import fail, guarded, needs_torch, size
 from .engine import IO_URING_VARIABLE, Options, io_uring_allowed, usable_cpus
 
@@ -20,17 +21,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["bench"]:  # its own parser, and its own dependencies
         return _bench(arguments[1:])
+    if arguments[:1] == ["run"]:  # with another command's arguments
+        return cli_run.run(arguments[1:])
     if arguments[:1] == ["vllm-save"]:  # with vLLM's arguments
         return _vllm_save(arguments[1:])
     parser = argparse.ArgumentParser(prog="fastshard", description="Fast, safe safetensors files.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     cli_files.add_parsers(commands)
-    env = commands.add_parser("env", help="what this machine and the filesystem of a path offer a save")
+    env = commands.add_parser("env", help="what this machine and the filesystem of a path offer a save, what is replaced")
     env.add_argument(
         "path", nargs="?", default=".", help="an existing directory, or a file in one (default: .)"
     )
     cli_checkpoints.add_parsers(commands)
+    commands.add_parser("run", help="a command whose Pythons all start with fastshard (run torchrun train.py)")
     commands.add_parser(
         "bench", help="measure against safetensors, torch.save and DCP (--help for its options)"
     )
@@ -74,6 +78,7 @@ def _env(path: str) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name.ljust(width)}  {value}".rstrip())
+    print("\nwith `import fastshard.auto`", *cli_run.replacements(), sep="\n")
 
 
 def _io_uring() -> str:

@@ -11,19 +11,27 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import _find_shared_tensors, _remove_duplicate_names
 
 from . import tensors as _tensors
+from .activity import count_saved, one_save
 from .engine import Engine, Options, SaveFuture, Stats, engine_for, progress_wanted
+from .loading import load
 from .plan import FilePlan
 from .planning import Entries, PathLike, StateDict, check_filename, encoded_path, fetcher, lay_out
+from .sharing import duplicates
 
-_newest = threading.local()
+class _Newest:
+    """Figures of the newest save, of each thread and of them all."""
+
+    of_thread = threading.local()
+    of_all: Stats | None = None
 
 
 def stats() -> Stats | None:
-    """Figures of the newest save this thread has made, ``None`` before the first."""
-    return getattr(_newest, "stats", None)
+    """Figures of the newest save this thread has made. In a thread that has made none: of the newest that any thread of
+    this process has made; ``None`` before the first. A save counts when it is complete."""
+    found: Stats | None = getattr(_Newest.of_thread, "stats", None)
+    return _Newest.of_all if found is None else found
 
 
 class How(NamedTuple):
@@ -60,8 +68,9 @@ def save_file(
 ) -> None:
     """Saves a dict of tensors in safetensors format, byte for byte what ``safetensors.torch.save_file`` writes.
 
-    The file appears under its name complete or not at all; its mode follows the umask, or is that of the
-    file it replaces, and a symbolic link keeps pointing where it points.
+    The file appears under its name complete or not at all; its mode follows the umask, or is that of the file it
+    replaces, as are access control list and extended attributes. A symbolic link is replaced by the file; what it
+    led to stays as it is.
 
     Args:
         tensors: name -> dense, contiguous tensor on any device, each with memory of its own. What was
@@ -118,10 +127,13 @@ def save_files(
     for filename in files:
         check_filename(filename)
         encoded_path(filename)
-        known = seen.setdefault(os.path.realpath(filename), filename)
+        folder, name = os.path.split(os.fspath(filename))
+        known = seen.setdefault(os.path.join(os.path.realpath(folder), name), filename)  # a link is replaced
         if known is not filename:
             raise ValueError(f"{filename!r} and {known!r} are the same file")
-    _save(files, metadata, How(durable, keep_cached, progress, allow_strided, dtype, checksums, engine))
+    how = How(durable, keep_cached, progress, allow_strided, dtype, checksums, engine)
+    with one_save("save_files", os.path.dirname(next(iter(seen), "")) or "."):
+        _save(files, metadata, how)
 
 
 def save_model(
@@ -147,37 +159,21 @@ def save_model(
     """
     _tensors.check_dtype(dtype)
     state_dict = model.state_dict()
-    for kept, removed in _duplicate_names(state_dict).items():
+    for kept, removed in duplicates(state_dict).items():
         metadata = {} if metadata is None else metadata
         for name in removed:
             metadata.setdefault(name, kept)
             del state_dict[name]
     if force_contiguous:
         state_dict = dict(state_dict)  # there a new dict is made, whatever mapping the module returns
+    strided = allow_strided or force_contiguous
+    how = How(durable, keep_cached, progress, strided, dtype, checksums, engine)
     try:
-        save_file(
-            state_dict,
-            filename,
-            metadata,
-            durable=durable,
-            keep_cached=keep_cached,
-            progress=progress,
-            allow_strided=allow_strided or force_contiguous,
-            dtype=dtype,
-            checksums=checksums,
-            engine=engine,
-        )
+        with one_save("save_model", filename):
+            _save({filename: state_dict}, metadata, how)
     except ValueError as error:
         hint = " Or use save_model(..., force_contiguous=True), read the docs for potential caveats."
         raise ValueError(f"{error}{hint}") from None
-
-
-def _duplicate_names(state_dict: StateDict) -> dict[str, list[str]]:
-    """Name kept -> names of the same memory. Raises ``RuntimeError``, as there, where no tensor has all of it."""
-    alone = {name for group in _find_shared_tensors(state_dict) if len(group) == 1 for name in group}
-    others = {name: tensor for name, tensor in state_dict.items() if name not in alone}
-    found: dict[str, list[str]] = _remove_duplicate_names(others)
-    return found
 
 
 def save(
@@ -190,15 +186,14 @@ def save(
     engine: Engine | Options | None = None,
 ) -> bytes:
     """The bytes that :func:`save_file` would write. Arguments and errors are the same."""
-    from . import _native
-
     began = time.perf_counter()
     entries, head = lay_out(tensors, metadata, allow_strided, dtype)
-    data, address = _native.new_bytes(len(head) + sum(entry.view.nbytes for entry in entries))
+    data, address = load(f"{__package__}._native").new_bytes(len(head) + sum(entry.view.nbytes for entry in entries))
     plan = FilePlan((address, len(data)), head, [entry.view for entry in entries])
     how = How(progress=progress, dtype=dtype, engine=engine)
-    write_files({"": PlannedFile(plan, entries)}, how, began, "Saving to memory")
-    return data
+    with one_save("save", "memory"):
+        write_files({"": PlannedFile(plan, entries)}, how, began, "Saving to memory")
+    return bytes(data)
 
 
 def _save(files: Mapping[PathLike, StateDict], metadata: dict[str, str] | None, how: How) -> None:
@@ -239,17 +234,23 @@ def write_files(
     finish(future, how.progress, files)
 
 
-def finish(future: SaveFuture, progress: bool | None, files: Mapping[PathLike, Entries]) -> Stats:
-    """Waits for a save, and keeps its figures for :func:`stats`."""
+def finish(
+    future: SaveFuture,
+    progress: bool | None,
+    files: Mapping[PathLike, Entries],
+    call: str = "save_file",
+) -> Stats:
+    """Waits for a save, and keeps its figures for :func:`stats`. ``call``: the public function."""
     figures = future.result(progress_wanted(progress))
     checksums = {
         os.fspath(filename): {entry.name: value for entry, value in zip(entries, values)}
         for (filename, entries), values in zip(files.items(), future.checksums())
     }
-    return keep_stats(dataclasses.replace(figures, checksums=checksums))
+    return keep_stats(dataclasses.replace(figures, checksums=checksums), call, next(iter(files), ""))
 
 
-def keep_stats(figures: Stats) -> Stats:
-    """Keeps them for :func:`stats`."""
-    _newest.stats = figures
+def keep_stats(figures: Stats, call: str, place: object) -> Stats:
+    """Keeps them for :func:`stats`, and counts the save of the public function ``call``."""
+    _Newest.of_thread.stats = _Newest.of_all = figures
+    count_saved(call, place, figures.files, figures.nbytes, figures.seconds)
     return figures

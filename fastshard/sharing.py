@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
+from safetensors.torch import _find_shared_tensors, _remove_duplicate_names
 from torch.nn.parameter import is_lazy
 
 
@@ -25,6 +26,16 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     begin = tensor.data_ptr()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return begin, begin + (last + 1) * tensor.element_size()
+
+
+def storage_of(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Address and size of a tensor's memory; ``None`` for those that have none of the usual kind (sparse, opaque, not yet
+    initialized, on a device that hides it)."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except (RuntimeError, ValueError):  # NotImplementedError is a RuntimeError
+        return None
 
 
 _SEARCH_STEPS = 1000
@@ -114,3 +125,18 @@ def shared_names(tensors: Mapping[str, torch.Tensor], storages: Iterable[list[st
                 groups = [g for g in groups if g not in met] + [{name}.union(*met)]
             shared += [group for group in groups if len(group) > 1]
     return shared
+
+
+def duplicates(tensors: dict[str, torch.Tensor]) -> dict[str, list[str]]:
+    """Of tied tensors, the name that ``safetensors.torch.save_model`` keeps -> those that it leaves out.
+
+    Raises its ``RuntimeError`` where none of them covers the memory that they share. One that shares with nobody is
+    tied to none, whatever it covers.
+    """
+    try:
+        return _remove_duplicate_names(tensors)
+    except RuntimeError:
+        alone = {name for names in _find_shared_tensors(tensors) if len(names) == 1 for name in names}
+        return _remove_duplicate_names(
+            {name: tensor for name, tensor in tensors.items() if name not in alone}
+        )
