@@ -309,9 +309,15 @@ def _target(out: PathLike, src: str, force: bool, how: How, in_place: bool = Fal
         try:
             os.rmdir(os.path.join(folder, place))
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):  # somebody else's files may be in there
+            if error.errno not in (
+                errno.ENOENT,
+                errno.ENOTEMPTY,
+                errno.EEXIST,
+            ):  # somebody else's files may be in there
                 error.published = True  # type: ignore[attr-defined]
-                error.strerror = f"the new checkpoint is in place, but not what it replaces is gone: {error.strerror}"
+                error.strerror = (
+                    f"the new checkpoint is in place, but not what it replaces is gone: {error.strerror}"
+                )
                 raise
 
 

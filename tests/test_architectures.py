@@ -68,7 +68,9 @@ def test_what_is_transposed(dim: int, groups: int, check: bool) -> None:
     followed = _followed(split, (4, 12, 8), _Place(("w",), (operation,)), (4, 8, 12))
     assert followed is not None
     for rank in range(2):
-        assert torch.equal(cut(stored, followed, rank).transpose(1, 2), cut(stored.transpose(1, 2), split, rank))
+        assert torch.equal(
+            cut(stored, followed, rank).transpose(1, 2), cut(stored.transpose(1, 2), split, rank)
+        )
     as_it_is = _followed(split, (4, 12, 8), _Place(("w",), (operation,)), (4, 12, 8))
     assert as_it_is == (split if check else None)
 
@@ -78,7 +80,9 @@ def test_what_cannot_be_followed() -> None:
     assert _followed(Split(0), (8, 8), _Place(("w",), (other,)), (8, 8)) is None
     counted = Concatenate(dim=0, num_shards_attribute="n")
     assert _followed(Split(0), (8, 8), _Place(("w",), (counted,)), (4, 8)) is None
-    assert _followed(Split(0), (4, 8, 8), _Place(("w",), (MergeModulelist(dim=0),)), (8, 8)) is None  # whole experts
+    assert (
+        _followed(Split(0), (4, 8, 8), _Place(("w",), (MergeModulelist(dim=0),)), (8, 8)) is None
+    )  # whole experts
     assert _followed(Split(1), (4, 8, 8), _Place(("w",), (MergeModulelist(dim=0),)), (8, 8)) == Split(0)
     assert _followed(Split(1), (4, 8, 8), _Place(("w",), (MergeModulelist(dim=0),)), (8, 9)) is None
     both = _Place(("w",), (MergeModulelist(dim=0), Concatenate(dim=1)))
