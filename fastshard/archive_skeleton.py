@@ -23,7 +23,6 @@ from .archive_errors import archive_errors, why_torch_failed
 from .engine import Amend
 from .errors import ArchiveError
 from .plan import FETCHED, HOST, TensorView
-from .planning import collector_paused
 from .records import Archive, UnknownLayout
 
 Held: TypeAlias = Any
@@ -210,24 +209,23 @@ def plan(skeleton: Skeleton) -> Plan:
     items: list[TensorView] = []
     filled: list[str] = []
     at = 0
-    with collector_paused():
-        try:
-            archive = Archive(memoryview(mapping))
-        except UnknownLayout as error:
-            raise NotByEngine("an archive of another layout") from error
-        for record in archive.records:
-            held = holes.get(record.name)
-            if held is None:
-                continue
-            view = view_of(held)
-            if view is None or view.nbytes != record.nbytes:
-                raise NotByEngine("a storage without memory")
-            items += TensorView(base + at, record.begin - at, HOST), view
-            filled.append(record.name)
-            at = record.begin + record.nbytes
-        if len(filled) != len(holes):
-            raise NotByEngine("an archive of another layout")
-        items.append(TensorView(base + at, len(mapping) - at, HOST))
+    try:
+        archive = Archive(memoryview(mapping))
+    except UnknownLayout as error:
+        raise NotByEngine("an archive of another layout") from error
+    for record in archive.records:
+        held = holes.get(record.name)
+        if held is None:
+            continue
+        view = view_of(held)
+        if view is None or view.nbytes != record.nbytes:
+            raise NotByEngine("a storage without memory")
+        items += TensorView(base + at, record.begin - at, HOST), view
+        filled.append(record.name)
+        at = record.begin + record.nbytes
+    if len(filled) != len(holes):
+        raise NotByEngine("an archive of another layout")
+    items.append(TensorView(base + at, len(mapping) - at, HOST))
 
     def amend(checksums: Sequence[Sequence[int]]) -> list[tuple[int, int, bytes]]:
         crcs = dict(zip(filled, checksums[0][1::2], strict=True))
