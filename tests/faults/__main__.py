@@ -8,6 +8,7 @@ about it; ``--sample N`` takes N cases of each saver, evenly spread. Exit status
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -59,6 +60,8 @@ def main() -> int:
             else:
                 _warm(saver)
                 _templates[saver.name] = cases.make_template(saver, _places)
+        gc.collect()
+        gc.freeze()  # so that a collection in a child touches, and so copies, nothing of what is here
         todo = [case for template in _templates.values() for case in _cases(template, given)]
         print(f"{len(todo)} cases of {len(_templates)} savers; ready after {time.monotonic() - began:.0f} s")
         results = list(_run(todo, given))

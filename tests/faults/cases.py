@@ -10,6 +10,7 @@ nothing hidden, wherever that lies.
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import re
 import shutil
@@ -266,7 +267,7 @@ def run_case(case: Case, template: Template, places: Places, limit: float) -> Re
 
     def after(value: object, error: BaseException | None) -> dict[str, Any]:
         found: dict[str, Any] = {"value": value, "error": _describe(error)}
-        del error
+        _forget(error)
         found["leaked"] = _leaked(opened[0])
         found |= {"state": _state(root, template), "hidden": hidden(root), "modes": _modes(root)}
         return found | _next_save(root, template)
@@ -311,7 +312,7 @@ def _mixture(now: State, template: Template) -> list[str]:
 def _next_save(root: str, template: Template) -> dict[str, Any]:
     """In the child."""
     try:
-        template.saver.save(root)
+        (template.saver.again or template.saver.save)(root)
     except BaseException as error:
         return {"next": f"raises {type(error).__name__}: {error}".replace(root, ""), "left": hidden(root)}
     end = time.monotonic() + 2  # what is removed on a thread of its own
@@ -319,6 +320,14 @@ def _next_save(root: str, template: Template) -> dict[str, Any]:
         time.sleep(0.02)
     state = _state(root, template)
     return {"next": "" if state == "new" else f"leaves {state}", "left": left}
+
+
+def _forget(error: BaseException | None) -> None:
+    """A traceback keeps what its frames have open."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()
 
 
 def _describe(error: BaseException | None) -> dict[str, Any] | None:
@@ -361,7 +370,7 @@ def _judge(
             yield Wrong("lie", f"returns, and what stands is {found['state']}")
         elif found["value"] != template.value:
             yield Wrong("lie", "returns another value")
-        elif saver.waits and case.call in _WRITEBACK and hit.path.startswith(root):
+        elif (saver.durable or saver.waits) and case.call in _WRITEBACK and hit.path.startswith(root):
             yield Wrong("lie", f"returns although {case.call} failed")
         elif found["modes"] != template.modes:
             yield Wrong("mode", f"returns with modes {_differences(found['modes'], template.modes)}")

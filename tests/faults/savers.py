@@ -45,10 +45,14 @@ class Saver:
     """What a loader of these files finds; ``None``: all files must be those of one save."""
     each: bool = False
     """Whether, after a kill, each file for itself is old or new."""
+    again: Callable[[str], object] | None = None
+    """The next save through the same path, if it is not the same call."""
     halfway: Callable[[str], object] | None = None
     """Makes another state that is right on the way: a saver that saves twice."""
+    durable: bool = False
+    """Whether all of it is on stable storage when the save returns."""
     waits: bool = False
-    """Whether the disk has it all when the save returns, so that an error of writeback must be raised."""
+    """Whether the disk has the data when the save returns, so that an error of writeback must be raised."""
     memory: bool = False
     """On a filesystem in memory."""
     installed: bool = False
@@ -58,6 +62,7 @@ class Saver:
 
     @property
     def missing(self) -> str:
+        """Of :attr:`needs`, what is not installed."""
         return ", ".join(name for name in self.needs if importlib.util.find_spec(name) is None)
 
 
@@ -191,11 +196,11 @@ def _files() -> Iterable[Saver]:
         ("save_file", {}, {}),
         ("save_file-direct", {"engine": _options("direct")}, {}),
         ("save_file-mapped", {"engine": _options("mapped")}, {}),
-        ("save_file-durable", {"durable": True}, {"waits": True}),
-        ("save_file-durable-direct", {"durable": True, "engine": _options("direct")}, {"waits": True}),
+        ("save_file-durable", {"durable": True}, {"durable": True}),
+        ("save_file-durable-direct", {"durable": True, "engine": _options("direct")}, {"durable": True}),
         ("save_file-uncached", {"keep_cached": False}, {"waits": True}),
         ("save_file-uncached-buffered", {"keep_cached": False, "engine": _options("buffered")}, {"waits": True}),
-        ("save_file-uncached-durable", {"keep_cached": False, "durable": True}, {"waits": True}),
+        ("save_file-uncached-durable", {"keep_cached": False, "durable": True}, {"durable": True}),
         ("save_file-tmpfs", {}, {"memory": True}),
         ("save_file-strided", {"engine": _options("buffered"), "dtype": torch.bfloat16}, {}),
     ):
@@ -218,7 +223,7 @@ def _files() -> Iterable[Saver]:
                 functools.partial(several, first=10, count=3),
                 functools.partial(several, first=0, count=standing) if standing else nothing,
                 each=True,
-                waits=bool(arguments),
+                durable=bool(arguments),
             )
     yield Saver("save", lambda root: hashlib.sha256(fastshard.save(weights(1))).hexdigest(), nothing)
 
@@ -244,7 +249,7 @@ def _prepared() -> Iterable[Saver]:
                 save,
                 before,
                 halfway=functools.partial(file, seed=1),
-                waits=bool(arguments),
+                durable=bool(arguments),
                 memory=memory,
             )
 
@@ -252,14 +257,14 @@ def _prepared() -> Iterable[Saver]:
 def _archives() -> Iterable[Saver]:
     for name, arguments, how in (
         ("torch_save", {}, {}),
-        ("torch_save-durable", {"durable": True}, {"waits": True}),
+        ("torch_save-durable", {"durable": True}, {"durable": True}),
         ("torch_save-uncached", {"keep_cached": False}, {"waits": True}),
         ("torch_save-tmpfs", {}, {"memory": True}),
         ("torch_save-old_format", {"_use_new_zipfile_serialization": False}, {}),
         (
             "torch_save-old_format-durable",
             {"_use_new_zipfile_serialization": False, "durable": True},
-            {"waits": True},
+            {"durable": True},
         ),
     ):
 
@@ -303,7 +308,7 @@ def _folders() -> Iterable[Saver]:
                 save,
                 before,
                 reads=reads,
-                waits="durable" in arguments,
+                durable="durable" in arguments,
                 needs=("huggingface_hub",),
             )
 
@@ -318,7 +323,7 @@ def _folders() -> Iterable[Saver]:
             ("more_parts", functools.partial(state, seed=0, count=8)),
             ("fewer_parts", functools.partial(state, seed=0, count=2)),
         ):
-            yield Saver(f"{name}:{variant}", save, before, reads=parts, waits=bool(arguments))
+            yield Saver(f"{name}:{variant}", save, before, reads=parts, durable=bool(arguments))
 
 
 def _libraries() -> Iterable[Saver]:
@@ -394,15 +399,30 @@ def _commands() -> Iterable[Saver]:
     def convert_folder(root: str, *more: str) -> None:
         command("convert", f"{root}/source", f"{root}/d/out", "--max-shard-size", "20KB", *more)
 
-    yield Saver("convert:new", convert, pickled)
-    yield Saver("convert:exists", lambda root: convert(root, "--force"), pickled_beside_file)
-    yield Saver("convert-folder:new", convert_folder, pickled, reads=resharded, needs=("huggingface_hub",))
+    force = {
+        "convert": lambda root: convert(root, "--force"),
+        "convert-folder": lambda root: convert_folder(root, "--force"),
+        "shard": lambda root: shard(root, "--force"),
+        "merge": lambda root: merge(root, "--force"),
+        "reshard": lambda root: reshard(root, "--force"),
+    }
+    yield Saver("convert:new", convert, pickled, again=force["convert"])
+    yield Saver("convert:exists", force["convert"], pickled_beside_file)
+    needs = ("huggingface_hub",)
+    yield Saver(
+        "convert-folder:new",
+        convert_folder,
+        pickled,
+        again=force["convert-folder"],
+        reads=resharded,
+        needs=needs,
+    )
     yield Saver(
         "convert-folder:more_shards",
-        lambda root: convert_folder(root, "--force"),
+        force["convert-folder"],
         pickled_beside_shards,
         reads=resharded,
-        needs=("huggingface_hub",),
+        needs=needs,
     )
 
     def shard(root: str, *more: str) -> None:
@@ -438,32 +458,31 @@ def _commands() -> Iterable[Saver]:
     def only_old(root: str) -> None:
         source(root, 1, 6, "d/out")
 
-    needs = ("huggingface_hub",)
     new = functools.partial(source, seed=1, count=4)
-    yield Saver("shard:new", shard, new, reads=ranks, needs=needs)
+    yield Saver("shard:new", shard, new, again=force["shard"], reads=ranks, needs=needs)
     yield Saver(
-        "shard:over_ranks", lambda root: shard(root, "--force"), source_and_ranks, reads=ranks, needs=needs
+        "shard:over_ranks", force["shard"], source_and_ranks, reads=ranks, needs=needs
     )
     yield Saver(
         "shard:over_checkpoint",
         lambda root: shard(root, "--force", "--durable"),
         source_and_old,
         reads=ranks,
-        waits=True,
+        durable=True,
         needs=needs,
     )
-    yield Saver("merge:new", merge, to_merge, reads=resharded, needs=needs)
+    yield Saver("merge:new", merge, to_merge, again=force["merge"], reads=resharded, needs=needs)
     yield Saver(
         "merge:exists",
         lambda root: merge(root, "--force", "--durable"),
         to_merge_over_old,
         reads=resharded,
-        waits=True,
+        durable=True,
         needs=needs,
     )
-    yield Saver("reshard:new", reshard, new, reads=resharded, needs=needs)
+    yield Saver("reshard:new", reshard, new, again=force["reshard"], reads=resharded, needs=needs)
     yield Saver(
-        "reshard:exists", lambda root: reshard(root, "--force"), source_and_old, reads=resharded, needs=needs
+        "reshard:exists", force["reshard"], source_and_old, reads=resharded, needs=needs
     )
     yield Saver("reshard:in_place", reshard_in_place, only_old, reads=resharded, needs=needs)
 
