@@ -9,6 +9,7 @@ nothing hidden, wherever that lies.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
@@ -172,7 +173,7 @@ def _leaked(before: Counter[str]) -> list[str]:
     return list(more)
 
 
-def _enter(root: str, saver: Saver) -> None:
+def enter(root: str, saver: Saver) -> None:
     """In the child, before it is watched."""
     tempfile.tempdir = os.environ["TMPDIR"] = os.path.join(root, "tmp")
     if saver.installed:
@@ -191,15 +192,27 @@ def _fill(root: str, folder: str | None) -> None:
 def _do(root: str, saver: Saver, work: Any, what: str) -> Any:
     """Undisturbed, in a child; what it returned."""
     report = calls.run(
-        lambda: work(root), before=lambda: _enter(root, saver), after=lambda value, error: (value, _told(error))
+        lambda: work(root), before=lambda: enter(root, saver), after=lambda value, error: (value, traceback_of(error))
     )
     if report.outcome != "returned":
         raise RuntimeError(f"{saver.name}: {what} does not work: {report.outcome} {report.value}")
     return report.value[0]
 
 
-def _told(error: BaseException | None) -> str:
+def traceback_of(error: BaseException | None) -> str:
     return "".join(traceback.format_exception(error)) if error is not None else ""
+
+
+def warm(saver: Saver, places: Places) -> None:
+    """Saves once in this process, so that its children import nothing."""
+    root = places.root(saver)
+    _fill(root, None)
+    try:
+        with fastshard.installed() if saver.installed else contextlib.nullcontext():
+            saver.before(root)
+            saver.save(root)
+    finally:
+        shutil.rmtree(root)
 
 
 def make_template(saver: Saver, places: Places) -> Template:
@@ -220,7 +233,7 @@ def make_template(saver: Saver, places: Places) -> Template:
         raise RuntimeError(f"{saver.name} leaves {left} when nothing fails")
     _fill(root, folder)
     report = calls.run(
-        lambda: saver.save(root), seen=_seen(), before=lambda: _enter(root, saver), keep_log=True
+        lambda: saver.save(root), seen=_seen(), before=lambda: enter(root, saver), keep_log=True
     )
     shutil.rmtree(root)
     return Template(saver, folder, old, new, halfway, modes, value, report.log)
@@ -262,14 +275,14 @@ def run_case(case: Case, template: Template, places: Places, limit: float) -> Re
     opened: list[Counter[str]] = []
 
     def before() -> None:
-        _enter(root, saver)
+        enter(root, saver)
         opened.append(_descriptors())
 
     def after(value: object, error: BaseException | None) -> dict[str, Any]:
         found: dict[str, Any] = {"value": value, "error": _describe(error)}
         _forget(error)
         found["leaked"] = _leaked(opened[0])
-        found |= {"state": _state(root, template), "hidden": hidden(root), "modes": _modes(root)}
+        found |= {"state": state_of(root, template), "hidden": hidden(root), "modes": _modes(root)}
         return found | _next_save(root, template)
 
     report = calls.run(
@@ -282,7 +295,7 @@ def run_case(case: Case, template: Template, places: Places, limit: float) -> Re
     return Result(case, True, report.outcome, place or "memory", wrong)
 
 
-def _state(root: str, template: Template) -> str:
+def state_of(root: str, template: Template) -> str:
     now = visible(root)
     named = {"new": template.new, "old": template.old, "halfway": template.halfway}
     for name, state in named.items():
@@ -318,7 +331,7 @@ def _next_save(root: str, template: Template) -> dict[str, Any]:
     end = time.monotonic() + 2  # what is removed on a thread of its own
     while (left := hidden(root)) and time.monotonic() < end:
         time.sleep(0.02)
-    state = _state(root, template)
+    state = state_of(root, template)
     return {"next": "" if state == "new" else f"leaves {state}", "left": left}
 
 
@@ -346,7 +359,7 @@ def _describe(error: BaseException | None) -> dict[str, Any] | None:
         "errno": getattr(error, "errno", None),
         "filename": None if filename is None else os.fsdecode(filename),
         "published": published,
-        "trace": _told(error),
+        "trace": traceback_of(error),
     }
 
 
@@ -361,7 +374,7 @@ def _judge(
         yield Wrong("died", f"dies {found or ''}")
         return
     if report.outcome == "killed":
-        yield from _judge_kill(template, root, limit)
+        yield from judge_kill(template, root, limit)
         return
     hit = report.hit
     assert hit is not None
@@ -439,14 +452,14 @@ def _judge_error(case: Case, hit: calls.Call, told: dict[str, Any], root: str) -
         yield Wrong("error", f"names a hidden file, {filename.replace(root, '')}")
 
 
-def _judge_kill(template: Template, root: str, limit: float) -> Iterable[Wrong]:
+def judge_kill(template: Template, root: str, limit: float) -> Iterable[Wrong]:
     saver = template.saver
     now = visible(root)
     if not _is_whole(now, template):
         yield Wrong("mixture", f"after a kill there is a mixture ({', '.join(_mixture(now, template))})")
     report = calls.run(
         lambda: None,
-        before=lambda: _enter(root, saver),
+        before=lambda: enter(root, saver),
         after=lambda value, error: _next_save(root, template),
         limit=limit,
     )
