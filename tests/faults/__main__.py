@@ -19,9 +19,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TQDM_DISABLE": "1",
+}
 warnings.filterwarnings("ignore")
 
 import calls  # noqa: E402
