@@ -16,7 +16,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, TypeVar
 
 os.environ |= {
@@ -93,12 +93,16 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tests/faults", description=__doc__)
     parser.add_argument("--saver", action="append", help="a saver, or part of savers' names; may be repeated")
-    parser.add_argument("--only", choices=("calls", "power"), help="only failing calls and kills, or power cuts")
+    parser.add_argument(
+        "--only", choices=("calls", "power"), help="only failing calls and kills, or power cuts"
+    )
     parser.add_argument("--call", help="only this system call")
     parser.add_argument("--nth", type=int, help="only the Nth one")
     parser.add_argument("--error", help=f"only this errno, as EIO, or {KILLED}")
     parser.add_argument("--sample", type=int, metavar="N", help="N cases of each saver, evenly spread")
-    parser.add_argument("--cuts", type=int, default=CUTS, metavar="N", help="power cuts of each durable saver")
+    parser.add_argument(
+        "--cuts", type=int, default=CUTS, metavar="N", help="power cuts of each durable saver"
+    )
     parser.add_argument("--cut", type=int, metavar="N", help="only the Nth one")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds that a save may take")

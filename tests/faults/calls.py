@@ -384,7 +384,9 @@ class _Supervisor:
         """As a close() that fails closes all the same: what is left in its place leads to the null device."""
         null = os.open(os.devnull, os.O_RDONLY)
         try:
-            fcntl.ioctl(self._fd, _ADD_DESCRIPTOR, bytearray(struct.pack("=QIIII", identity, 1, null, descriptor, 0)))
+            fcntl.ioctl(
+                self._fd, _ADD_DESCRIPTOR, bytearray(struct.pack("=QIIII", identity, 1, null, descriptor, 0))
+            )
         finally:
             os.close(null)
 

@@ -98,7 +98,10 @@ def recorded(image: str, folder: str, options: str) -> Iterator[tuple[Record, st
     device = ""
     try:
         found = subprocess.run(
-            ("losetup", "--show", "-f", os.path.join(served, "disk")), capture_output=True, text=True, check=True
+            ("losetup", "--show", "-f", os.path.join(served, "disk")),
+            capture_output=True,
+            text=True,
+            check=True,
         )
         device = found.stdout.strip()
         subprocess.run(("mount", "-o", options, device, mounted), check=True)
@@ -142,7 +145,9 @@ def _answer(operation: int, node: int, body: bytes, disk: bytearray, record: Rec
         flags = 1 << 5 | 1 << 22  # writes of more than a page, and how many
         return struct.pack("=IIIIHHIIHHI28x", 7, 31, 1 << 16, flags, 16, 12, _MOST_WRITTEN, 1, 256, 0, 0)
     if operation == _LOOKUP:
-        return _ENTRY.pack(2, 0, 0, 0, 0, 0) + _attributes(2, len(disk)) if body == b"disk\0" else errno.ENOENT
+        return (
+            _ENTRY.pack(2, 0, 0, 0, 0, 0) + _attributes(2, len(disk)) if body == b"disk\0" else errno.ENOENT
+        )
     if operation in (_GETATTR, _SETATTR):
         return struct.pack("=QII", 0, 0, 0) + _attributes(node, len(disk))
     if operation in (_OPEN, _OPENDIR):

@@ -52,9 +52,10 @@ def places(given: str | None = None) -> Iterator[tuple[str, str]]:
     private = own_mounts()
     if private:
         os.environ["FAULTS_PRIVATE_SHM"] = "1"
-    with tempfile.TemporaryDirectory(prefix="faults-", dir="/dev/shm") as memory, tempfile.TemporaryDirectory(
-        prefix="faults-", dir=given
-    ) as disk:
+    with (
+        tempfile.TemporaryDirectory(prefix="faults-", dir="/dev/shm") as memory,
+        tempfile.TemporaryDirectory(prefix="faults-", dir=given) as disk,
+    ):
         mounted = False
         if private and given is None:
             image = os.path.join(memory, "image")

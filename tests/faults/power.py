@@ -133,4 +133,6 @@ def _judge(template: cases.Template, root: str, saver: Saver, finished: bool) ->
         found = cases.state_of(root, template)
         if found != "new":
             yield Wrong("lie", f"the save had returned, and what stands is {found}")
-    yield from (wrong for wrong in cases.judge_kill(template, root, 60.0) if not finished or wrong.kind != "mixture")
+    yield from (
+        wrong for wrong in cases.judge_kill(template, root, 60.0) if not finished or wrong.kind != "mixture"
+    )

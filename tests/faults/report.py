@@ -26,7 +26,13 @@ def show_cases(names: Iterable[str], results: Sequence[Result], shown: int = SHO
     _table(("failed", "killed", "missed", *KINDS), counts)
     _reproducers(
         (
-            (result.case.saver, wrong.kind, wrong.text, f"{result.case.call} of {result.place}", reproducer(result.case))
+            (
+                result.case.saver,
+                wrong.kind,
+                wrong.text,
+                f"{result.case.call} of {result.place}",
+                reproducer(result.case),
+            )
             for result in sorted(results, key=lambda result: result.case)
             for wrong in result.wrong
         ),
@@ -52,7 +58,9 @@ def show_cuts(names: Iterable[str], outcomes: Sequence[Outcome], shown: int = SH
 
 
 def reproducer(case: Case) -> str:
-    return f"python tests/faults --saver {case.saver} --call {case.call} --nth {case.nth} --error {case.error}"
+    return (
+        f"python tests/faults --saver {case.saver} --call {case.call} --nth {case.nth} --error {case.error}"
+    )
 
 
 def reproducer_of_cut(cut: Cut) -> str:

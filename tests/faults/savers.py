@@ -165,7 +165,7 @@ def ranks(state: State) -> object:
     """A sharded checkpoint's: what all ranks have in common, and the checkpoint of each."""
     folders = sorted({name.rpartition("/")[0] for name in state if name.startswith("d/out/")})
     return {folder: checkpoint(state, folder) for folder in folders} | {
-        name: _opened(state, name) for name in state if name.endswith(("tensor_parallel.json"))
+        name: _opened(state, name) for name in state if name.endswith("tensor_parallel.json")
     }
 
 
@@ -199,7 +199,11 @@ def _files() -> Iterable[Saver]:
         ("save_file-durable", {"durable": True}, {"durable": True}),
         ("save_file-durable-direct", {"durable": True, "engine": _options("direct")}, {"durable": True}),
         ("save_file-uncached", {"keep_cached": False}, {"waits": True}),
-        ("save_file-uncached-buffered", {"keep_cached": False, "engine": _options("buffered")}, {"waits": True}),
+        (
+            "save_file-uncached-buffered",
+            {"keep_cached": False, "engine": _options("buffered")},
+            {"waits": True},
+        ),
         ("save_file-uncached-durable", {"keep_cached": False, "durable": True}, {"durable": True}),
         ("save_file-tmpfs", {}, {"memory": True}),
         ("save_file-strided", {"engine": _options("buffered"), "dtype": torch.bfloat16}, {}),
@@ -460,9 +464,7 @@ def _commands() -> Iterable[Saver]:
 
     new = functools.partial(source, seed=1, count=4)
     yield Saver("shard:new", shard, new, again=force["shard"], reads=ranks, needs=needs)
-    yield Saver(
-        "shard:over_ranks", force["shard"], source_and_ranks, reads=ranks, needs=needs
-    )
+    yield Saver("shard:over_ranks", force["shard"], source_and_ranks, reads=ranks, needs=needs)
     yield Saver(
         "shard:over_checkpoint",
         lambda root: shard(root, "--force", "--durable"),
@@ -481,9 +483,7 @@ def _commands() -> Iterable[Saver]:
         needs=needs,
     )
     yield Saver("reshard:new", reshard, new, again=force["reshard"], reads=resharded, needs=needs)
-    yield Saver(
-        "reshard:exists", force["reshard"], source_and_old, reads=resharded, needs=needs
-    )
+    yield Saver("reshard:exists", force["reshard"], source_and_old, reads=resharded, needs=needs)
     yield Saver("reshard:in_place", reshard_in_place, only_old, reads=resharded, needs=needs)
 
 

@@ -41,7 +41,9 @@ class Ran(NamedTuple):
 def _run(out: Path, savers: list[str], *arguments: str) -> Ran:
     choice = [word for saver in savers for word in ("--saver", saver)]
     command = [sys.executable, str(HERE), *choice, *arguments, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=540, cwd=HERE, env=dict(os.environ))
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=540, cwd=HERE, env=dict(os.environ)
+    )
     results: dict[str, list[dict[str, Any]]] = {}
     for line in out.read_text().splitlines() if out.exists() else ():
         found = json.loads(line)
@@ -64,7 +66,9 @@ def _check(ran: Ran, saver: str, count: int) -> None:
 
 @pytest.fixture(scope="module")
 def failing(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return _run(tmp_path_factory.mktemp("faults") / "calls", SAVERS, "--only", "calls", "--sample", str(SAMPLE))
+    return _run(
+        tmp_path_factory.mktemp("faults") / "calls", SAVERS, "--only", "calls", "--sample", str(SAMPLE)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +134,9 @@ def test_a_close_that_fails_closes_all_the_same(watched: None, tmp_path: Path) -
     def after(value: object, error: BaseException | None) -> tuple[str, str]:
         return type(error).__name__, os.readlink(f"/proc/self/fd/{opened[0]}")
 
-    report = calls.run(work, act=_at("close", 1, 5), after=after, seen=lambda name, path: path.startswith(str(tmp_path)))
+    report = calls.run(
+        work, act=_at("close", 1, 5), after=after, seen=lambda name, path: path.startswith(str(tmp_path))
+    )
     assert report.value == ("OSError", os.devnull)
 
 
