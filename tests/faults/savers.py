@@ -278,8 +278,8 @@ def _archives() -> Iterable[Saver]:
         yield from _single(name, save, file="m.pt", **how)
 
     def through_link(root: str, seed: int) -> None:
-        os.makedirs(f"{root}/d/blobs", exist_ok=True)
         if seed == 0:
+            os.mkdir(f"{root}/d/blobs")
             os.symlink("blobs/m.pt", f"{root}/d/m.pt")
         fastshard.torch_save(weights(seed), f"{root}/d/m.pt")
 
@@ -290,7 +290,6 @@ def _archives() -> Iterable[Saver]:
 
 def _folders() -> Iterable[Saver]:
     def hub(root: str, seed: int, count: int, size: int = 20_000, **arguments: Any) -> None:
-        os.makedirs(f"{root}/d", exist_ok=True)
         fastshard.save_torch_state_dict(weights(seed, count), f"{root}/d", max_shard_size=size, **arguments)
 
     for name, arguments, reads in (
