@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python tests/faults``: every system call of every saver fails once, every saver is killed at every change it makes, and
-the power fails while every durable saver saves.
+"""``python tests/faults``: every system call of every saver fails once, every saver is killed at every change
+it makes, and the power fails while every durable saver saves.
 
-``--saver NAME`` (a saver, or a part of names; more than once) chooses; ``--call``, ``--nth`` and ``--error`` repeat
-one case, ``--cut`` a power cut; ``--sample N`` takes N cases of each saver, evenly spread. Exit status 1: something was
-wrong; 77: calls cannot be watched here.
+``--saver NAME`` (a saver, or a part of names; more than once) chooses; ``--call``, ``--nth`` and ``--error``
+repeat one case, ``--cut`` a power cut; ``--sample N`` takes N cases of each saver, evenly spread. Exit status
+1: something was wrong; 77: calls cannot be watched here.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""System calls of a forked child, watched: each can be made to fail, or be the last thing that the child does.
+"""System calls of a forked child, watched: each can be made to fail, or be the last thing that the child
+does.
 
-A seccomp filter in the child hands every call of :data:`CALLS` to this process before the kernel does it, whoever
-makes it: Python, the engine's threads, torch. The supervisor lets the call go on, answers in the kernel's place with an errno, or
-kills the child. No root is needed; Linux 5.9 or newer, on x86-64 or aarch64.
+A seccomp filter in the child hands every call of :data:`CALLS` to this process before the kernel does it,
+whoever makes it: Python, the engine's threads, torch. The supervisor lets the call go on, answers in the
+kernel's place with an errno, or kills the child. No root is needed; Linux 5.9 or newer, on x86-64 or aarch64.
 """
 
 from __future__ import annotations
@@ -107,8 +108,9 @@ memfd_create    319 279  path0   . EMFILE ENOMEM
 io_uring_setup  425 425  anon    . ENOMEM EPERM
 io_uring_enter  426 426  anon    ! EIO EAGAIN EINTR
 """
-# name, its number on x86-64 and on aarch64, where its path is (pathN: argument N; atN: a folder's descriptor there and
-# the path behind it; fdN: a descriptor), ! where it may change a filesystem, and the errors that it is made to fail with.
+# name, its number on x86-64 and on aarch64, where its path is (pathN: argument N; atN: a folder's descriptor
+# there and the path behind it; fdN: a descriptor), ! where it may change a filesystem, and the errors that it
+# is made to fail with.
 _LOCKS: Final = frozenset((5, 6, 7, 36, 37, 38))
 """What fcntl() is asked for when it is about locks; all else goes on unseen."""
 _MARK: Final = 0x7FFFFFFF
@@ -198,10 +200,11 @@ def run(
     limit: float = 60.0,
     keep_log: bool = False,
 ) -> Report:
-    """Does ``work()`` in a forked child, where ``act`` decides about each of its calls that ``seen`` (of name and path) admits.
+    """Does ``work()`` in a forked child, where ``act`` decides about each of its calls that ``seen`` (of name
+    and path) admits.
 
-    ``before()`` and ``after()`` run in the child, too, and are not watched. A child that has done nothing for some
-    seconds, with all of its threads asleep, hangs, and so does one that takes longer than ``limit``.
+    ``before()`` and ``after()`` run in the child, too, and are not watched. A child that has done nothing for
+    some seconds, with all of its threads asleep, hangs, and so does one that takes longer than ``limit``.
     """
     here, there = socket.socketpair()
     sys.stdout.flush()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One case: one call of one saver fails, or is the last that its process does; and what is wrong afterwards.
 
-Right is: a call that returns has put the new files in place. One that raises has left the old ones, or says that the new ones
-stand nevertheless; it names the errno and a file that the caller knows. After a kill a loader finds the old files
-or the new ones. Nothing hangs, no descriptor stays open, and the next save through the same path succeeds and leaves
-nothing hidden, wherever that lies.
+Right is: a call that returns has put the new files in place. One that raises has left the old ones, or says
+that the new ones stand nevertheless; it names the errno and a file that the caller knows. After a kill a
+loader finds the old files or the new ones. Nothing hangs, no descriptor stays open, and the next save through
+the same path succeeds and leaves nothing hidden, wherever that lies.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from savers import Broken, CommandFailed, Saver, State
 import fastshard
 
 KINDS: Final = ("mixture", "lie", "unsaid", "leak", "hang", "died", "next", "leftover", "mode", "error")
-"""Of wrong outcomes: part of a save is there; success is returned that is none; the new files stand and the error does not
-say so; a descriptor stays open; the process hangs; it crashes; the next save fails, or is not what is there after it;
-something hidden is left; another file mode; an error of another kind, errno, file name or text."""
+"""Of wrong outcomes: part of a save is there; success is returned that is none; the new files stand and the
+error does not say so; a descriptor stays open; the process hangs; it crashes; the next save fails, or is not
+what is there after it; something hidden is left; another file mode; an error of another kind, errno, file
+name or text."""
 KILLED: Final = "KILL"
 _LIBRARIES: Final = tuple(
     {

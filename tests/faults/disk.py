@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A disk that remembers: every write it was given, in order, and after which of them it was told to flush.
 
-A file of a FUSE filesystem that this module serves itself is the backing file of a loop device. What the power fails
-on is any beginning of the record: with all of it, or without some of what came after the last flush, as a disk's volatile cache may have
-written things in any order. Root is needed.
+A file of a FUSE filesystem that this module serves itself is the backing file of a loop device. What the
+power fails on is any beginning of the record: with all of it, or without some of what came after the last
+flush, as a disk's volatile cache may have written things in any order. Root is needed.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Record:
 
 
 def cut(image: str, record: list[tuple[int, bytes]], length: int, lose: random.Random | None) -> None:
-    """Makes of ``image``, the disk before, what it holds when the power fails after ``length`` entries of the record.
+    """Makes of ``image``, the disk before, what it holds when the power fails after ``length`` entries of the
+    record.
 
     ``lose``: chooses what is lost of that which no flush has made safe; without it nothing is.
     """
@@ -76,8 +77,8 @@ def cut(image: str, record: list[tuple[int, bytes]], length: int, lose: random.R
 
 @contextlib.contextmanager
 def recorded(image: str, folder: str, options: str) -> Iterator[tuple[Record, str]]:
-    """Mounts the filesystem in ``image``, which is not changed; gives the record of what the disk is told meanwhile,
-    and the place of the filesystem."""
+    """Mounts the filesystem in ``image``, which is not changed; gives the record of what the disk is told
+    meanwhile, and the place of the filesystem."""
     served, mounted, log = (os.path.join(folder, name) for name in ("served", "mounted", "log"))
     for path in (served, mounted):
         os.makedirs(path, exist_ok=True)

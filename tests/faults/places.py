@@ -47,8 +47,8 @@ def mount_ext4(image: str, place: str, options: str = "") -> bool:
 
 @contextlib.contextmanager
 def places(given: str | None = None) -> Iterator[tuple[str, str]]:
-    """A folder on a disk's filesystem and one in memory. With root the disk is an image in memory, so that nobody waits
-    for the real one."""
+    """A folder on a disk's filesystem and one in memory. With root the disk is an image in memory, so that
+    nobody waits for the real one."""
     private = own_mounts()
     if private:
         os.environ["FAULTS_PRIVATE_SHM"] = "1"

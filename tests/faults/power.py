@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Power cuts: what a disk holds in the middle of a durable save, and after it returned.
 
-The filesystem is an ext4 that helps nobody (``data=writeback,noauto_da_alloc``) on a disk that remembers all it was told. For each
-cut the disk is made anew as it would be found, mounted (the journal is replayed), and looked at: a loader must find the
-old files or the new ones, only the new ones if the save had returned; and the next save succeeds and leaves nothing hidden.
+The filesystem is an ext4 that helps nobody (``data=writeback,noauto_da_alloc``) on a disk that remembers all
+it was told. For each cut the disk is made anew as it would be found, mounted (the journal is replayed), and
+looked at: a loader must find the old files or the new ones, only the new ones if the save had returned; and
+the next save succeeds and leaves nothing hidden.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What came of it: a table by saver, and of each kind of wrong outcome the first few with the command that repeats them."""
+"""What came of it: a table by saver, and of each kind of wrong outcome the first few with the command that
+repeats them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The savers and commands that are put to the test, and what a reader of their files finds.
 
-Each works in a folder of its own, ``root``: what it saves is below ``root/d``, what it reads in ``root/source``. Everything it
-saves is made once, so that every save of a saver, in whichever process, writes the same bytes.
+Each works in a folder of its own, ``root``: what it saves is below ``root/d``, what it reads in
+``root/source``. Everything it saves is made once, so that every save of a saver, in whichever process, writes
+the same bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import fastshard
 from fastshard import cli
 
 State = dict[str, "bytes | None"]
-"""Of each file that is not hidden, by its path below ``root``, the contents; ``None``: the name leads nowhere."""
+"""Of each file that is not hidden, by its path below ``root``, the contents; ``None``: the name leads
+nowhere."""
 
 
 class CommandFailed(Exception):
@@ -117,7 +119,7 @@ def command(*arguments: str) -> None:
         raise CommandFailed(said.getvalue())
 
 
-# --- What loaders find ---------------------------------------------------------------------------------------------
+# --- What loaders find --------------------------------------------------------------------------------------
 
 
 class Broken(Exception):
@@ -173,7 +175,7 @@ def resharded(state: State) -> object:
     return checkpoint(state, "d/out")
 
 
-# --- The savers ------------------------------------------------------------------------------------------------------
+# --- The savers ---------------------------------------------------------------------------------------------
 
 
 def nothing(root: str) -> None:

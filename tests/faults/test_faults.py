@@ -22,12 +22,15 @@ HERE = Path(__file__).parent
 SAMPLE = 12
 """Cases of each saver, evenly spread over all of its calls; the same ones each time."""
 SAVERS = """
-save_file:exists save_file-durable:exists save_file-uncached-buffered:new save_files:some prepare:exists prepare-tmpfs:new
-torch_save:exists torch_save-old_format-durable:exists save_torch_state_dict:more_shards save_torch_state_dict-bin:new
-save_sharded_state:more_parts save_sharded_state-durable:new save_pretrained:more_shards Accelerator.save_model:new
-convert:exists shard:over_ranks merge:new reshard:in_place
+save_file:exists save_file-durable:exists save_file-uncached-buffered:new save_files:some prepare:exists
+prepare-tmpfs:new torch_save:exists torch_save-old_format-durable:exists save_torch_state_dict:more_shards
+save_torch_state_dict-bin:new save_sharded_state:more_parts save_sharded_state-durable:new
+save_pretrained:more_shards Accelerator.save_model:new convert:exists shard:over_ranks merge:new
+reshard:in_place
 """.split()
-DURABLE = "save_file-durable:exists save_files-durable:some torch_save-durable:exists save_sharded_state-durable:more_parts".split()
+DURABLE = """
+save_file-durable:exists save_files-durable:some torch_save-durable:exists save_sharded_state-durable:more_parts
+""".split()
 CUTS = 6
 
 
@@ -86,7 +89,7 @@ def test_a_power_cut(cuts: Ran, saver: str) -> None:
     _check(cuts, saver, CUTS)
 
 
-# --- The harness itself: what it is to notice is noticed. ----------------------------------------------------------
+# --- The harness itself: what it is to notice is noticed. ---------------------------------------------------
 
 
 @pytest.fixture
