@@ -364,7 +364,9 @@ def _describe(error: BaseException | None) -> dict[str, Any] | None:
         "types": [kind.__name__ for kind in type(error).__mro__],
         "text": " ".join([str(error), *texts]),
         "errno": getattr(error, "errno", None),
-        "filename": None if filename is None else os.fsdecode(filename),
+        "filename": os.fsdecode(filename)
+        if isinstance(filename, (str, bytes))
+        else filename and str(filename),
         "published": published,
         "trace": traceback_of(error),
     }
