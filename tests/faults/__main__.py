@@ -156,7 +156,7 @@ def _one_cut(which: power.Cut) -> power.Outcome:
 def _all(do: Callable[[Any], Done], jobs: Sequence[Job], given: argparse.Namespace) -> Iterator[Done]:
     """In processes beside each other; what is here is theirs, too, as they are forked."""
     shown = time.monotonic()
-    with multiprocessing.get_context("fork").Pool(given.jobs) as pool:
+    with multiprocessing.get_context("fork").Pool(given.jobs, calls.end_with_parent) as pool:
         for done, result in enumerate(pool.imap_unordered(do, jobs, chunksize=2), 1):
             if given.out:
                 with open(given.out, "a", encoding="utf-8") as file:

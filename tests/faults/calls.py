@@ -190,6 +190,11 @@ def refusal() -> str:
     return f"seccomp's user notification is refused: {os.strerror(status)}" if status else ""
 
 
+def end_with_parent() -> None:
+    """This process is killed when the one that forked it ends, however that ends."""
+    _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def run(
     work: Callable[[], Any],
     *,
@@ -232,7 +237,7 @@ def _child(
     after: Callable[[Any, BaseException | None], Any],
 ) -> None:
     try:
-        _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        end_with_parent()
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         if not os.environ.get("FAULTS_STDERR"):

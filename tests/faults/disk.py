@@ -21,6 +21,7 @@ import subprocess
 from collections.abc import Iterator
 from typing import Final
 
+import calls
 import places
 
 FLUSH: Final = -1
@@ -91,7 +92,7 @@ def recorded(image: str, folder: str, options: str) -> Iterator[tuple[Record, st
     server = os.fork()
     if server == 0:
         try:
-            _libc.prctl(1, signal.SIGKILL)
+            calls.end_with_parent()
             _serve(fuse, image, record)
         finally:
             os._exit(0)
