@@ -236,6 +236,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print(_list())
         return 0
+    if args.plot:  # now, not after everything has been measured
+        try:
+            importlib.import_module("matplotlib")
+        except ImportError:
+            parser.error("--plot needs matplotlib")
     kind = machine.device_kind(args.device)
     if kind not in KINDS or (kind != CPU and not torch.cuda.is_available()):
         parser.error(f"--device {args.device}: torch has none here")
