@@ -198,7 +198,8 @@ int OutputFile::put_back() noexcept {
       return state_ == State::created ? unlink(target_.path.c_str())
                                       : rename(temporary_.c_str(), target_.path.c_str());
     };
-    if (undo() != 0 && errno != ENOENT && undo() != 0 && errno != ENOENT) return errno;
+    const int harmless = state_ == State::created ? ENOENT : 0;
+    if (undo() != 0 && errno != harmless && undo() != 0 && errno != harmless) return errno;
     if (state_ == State::exchanged) temporary_.clear();
   }
   state_ = State::temporary;
