@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import names, preload, run, same
+from helpers import names, preload, run, run_engine, same
 from safetensors.torch import load_file
 
 import fastshard
@@ -336,19 +336,14 @@ def test_ctrl_c_leaves_the_old_file(tmp_path: Path, preloaded: Path, refuse: str
     save_file(TENSORS, path)
     script = """
     import signal
-    from fastshard.plan import FETCHED, FilePlan, TensorView
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has put in the background
-    def fetch(*_):
-        os.kill(os.getpid(), signal.SIGINT)
-    plan = FilePlan(os.fsencode(sys.argv[1]), b"new", [TensorView(0, 1 << 20, FETCHED)])
-    engine = Engine()
     try:
-        engine.submit([plan], keep_alive=None, fetch=fetch).result()
+        while_writing(sys.argv[1], lambda: os.kill(os.getpid(), signal.SIGINT))
     except KeyboardInterrupt:
         print("interrupted")
-    save_file({"a": torch.ones(3)}, sys.argv[1] + ".after", engine=engine)
+    save(sys.argv[1] + ".after")
     """
-    done = run(script, path, env=preload(preloaded, refuse))
+    done = run_engine(script, path, env=preload(preloaded, refuse))
     assert done.stdout.split() == ["interrupted"], done.stderr
     assert same(path, TENSORS)
     assert names(tmp_path) == ["m.safetensors", "m.safetensors.after"]
