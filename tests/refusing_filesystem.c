@@ -3,7 +3,7 @@
 // "tmpfile fallocate exchange link unlink rename fsync range xattr chmod locks direct pwrite io_uring"; each makes that
 // call fail with ENOTSUP, or with the number behind a colon ("rename:5"); with 999 the process is killed there.
 // "rename@2" refuses the second call only. "short" refuses nothing: pwrite then writes half of what it is given and a
-// piece of a block.
+// piece of a block. `refused_calls` counts.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -17,6 +17,8 @@
 #include <sys/syscall.h>
 #include <sys/xattr.h>
 #include <unistd.h>
+
+int refused_calls;
 
 static int refused(const char* what, int* calls) {
   const char* list = getenv("REFUSE");
@@ -32,6 +34,7 @@ static int refused(const char* what, int* calls) {
     if (*end == ':') error = (int)strtol(end + 1, (char**)&end, 10);
     if (*end != ' ' && *end != '\0') continue;
     if (error == 999) kill(getpid(), SIGKILL);
+    __atomic_add_fetch(&refused_calls, 1, __ATOMIC_RELAXED);
     errno = error;
     return 1;
   }
