@@ -22,6 +22,7 @@ TENSORS = {"a": torch.arange(1000, dtype=torch.float32)}
 NEW = b"new contents"
 KILLED = 999  # an error of the preloaded library's: the process ends there
 
+
 def kill_while_writing(path: Path, library: Path) -> None:
     """Leaves one hidden file, as filesystems without nameless ones do."""
     script = "while_writing(sys.argv[1], lambda: os.kill(os.getpid(), 9))"
@@ -53,7 +54,9 @@ def test_the_next_save_removes_what_a_kill_left(
     path = tmp_path / name
     kill_while_writing(path, preloaded)
     (left,) = names(tmp_path)
-    assert left.startswith(".fastshard-") and left.endswith(".tmp") and name not in left  # no loader's pattern
+    assert (
+        left.startswith(".fastshard-") and left.endswith(".tmp") and name not in left
+    )  # no loader's pattern
     assert stat.S_IMODE((tmp_path / left).stat().st_mode) == 0o600
     kill_while_writing(tmp_path / "another", preloaded)
     assert len(hidden(tmp_path)) == 2

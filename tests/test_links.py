@@ -66,9 +66,7 @@ def test_links_are_replaced(tmp_path: Path, saver: str, leads_to: str, absolute:
     SAVERS[saver](path)
     assert not path.is_symlink() and same(path, TENSORS)
     assert {name: os.lstat(blobs / name) for name in names(blobs)} == before
-    assert names(folder) == (
-        ["m.safetensors", "other"] if saver == "save_files" else ["m.safetensors"]
-    )
+    assert names(folder) == (["m.safetensors", "other"] if saver == "save_files" else ["m.safetensors"])
 
 
 def test_a_link_and_the_file_it_leads_to_are_two_files(tmp_path: Path) -> None:

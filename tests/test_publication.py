@@ -141,7 +141,9 @@ def test_one_failed_attempt_to_put_back_is_no_mixture(tmp_path: Path, preloaded:
 # Which call, which file ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EACCES])
+@pytest.mark.parametrize(
+    "code", [errno.EIO, errno.EMFILE, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EACCES]
+)
 def test_a_failed_nameless_file_is_no_missing_ability(tmp_path: Path, preloaded: Path, code: int) -> None:
     found = attempt(preloaded, f"tmpfile:{code}", tmp_path / "m")
     assert (found["errno"], found["filename"]) == (code, str(tmp_path / "m"))
