@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <exception>
-#include <latch>
 #include <mutex>
 #include <stdexcept>
 
@@ -47,22 +46,17 @@ void Standing::populate(Generation& generation) {
   if (!devices_.empty()) prefer_node(generation.mapping->pages(), devices_.front()->numa_node());
   const std::span<std::byte> bytes = generation.mapping->bytes();
   const uint64_t windows = (bytes.size() + kPopulateNbytes - 1) / kPopulateNbytes;
-  std::latch left(static_cast<ptrdiff_t>(windows));
   std::mutex mutex;
   std::exception_ptr error;
-  for (uint64_t window = 0; window < windows; ++window) {
-    workers_.post([&, window] {
-      try {
-        const uint64_t first = window * kPopulateNbytes;
-        fastshard::populate(bytes.subspan(first, std::min(kPopulateNbytes, bytes.size() - first)), path_);
-      } catch (...) {
-        const std::lock_guard lock(mutex);
-        error = std::current_exception();
-      }
-      left.count_down();
-    });
-  }
-  left.wait();
+  workers_.run_all(windows, [&](size_t window) {
+    try {
+      const uint64_t first = window * kPopulateNbytes;
+      fastshard::populate(bytes.subspan(first, std::min(kPopulateNbytes, bytes.size() - first)), path_);
+    } catch (...) {
+      const std::lock_guard lock(mutex);
+      if (!error) error = std::current_exception();
+    }
+  });
   if (error) std::rethrow_exception(error);
   // Kernels refuse to pin a disk's page cache for a device; from there its bytes take two hops.
   if (generation.file.has_writeback()) return;

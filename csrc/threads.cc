@@ -4,12 +4,14 @@
 #include <pthread.h>
 #include <signal.h>
 
+#include <algorithm>
+#include <atomic>
+#include <exception>
+
 namespace fastshard {
-namespace {
 
 // Signals are the interpreter's business: a thread of ours must not be the one that is interrupted.
-template <typename Function>
-std::thread start(const char* name, Function function) {
+std::thread start_thread(const char* name, std::function<void()> function) {
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -24,8 +26,6 @@ std::thread start(const char* name, Function function) {
   pthread_setname_np(thread.native_handle(), name);
   return thread;
 }
-
-}  // namespace
 
 WorkerPool::~WorkerPool() {
   {
@@ -42,8 +42,8 @@ void WorkerPool::post(std::function<void()> task) {
     tasks_.push_back(std::move(task));
     if (tasks_.size() > idle_ && running_.size() < threads_) {
       try {
-        running_.push_back(start("fastshard-write", [this] { run(); }));
-      } catch (const std::system_error&) {
+        start_one();
+      } catch (const std::exception&) {
         // No more threads to be had: those that run will do it, if there is one.
         if (running_.empty()) {
           tasks_.pop_back();
@@ -53,6 +53,43 @@ void WorkerPool::post(std::function<void()> task) {
     }
   }
   posted_.notify_one();
+}
+
+// Under the lock. The place in the list first: a thread that runs cannot be dropped any more.
+void WorkerPool::start_one() {
+  running_.emplace_back();
+  try {
+    running_.back() = start_thread("fastshard-write", [this] { run(); });
+  } catch (...) {
+    running_.pop_back();
+    throw;
+  }
+}
+
+void WorkerPool::run_all(size_t count, const std::function<void(size_t)>& work) {
+  // Shared, as a worker may come to its task when all is done.
+  struct Shared {
+    std::atomic<size_t> next = 0;
+    std::mutex mutex;
+    std::condition_variable all_done;
+    size_t done = 0;
+  };
+  const auto shared = std::make_shared<Shared>();
+  const auto take_part = [shared, count, &work] {
+    for (size_t index; (index = shared->next++) < count;) {
+      work(index);
+      const std::lock_guard lock(shared->mutex);
+      if (++shared->done == count) shared->all_done.notify_all();
+    }
+  };
+  try {
+    for (size_t helpers = std::min(count, threads_ + 1); helpers > 1; --helpers) post(take_part);
+  } catch (const std::exception&) {
+    // With those there are.
+  }
+  take_part();
+  std::unique_lock lock(shared->mutex);
+  shared->all_done.wait(lock, [&] { return shared->done == count; });
 }
 
 void WorkerPool::run() {
@@ -80,17 +117,13 @@ WriteBehind::~WriteBehind() {
   if (thread_.joinable()) thread_.join();
 }
 
-void WriteBehind::post(std::shared_ptr<OutputFile> file, uint64_t offset, uint64_t nbytes) {
-  {
+void WriteBehind::post(std::shared_ptr<OutputFile> file, uint64_t offset, uint64_t nbytes) noexcept {
+  try {
     const std::lock_guard lock(mutex_);
-    if (!thread_.joinable()) {
-      try {
-        thread_ = start("fastshard-flush", [this] { run(); });
-      } catch (const std::system_error&) {
-        return;  // only a hint
-      }
-    }
+    if (!thread_.joinable()) thread_ = start_thread("fastshard-flush", [this] { run(); });
     ranges_.push_back({std::move(file), offset, nbytes});
+  } catch (const std::exception&) {
+    return;
   }
   posted_.notify_one();
 }

@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from . import saving
-from .directory import final_places, replacing
+from .activity import one_save
+from .directory import final_places, replacing, scratch_of
 from .mapped import lies_in_file
 from .planning import PathLike, StateDict
 from .saving import How, PlannedFile
+from .sharing import storage_of
 
 DESCRIPTION: Final = "Saving checkpoint shards"
 """Of the progress bar."""
@@ -35,11 +37,13 @@ class Stage:
 
     def __init__(self, path: str, how: How) -> None:
         self.path = path
-        self.scratch = os.path.dirname(path)
+        self.scratch = scratch_of(path)
         """Hidden, too; what is left in there goes with the stage."""
         self.lasting: set[int] | None = None
         """Addresses of storages that live on after the save in any case. If this is given, files are written as soon
         as the others, kept alive by what was added, take too much memory together."""
+        self.at_once = False
+        """Write each file when it is added: between two of them somebody else's code may change the tensors."""
         self._how = how
         self._files: dict[PathLike, PlannedFile] = {}
         self._temporary: dict[int, int] = {}
@@ -53,11 +57,11 @@ class Stage:
         self._files[filename] = saving.plan_file(tensors, filename, metadata, self._how)
         if self.lasting is not None:
             for tensor in tensors.values():
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in self.lasting and not lies_in_file(tensor):
-                    self._temporary[storage.data_ptr()] = storage.nbytes()
-            if sum(self._temporary.values()) > _TEMPORARY_NBYTES:
-                self.write()
+                address, nbytes = storage_of(tensor) or (0, 0)
+                if address and address not in self.lasting and not lies_in_file(tensor):
+                    self._temporary[address] = nbytes
+        if self.at_once or sum(self._temporary.values()) > _TEMPORARY_NBYTES:
+            self.write()
 
     def write(self) -> None:
         """Writes what was added, in parallel."""
@@ -84,27 +88,34 @@ def staged(
     stale: Callable[[str], bool] | None,
     how: How,
     *,
+    call: str = "save_files",
     create: bool = False,
     loggers: tuple[str, ...] = (),
 ) -> Iterator[Stage]:
     """A stage for a checkpoint in ``directory``: see :func:`fastshard.directory.replacing`. When the block ends, what
     was added is written, and then all files stand. Until then :func:`save_file` on this thread adds.
 
-    ``stale``: which files to remove; ``None``: other files of the weights that this save has. ``loggers``: names of
-    those whose messages are about files; they are told the final places.
+    ``call``: the public function whose save it is. ``stale``: which files to remove; ``None``: other files of the weights that this save has. ``loggers``: names of
+    those whose messages are about files; these come when the files stand, and name the final places.
     """
     outer = current()
     names: set[str] = set()
     obsolete = stale or (lambda name: _other_files_of(names, name))
-    with replacing(directory, obsolete, create=create, durable=how.durable) as path:
+    held: list[logging.LogRecord] = []
+    with (
+        one_save(call, directory),
+        replacing(directory, obsolete, create=create, durable=how.durable) as path,
+    ):
         stage = _running.stage = Stage(path, how)
         try:
-            with _final_places(loggers):
+            with _held_back(loggers, path, held):
                 yield stage
         finally:
             _running.stage = outer
         names |= stage.weights()
         stage.write()
+    for record in held:
+        logging.getLogger(record.name).handle(record)
 
 
 def current() -> Stage | None:
@@ -141,15 +152,22 @@ def _other_files_of(names: set[str], name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _final_places(loggers: tuple[str, ...]) -> Iterator[None]:
-    def translate(record: logging.LogRecord) -> bool:
-        record.msg, record.args = final_places(record.getMessage()), None
-        return True
+def _held_back(loggers: tuple[str, ...], path: str, held: list[logging.LogRecord]) -> Iterator[None]:
+    """Messages about files in the stage wait until these stand, and name the final places: whoever reads of a file may
+    open it. After an exception they are about nothing."""
+
+    def is_about_others(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if path not in text:
+            return True
+        record.msg, record.args = final_places(text), None
+        held.append(record)
+        return False
 
     for name in loggers:
-        logging.getLogger(name).addFilter(translate)
+        logging.getLogger(name).addFilter(is_about_others)
     try:
         yield
     finally:
         for name in loggers:
-            logging.getLogger(name).removeFilter(translate)
+            logging.getLogger(name).removeFilter(is_about_others)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from helpers import names, snapshot
 
-from fastshard.directory import _wait_for_space, creating, replacing
+from fastshard.directory import creating, replacing
 
 OPERATIONS = ("chmod", "link", "mkdir", "rename", "rmdir", "symlink", "unlink")
 
@@ -396,7 +396,7 @@ def test_without_links_files_are_renamed_one_by_one(
     rename = os.rename
     with monkeypatch.context() as patch:
         patch.setattr(os, refused, refuse)
-        patch.setattr(os, "rename", lambda a, b: (renamed.append(os.path.basename(b)), rename(a, b)))
+        patch.setattr(os, "rename", lambda a, b, **at: (renamed.append(os.path.basename(b)), rename(a, b, **at)))
         save(tmp_path, checkpoint("new"))
     assert found(tmp_path) == "new"
     assert names(tmp_path) == sorted(checkpoint("new"))

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a save changes in a folder: which names are replaced, which come, which go."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Callable, Collection
+from typing import Final
+
+from .staging import NEW, STAGING, Folder, Hidden, Named
+
+REFUSED: Final = frozenset(
+    (
+        errno.EPERM,
+        errno.EACCES,
+        errno.ENOSYS,
+        errno.EOPNOTSUPP,
+        errno.EMLINK,
+        errno.EXDEV,
+        errno.EINVAL,
+        errno.EBUSY,
+        errno.EROFS,
+    )
+)
+"""Of a way to change names that a filesystem does not have, or does not allow: there is another one."""
+
+Stale = Callable[[str], bool]
+
+
+class Places:
+    """A folder and those in it, opened once, each from the one above it, and no link among them."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self._open = {"": folder}
+
+    def close(self) -> None:
+        """All but the folder itself."""
+        for folder in self._open.values():
+            if folder is not self.folder:
+                folder.close()
+        self._open = {"": self.folder}
+
+    def find(self, path: str) -> Folder | None:
+        """A folder in the folder; ``None`` if it is missing."""
+        if path not in self._open:
+            above = self.find(os.path.dirname(path))
+            if above is None or above.stat(os.path.basename(path)) is None:
+                return None
+            self._open[path] = above.open(os.path.basename(path))
+        return self._open[path]
+
+    def of(self, name: str) -> tuple[Folder, str]:
+        """Where a file is, and what it is called there."""
+        folder = self.find(os.path.dirname(name))
+        if folder is None:
+            path = self.folder.place(os.path.dirname(name))
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return folder, os.path.basename(name)
+
+
+class Change:
+    """From what is in a folder to what is in ``.new`` of the hidden folder in it. Everything is listed before anything
+    is changed."""
+
+    def __init__(self, hidden: Hidden, durable: bool, held: list[int]) -> None:
+        self.folder = hidden.parent
+        self.hidden = hidden
+        self.durable = durable
+        self.held = held
+        """Gets descriptors of what has lost its last name."""
+        self.published = False
+        """Whether the new files stand."""
+        self.leads_here = False
+        """Whether names lead into the hidden folder, so that it must stay."""
+        self.places = Places(self.folder)
+        self.new = hidden.open(NEW)
+        self.files: list[str] = []
+        """Paths of the new ones, relative to the folder."""
+        self.folders: list[str] = []
+        """Those in ``.new``."""
+        self.entries: dict[str, dict[str, bool]] = {}
+        """Of each folder concerned that there is: names, and whether they are folders."""
+        self.kept: list[str] = []
+        """Files for which there is one to replace."""
+        self.fresh: list[str] = []
+        """Those for which there is none."""
+        self.gone: list[str] = []
+        """Names that are there, and will not be."""
+
+    def close(self) -> None:
+        self.places.close()
+        self.new.close()
+
+    def read_new(self) -> None:
+        self.files, self.folders = self.new.tree()
+        if self.durable:
+            for name in (*self.files, *self.folders, ""):
+                self.new.sync(name)
+
+    def compare(self, stale: Stale, obsolete: Collection[str], must_be_empty: bool) -> None:
+        """Looks what is there. Raises ``IsADirectoryError`` where a folder is in the place of a file."""
+        concerned = {""}
+        for name in (*self.files, *obsolete):
+            while name := os.path.dirname(name):
+                concerned.add(name)
+        self.entries = {}
+        for path in sorted(concerned):
+            folder = self.places.find(path)
+            if folder is not None:
+                self.entries[path] = dict(folder.entries())
+        if must_be_empty and not all(map(STAGING.fullmatch, self.entries[""])):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), self.folder.path)
+        found = {os.path.join(path, name): is_folder for path, name, is_folder in self.present()}
+        self.kept = [name for name in self.files if name in found]
+        self.fresh = [name for name in self.files if name not in found]
+        self.gone = [
+            name
+            for name in sorted(found.keys() - set(self.files))
+            if not found[name] and (name in obsolete or stale(name))
+        ]
+        for name in self.kept:
+            if found[name]:
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self.folder.place(name))
+            self._inherit(name)
+
+    def present(self) -> list[tuple[str, str, bool]]:
+        """Each entry: the folder's path, its name, whether it is a folder."""
+        return [
+            (path, name, is_folder)
+            for path, names in self.entries.items()
+            for name, is_folder in names.items()
+        ]
+
+    def _inherit(self, name: str) -> None:
+        """The mode and the owner of the file that is replaced."""
+        folder, base = self.places.of(name)
+        old, new = folder.stat(base), self.new.stat(name)
+        if old is None or new is None or not stat.S_ISREG(old.st_mode) or not stat.S_ISREG(new.st_mode):
+            return
+        mode = stat.S_IMODE(old.st_mode)
+        with Named(self.new.place(name)):
+            if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
+                with contextlib.suppress(PermissionError):
+                    os.chown(name, old.st_uid, old.st_gid, dir_fd=self.new.fd, follow_symlinks=False)
+            elif stat.S_IMODE(new.st_mode) == mode:
+                return
+            os.chmod(name, mode, dir_fd=self.new.fd)

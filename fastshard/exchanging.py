@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder is exchanged for one made beside it, which has the new files and hard links to all others.
+
+So names come and go at once, which no link can make them do: one that leads nowhere, before or after, is in the way of
+loaders that open whatever matches a pattern. It is not done where somebody would be left in the old folder: where it is
+the working directory, a mount point, or has folders in it that are not part of what changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from typing import Final
+
+from .change import REFUSED, Change
+from .staging import NEW, OLD, Folder, Hidden, Identity, Named, clear_away, hidden_name, make_hidden, open_folder
+
+_MOST_LINKED: Final = 4096
+_EXCHANGE: Final = 2
+_Scan = Iterator["os.DirEntry[str]"]
+
+
+def name_beside(base: str, slot: int = 0) -> str:
+    """Of a hidden folder beside the one called ``base``."""
+    return hidden_name(_purpose(base), slot)
+
+
+def make_beside(parent: Folder, base: str, held: list[int]) -> Hidden:
+    return make_hidden(parent, _purpose(base), held)
+
+
+def _purpose(base: str) -> str:
+    return f"beside {base}"
+
+
+def real_place(path: str) -> tuple[str, str]:
+    """The folder above, and the name in it, of where a folder really is."""
+    above, base = os.path.split(path)
+    if base in ("", ".", "..") or _is_link(path):
+        above, base = os.path.split(os.path.realpath(path))
+    return above or ".", base
+
+
+def _is_link(path: str) -> bool:
+    try:
+        return stat.S_ISLNK(os.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def exchange(change: Change) -> bool:
+    """Whether that was possible; if not, everything is as it was. An error that is raised when the new files stand finds
+    :attr:`Change.published` set."""
+    above, base = real_place(change.folder.path)
+    if not base or _is_working_directory(change.folder):
+        return False
+    linked = []
+    for path, name, is_folder in change.present():
+        place = os.path.join(path, name)
+        if is_folder and place not in change.entries and place != change.hidden.name:
+            return False
+        if not is_folder and place not in change.files and place not in change.gone:
+            linked.append(place)
+    if len(linked) > _MOST_LINKED:
+        return False
+    with contextlib.ExitStack() as stack:
+        try:
+            parent = stack.enter_context(open_folder(above))
+            here, there = change.folder.status(), parent.status()
+            if parent.identity(base) != change.folder.identity() or here.st_dev != there.st_dev:
+                return False
+            beside = stack.enter_context(make_beside(parent, base, change.held))
+        except OSError as error:
+            if error.errno in REFUSED:
+                return False
+            raise
+        stack.callback(clear_away, beside, change.held)
+        return _exchange(change, parent, base, beside, linked)
+
+
+def _exchange(change: Change, parent: Folder, base: str, beside: Hidden, linked: list[str]) -> bool:
+    new, done, made = change.new, dict[str, Identity | None](), list[str]()
+    scans: list[tuple[str, _Scan]] = []
+    try:
+        with contextlib.suppress(FileExistsError):
+            change.hidden.mkdir(OLD)  # were it empty, another save could take its name
+        change.hidden.rename(NEW, beside, NEW)
+        _copy_attributes(change.folder, new)
+        for path in sorted(change.entries.keys() - {""}):
+            if path not in change.folders:
+                new.mkdir(path)
+                made.append(path)
+            with new.open(path) as inner:
+                _copy_attributes(change.places.of(os.path.join(path, "x"))[0], inner)
+        for name in linked:
+            folder, file = change.places.of(name)
+            done[name] = None
+            folder.link(file, new, name)
+            done[name] = new.identity(name)
+        if change.durable:
+            for path in (*change.folders, *made, ""):
+                new.sync(path)
+            beside.sync()
+        for path in change.entries:  # opened now, read later: no descriptor is needed then
+            with Named(change.folder.place(path)):
+                scans.append((path, os.scandir(change.places.of(os.path.join(path, "x"))[0].fd)))
+        with Named(change.folder.path):
+            _exchange_names(beside.fd, NEW, parent.fd, base)
+        change.published = True
+        _follow(change, scans, done)
+        if change.durable:
+            parent.sync()
+        return True
+    except BaseException as error:
+        change.published = parent.identity(base) == new.identity()
+        if change.published:
+            raise
+        for name in done:
+            new.unlink(name)
+        for path in reversed(made):
+            new.rmdir(path)
+        if beside.identity(NEW) is not None:
+            beside.rename(NEW, change.hidden, NEW)
+        if isinstance(error, OSError) and error.errno in REFUSED:
+            return False
+        raise
+    finally:
+        for _, scan in scans:
+            scan.close()  # type: ignore[attr-defined]
+
+
+def _follow(change: Change, scans: list[tuple[str, _Scan]], linked: dict[str, Identity | None]) -> None:
+    """What others have changed in the old folder while the new one was made is done in the new one."""
+    new = change.new
+    for path, scan in scans:
+        for entry in scan:
+            name = os.path.join(path, entry.name)
+            if entry.name not in change.entries[path] and new.stat(name) is None:
+                change.places.of(name)[0].rename(entry.name, new, name)
+    for name, was in linked.items():
+        folder, file = change.places.of(name)
+        now = folder.identity(file)
+        if now != was and new.identity(name) == was:
+            if now is None:
+                new.unlink(name)
+            else:
+                folder.rename(file, new, name)
+
+
+def _is_working_directory(folder: Folder) -> bool:
+    try:
+        found = os.stat(".")
+    except FileNotFoundError:  # removed
+        return False
+    return (found.st_dev, found.st_ino) == folder.identity()
+
+
+def _copy_attributes(source: Folder, target: Folder) -> None:
+    """Owner, mode, extended attributes and with them access control lists. ``EPERM`` where that is not allowed."""
+    with Named(source.path):
+        old, new = os.fstat(source.fd), os.fstat(target.fd)
+        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+            os.fchown(target.fd, old.st_uid, old.st_gid)
+        wanted, found = _attributes(source.fd), _attributes(target.fd)
+        for name in found.keys() - wanted.keys():
+            os.removexattr(target.fd, name)
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                os.setxattr(target.fd, name, value)
+        os.fchmod(target.fd, stat.S_IMODE(old.st_mode))
+
+
+def _attributes(fd: int) -> dict[str, bytes]:
+    try:
+        return {name: os.getxattr(fd, name) for name in os.listxattr(fd)}
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return {}
+        raise
+
+
+def _exchange_names(one: int, name: str, other: int, new: str) -> None:
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    if call(one, os.fsencode(name), other, os.fsencode(new), ctypes.c_uint(_EXCHANGE)) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A symbolic link decides for all names of a change.
+
+The hidden folder gets::
+
+    .new/    the files of this save
+    .old/    hard links to the files they replace
+    .now     -> .old, later -> .new
+
+1. Every name concerned is replaced by a link to ``.now/<name>``, so far the same contents as before.
+2. A rename points ``.now`` to ``.new``: all names change at once.
+3. The links are replaced by the files they lead to.
+
+Killed before 2 every name leads to the old file, killed after it to the new one; :func:`settle` puts files in the place
+of links, either way, however often it is begun.
+
+Names that come lead nowhere before 2, names that go do so after it: loaders that ask whether a file exists (an index,
+a single file) are told that it does not. Shards are found by a pattern, and opened: they lead to a safetensors file
+without tensors (``.blank``) for that moment.
+
+The hidden folder has mode 0711 meanwhile: whoever may read the files passes, nobody else can list or lock it, and by
+now every file in it has its final mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Iterable
+from typing import Final
+
+from .change import REFUSED, Change, Places
+from .staging import NEW, NOW, OLD, Folder, Hidden, Named
+
+_LINK: Final = ".link"
+_GONE: Final = ".gone"
+_BLANK: Final = ".blank"
+_EMPTY: Final = (8).to_bytes(8, "little") + b"{}".ljust(8)
+"""A safetensors file without tensors."""
+_SHARD: Final = re.compile(r".*-\d+\.safetensors", re.DOTALL)
+
+
+class Linking:
+    """Steps 1 to 3. Each may be repeated: what is done already is left alone."""
+
+    def __init__(self, change: Change) -> None:
+        self._change = change
+        self._hidden = change.hidden
+        self._old: Folder | None = None
+        self.names = [*change.kept, *change.gone, *change.fresh]
+
+    def run(self) -> bool:
+        """Whether that was possible; if not, everything is as it was. An error that is raised when the new files stand
+        finds :attr:`Change.published` set."""
+        change = self._change
+        change.leads_here = True
+        try:
+            self.redirect()
+        except BaseException as error:
+            self.finish()
+            if isinstance(error, OSError) and error.errno in REFUSED and not change.published:
+                return False
+            raise
+        self.finish()
+        return True
+
+    def redirect(self) -> None:
+        """Steps 1 and 2."""
+        change, hidden = self._change, self._hidden
+        hidden.chmod(0o711)
+        for name in ("", *change.folders):
+            _let_pass(change.new, name)
+        old = self._opened_old()
+        for path in change.entries:
+            old.mkdirs(path)
+            _let_pass(old, path)
+        for name in (*change.kept, *change.gone):
+            self._keep(name, old)
+        if any(map(_SHARD.fullmatch, (*change.gone, *change.fresh))):
+            self._make_blank()
+        for names, side in ((change.gone, change.new), (change.fresh, old)):
+            for name in filter(_SHARD.fullmatch, names):
+                for depth in range(name.count("/")):
+                    path = "/".join(name.split("/")[: depth + 1])
+                    side.mkdirs(path)
+                    _let_pass(side, path)
+                with contextlib.suppress(FileExistsError):
+                    side.symlink(_up(name) + _BLANK, name)
+        if hidden.readlink(NOW) is None:
+            _put_symlink(hidden, OLD, hidden, NOW)
+        for path in change.folders:
+            change.folder.mkdirs(path)
+        for name in self.names:
+            folder, base = change.places.of(name)
+            _put_symlink(hidden, _target(hidden, name), folder, base)
+        if change.durable:
+            for folder in self._folders():
+                folder.sync()
+            for path in ("", *change.entries):
+                old.sync(path)
+            hidden.sync()
+        _put_symlink(hidden, NEW, hidden, NOW)
+
+    def finish(self) -> None:
+        """Step 3, or back to what was there. What fails is tried once more."""
+        change = self._change
+        failed: OSError | None = None
+        for last in (False, True):
+            try:
+                decided = self._hidden.readlink(NOW)
+                if decided is None or self._old is None:
+                    break
+                change.published = decided == NEW
+                if change.published and change.durable and not last:
+                    self._hidden.sync()
+                side = change.new if change.published else self._old
+                settle(self._hidden, change.places, self.names, side, change.published)
+                break
+            except OSError as error:
+                if last:
+                    raise
+                failed = error
+        change.leads_here = False
+        if change.published and change.durable:
+            if failed is not None:
+                raise failed
+            for folder in self._folders():
+                folder.sync()
+
+    def close(self) -> None:
+        if self._old is not None:
+            self._old.close()
+
+    def _folders(self) -> list[Folder]:
+        """In which names change."""
+        found = (self._change.places.find(path) for path in {os.path.dirname(name) for name in self.names})
+        return [folder for folder in found if folder is not None]
+
+    def _opened_old(self) -> Folder:
+        if self._old is None:
+            with contextlib.suppress(FileExistsError):
+                self._hidden.mkdir(OLD)
+            self._old = self._hidden.open(OLD)
+            _let_pass(self._old, "")
+        return self._old
+
+    def _keep(self, name: str, old: Folder) -> None:
+        folder, base = self._change.places.of(name)
+        text = folder.readlink(base)
+        with contextlib.suppress(FileExistsError):
+            if text is None:
+                folder.link(base, old, name)
+            else:
+                # A link to where it leads, as what it says is relative to where it is.
+                old.symlink(text if os.path.isabs(text) else _from_old(name) + text, name)
+
+    def _make_blank(self) -> None:
+        with Named(self._hidden.place(_BLANK)):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            fd = os.open(_BLANK, flags, 0o644, dir_fd=self._hidden.fd)
+            try:
+                os.write(fd, _EMPTY)
+                os.fchmod(fd, 0o644)
+            finally:
+                os.close(fd)
+
+
+def settle(hidden: Hidden, places: Places, names: Iterable[str], side: Folder, forward: bool) -> None:
+    """Puts the files of ``side``, ``.new`` (``forward``) or ``.old``, in the place of the links that lead here."""
+    for name in names:
+        folder, base = places.find(os.path.dirname(name)), os.path.basename(name)
+        if folder is None or folder.readlink(base) != _target(hidden, name):
+            continue
+        text = side.readlink(name)
+        if text is None and side.stat(name) is not None:
+            _put_file(hidden, side, name, folder, base)
+        elif text is None or text == _up(name) + _BLANK:
+            folder.rename(base, hidden, _GONE)
+        else:
+            _put_symlink(hidden, text if forward else text.removeprefix(_from_old(name)), folder, base)
+    if not forward:
+        _remove_made(hidden, places, side)
+
+
+def settle_left(hidden: Hidden, folder: Folder) -> None:
+    """What :func:`settle` does, for a save that was killed."""
+    decided = hidden.readlink(NOW)
+    if decided is None:
+        return
+    places = Places(folder)
+    try:
+        names: set[str] = set()
+        for side in (NEW, OLD):
+            with hidden.open(side) as opened:
+                names.update(opened.tree()[0])
+        with hidden.open(NEW if decided == NEW else OLD) as opened:
+            settle(hidden, places, sorted(names), opened, decided == NEW)
+    finally:
+        places.close()
+
+
+def _remove_made(hidden: Hidden, places: Places, old: Folder) -> None:
+    """Folders that were made for files that do not come after all."""
+    with hidden.open(NEW) as new:
+        for path in sorted(new.tree()[1], reverse=True):
+            if old.stat(path) is None and places.folder.stat(path) is not None:
+                with contextlib.suppress(OSError):  # somebody's by now
+                    places.folder.rmdir(path)
+
+
+def _up(name: str) -> str:
+    """From a file's place in ``.new`` or ``.old`` to the hidden folder."""
+    return "../" * (name.count("/") + 1)
+
+
+def _from_old(name: str) -> str:
+    """From a file's place in ``.old`` to the folder it came from."""
+    path = os.path.dirname(name)
+    return _up(name) + "../" + (path + "/" if path else "")
+
+
+def _target(hidden: Hidden, name: str) -> str:
+    """What a name's link says."""
+    return "../" * name.count("/") + f"{hidden.name}/{NOW}/{name}"
+
+
+def _put_symlink(hidden: Hidden, text: str, folder: Folder, base: str) -> None:
+    if folder.readlink(base) == text:
+        return
+    try:
+        hidden.symlink(text, _LINK)
+    except FileExistsError:
+        hidden.unlink(_LINK)
+        hidden.symlink(text, _LINK)
+    hidden.rename(_LINK, folder, base)
+
+
+def _put_file(hidden: Hidden, side: Folder, name: str, folder: Folder, base: str) -> None:
+    """A second name of it: whoever has just read the link still finds it behind that."""
+    try:
+        try:
+            side.link(name, hidden, _LINK)
+        except FileExistsError:
+            hidden.unlink(_LINK)
+            side.link(name, hidden, _LINK)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        side.rename(name, folder, base)
+    else:
+        hidden.rename(_LINK, folder, base)
+
+
+def _let_pass(top: Folder, path: str) -> None:
+    with Named(top.place(path)):
+        mode = stat.S_IMODE((os.stat(path, dir_fd=top.fd, follow_symlinks=False) if path else os.fstat(top.fd)).st_mode)
+        if mode & 0o111 != 0o111:
+            os.chmod(path or ".", mode | 0o111, dir_fd=top.fd)

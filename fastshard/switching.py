@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of a folder that change at once: before there are the old files, afterwards the new ones, never a mixture.
+
+No filesystem renames several files in one step. What is done depends on what changes:
+
+- one file comes, and nothing goes: it is renamed;
+- names come or go: the folder is exchanged for one made beside it (:mod:`fastshard.exchanging`);
+- names stay, or the folder cannot be exchanged: a symbolic link decides for all (:mod:`fastshard.linking`);
+- links are refused (FAT, some network mounts): files are renamed one by one, those that make others visible last.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Collection
+from typing import Final
+
+from .change import Change, Stale
+from .exchanging import exchange
+from .linking import Linking, settle_left
+from .staging import STAGING, Folder, Hidden, InUseError, adopt, clear_away, hidden_name
+
+_TURN_SECONDS: Final = 60.0
+"""To put files in place takes milliseconds; a process that takes longer has been stopped."""
+_MOST_NAMES: Final = 16
+_IN_THE_WAY: Final = frozenset((errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EACCES))
+
+
+class Switch:
+    """Puts in place what a hidden folder has in ``.new``."""
+
+    def __init__(self, hidden: Hidden, durable: bool, held: list[int]) -> None:
+        self.change = Change(hidden, durable, held)
+        self.thread = threading.get_ident()
+        self.has_turn = False
+        self.linking: Linking | None = None
+        self.interrupted = False
+        """Whether another save, in a signal's handler, has done what was left to do."""
+
+    def run(self, stale: Stale, obsolete: Collection[str], must_be_empty: bool) -> None:
+        """Raises an error that has ``published`` when the new files stand nevertheless."""
+        _switches.append(self)
+        try:
+            self._run(stale, obsolete, must_be_empty)
+        except OSError as error:
+            if self.interrupted:
+                return
+            if self.change.published:
+                raise published(error, self.change.folder.path) from error
+            raise
+        finally:
+            _switches.remove(self)
+            if self.linking is not None:
+                self.linking.close()
+            self.change.close()
+
+    def _run(self, stale: Stale, obsolete: Collection[str], must_be_empty: bool) -> None:
+        change = self.change
+        change.read_new()
+        if len(change.files) == 1:
+            self._compare(stale, obsolete, must_be_empty)
+            if not change.gone:
+                _rename_one(change)
+                return
+        self._take_turn()
+        self._compare(stale, obsolete, must_be_empty)
+        if not change.files and not change.gone:
+            return
+        if (change.fresh or change.gone) and exchange(change):
+            return
+        self.linking = Linking(change)
+        if not self.linking.run():
+            _one_by_one(change)
+
+    def _compare(self, stale: Stale, obsolete: Collection[str], must_be_empty: bool) -> None:
+        """After what killed saves have left here has gone."""
+        change = self.change
+        remove_left(change.folder, change.held, change.hidden.name)
+        change.compare(stale, obsolete, must_be_empty)
+
+    def _take_turn(self) -> None:
+        """One save at a time changes names here: the one whose hidden folder has a certain name."""
+        folder, hidden = self.change.folder, self.change.hidden
+        deadline = time.monotonic() + _TURN_SECONDS
+        for name in turn_names(folder):
+            while True:
+                try:
+                    hidden.move(name)
+                    self.has_turn = True
+                    return
+                except OSError as error:
+                    if error.errno not in _IN_THE_WAY or folder.stat(name) is None and not _is_race(error):
+                        raise
+                if not wait_for_turn(folder, name, self.change.held, deadline):
+                    break
+        raise OSError(errno.EBUSY, "hidden folders of others are in the way", folder.path)
+
+
+_switches: list[Switch] = []
+"""Under way in this process."""
+
+
+def _is_race(error: OSError) -> bool:
+    """Whether what was in the way may just have gone."""
+    return error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+
+
+def turn_names(folder: Folder) -> list[str]:
+    """Of the hidden folder of the save that changes names: the first one that others do not have there. The folder is
+    part of it, so that what was moved here from elsewhere is not taken for it."""
+    purpose = f"turn in {folder.identity()}"
+    return [hidden_name(purpose, slot) for slot in range(_MOST_NAMES)]
+
+
+def wait_for_turn(folder: Folder, name: str, held: list[int], deadline: float) -> bool:
+    """Until no save changes names here under this name; what a killed one has begun is ended. False: it is others'."""
+    while True:
+        try:
+            left = adopt(folder, name)
+        except InUseError:
+            if not _end_interrupted(folder):
+                if time.monotonic() > deadline:
+                    reason = "another save has been putting files in place for too long"
+                    raise OSError(errno.EBUSY, reason, folder.path) from None
+                time.sleep(0.001)
+            continue
+        if left is not None:
+            recover(left, held)
+            return True
+        return folder.stat(name) is None
+
+
+def remove_left(folder: Folder, held: list[int], own: str = "") -> None:
+    """What killed saves of this user have left in a folder; what they have begun there is ended."""
+    for name, is_folder in folder.entries():
+        if is_folder and name != own and STAGING.fullmatch(name):
+            try:
+                left = adopt(folder, name)
+            except InUseError:
+                continue
+            if left is not None:
+                recover(left, held)
+
+
+def recover(hidden: Hidden, held: list[int]) -> None:
+    """Ends what a killed save has begun, or removes what it has left."""
+    try:
+        if hidden.name in turn_names(hidden.parent):
+            settle_left(hidden, hidden.parent)
+        hidden.remove(held)
+    finally:
+        hidden.close()
+
+
+def _end_interrupted(folder: Folder) -> bool:
+    """Whether a save of this very thread, in which a signal's handler saves, was in the way; it is ended then."""
+    for switch in _switches:
+        change = switch.change
+        if not switch.has_turn or switch.interrupted:
+            continue
+        if switch.thread == threading.get_ident() and change.folder.identity() == folder.identity():
+            if switch.linking is None:
+                raise OSError(errno.EDEADLK, "a save into this folder is being put in place", folder.path)
+            switch.linking.redirect()
+            switch.linking.finish()
+            switch.interrupted = True
+            clear_away(change.hidden, change.held)
+            return True
+    return False
+
+
+def _rename_one(change: Change) -> None:
+    name = change.files[0]
+    while os.path.dirname(name) and change.places.find(os.path.dirname(name)) is None:
+        name = os.path.dirname(name)  # with the folder that is missing
+    folder, base = change.places.of(name)
+    change.new.rename(name, folder, base)
+    change.published = True
+    if change.durable:
+        folder.sync()
+
+
+def _one_by_one(change: Change) -> None:
+    for path in change.folders:
+        change.folder.mkdirs(path)
+    for name in sorted(change.files, key=_visibility):
+        change.new.rename(name, *change.places.of(name))
+    for name in change.gone:
+        folder, base = change.places.of(name)
+        folder.unlink(base)
+    change.published = True
+    if change.durable:
+        for path in {os.path.dirname(name) for name in (*change.files, *change.gone)}:
+            change.places.of(os.path.join(path, "x"))[0].sync()
+
+
+def _visibility(name: str) -> tuple[int, str]:
+    """An index or a manifest shows its shards, and a single file is looked for before an index: the last to come."""
+    base = os.path.basename(name)
+    shows = base.endswith(".index.json") or base.startswith("fastshard-")
+    return (2 if shows else 1 if name.endswith((".safetensors", ".bin")) else 0), name
+
+
+def published(error: OSError, path: str) -> OSError:
+    """The error of a save whose files stand nevertheless."""
+    reason = error.strerror or str(error)
+    text = f"{path} is in place, but not known to be on stable storage: {reason}"
+    said = OSError(error.errno or errno.EIO, text, error.filename or path)
+    said.published = True  # type: ignore[attr-defined]
+    return said

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Descriptors that a thread of the native module closes."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+import refusals
+
+from fastshard import _native
+
+
+def _open(count: int) -> list[int]:
+    return [os.open(os.devnull, os.O_RDONLY) for _ in range(count)]
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError as error:
+        assert error.errno == errno.EBADF
+        return False
+    return True
+
+
+def test_all_are_closed_when_it_has_been_waited_for(no_hang: None) -> None:
+    descriptors = _open(40)
+    closing = _native.close_later(descriptors)
+    closing.wait()
+    assert closing.done()
+    assert not any(map(_is_open, descriptors))
+    closing.wait()  # again
+
+
+def test_none_are_closed_at_once(no_hang: None) -> None:
+    closing = _native.close_later([])
+    closing.wait()
+    assert closing.done()
+
+
+def test_dropped_without_waiting_they_are_closed_nevertheless(no_hang: None) -> None:
+    reader, writer = os.pipe()
+    _native.close_later([writer])
+    assert os.read(reader, 1) == b""  # the end of the pipe: nobody holds the other one
+    os.close(reader)
+
+
+def test_a_forked_child_keeps_none_and_waits_for_nothing(no_hang: None) -> None:
+    for _ in range(50):
+        reader, writer = os.pipe()
+        inherited = _open(10)
+        closing = _native.close_later([*inherited, writer])
+        pid = os.fork()
+        if pid == 0:
+            closing.wait()
+            os._exit(any(map(_is_open, [*inherited, writer])))
+        assert os.waitpid(pid, 0)[1] == 0
+        closing.wait()
+        os.close(reader)
+
+
+@pytest.mark.parametrize("kind", ["thread", "memory"])
+def test_without_a_thread_or_memory_they_are_closed_by_the_caller(kind: str) -> None:
+    said = refusals.run(
+        """
+kind = sys.argv[1].encode()
+def work():
+    fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(5)]
+    before = descriptors()
+    _native.close_later(fds).wait()
+    return before - descriptors()
+for call in range(1, int(child(work, kind, 0)) + 1):
+    print(child(work, kind, call))
+""",
+        kind,
+    )
+    assert set(said.splitlines()) == {"returned 5"}
