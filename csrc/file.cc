@@ -249,7 +249,13 @@ void OutputFile::write(std::span<iovec> parts, uint64_t offset) {
 
 Mapping OutputFile::window(uint64_t offset, uint64_t nbytes) {
   Mapping window(fd_.get(), offset, nbytes, path_);
-  populate(window.bytes(), path_);
+  try {
+    populate(window.bytes(), path_);
+  } catch (const IoError& error) {
+    // Pages of a file in memory can be lacking; those of a disk are reserved, so that it has failed.
+    const int code = error.code().value();
+    fail("populate", code == ENOSPC && preallocated_ && !memory_backed_ ? EIO : code);
+  }
   return window;
 }
 
