@@ -17,7 +17,18 @@ from collections.abc import Iterator
 from typing import Final
 
 from .change import REFUSED, Change
-from .staging import NEW, OLD, Folder, Hidden, Identity, Named, clear_away, hidden_name, make_hidden, open_folder
+from .staging import (
+    NEW,
+    OLD,
+    Folder,
+    Hidden,
+    Identity,
+    Named,
+    clear_away,
+    hidden_name,
+    make_hidden,
+    open_folder,
+)
 
 _MOST_LINKED: Final = 4096
 _EXCHANGE: Final = 2

@@ -300,6 +300,8 @@ def outcome_of(kind: str) -> Outcome:
             return compare(kind, work)
     except TimeoutError as error:
         return Outcome(f"not compared: {error}", "")
+    except Exception as error:
+        return Outcome(f"DIFFERENT: {type(error).__name__}: {error}".replace("\n", " ")[:300], "")
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
