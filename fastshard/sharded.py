@@ -482,7 +482,7 @@ def _sources(
     inside: dict[str, list[str]] = {}
     for name, holder in covered.items():
         inside.setdefault(holder, []).append(name)
-    for name, tensor in wanted.items():
+    for name in wanted:
         source = source_of(name)
         parts = {name: source} if source else _parts_of(name, tensors, inside.get(name, ()), source_of)
         if not parts:
