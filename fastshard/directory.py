@@ -29,7 +29,7 @@ from .staging import (
 )
 from .switching import Switch, published, remove_left, turn_names, wait_for_turn
 
-__all__ = ["creating", "final_places", "replacing", "scratch_of", "sync"]
+__all__ = ["creating", "final_places", "replacing", "scratch_of", "sync", "was_left"]
 
 _WAIT_SECONDS: Final = 60.0
 _MOST_TRIES: Final = 20
@@ -93,6 +93,8 @@ def _staged(directory: str, create: bool, durable: bool) -> Iterator[_Staging]:
                 setattr(error, attribute, os.fsencode(final_places(os.fsdecode(path))))
             elif isinstance(path, str):
                 setattr(error, attribute, final_places(path))
+        if error.errno is not None and error.filename is None:  # of an open file, which does not know its name
+            error.filename = directory
         raise
     except Exception as error:
         error.args = tuple(final_places(said) if isinstance(said, str) else said for said in error.args)
@@ -183,8 +185,7 @@ class _Staging:
             folder = open_folder(directory)
             hidden = None
             try:
-                above, base = real_place(directory)
-                if _is_there(os.path.join(above, name_beside(base))):
+                for above in _places_left(directory):
                     with open_folder(above) as parent:
                         remove_left(parent, self.held)
                 hidden = make_hidden(folder, "in", self.held)
@@ -206,6 +207,23 @@ class _Staging:
                 hidden.close()
                 folder.close()
         raise OSError(errno.EBUSY, "others keep exchanging it", directory)
+
+
+def was_left(directory: str, names: Iterable[str]) -> bool:
+    """Whether hidden folders of other saves are in a directory that has these names, or above it."""
+    if any(map(STAGING.fullmatch, names)):
+        return True
+    return any(True for _ in _places_left(directory))
+
+
+def _places_left(directory: str) -> Iterator[str]:
+    """Folders in which a killed save may have left what it made the directory in, or folders above it, or what it was
+    to be exchanged with."""
+    above, base = real_place(directory)
+    while base:
+        if _is_there(os.path.join(above, name_beside(base))):
+            yield above
+        above, base = os.path.split(above)
 
 
 def _is_there(path: str) -> bool:

@@ -13,7 +13,7 @@ from .archive import torch_save
 from .engine import Engine, Options
 from .saving import How
 from .sharing import by_storage
-from .staged import staged
+from .staged import save_alone, staged
 
 
 def save_torch_model(
@@ -132,20 +132,22 @@ def save_torch_state_dict(
 
     how = How(durable, keep_cached, progress, force_contiguous, dtype, engine=engine)
     in_file = {"format": "pt"} if split.is_sharded else {"format": "pt", **metadata}
-    with staged(os.fspath(save_directory), stale, how) as stage:
+    directory = os.fspath(save_directory)
+    if safe_serialization and len(split.filename_to_tensors) == 1:
+        ((filename, names),) = split.filename_to_tensors.items()
+        if save_alone({name: state_dict[name] for name in names}, directory, filename, in_file, stale, how):
+            return
+    with staged(directory, stale, how) as stage:
         for filename, names in split.filename_to_tensors.items():
             shard = {name: state_dict[name] for name in names}
-            path = os.path.join(stage.path, filename)
+            path = stage.place(filename)
             if safe_serialization:
                 stage.add(shard, path, in_file)
             else:
                 torch_save(shard, path, durable=durable, keep_cached=keep_cached, engine=engine)
         if split.is_sharded:
             index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
-            with open(
-                os.path.join(stage.path, filename_pattern.format(suffix="") + ".index.json"), "w"
-            ) as file:
-                json.dump(index, file, indent=2)
+            stage.write_text(filename_pattern.format(suffix="") + ".index.json", json.dumps(index, indent=2))
 
 
 def _made_contiguous(

@@ -129,8 +129,7 @@ def save_sharded_state(
             tensors={tensor: name for name, part in parts.items() for tensor in part},
             aliases=aliases,
         )
-        with open(os.path.join(stage.path, names.manifest), "w") as file:
-            file.write(manifest.to_json())
+        stage.write_text(names.manifest, manifest.to_json())
     return manifest
 
 

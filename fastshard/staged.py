@@ -12,20 +12,23 @@ import contextlib
 import logging
 import os
 import re
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from . import saving
-from .directory import final_places, replacing, scratch_of
+from .directory import final_places, replacing, scratch_of, was_left
 from .mapped import lies_in_file
 from .planning import PathLike, StateDict
 from .saving import How, PlannedFile
+from .staging import Named
 
 DESCRIPTION: Final = "Saving checkpoint shards"
 """Of the progress bar."""
 _TEMPORARY_NBYTES: Final = 128 << 20
+_log: Final = logging.getLogger("fastshard")
 
 _running = threading.local()
 
@@ -72,6 +75,21 @@ class Stage:
         """Whether a file of this name belongs to the checkpoint."""
         return isinstance(filename, (str, os.PathLike)) and os.fspath(filename).startswith(self.path + os.sep)
 
+    def place(self, name: str) -> str:
+        """Where to write a file of this name, which may be in a folder that is in the checkpoint's, too."""
+        folder = os.path.dirname(name)
+        if folder:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # as it would be without a stage
+                if stat.S_ISDIR(os.stat(final_places(os.path.join(self.path, folder))).st_mode):
+                    os.makedirs(os.path.join(self.path, folder), exist_ok=True)
+        return os.path.join(self.path, name)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a small file at once."""
+        path = self.place(name)
+        with Named(path), open(path, "w") as file:
+            file.write(text)
+
     def weights(self) -> set[str]:
         """Names of the files of weights in it, added ones too."""
         added = (os.path.basename(os.fspath(name)) for name in self._files)
@@ -105,6 +123,41 @@ def staged(
             _running.stage = outer
         names |= stage.weights()
         stage.write()
+    _warn_of_preferred(directory, names)
+
+
+def save_alone(
+    tensors: StateDict,
+    directory: str,
+    name: str,
+    metadata: dict[str, str] | None,
+    stale: Callable[[str], bool],
+    how: How,
+) -> bool:
+    """Saves a checkpoint of one file, if nothing else changes in the directory: no stage is needed then. Whether so."""
+    found = os.listdir(directory)
+    if os.path.dirname(name) or any(other != name and stale(other) for other in found) or was_left(directory, found):
+        return False
+    began = time.perf_counter()
+    path = os.path.join(directory, name)
+    saving.write_files({path: saving.plan_file(tensors, path, metadata, how)}, how, began, DESCRIPTION)
+    return True
+
+
+def _warn_of_preferred(directory: str, names: set[str]) -> None:
+    """Loaders look for safetensors files first: older ones hide the pickled ones that have just been saved. They may be
+    there on purpose, so they stay, and this tells of them."""
+    stems = {match["stem"] for match in map(_WEIGHTS.fullmatch, names) if match and match["suffix"] == ".bin"}
+    if not stems:
+        return
+    stems |= {stem.removeprefix("pytorch_") for stem in stems if stem.startswith("pytorch_model")}
+    for name in sorted(os.listdir(directory)):
+        found = _WEIGHTS.fullmatch(name) or _INDEX.fullmatch(name)
+        if found and found["suffix"] == ".safetensors" and found["stem"] in stems and name not in names:
+            _log.warning(
+                "%s is of an earlier save, and loaders look for it before the .bin files that were saved just now",
+                os.path.join(directory, name),
+            )
 
 
 def current() -> Stage | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import logging
 import os
@@ -272,8 +273,12 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def hidden_name(purpose: str, slot: int = 0) -> str:
-    digits = hashlib.blake2b(f"{os.geteuid()}:{purpose}".encode(), digest_size=7).hexdigest()
-    return f".fastshard-{digits}{slot:02x}.staging"
+    return f".fastshard-{_digits(os.geteuid(), purpose)}{slot:02x}.staging"
+
+
+@functools.lru_cache(maxsize=256)
+def _digits(user: int, purpose: str) -> str:
+    return hashlib.blake2b(f"{user} {purpose}".encode(errors="surrogateescape"), digest_size=7).hexdigest()
 
 
 class InUseError(Exception):
