@@ -13,12 +13,15 @@
 #include <utility>
 #include <vector>
 
+#include "attributes.h"
 #include "closing.h"
 #include "cuda_info.h"
 #include "direct_io.h"
 #include "engine.h"
 #include "kernels/embedded.h"
+#include "probe.h"
 #include "source_file.h"
+#include "temporary.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -128,11 +131,13 @@ std::shared_ptr<SavePlan> plan_from(const py::list& files) {
 }
 
 // A prepared save as Python holds it: one plan for each generation of the file, as each has its own address.
-// Python sees to it that there is one save at a time.
+// Python sees to it that one thread at a time is in here. In that thread a signal handler may call in between any two
+// calls: what is bound has a tag that submit compares, and a save that the handler interrupted is stopped.
 struct PreparedHandle {
-  PreparedHandle(std::shared_ptr<Engine> of, const py::object& file, size_t generations) : engine(std::move(of)) {
+  PreparedHandle(std::shared_ptr<Engine> of, const py::object& file, size_t generations, py::object tag)
+      : engine(std::move(of)) {
     if (engine == nullptr) throw std::runtime_error("the engine is closed");
-    bind(file, generations);
+    bind(file, generations, std::move(tag));
     const py::gil_scoped_release released;
     standing = engine->stand(*plans.front(), generations);
   }
@@ -140,7 +145,7 @@ struct PreparedHandle {
   PreparedHandle& operator=(const PreparedHandle&) = delete;
   ~PreparedHandle() { close(); }
 
-  void bind(const py::object& file, size_t generations) {
+  void bind(const py::object& file, size_t generations, py::object tag) {
     std::vector<std::shared_ptr<SavePlan>> bound;
     py::list files;
     files.append(file);
@@ -150,17 +155,26 @@ struct PreparedHandle {
       throw std::invalid_argument("the file would have another size");
     }
     plans = std::move(bound);
+    bound_tag = std::move(tag);
   }
 
-  std::unique_ptr<SaveHandle> submit(const std::map<int, uintptr_t>& streams, bool durable, bool checksums) {
+  // Null unless what is bound has this tag.
+  std::unique_ptr<SaveHandle> submit(const std::map<int, uintptr_t>& streams, bool durable, bool checksums,
+                                     const py::object& tag) {
     if (standing == nullptr) throw std::runtime_error("the prepared save is closed");
+    if (!tag.is(bound_tag)) return nullptr;
     const py::gil_scoped_release released;
+    if (const std::shared_ptr<Save> before = newest.lock(); before != nullptr && !before->finished()) {
+      before->cancel();
+      before->settle();
+    }
     const size_t generation = standing->next();
     plans[generation]->files[0].memory = standing->target(generation);
     read_from_files(*plans[generation]);
     const auto commit = [target = standing, generation, durable] { return target->publish(generation, durable); };
-    return std::make_unique<SaveHandle>(
-        engine->submit(plans[generation], streams, {.durable = durable, .checksums = checksums}, commit));
+    auto save = engine->submit(plans[generation], streams, {.durable = durable, .checksums = checksums}, commit);
+    newest = save;
+    return std::make_unique<SaveHandle>(std::move(save));
   }
 
   void close() {
@@ -172,6 +186,8 @@ struct PreparedHandle {
   std::shared_ptr<Engine> engine;
   std::shared_ptr<Standing> standing;
   std::vector<std::shared_ptr<SavePlan>> plans;
+  py::object bound_tag;
+  std::weak_ptr<Save> newest;
 };
 
 WritePath write_path_from(const std::string& name) {
@@ -233,9 +249,16 @@ PYBIND11_MODULE(_native, module) {
       if (pointer) std::rethrow_exception(pointer);
     } catch (const IoError& error) {
       const int code = error.code().value();
-      const py::object text = py::module_::import("os").attr("strerror")(code);
+      py::object text = py::module_::import("os").attr("strerror")(code);
+      if (!error.detail().empty()) text = text + py::str("; " + error.detail());
       const py::object path = py::module_::import("os").attr("fsdecode")(py::bytes(error.path()));
-      PyErr_SetObject(PyExc_OSError, py::make_tuple(code, text, path).ptr());
+      const py::object raised = py::module_::import("builtins").attr("OSError")(code, text, path);
+      raised.attr("published") = error.published();
+      PyErr_SetObject(py::type::handle_of(raised).ptr(), raised.ptr());
+    } catch (const std::system_error& error) {  // a thread that is not to be had
+      const int code = error.code().value();
+      const py::object text = py::module_::import("os").attr("strerror")(code);
+      PyErr_SetObject(PyExc_OSError, py::make_tuple(code, text).ptr());
     } catch (const CudaError& error) {
       PyErr_SetString(PyExc_RuntimeError, error.what());
     } catch (const Cancelled& error) {
@@ -270,6 +293,7 @@ PYBIND11_MODULE(_native, module) {
           "amendments"_a)
       .def_property_readonly("nbytes", [](const SaveHandle& handle) { return handle.save->nbytes(); })
       .def_property_readonly("nbytes_written", [](const SaveHandle& handle) { return handle.save->nbytes_written(); })
+      .def_property_readonly("fetches", [](const SaveHandle& handle) { return handle.save->fetches(); })
       .def("checksums", [](const SaveHandle& handle) { return handle.save->checksums(); })
       .def("stats", [](const SaveHandle& handle) { return to_dict(handle.save->stats()); });
 
@@ -283,24 +307,27 @@ PYBIND11_MODULE(_native, module) {
       .def(
           "submit",
           [](EngineHandle& handle, const py::list& files, const std::map<int, uintptr_t>& streams, bool durable,
-             bool keep_cached, bool checksums, bool amended, const py::object&) {
+             bool keep_cached, bool checksums, bool amended, const py::object&, bool follow_links) {
             const std::shared_ptr<Engine> engine = handle.engine;
             if (engine == nullptr) throw std::runtime_error("the engine is closed");
             const std::shared_ptr<SavePlan> plan = plan_from(files);
             const py::gil_scoped_release released;
             read_from_files(*plan);
-            const Intent intent{
-                .durable = durable, .keep_cached = keep_cached, .checksums = checksums, .amended = amended};
+            const Intent intent{.durable = durable,
+                                .keep_cached = keep_cached,
+                                .checksums = checksums,
+                                .amended = amended,
+                                .follow_links = follow_links};
             return std::make_unique<SaveHandle>(engine->submit(plan, streams, intent));
           },
           "files"_a, "streams"_a, "durable"_a, "keep_cached"_a, "checksums"_a, "amended"_a, "keep_alive"_a,
-          py::keep_alive<0, 8>())
+          "follow_links"_a = false, py::keep_alive<0, 8>())
       .def(
           "prepare",
-          [](EngineHandle& handle, const py::object& file, size_t generations) {
-            return std::make_unique<PreparedHandle>(handle.engine, file, generations);
+          [](EngineHandle& handle, const py::object& file, size_t generations, py::object tag) {
+            return std::make_unique<PreparedHandle>(handle.engine, file, generations, std::move(tag));
           },
-          "file"_a, "generations"_a)
+          "file"_a, "generations"_a, "tag"_a)
       .def(
           "numa_node",
           [](EngineHandle& handle, int ordinal) {
@@ -309,17 +336,22 @@ PYBIND11_MODULE(_native, module) {
             return engine->device(ordinal).numa_node();
           },
           "ordinal"_a, Released())
+      .def_property_readonly("closed", [](const EngineHandle& handle) { return handle.engine == nullptr; })
       .def("close", &EngineHandle::close);
 
   py::class_<PreparedHandle>(module, "Prepared")
       .def(
           "submit",
           [](PreparedHandle& handle, const std::map<int, uintptr_t>& streams, bool durable, bool checksums,
-             const py::object&) { return handle.submit(streams, durable, checksums); },
-          "streams"_a, "durable"_a, "checksums"_a, "keep_alive"_a, py::keep_alive<0, 5>())
+             const py::object&, const py::object& tag) { return handle.submit(streams, durable, checksums, tag); },
+          "streams"_a, "durable"_a, "checksums"_a, "keep_alive"_a, "tag"_a, py::keep_alive<0, 5>())
       .def(
-          "bind", [](PreparedHandle& handle, const py::object& file) { handle.bind(file, handle.plans.size()); },
-          "file"_a)
+          "bind",
+          [](PreparedHandle& handle, const py::object& file, py::object tag) {
+            handle.bind(file, handle.plans.size(), std::move(tag));
+          },
+          "file"_a, "tag"_a)
+      .def_property_readonly("tag", [](const PreparedHandle& handle) { return handle.bound_tag; })
       .def("close", &PreparedHandle::close);
 
   // Takes the descriptors over and closes them on a thread of its own; what it returns can be waited for.
@@ -402,6 +434,33 @@ PYBIND11_MODULE(_native, module) {
       },
       "directory"_a, "write_path"_a = "auto", "durable"_a = false, "keep_cached"_a = true, "from_device"_a = false,
       "nbytes"_a = uint64_t{1} << 30, "writers"_a = 1);
+  // For files that Python writes: what the native saves do by themselves. Paths are bytes.
+  module.def(
+      "adopt_attributes", [](int fd, const std::string& path) { return adopt_attributes(fd, path); }, "fd"_a, "path"_a,
+      Released());
+  module.def(
+      "find_target",
+      [](const std::string& path, bool follow_links) { return py::bytes(find_target(path, follow_links).path); },
+      "path"_a, "follow_links"_a);
+  module.def(
+      "temporary_names",
+      [](const std::string& path) {
+        const Target target = target_of(path);
+        py::list names;
+        for (unsigned number = 0; number < kTemporaryNames; ++number) {
+          names.append(py::bytes(temporary_name(target.directory, target.name, number)));
+        }
+        return names;
+      },
+      "path"_a);
+  module.def(
+      "remove_leftovers",
+      [](const std::string& path) {
+        const Target target = target_of(path);
+        return remove_leftovers(target, filesystem_of(target.directory, path).one_machine);
+      },
+      "path"_a, Released());
+  module.def("mark_in_use", &mark_in_use, "fd"_a);
   module.def("io_uring_refusal", &io_uring_refusal);
   module.def("probe", &probe, "directory"_a, Released());
 }

@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
-#include <deque>
+#include <exception>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -25,6 +25,8 @@ namespace {
 
 // More blocking writers gain nothing on any disk measured.
 constexpr unsigned kMaxThreads = 4;
+// Calls that write less than a block, of one submission.
+constexpr unsigned kMaxInVain = 4;
 
 // What is left to be written of one submission.
 struct Write {
@@ -32,6 +34,7 @@ struct Write {
   uint64_t nbytes;
   uint64_t offset;
   uint64_t token;
+  unsigned in_vain = 0;
 
   // Counts in what a write call has returned (a negative errno for a failure); the errno that ends this write, or 0.
   int advance(int64_t result, uint64_t block_nbytes) {
@@ -40,7 +43,8 @@ struct Write {
     auto done = std::min(static_cast<uint64_t>(result), nbytes);
     // What is left must begin with a whole block.
     if (done < nbytes) done -= done % block_nbytes;
-    if (done == 0) return EIO;
+    // Nothing done: the next call may say why (a disk that is full).
+    if (done == 0) return ++in_vain < kMaxInVain ? 0 : EIO;
     data += done;
     nbytes -= done;
     offset += done;
@@ -233,19 +237,17 @@ std::unique_ptr<DirectQueue> make_uring_queue(int, const std::string&, uint64_t,
 class ThreadQueue final : public DirectQueue {
  public:
   ThreadQueue(int fd, const std::string& path, uint64_t block_nbytes, unsigned depth)
-      : fd_(fd), path_(path), block_nbytes_(block_nbytes), threads_(std::min(depth, kMaxThreads)) {}
+      : fd_(fd), path_(path), block_nbytes_(block_nbytes), threads_(std::min(depth, kMaxThreads)) {
+    done_.reserve(depth);  // a thread must not need memory to say what it has done
+  }
 
   void submit(std::span<const std::byte> bytes, uint64_t offset, uint64_t token) override {
-    threads_.post([this, write = Write{bytes.data(), bytes.size(), offset, token}]() mutable {
-      int error = 0;
-      while (error == 0 && write.nbytes != 0) {
-        const ssize_t result = pwrite(fd_, write.data, write.nbytes, static_cast<off_t>(write.offset));
-        error = write.advance(result < 0 ? -errno : result, block_nbytes_);
-      }
-      const std::lock_guard lock(mutex_);
-      done_.emplace_back(write.token, error);
-      completed_.notify_one();
-    });
+    const Write write{bytes.data(), bytes.size(), offset, token};
+    try {
+      threads_.post([this, write] { carry_out(write); });
+    } catch (const std::exception&) {
+      carry_out(write);  // no thread to be had: by the caller
+    }
   }
 
   std::optional<uint64_t> reap(bool wait) override {
@@ -253,18 +255,29 @@ class ThreadQueue final : public DirectQueue {
     if (!wait && done_.empty()) return std::nullopt;
     completed_.wait(lock, [&] { return !done_.empty(); });
     const auto [token, error] = done_.front();
-    done_.pop_front();
+    done_.erase(done_.begin());
     if (error != 0) throw IoError(error, path_, "write");
     return token;
   }
 
  private:
+  void carry_out(Write write) {
+    int error = 0;
+    while (error == 0 && write.nbytes != 0) {
+      const ssize_t result = pwrite(fd_, write.data, write.nbytes, static_cast<off_t>(write.offset));
+      error = write.advance(result < 0 ? -errno : result, block_nbytes_);
+    }
+    const std::lock_guard lock(mutex_);
+    done_.emplace_back(write.token, error);
+    completed_.notify_one();
+  }
+
   const int fd_;
   const std::string path_;
   const uint64_t block_nbytes_;
   std::mutex mutex_;
   std::condition_variable completed_;
-  std::deque<std::pair<uint64_t, int>> done_;
+  std::vector<std::pair<uint64_t, int>> done_;
   WorkerPool threads_;  // the last: its threads end before what they use goes
 };
 

@@ -10,15 +10,24 @@
 
 namespace fastshard {
 
-// A system call on `path` failed with `errno_value`. Becomes OSError(errno, strerror, path) in Python.
+// A system call on `path`, which is the name that the caller gave, failed with `errno_value`. Becomes
+// OSError(errno, strerror, path) in Python; `detail`, where there is one, follows the strerror. `published`: the new
+// file stands under its name all the same, and the error came after that.
 class IoError : public std::system_error {
  public:
-  IoError(int errno_value, std::string path, const std::string& action)
-      : std::system_error(errno_value, std::generic_category(), action), path_(std::move(path)) {}
+  IoError(int errno_value, std::string path, const std::string& action, std::string detail = {}, bool published = false)
+      : std::system_error(errno_value, std::generic_category(), action),
+        path_(std::move(path)),
+        detail_(std::move(detail)),
+        published_(published) {}
   const std::string& path() const noexcept { return path_; }
+  const std::string& detail() const noexcept { return detail_; }
+  bool published() const noexcept { return published_; }
 
  private:
   std::string path_;
+  std::string detail_;
+  bool published_;
 };
 
 // A CUDA driver call failed, or no usable driver was found. Becomes RuntimeError.

@@ -106,19 +106,27 @@ class FetchQueue {
    public:
     Stream(FetchQueue& queue, uint32_t file) : queue_(queue), file_(file) {}
     std::unique_ptr<Ticket> pack(std::span<const CopyOp> ops, Staging& staging) override {
-      uint64_t first, last;
+      std::unique_ptr<Ticket> ticket;
       {
+        uint64_t first, last;
         const std::lock_guard lock(queue_.mutex_);
         if (queue_.aborted_) throw Cancelled();
+        const size_t before = queue_.waiting_.size();
         first = last = queue_.next_id_;
-        for (const CopyOp& op : ops) {
-          queue_.waiting_.push_back(
-              {last++, file_, op.item, op.first_byte, op.nbytes, staging.bytes.data() + op.chunk_offset});
+        try {
+          for (const CopyOp& op : ops) {
+            queue_.waiting_.push_back(
+                {last++, file_, op.item, op.first_byte, op.nbytes, staging.bytes.data() + op.chunk_offset});
+          }
+          ticket = std::make_unique<FetchTicket>(queue_, first, last);
+        } catch (...) {
+          queue_.waiting_.resize(before);  // nobody may write to a slot that has been given away
+          throw;
         }
         queue_.next_id_ = last;
       }
       queue_.posted_();
-      return std::make_unique<FetchTicket>(queue_, first, last);
+      return ticket;
     }
 
    private:

@@ -7,26 +7,24 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <new>
-#include <set>
+
+#include "attributes.h"
+#include "temporary.h"
 
 namespace fastshard {
 namespace {
 
 bool unsupported(int error) { return error == EOPNOTSUPP || error == ENOSYS || error == EINVAL; }
 
-std::string parent_of(const std::string& path) {
-  const size_t slash = path.rfind('/');
-  if (slash == std::string::npos) return ".";
-  return slash == 0 ? "/" : path.substr(0, slash);
-}
-
-std::string self_path(int fd) { return "/proc/self/fd/" + std::to_string(fd); }
+// Kernels and filesystems without O_TMPFILE take it for a directory to be opened.
+bool without_nameless_files(int error) { return unsupported(error) || error == EISDIR || error == ENOENT; }
 
 uint64_t round_up(uint64_t nbytes, uint64_t unit) { return (nbytes + unit - 1) / unit * unit; }
 
@@ -35,6 +33,8 @@ constexpr uint64_t kMinBlockNbytes = 4096;
 constexpr uint64_t kMaxBlockNbytes = 64 << 10;
 // Written ranges that wait for the disk while the next one is written.
 constexpr size_t kRangesBehind = 4;
+// Nobody but the owner, until the file has its final mode.
+constexpr mode_t kStagedMode = 0600;
 
 // 0 where there is no direct I/O that staging slots, which are aligned to pages, could do.
 uint64_t direct_block_nbytes(int fd) {
@@ -56,32 +56,41 @@ bool set_direct(int fd, bool direct) {
   return flags >= 0 && fcntl(fd, F_SETFL, direct ? flags | O_DIRECT : flags & ~O_DIRECT) == 0;
 }
 
-// What is on the disk, out of the page cache.
-void evict(int fd) { posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED); }
-
-// fsync; filesystems that have nothing to sync say EINVAL.
-void sync_descriptor(int fd, const std::string& path) {
-  if (fsync(fd) != 0 && errno != EINVAL) throw IoError(errno, path, "fsync");
+// 0, or the errno of data that could not be stored. Where the call is unknown or forbidden, fsync() will tell.
+int request_writeback(int fd, uint64_t offset, uint64_t nbytes, unsigned flags) {
+  if (sync_file_range(fd, static_cast<off_t>(offset), static_cast<off_t>(nbytes), flags) == 0) return 0;
+  return unsupported(errno) || errno == ESPIPE || errno == EPERM || errno == EINTR ? 0 : errno;
 }
 
-void sync_directory(const std::string& directory) {
-  const Descriptor folder(open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (!folder) throw IoError(errno, directory, "open");
-  sync_descriptor(folder.get(), directory);
+std::string in_words(uint64_t nbytes) {
+  constexpr const char* kUnits[] = {"bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
+  auto value = static_cast<double>(nbytes);
+  size_t unit = 0;
+  while (value >= 1024 && unit + 1 < std::size(kUnits)) {
+    value /= 1024;
+    ++unit;
+  }
+  std::array<char, 32> text;
+  std::snprintf(text.data(), text.size(), unit == 0 ? "%.0f %s" : "%.1f %s", value, kUnits[unit]);
+  return text.data();
 }
 
 }  // namespace
 
 OutputFile::OutputFile(const std::string& path, uint64_t nbytes, const Intent& intent)
-    : path_(path), nbytes_(nbytes), keep_cached_(intent.keep_cached) {
-  resolve_target();
-  const FileSystem filesystem = filesystem_of(directory_, path_);
+    : path_(path),
+      target_(find_target(path, intent.follow_links)),
+      nbytes_(nbytes),
+      save_nbytes_(std::max(nbytes, intent.nbytes)),
+      keep_cached_(intent.keep_cached) {
+  const FileSystem filesystem = filesystem_of(target_.directory, path_);
   memory_backed_ = filesystem.memory_backed;
+  one_machine_ = filesystem.one_machine;
   if (memory_backed_) keep_cached_ = true;  // its files are the page cache
   write_path_ = choose_write_path(filesystem, intent).path;
+  fallbacks_ = remove_leftovers(target_, one_machine_);  // first, as it may take the room
   open_temporary();
   try {
-    adopt_replaced_attributes();
     if (write_path_ == WritePath::direct) try_direct();
     preallocate();
   } catch (...) {
@@ -92,62 +101,67 @@ OutputFile::OutputFile(const std::string& path, uint64_t nbytes, const Intent& i
 
 OutputFile::~OutputFile() { discard(); }
 
-void OutputFile::fail(const char* action) const { throw IoError(errno, path_, action); }
+void OutputFile::fail(const char* action, int error) const { throw IoError(error, path_, action, room(error)); }
+
+// What a user needs to know of a file that does not fit.
+std::string OutputFile::room(int error) const {
+  if (error != ENOSPC && error != EDQUOT && error != EFBIG) return {};
+  std::string text = in_words(nbytes_) + " needed";
+  if (save_nbytes_ != nbytes_) text += " for this file (" + in_words(save_nbytes_) + " for all of the save)";
+  if (error == EFBIG) return text + ", more than the filesystem or the process's limit allows a file to have";
+  struct statvfs space;
+  struct stat taken;
+  if (error == ENOSPC && fstatvfs(fd_.get(), &space) == 0 && fstat(fd_.get(), &taken) == 0) {
+    const uint64_t free = static_cast<uint64_t>(space.f_bavail) * space.f_frsize;
+    text += ", " + in_words(free + static_cast<uint64_t>(taken.st_blocks) * 512) + " free";
+  }
+  if (target_.replaced) text += "; the old file is kept until the new one stands";
+  return text;
+}
 
 void OutputFile::note_fallback(const std::string& refused, int error) {
   fallbacks_.push_back(refused + " refused: " + std::generic_category().message(error));
 }
 
-void OutputFile::resolve_target() {
-  constexpr int kMaxLinks = 40;  // as the kernel's own limit
-  target_ = path_;
-  struct stat info;
-  for (int links = 0;; ++links) {
-    if (lstat(target_.c_str(), &info) != 0) {
-      if (errno != ENOENT || target_.empty()) fail("lstat");
-      break;
-    }
-    if (!S_ISLNK(info.st_mode)) {
-      replaced_ = info;
-      break;
-    }
-    if (links == kMaxLinks) throw IoError(ELOOP, path_, "readlink");
-    char text[PATH_MAX];
-    const ssize_t length = readlink(target_.c_str(), text, sizeof text);
-    if (length < 0) fail("readlink");
-    const std::string to(text, static_cast<size_t>(length));
-    target_ = to.starts_with('/') ? to : parent_of(target_) + "/" + to;
-  }
-  if (replaced_ && S_ISDIR(replaced_->st_mode)) throw IoError(EISDIR, path_, "open");
-  // Renaming over a device or a pipe would take it from everybody else.
-  if (replaced_ && !S_ISREG(replaced_->st_mode)) throw IoError(EINVAL, path_, "open");
-  directory_ = parent_of(target_);
-}
-
 void OutputFile::open_temporary() {
-  fd_ = Descriptor(open(directory_.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0666));
+  // Of a new file the kernel makes the mode, by umask and the directory's default list.
+  const mode_t mode = target_.replaced ? kStagedMode : 0666;
+  fd_ = Descriptor(open(target_.directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, mode));
+  if (!fd_ && !without_nameless_files(errno)) fail("open");
   // A nameless file can only be given a name through /proc.
   if (fd_ && access(self_path(fd_.get()).c_str(), F_OK) == 0) {
     mark_in_use(fd_.get());
     return;
   }
-  if (errno != ENOENT && errno != EACCES) note_fallback("O_TMPFILE");
-  const std::string name = temporary_name(directory_);
-  fd_ = Descriptor(open(name.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
-  if (!fd_) fail("open");
-  mark_in_use(fd_.get());
-  temporary_ = name;
+  const int refusal = errno;
+  if (fd_ && refusal != ENOENT && refusal != ENOTDIR && refusal != EACCES) fail("access", refusal);
+  if (fd_ || refusal != ENOENT) note_fallback("O_TMPFILE", refusal);
+  const int error = take_name(target_, path_, [&](const std::string& name) { return open_named(name); }, temporary_);
+  if (error != 0) fail("open", error);
+  if (target_.replaced) return;
+  struct stat made;
+  if (fstat(fd_.get(), &made) != 0) {
+    const int failed = errno;
+    discard();
+    fail("fstat", failed);
+  }
+  if (fchmod(fd_.get(), made.st_mode & kStagedMode) == 0) {
+    new_mode_ = made.st_mode & 07777;
+  } else {
+    note_fallback("fchmod");
+  }
 }
 
-void OutputFile::adopt_replaced_attributes() {
-  if (!replaced_) return;  // the kernel has applied the umask and the directory's default ACL
-  struct stat ours;
-  if (fstat(fd_.get(), &ours) != 0) fail("fstat");
-  if ((ours.st_uid != replaced_->st_uid || ours.st_gid != replaced_->st_gid) &&
-      fchown(fd_.get(), replaced_->st_uid, replaced_->st_gid) != 0) {
-    note_fallback("fchown");  // as anybody but root: the file becomes the saver's
-  }
-  if (fchmod(fd_.get(), replaced_->st_mode & 07777) != 0) note_fallback("fchmod");
+// Makes the file under a hidden name. 0, or an errno.
+int OutputFile::open_named(const std::string& name) {
+  fd_ = Descriptor(
+      open(name.c_str(), O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, target_.replaced ? kStagedMode : 0666));
+  if (!fd_) return errno;
+  // Until it is marked, another save may take it for a leftover.
+  const int error = mark_in_use(fd_.get());
+  if (error == EAGAIN || lost(name)) return EEXIST;
+  if (error != 0) note_fallback("locks", error);
+  return 0;
 }
 
 void OutputFile::preallocate() {
@@ -190,7 +204,7 @@ void OutputFile::try_direct() {
   };
   if (works()) return;
   note_fallback("O_DIRECT");
-  set_direct(fd_.get(), false);
+  if (!set_direct(fd_.get(), false)) fail("fcntl");
   block_nbytes_ = 1;
   write_path_ = WritePath::buffered;
 }
@@ -205,7 +219,7 @@ void require_space(std::span<OutputFile* const> files) {
     if (fstat(file->fd_.get(), &info) != 0 || fstatvfs(file->fd_.get(), &space) != 0 || space.f_blocks == 0) continue;
     wanted[info.st_dev] += file->nbytes_;
     if (wanted[info.st_dev] > static_cast<uint64_t>(space.f_bavail) * space.f_frsize) {
-      throw IoError(ENOSPC, file->path_, "reserve");
+      file->fail("reserve", ENOSPC);
     }
   }
 }
@@ -244,24 +258,35 @@ Mapping OutputFile::map() {
 }
 
 void OutputFile::start_writeback(uint64_t offset, uint64_t nbytes) noexcept {
-  sync_file_range(fd_.get(), static_cast<off_t>(offset), static_cast<off_t>(nbytes), SYNC_FILE_RANGE_WRITE);
+  const int error = request_writeback(fd_.get(), offset, nbytes, SYNC_FILE_RANGE_WRITE);
+  int none = 0;
+  if (error != 0) writeback_error_.compare_exchange_strong(none, error);
 }
 
-void OutputFile::evict_behind(uint64_t offset, uint64_t nbytes) noexcept {
+// The kernel tells each descriptor of an error once: fsync() will not repeat what is told here.
+void OutputFile::check_written() const {
+  if (const int error = writeback_error_; error != 0) fail("sync_file_range", error);
+}
+
+void OutputFile::evict_behind(uint64_t offset, uint64_t nbytes) {
   start_writeback(offset, nbytes);
   behind_.emplace_back(offset, nbytes);
   while (behind_.size() > kRangesBehind) {
     const auto [begin, length] = behind_.front();
     behind_.pop_front();
-    sync_file_range(fd_.get(), static_cast<off_t>(begin), static_cast<off_t>(length),
-                    SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+    const int error =
+        request_writeback(fd_.get(), begin, length,
+                          SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+    if (error != 0) fail("sync_file_range", error);
     posix_fadvise(fd_.get(), static_cast<off_t>(begin), static_cast<off_t>(length), POSIX_FADV_DONTNEED);
   }
+  check_written();
 }
 
 void OutputFile::end_writing() {
   if (write_path_ != WritePath::direct) return;
-  set_direct(fd_.get(), false);  // whoever reads or copies it from here on is not bound to blocks
+  // Whoever reads or copies it from here on is not bound to blocks.
+  if (!set_direct(fd_.get(), false)) fail("fcntl");
   int result;
   do {
     result = ftruncate(fd_.get(), static_cast<off_t>(nbytes_));
@@ -270,151 +295,31 @@ void OutputFile::end_writing() {
 }
 
 void OutputFile::sync() {
-  sync_descriptor(fd_.get(), path_);
+  take_attributes();
+  // Filesystems that have nothing to sync say EINVAL.
+  if (fsync(fd_.get()) != 0 && errno != EINVAL) fail("fsync");
+  check_written();
   // Not sooner: a page that is not on the disk stays, of a direct file the last one, cut by ftruncate.
-  if (!keep_cached_) evict(fd_.get());
+  if (!keep_cached_) posix_fadvise(fd_.get(), 0, 0, POSIX_FADV_DONTNEED);
 }
 
-void OutputFile::put_in_place(bool keep_old) {
-  if (temporary_.empty()) {
-    const std::string self = self_path(fd_.get());
-    if (linkat(AT_FDCWD, self.c_str(), AT_FDCWD, target_.c_str(), AT_SYMLINK_FOLLOW) == 0) {
-      state_ = State::created;
-      return;
-    }
-    if (errno != EEXIST) fail("link");
-    // linkat cannot replace: a hidden name first, for the moment until the rename.
-    const std::string name = temporary_name(directory_);
-    if (linkat(AT_FDCWD, self.c_str(), AT_FDCWD, name.c_str(), AT_SYMLINK_FOLLOW) != 0) fail("link");
-    temporary_ = name;
-  }
-  replace_target(keep_old);
-}
-
-void OutputFile::replace_target(bool keep_old) {
-  const char* from = temporary_.c_str();
-  const char* to = target_.c_str();
-  if (keep_old) {
-    if (renameat2(AT_FDCWD, from, AT_FDCWD, to, RENAME_EXCHANGE) == 0) {
-      state_ = State::exchanged;
-      return;
-    }
-    if (errno == ENOENT && renameat2(AT_FDCWD, from, AT_FDCWD, to, RENAME_NOREPLACE) == 0) {
-      temporary_.clear();
-      state_ = State::created;
-      return;
-    }
-    if (!unsupported(errno) && errno != EEXIST) fail("rename");
-    if (errno != EEXIST) note_fallback("renameat2");
-    // Without an exchange: the old file stays reachable under a second name until all files stand.
-    const std::string old = temporary_name(directory_);
-    if (link(to, old.c_str()) == 0) {
-      if (rename(from, to) != 0) {
-        const int error = errno;
-        unlink(old.c_str());
-        errno = error;
-        fail("rename");
-      }
-      temporary_ = old;
-      state_ = State::exchanged;
-      return;
-    }
-    if (errno == ENOENT) {
-      if (rename(from, to) != 0) fail("rename");
-      temporary_.clear();
-      state_ = State::created;
-      return;
-    }
-    note_fallback("link");
-  }
-  if (rename(from, to) != 0) {
-    if (!unsupported(errno) || replaced_) fail("rename");
-    note_fallback("rename");
-    copy_to_target();
-    return;
-  }
-  temporary_.clear();
-  state_ = State::replaced;
-}
-
-// Where nothing can be renamed (some object-store mounts) and nothing would be lost.
-void OutputFile::copy_to_target() {
-  const Descriptor out(open(target_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
-  if (!out) fail("open");
-  state_ = State::created;  // undone from here on if the copy fails
-  std::vector<char> buffer(4 << 20);
-  for (off_t offset = 0;;) {
-    const ssize_t got = pread(fd_.get(), buffer.data(), buffer.size(), offset);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) fail("read");
-    if (got == 0) break;
-    for (ssize_t done = 0; done < got;) {
-      const ssize_t put = ::write(out.get(), buffer.data() + done, static_cast<size_t>(got - done));
-      if (put < 0 && errno == EINTR) continue;
-      if (put < 0) fail("write");
-      done += put;
-    }
-    offset += got;
-  }
-  sync_descriptor(out.get(), path_);
-  if (!keep_cached_) {
-    evict(out.get());
-    evict(fd_.get());
-  }
-  unlink(temporary_.c_str());
-  temporary_.clear();
-}
-
-void OutputFile::discard() noexcept {
-  if (state_ == State::created) unlink(target_.c_str());
-  if (state_ == State::exchanged && rename(temporary_.c_str(), target_.c_str()) == 0) temporary_.clear();
-  if (!temporary_.empty()) unlink(temporary_.c_str());
-  temporary_.clear();
-  if (state_ != State::replaced) state_ = State::temporary;
-}
-
-bool OutputFile::has_name(const std::string& name) const {
+bool OutputFile::is_at(const std::string& name) const {
   struct stat ours, theirs;
   return fstat(fd_.get(), &ours) == 0 && lstat(name.c_str(), &theirs) == 0 && ours.st_dev == theirs.st_dev &&
          ours.st_ino == theirs.st_ino;
 }
 
+// Whether the name is known to be another file's, or nobody's. What cannot be looked at is not lost.
+bool OutputFile::lost(const std::string& name) const {
+  struct stat ours, theirs;
+  if (lstat(name.c_str(), &theirs) != 0) return errno == ENOENT;
+  return fstat(fd_.get(), &ours) == 0 && (ours.st_dev != theirs.st_dev || ours.st_ino != theirs.st_ino);
+}
+
 bool OutputFile::intact() const {
   struct stat info;
   if (state_ != State::temporary || fstat(fd_.get(), &info) != 0) return false;
-  return static_cast<uint64_t>(info.st_size) == nbytes_ && (temporary_.empty() || has_name(temporary_));
-}
-
-void publish(std::span<OutputFile* const> files, bool durable) {
-  // Nothing can fail after the only rename of a single file, so its old contents need not be kept.
-  const bool keep_old = files.size() > 1;
-  for (OutputFile* file : files) file->put_in_place(keep_old);
-  if (durable) {
-    std::set<std::string> directories;
-    for (const OutputFile* file : files) directories.insert(file->directory_);
-    for (const std::string& directory : directories) sync_directory(directory);
-  }
-  for (OutputFile* file : files) {
-    if (file->state_ == OutputFile::State::exchanged) unlink(file->temporary_.c_str());
-    file->temporary_.clear();
-    file->state_ = OutputFile::State::replaced;
-  }
-}
-
-void swap_into_place(OutputFile& file, OutputFile* previous, bool durable) {
-  file.put_in_place(true);
-  const std::string old = file.state_ == OutputFile::State::exchanged ? file.temporary_ : "";
-  file.temporary_.clear();
-  file.state_ = OutputFile::State::replaced;
-  if (!old.empty()) {
-    if (previous != nullptr && previous->has_name(old)) {
-      previous->temporary_ = old;
-      previous->state_ = OutputFile::State::temporary;
-    } else {
-      unlink(old.c_str());
-    }
-  }
-  if (durable) sync_directory(file.directory_);
+  return static_cast<uint64_t>(info.st_size) == nbytes_ && (temporary_.empty() || is_at(temporary_));
 }
 
 }  // namespace fastshard

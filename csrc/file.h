@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <sys/uio.h>
 
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <optional>
@@ -15,6 +16,7 @@
 
 #include "filesystem.h"
 #include "mapping.h"
+#include "target.h"
 
 namespace fastshard {
 
@@ -22,8 +24,8 @@ namespace fastshard {
 // what was not published. write(), window() and start_writeback() may be called by several threads at once.
 class OutputFile {
  public:
-  // Checks the target, makes the temporary with the target's final mode, and preallocates `nbytes` where that
-  // is of use; a full disk is IoError(ENOSPC). A symbolic link is followed: its destination is replaced.
+  // Checks the target, removes what killed saves of it have left, makes the temporary, which nobody may read who may
+  // not read the target, and preallocates `nbytes` where that is of use; a full disk is IoError(ENOSPC).
   OutputFile(const std::string& path, uint64_t nbytes, const Intent& intent);
   ~OutputFile();
   OutputFile(const OutputFile&) = delete;
@@ -39,7 +41,8 @@ class OutputFile {
   Mapping window(uint64_t offset, uint64_t nbytes);
   // The memory of the whole file, which gets its size by this.
   Mapping map();
-  // Asks the disk to start on a written range. A hint: never fails.
+  // Asks the disk to start on a written range. What the disk has to say of ranges before comes up in sync() and when
+  // the file is published.
   void start_writeback(uint64_t offset, uint64_t nbytes) noexcept;
   bool has_writeback() const { return !memory_backed_ && write_path_ != WritePath::direct; }
   // Direct path only: what addresses, lengths and offsets of writes to descriptor() must be multiples of. The end of
@@ -49,14 +52,14 @@ class OutputFile {
   const std::string& path() const { return path_; }
   // With keep_cached == false, behind a single writer: starts writeback of a written range, and takes out of the
   // page cache what was written some ranges before it. So neither dirty nor clean pages pile up.
-  void evict_behind(uint64_t offset, uint64_t nbytes) noexcept;
+  void evict_behind(uint64_t offset, uint64_t nbytes);
   bool keep_cached() const { return keep_cached_; }
   // All chunks are written: the file gets its size.
   void end_writing();
-  // Returns when the contents are on stable storage and, with keep_cached == false, nowhere else.
+  // Returns when the contents are on stable storage and, with keep_cached == false, nowhere else. The file has the
+  // attributes that it will be published with.
   void sync();
-  // Gives the file up: nothing of it remains, and what stood under its name stands there again. Nothing
-  // happens to a published file.
+  // Gives the file up: nothing of it remains. Nothing happens to a published file.
   void discard() noexcept;
 
   friend void require_space(std::span<OutputFile* const> files);
@@ -65,10 +68,10 @@ class OutputFile {
 
   // For files that are published more than once: whether it can be, nobody having cut it or taken its name.
   bool intact() const;
-  const std::string& directory() const { return directory_; }
 
  private:
-  // How far the file has come, and so what undoing it takes.
+  // How far the file has come, and so what undoing it takes. Where it is in place, temporary_ is what is to be removed
+  // when all stand.
   enum class State {
     temporary,  // nameless, or under temporary_
     created,    // in place, where there was nothing
@@ -76,32 +79,43 @@ class OutputFile {
     replaced,   // in place; the old file is gone
   };
 
-  void resolve_target();
   void open_temporary();
-  void adopt_replaced_attributes();
+  int open_named(const std::string& name);
   void preallocate();
   void try_direct();
+  void take_attributes();
+  void check_written() const;
   void put_in_place(bool keep_old);
   void replace_target(bool keep_old);
+  bool exchange_with_target();
+  bool keep_old_by_link();
+  void rename_to_target();
   void copy_to_target();
-  bool has_name(const std::string& name) const;
-  [[noreturn]] void fail(const char* action) const;
+  int put_back() noexcept;
+  int remove_old() noexcept;
+  bool is_at(const std::string& name) const;
+  bool lost(const std::string& name) const;
+  [[noreturn]] void fail(const char* action, int error = errno) const;
+  std::string room(int error) const;
   void note_fallback(const std::string& refused, int error = errno);
 
-  std::string path_;    // as the caller wrote it, for messages
-  std::string target_;  // links resolved
-  std::string directory_;
+  const std::string path_;  // as the caller wrote it, for messages
+  Target target_;
   const uint64_t nbytes_;
+  const uint64_t save_nbytes_;  // of all files of the save
   bool preallocated_ = false;
-  std::optional<struct stat> replaced_;
   Descriptor fd_;
-  std::string temporary_;  // empty while the file has no name
+  std::string temporary_;           // empty while the file has no name
+  std::optional<mode_t> new_mode_;  // of a new file under a hidden name, where it still has less
+  std::optional<struct stat> adopted_;  // of the file whose attributes it has
   State state_ = State::temporary;
   WritePath write_path_ = WritePath::buffered;
   bool memory_backed_ = false;
+  bool one_machine_ = false;
   bool keep_cached_;
   uint64_t block_nbytes_ = 1;
   std::deque<std::pair<uint64_t, uint64_t>> behind_;  // ranges being written back: (offset, nbytes)
+  std::atomic<int> writeback_error_ = 0;              // the first errno that starting or awaiting writeback has told
   std::vector<std::string> fallbacks_;
 };
 
@@ -110,7 +124,8 @@ void require_space(std::span<OutputFile* const> files);
 
 // Makes all files visible under their targets, or none of them: when one cannot be put in place, those that
 // were get their old contents back. Contents must be complete. `durable`: the names are on stable storage too.
-// Between the first and the last rename a kill leaves some files new and some old, each complete.
+// Between the first and the last rename a kill leaves some files new and some old, each complete. An error that comes
+// when all of them stand is an IoError that says so.
 void publish(std::span<OutputFile* const> files, bool durable);
 
 // publish() for a file that will be written again: `previous`, the one published before, is a hidden file

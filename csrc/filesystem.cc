@@ -1,22 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "filesystem.h"
 
-#include <fcntl.h>
 #include <linux/magic.h>
-#include <sys/file.h>
-#include <sys/mman.h>
-#include <sys/random.h>
-#include <sys/stat.h>
 #include <sys/statfs.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
+#include <cerrno>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
-#include <filesystem>
-#include <functional>
-#include <system_error>
+#include <iterator>
+#include <string_view>
 
 namespace fastshard {
 namespace {
@@ -47,15 +42,17 @@ constexpr KnownType kKnownTypes[] = {
 // for one file, of which only one can write.
 constexpr size_t kMappingWriters = 4;
 
-constexpr char kTemporaryPrefix[] = ".fastshard-";
-constexpr char kTemporarySuffix[] = ".tmp";
-
-std::string reason(int error) { return std::generic_category().message(error); }
+// Filesystems of one machine: whoever has a file open is seen there.
+constexpr std::string_view kOneMachine[] = {"ext4", "xfs", "btrfs", "tmpfs", "ramfs", "overlayfs", "zfs", "f2fs"};
 
 }  // namespace
 
-Descriptor::~Descriptor() {
-  if (fd_ >= 0) close(fd_);
+Descriptor::~Descriptor() { close(); }
+
+int Descriptor::close() noexcept {
+  const int fd = std::exchange(fd_, -1);
+  // EINTR: it is closed all the same.
+  return fd < 0 || ::close(fd) == 0 || errno == EINTR ? 0 : errno;
 }
 
 const char* name_of(WritePath path) {
@@ -88,6 +85,7 @@ FileSystem filesystem_of(const std::string& directory, const std::string& path) 
     found.type = text.data();
   }
   found.memory_backed = magic == TMPFS_MAGIC || magic == RAMFS_MAGIC;
+  found.one_machine = std::ranges::find(kOneMachine, found.type) != std::end(kOneMachine);
   found.direct_io = found.type == "ext4" || found.type == "xfs";
   return found;
 }
@@ -109,87 +107,6 @@ Choice choose_write_path(const FileSystem& filesystem, const Intent& intent) {
           "new file: preallocated, one writer of large pwrites a file, writeback started behind it"};
 }
 
-std::string temporary_name(const std::string& directory) {
-  uint64_t number;
-  if (getrandom(&number, sizeof number, 0) != sizeof number) throw IoError(errno, directory, "getrandom");
-  std::array<char, 17> digits;
-  std::snprintf(digits.data(), digits.size(), "%016llx", static_cast<unsigned long long>(number));
-  return directory + "/" + kTemporaryPrefix + digits.data() + kTemporarySuffix;
-}
-
-void mark_in_use(int fd) { flock(fd, LOCK_EX | LOCK_NB); }
-
-void remove_leftovers(const std::string& directory) {
-  std::error_code failed;  // nothing to be done about it, and nothing that has to be
-  for (const auto& entry : std::filesystem::directory_iterator(directory, failed)) {
-    const std::string name = entry.path().filename();
-    if (!name.starts_with(kTemporaryPrefix) || !name.ends_with(kTemporarySuffix)) continue;
-    const Descriptor file(open(entry.path().c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
-    struct stat info;
-    if (!file || fstat(file.get(), &info) != 0 || !S_ISREG(info.st_mode)) continue;
-    if (flock(file.get(), LOCK_EX | LOCK_NB) == 0) unlink(entry.path().c_str());
-  }
-}
-
-std::vector<std::pair<std::string, std::string>> probe(const std::string& directory) {
-  constexpr off_t kNbytes = 1 << 16;
-  std::vector<std::pair<std::string, std::string>> answers;
-  const auto ask = [&](const char* ability, const std::function<bool()>& works) {
-    errno = 0;
-    const bool yes = works();
-    answers.emplace_back(ability, yes ? "yes" : "no: " + reason(errno));
-    return yes;
-  };
-  const auto link_nameless = [&](int fd, const std::string& name) {
-    const std::string self = "/proc/self/fd/" + std::to_string(fd);
-    return linkat(AT_FDCWD, self.c_str(), AT_FDCWD, name.c_str(), AT_SYMLINK_FOLLOW) == 0;
-  };
-
-  const std::string first = temporary_name(directory);
-  const std::string second = temporary_name(directory);
-  ask("nameless temporary files (O_TMPFILE)", [&] {
-    const Descriptor fd(open(directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600));
-    const bool works = fd && link_nameless(fd.get(), first);
-    const int error = errno;
-    unlink(first.c_str());
-    errno = error;
-    return works;
-  });
-  const Descriptor file(open(first.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
-  if (!ask("new files", [&] { return bool(file); })) return answers;
-  ask("preallocation (fallocate)", [&] { return fallocate(file.get(), 0, 0, kNbytes) == 0; });
-  ask("changing the size (ftruncate)", [&] { return ftruncate(file.get(), kNbytes) == 0; });
-  ask("shared writable mappings (mmap)", [&] {
-    void* memory = mmap(nullptr, kNbytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
-    if (memory == MAP_FAILED) return false;
-    munmap(memory, kNbytes);
-    return true;
-  });
-  ask("early writeback (sync_file_range)",
-      [&] { return sync_file_range(file.get(), 0, kNbytes, SYNC_FILE_RANGE_WRITE) == 0; });
-  ask("direct I/O (O_DIRECT, 4 KiB)", [&] {
-    const Descriptor direct(open(first.c_str(), O_WRONLY | O_DIRECT | O_CLOEXEC));
-    if (!direct) return false;
-    void* block = std::aligned_alloc(4096, 4096);
-    if (block == nullptr) return false;
-    const bool works = pwrite(direct.get(), block, 4096, 0) == 4096;
-    std::free(block);
-    return works;
-  });
-  ask("hard links", [&] { return link(first.c_str(), second.c_str()) == 0; });
-  unlink(second.c_str());
-  ask("exchange of two files (renameat2)", [&] {
-    const Descriptor other(open(second.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
-    return other && renameat2(AT_FDCWD, first.c_str(), AT_FDCWD, second.c_str(), RENAME_EXCHANGE) == 0;
-  });
-  ask("rename", [&] { return rename(first.c_str(), second.c_str()) == 0; });
-  ask("fsync of the directory", [&] {
-    const Descriptor folder(open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-    return folder && fsync(folder.get()) == 0;
-  });
-  unlink(first.c_str());
-  unlink(second.c_str());
-  return answers;
-}
+std::string self_path(int fd) { return "/proc/self/fd/" + std::to_string(fd); }
 
 }  // namespace fastshard

@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <string>
 #include <utility>
-#include <vector>
 
 #include "error.h"
 
@@ -33,6 +32,9 @@ class Descriptor {
   ~Descriptor();
 
   int get() const { return fd_; }
+  // Closes it and returns what the filesystem has to say about that: 0, or an errno. Some tell only now that what was
+  // written could not be stored (close(2)).
+  int close() noexcept;
   explicit operator bool() const { return fd_ >= 0; }
 
  private:
@@ -43,6 +45,7 @@ struct FileSystem {
   std::string type;            // "ext4", "tmpfs", ...; the magic in hex where it has no name here
   bool memory_backed = false;  // no disk behind it: nothing to preallocate or to write back
   bool direct_io = false;      // O_DIRECT is known to reach the disk, several writes at a time
+  bool one_machine = false;    // no other machine can have its files open
 };
 
 // Throws IoError, naming `path`, when the directory cannot be looked at.
@@ -57,6 +60,7 @@ struct Intent {
   bool host_casts = false;   // some of it is cast by the CPU, which takes longer than writing it
   bool checksums = false;    // CRC-32 of each tensor, taken as it passes
   bool amended = false;      // some bytes follow when all chunks are written
+  bool follow_links = false; // the file that a symbolic link leads to is replaced, not the link itself
   uint64_t nbytes = 0;       // of all its files together
   size_t writers = 1;        // threads, for each file
 };
@@ -68,15 +72,7 @@ struct Choice {
 // The write path for new files on `filesystem`; a wanted one wins where it is not automatic.
 Choice choose_write_path(const FileSystem& filesystem, const Intent& intent);
 
-// Each ability tried with a temporary file in `directory`: (ability, "yes" or why not). For `fastshard env`.
-std::vector<std::pair<std::string, std::string>> probe(const std::string& directory);
-
-// A hidden name no loader looks at: it starts with a dot and does not end in .safetensors.
-std::string temporary_name(const std::string& directory);
-// Tells remove_leftovers that the file behind `fd` belongs to a living process, for as long as it is open.
-void mark_in_use(int fd);
-// Removes the hidden files of processes that were killed. Only for filesystems that no other machine sees: a
-// lock is how the living are told from the dead.
-void remove_leftovers(const std::string& directory);
+// The file behind a descriptor as a path, through which it can be given a name; there where /proc is mounted.
+std::string self_path(int fd);
 
 }  // namespace fastshard

@@ -69,7 +69,10 @@ class Ring {
   };
 
   // `slot_nbytes`: a multiple of the page size. Memory is mapped when a slot is first leased.
-  Ring(uint64_t slot_nbytes, size_t slots) : slot_nbytes_(slot_nbytes), slots_(slots) { blocks_.reserve(slots); }
+  Ring(uint64_t slot_nbytes, size_t slots) : slot_nbytes_(slot_nbytes), slots_(slots) {
+    blocks_.reserve(slots);
+    free_.reserve(slots);  // giving a slot back must not need memory
+  }
   ~Ring() {
     for (Block& block : blocks_) {
       block.registration.reset();

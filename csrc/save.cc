@@ -25,10 +25,13 @@ Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>&
   for (const FilePlan& file : plan_->files) nbytes_ += file.nbytes;
   intent_.nbytes = nbytes_;
   intent_.from_device = !resources_.devices.empty();
-  intent_.host_casts = std::ranges::any_of(plan_->files, [](const FilePlan& file) {
-    return std::ranges::any_of(file.items,
-                               [](const WriteItem& item) { return item.source.cast() && item.source.device == kHost; });
-  });
+  const auto any_source = [&](auto is) {
+    return std::ranges::any_of(plan_->files, [&](const FilePlan& file) {
+      return std::ranges::any_of(file.items, [&](const WriteItem& item) { return is(item.source); });
+    });
+  };
+  intent_.host_casts = any_source([](const TensorView& source) { return source.cast() && source.device == kHost; });
+  fetches_bytes_ = any_source([](const TensorView& source) { return source.device == kFetched; });
   intent_.writers = resources_.workers.threads() / std::max<size_t>(1, plan_->files.size());
   for (uint32_t index = 0; index < plan_->files.size(); ++index) {
     const FilePlan& file = plan_->files[index];
@@ -37,27 +40,56 @@ Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>&
     writers_.push_back(std::make_unique<FileWriter>(file, files_.back(), resources_, streams_, fetches_.stream(index),
                                                     intent_.checksums, progress_));
   }
-  require_space(open_files());
+  for (const auto& file : files_) {
+    if (file != nullptr) open_files_.push_back(file.get());
+  }
+  require_space(open_files_);
 }
 
 Save::~Save() = default;
 
-void Save::start() {
-  unfinished_files_ = writers_.size();
+void Save::start(bool here) {
   if (writers_.empty()) return finish();
   // The largest first: the last writer to finish then has the least left.
   std::vector<size_t> order(writers_.size());
   std::iota(order.begin(), order.end(), size_t{0});
   std::ranges::stable_sort(order, std::greater(), [&](size_t index) { return plan_->files[index].nbytes; });
+  unfinished_shares_ = std::vector<std::atomic<size_t>>(writers_.size());
+  unfinished_files_ = writers_.size();
+  for (const size_t index : order) unfinished_shares_[index] = writers_[index]->writers();
   for (const size_t index : order) {
-    const auto working = std::make_shared<std::atomic<size_t>>(writers_[index]->writers());
     for (size_t share = writers_[index]->writers(); share > 0; --share) {
-      resources_.workers.post([self = shared_from_this(), index, working] {
-        self->attempt([&] { self->writers_[index]->write_chunks(); });
-        if (--*working == 0) self->end_file(index);
-      });
+      if (!here) {
+        try {
+          resources_.workers.post([self = shared_from_this(), index] { self->write_share(index); });
+          continue;
+        } catch (const std::system_error& error) {
+          // No thread: this one, unless it is the one that has to serve what it would wait for.
+          if (fetches()) fail(std::make_exception_ptr(IoError(error.code().value(), plan_->files[index].path, "thread")));
+        } catch (...) {
+          fail(std::current_exception());
+        }
+        here = true;
+      }
+      write_share(index);  // of a save that has failed: only counted
     }
   }
+}
+
+// Not by a std::function: a writer must not need memory to begin or to end.
+template <typename Step>
+void Save::attempt(const Step& step) {
+  if (progress_.stop) return;
+  try {
+    step();
+  } catch (...) {
+    fail(std::current_exception());
+  }
+}
+
+void Save::write_share(size_t index) {
+  attempt([&] { writers_[index]->write_chunks(); });
+  if (--unfinished_shares_[index] == 0) end_file(index);
 }
 
 // Direct writes are on the disk already, all but sizes and extents: synced one by one while others write, each would
@@ -83,7 +115,12 @@ bool Save::await_amendment() {
   {
     const std::lock_guard lock(mutex_);
     if (error_) return false;
-    take_checksums();
+    try {
+      take_checksums();
+    } catch (...) {
+      error_ = std::current_exception();
+      return false;
+    }
     amending_ = Amending::due;
     changed_.notify_all();  // under the lock: a waiter that sees it may drop the save
   }
@@ -109,12 +146,17 @@ void Save::amend(std::vector<Amendment> amendments) {
     if (amending_ != Amending::taken) return;
     amending_ = Amending::no;
   }
-  resources_.workers.post([self = shared_from_this(), amendments = std::move(amendments)] {
+  const auto end = [self = shared_from_this(), shared = std::make_shared<std::vector<Amendment>>(std::move(amendments))] {
     self->attempt([&] {
-      for (const Amendment& amendment : amendments) self->write(amendment);
+      for (const Amendment& amendment : *shared) self->write(amendment);
     });
     self->finish();
-  });
+  };
+  try {
+    resources_.workers.post(end);
+  } catch (const std::exception&) {
+    end();  // no thread to be had
+  }
 }
 
 void Save::write(const Amendment& amendment) {
@@ -134,15 +176,6 @@ void Save::take_checksums() {
   for (const auto& writer : writers_) checksums_.push_back(writer->checksums());
 }
 
-void Save::attempt(const std::function<void()>& step) {
-  if (progress_.stop) return;
-  try {
-    step();
-  } catch (...) {
-    fail(std::current_exception());
-  }
-}
-
 void Save::fail(std::exception_ptr error) {
   bool abandoned;  // no thread works on it that would come to its end
   {
@@ -159,6 +192,7 @@ void Save::fail(std::exception_ptr error) {
 
 void Save::cancel() { fail(std::make_exception_ptr(Cancelled())); }
 
+// Never throws, whatever memory is refused: somebody waits for it.
 void Save::finish() {
   DeviceUse use;
   std::exception_ptr error;
@@ -170,32 +204,29 @@ void Save::finish() {
   if (!error) {
     try {
       const Timer timer(progress_.sync_ns);
-      for (OutputFile* file : open_files()) {
+      for (OutputFile* file : open_files_) {
         if (must_sync() && synced_together(*file)) file->sync();
       }
-      publish(open_files(), intent_.durable);
+      publish(open_files_, intent_.durable);
       if (commit_) use.fallbacks = commit_();
     } catch (...) {
       error = std::current_exception();
     }
   }
-  for (OutputFile* file : open_files()) {
+  for (OutputFile* file : open_files_) {
     resources_.write_behind.forget(file);
     file->discard();
   }
-  for (const auto& [ordinal, stream] : streams_) stream->add_use(use);
+  describe_end(use);
   streams_.clear();
   commit_ = nullptr;  // and what it holds
   // Whoever waits may count on the files being closed: a nameless one holds its space until then.
   std::vector<std::shared_ptr<OutputFile>> closing;
   {
     const std::lock_guard lock(mutex_);
-    if (error) checksums_.clear();
-    if (!error) take_checksums();
-    describe_files(final_);
-    final_.device_scratch_nbytes = use.scratch_nbytes;
-    final_.fallbacks.insert(final_.fallbacks.end(), use.fallbacks.begin(), use.fallbacks.end());
     closing.swap(files_);
+    open_files_.clear();
+    if (error) checksums_.clear();
   }
   writers_.clear();
   closing.clear();
@@ -206,12 +237,18 @@ void Save::finish() {
   changed_.notify_all();
 }
 
-std::vector<OutputFile*> Save::open_files() const {
-  std::vector<OutputFile*> files;
-  for (const auto& file : files_) {
-    if (file != nullptr) files.push_back(file.get());
+// Figures, of which some are missing where there is no memory for them: the files stand.
+void Save::describe_end(const DeviceUse& committed) {
+  try {
+    DeviceUse use = committed;
+    for (const auto& [ordinal, stream] : streams_) stream->add_use(use);
+    const std::lock_guard lock(mutex_);
+    take_checksums();
+    describe_files(final_);
+    final_.device_scratch_nbytes = use.scratch_nbytes;
+    final_.fallbacks.insert(final_.fallbacks.end(), use.fallbacks.begin(), use.fallbacks.end());
+  } catch (const std::exception&) {
   }
-  return files;
 }
 
 bool Save::wait(double seconds) {

@@ -50,8 +50,9 @@ class Save : public std::enable_shared_from_this<Save> {
        std::function<std::vector<std::string>()> commit, Resources resources);
   ~Save();
 
-  // Gives the work to the writers; once.
-  void start();
+  // Gives the work to the writers; once. What no thread is to be had for is done before it returns, and so is all of it
+  // with `here`.
+  void start(bool here);
 
   // True when finished, false after `seconds`, when fetch() has something or an amendment is due. Throws what the
   // save failed with.
@@ -74,6 +75,8 @@ class Save : public std::enable_shared_from_this<Save> {
   // Throws std::invalid_argument for what lies outside of a file.
   void amend(std::vector<Amendment> amendments);
 
+  // Whether some of its bytes only Python can bring.
+  bool fetches() const { return fetches_bytes_; }
   uint64_t nbytes() const { return nbytes_; }
   uint64_t nbytes_written() const { return progress_.nbytes_written.load(std::memory_order_relaxed); }
   Stats stats() const;
@@ -83,15 +86,17 @@ class Save : public std::enable_shared_from_this<Save> {
  private:
   using Clock = std::chrono::steady_clock;
 
+  void write_share(size_t index);
   void end_file(size_t index);
   bool await_amendment();
   void write(const Amendment& amendment);
   void take_checksums();
   bool synced_together(const OutputFile& file) const;
   bool must_sync() const { return intent_.durable || !intent_.keep_cached; }
-  void attempt(const std::function<void()>& step);
-  std::vector<OutputFile*> open_files() const;
+  template <typename Step>
+  void attempt(const Step& step);
   void describe_files(Stats& stats) const;
+  void describe_end(const DeviceUse& use);
   void fail(std::exception_ptr error);
   void finish();
 
@@ -100,13 +105,16 @@ class Save : public std::enable_shared_from_this<Save> {
   std::function<std::vector<std::string>()> commit_;
   const Resources resources_;
   uint64_t nbytes_ = 0;
+  bool fetches_bytes_ = false;
   const Clock::time_point started_ = Clock::now();
   CopyStreams streams_;
   FetchQueue fetches_;
   Progress progress_;
   // By index in the plan; null where the target is memory.
   std::vector<std::shared_ptr<OutputFile>> files_;
+  std::vector<OutputFile*> open_files_;  // those there are
   std::vector<std::unique_ptr<FileWriter>> writers_;
+  std::vector<std::atomic<size_t>> unfinished_shares_;  // of each file
   std::atomic<size_t> unfinished_files_ = 0;
 
   mutable std::mutex mutex_;

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <exception>
-#include <latch>
 #include <mutex>
 #include <stdexcept>
 
@@ -30,8 +29,6 @@ Standing::Standing(std::string path, uint64_t nbytes, size_t generations, std::v
     : path_(std::move(path)), nbytes_(nbytes), devices_(std::move(devices)), workers_(workers) {
   if (generations < 2) throw std::invalid_argument("generations must be at least 2: one is read, one is written");
   while (generations_.size() < generations) generations_.push_back(make());
-  OutputFile& first = generations_.front()->file;
-  if (!first.has_writeback()) remove_leftovers(first.directory());
   std::vector<OutputFile*> files;
   for (const auto& generation : generations_) files.push_back(&generation->file);
   require_space(files);
@@ -49,22 +46,17 @@ void Standing::populate(Generation& generation) {
   if (!devices_.empty()) prefer_node(generation.mapping->pages(), devices_.front()->numa_node());
   const std::span<std::byte> bytes = generation.mapping->bytes();
   const uint64_t windows = (bytes.size() + kPopulateNbytes - 1) / kPopulateNbytes;
-  std::latch left(static_cast<ptrdiff_t>(windows));
   std::mutex mutex;
   std::exception_ptr error;
-  for (uint64_t window = 0; window < windows; ++window) {
-    workers_.post([&, window] {
-      try {
-        const uint64_t first = window * kPopulateNbytes;
-        fastshard::populate(bytes.subspan(first, std::min(kPopulateNbytes, bytes.size() - first)), path_);
-      } catch (...) {
-        const std::lock_guard lock(mutex);
-        error = std::current_exception();
-      }
-      left.count_down();
-    });
-  }
-  left.wait();
+  workers_.run_all(windows, [&](size_t window) {
+    try {
+      const uint64_t first = window * kPopulateNbytes;
+      fastshard::populate(bytes.subspan(first, std::min(kPopulateNbytes, bytes.size() - first)), path_);
+    } catch (...) {
+      const std::lock_guard lock(mutex);
+      if (!error) error = std::current_exception();
+    }
+  });
   if (error) std::rethrow_exception(error);
   // Kernels refuse to pin a disk's page cache for a device; from there its bytes take two hops.
   if (generation.file.has_writeback()) return;
@@ -98,10 +90,17 @@ MemoryTarget Standing::target(size_t generation) {
 std::vector<std::string> Standing::publish(size_t generation, bool durable) {
   Generation& filled = *generations_[generation];
   if (durable) filled.file.sync();
-  swap_into_place(filled.file, published_ != nullptr ? &published_->file : nullptr, durable);
+  std::exception_ptr late;
+  try {
+    swap_into_place(filled.file, published_ != nullptr ? &published_->file : nullptr, durable);
+  } catch (const IoError& error) {
+    if (!error.published()) throw;
+    late = std::current_exception();
+  }
   published_ = &filled;
   next_ = (generation + 1) % generations_.size();
   fallbacks_.insert(filled.file.fallbacks().begin(), filled.file.fallbacks().end());
+  if (late) std::rethrow_exception(late);
   return {fallbacks_.begin(), fallbacks_.end()};
 }
 

@@ -20,8 +20,7 @@ class Standing {
  public:
   // Makes `generations` (two at least) files of `nbytes` beside `path`, all of them reserved before the first is
   // populated; a full filesystem is IoError(ENOSPC). Nothing stands under `path` before publish(). On a
-  // filesystem in memory they are page-locked for `devices`, where these accept it, and hidden files that a
-  // killed process left there are removed.
+  // filesystem in memory they are page-locked for `devices`, where these accept it.
   Standing(std::string path, uint64_t nbytes, size_t generations, std::vector<Device*> devices, WorkerPool& workers);
   // The newest generation stays as an ordinary file; the others go.
   ~Standing();
@@ -32,7 +31,7 @@ class Standing {
   size_t next();
   MemoryTarget target(size_t generation);
   // Puts a filled generation in place of whatever stands under the path, and tells what filesystem or driver have
-  // refused until now. Throws IoError with the path as it was.
+  // refused until now. Throws IoError with the path as it was, or one that says that the new file stands.
   std::vector<std::string> publish(size_t generation, bool durable);
 
  private:

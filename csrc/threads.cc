@@ -4,7 +4,12 @@
 #include <pthread.h>
 #include <signal.h>
 
+#include <algorithm>
+#include <atomic>
+#include <exception>
+
 namespace fastshard {
+
 // Signals are the interpreter's business: a thread of ours must not be the one that is interrupted.
 std::thread start_thread(const char* name, std::function<void()> function) {
   sigset_t all, before;
@@ -37,8 +42,8 @@ void WorkerPool::post(std::function<void()> task) {
     tasks_.push_back(std::move(task));
     if (tasks_.size() > idle_ && running_.size() < threads_) {
       try {
-        running_.push_back(start_thread("fastshard-write", [this] { run(); }));
-      } catch (const std::system_error&) {
+        start_one();
+      } catch (const std::exception&) {
         // No more threads to be had: those that run will do it, if there is one.
         if (running_.empty()) {
           tasks_.pop_back();
@@ -48,6 +53,43 @@ void WorkerPool::post(std::function<void()> task) {
     }
   }
   posted_.notify_one();
+}
+
+// Under the lock. The place in the list first: a thread that runs cannot be dropped any more.
+void WorkerPool::start_one() {
+  running_.emplace_back();
+  try {
+    running_.back() = start_thread("fastshard-write", [this] { run(); });
+  } catch (...) {
+    running_.pop_back();
+    throw;
+  }
+}
+
+void WorkerPool::run_all(size_t count, const std::function<void(size_t)>& work) {
+  // Shared, as a worker may come to its task when all is done.
+  struct Shared {
+    std::atomic<size_t> next = 0;
+    std::mutex mutex;
+    std::condition_variable all_done;
+    size_t done = 0;
+  };
+  const auto shared = std::make_shared<Shared>();
+  const auto take_part = [shared, count, &work] {
+    for (size_t index; (index = shared->next++) < count;) {
+      work(index);
+      const std::lock_guard lock(shared->mutex);
+      if (++shared->done == count) shared->all_done.notify_all();
+    }
+  };
+  try {
+    for (size_t helpers = std::min(count, threads_ + 1); helpers > 1; --helpers) post(take_part);
+  } catch (const std::exception&) {
+    // With those there are.
+  }
+  take_part();
+  std::unique_lock lock(shared->mutex);
+  shared->all_done.wait(lock, [&] { return shared->done == count; });
 }
 
 void WorkerPool::run() {
@@ -75,17 +117,13 @@ WriteBehind::~WriteBehind() {
   if (thread_.joinable()) thread_.join();
 }
 
-void WriteBehind::post(std::shared_ptr<OutputFile> file, uint64_t offset, uint64_t nbytes) {
-  {
+void WriteBehind::post(std::shared_ptr<OutputFile> file, uint64_t offset, uint64_t nbytes) noexcept {
+  try {
     const std::lock_guard lock(mutex_);
-    if (!thread_.joinable()) {
-      try {
-        thread_ = start_thread("fastshard-flush", [this] { run(); });
-      } catch (const std::system_error&) {
-        return;  // only a hint
-      }
-    }
+    if (!thread_.joinable()) thread_ = start_thread("fastshard-flush", [this] { run(); });
     ranges_.push_back({std::move(file), offset, nbytes});
+  } catch (const std::exception&) {
+    return;
   }
   posted_.notify_one();
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <condition_variable>
+#include <cstddef>
 #include <deque>
 #include <functional>
 #include <memory>
@@ -25,10 +26,16 @@ class WorkerPool {
   explicit WorkerPool(size_t threads) : threads_(threads) {}
   ~WorkerPool();  // runs what was posted, then joins
 
+  // Throws std::system_error or std::bad_alloc where no thread runs and none is to be had, or memory for the task is
+  // not; then it was not posted.
   void post(std::function<void()> task);
+  // Calls work(0) to work(count - 1) on the workers and the calling thread, which is enough where there are no workers
+  // to be had. Returns when all calls have; `work` must not throw.
+  void run_all(size_t count, const std::function<void(size_t)>& work);
   size_t threads() const { return threads_; }
 
  private:
+  void start_one();
   void run();
 
   const size_t threads_;
@@ -47,7 +54,8 @@ class WriteBehind {
  public:
   ~WriteBehind();  // drops what has not been started
 
-  void post(std::shared_ptr<OutputFile> file, uint64_t offset, uint64_t nbytes);
+  // A hint: dropped where there is no thread or no memory for it.
+  void post(std::shared_ptr<OutputFile> file, uint64_t offset, uint64_t nbytes) noexcept;
   // Drops the hints for a finished file.
   void forget(const OutputFile* file);
 

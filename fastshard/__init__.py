@@ -7,8 +7,9 @@ safetensors and the native module are loaded by the first use.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from .loading import load as _load
 
 if TYPE_CHECKING:
     from safetensors import safe_open as safe_open
@@ -18,18 +19,20 @@ if TYPE_CHECKING:
 
     from .archive import torch_save as torch_save
     from .engine import Engine as Engine
-    from .engine import Options as Options
     from .engine import SaveFuture as SaveFuture
-    from .engine import Stats as Stats
     from .errors import ArchiveError as ArchiveError
     from .errors import SaveError as SaveError
     from .hub import save_torch_model as save_torch_model
     from .hub import save_torch_state_dict as save_torch_state_dict
+    from .options import Options as Options
+    from .options import Stats as Stats
     from .patching import install as install
     from .patching import installed as installed
     from .patching import uninstall as uninstall
     from .prepared import PreparedSave as PreparedSave
     from .prepared import prepare as prepare
+    from .report import Status as Status
+    from .report import status as status
     from .reshard import merge_checkpoint as merge_checkpoint
     from .reshard import reshard_checkpoint as reshard_checkpoint
     from .reshard import shard_checkpoint as shard_checkpoint
@@ -46,11 +49,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "ArchiveError": "fastshard.errors",
     "Engine": "fastshard.engine",
-    "Options": "fastshard.engine",
+    "Options": "fastshard.options",
     "PreparedSave": "fastshard.prepared",
     "SaveError": "fastshard.errors",
     "SaveFuture": "fastshard.engine",
-    "Stats": "fastshard.engine",
+    "Stats": "fastshard.options",
+    "Status": "fastshard.report",
     "install": "fastshard.patching",
     "installed": "fastshard.patching",
     "load": "safetensors.torch",
@@ -70,6 +74,7 @@ _HOMES = {
     "save_torch_state_dict": "fastshard.hub",
     "shard_checkpoint": "fastshard.reshard",
     "stats": "fastshard.saving",
+    "status": "fastshard.report",
     "torch_save": "fastshard.archive",
     "uninstall": "fastshard.patching",
 }
@@ -81,7 +86,7 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
+    value = getattr(_load(home), name)
     globals()[name] = value
     return value
 

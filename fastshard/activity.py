@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
+from types import TracebackType
 from typing import Final, NamedTuple
 
 _LOGGER: Final = logging.getLogger("fastshard")
@@ -31,11 +33,52 @@ _compacting = threading.Lock()
 """Only ever tried, never waited for."""
 
 
+class _OfThisThread(threading.local):
+    def __init__(self) -> None:
+        self.save: one_save | None = None
+
+
+_this_thread = _OfThisThread()
+
+
+class one_save:  # noqa: N801 (used as a function is)
+    """What is saved in this ``with`` block, on this thread, is one save of one public function, however many files it
+    takes: counted and logged when the block has ended, unless by an exception or with nothing saved."""
+
+    __slots__ = ("_began", "_call", "_files", "_nbytes", "_outer", "_place")
+
+    def __init__(self, call: str, place: object) -> None:
+        self._call = call
+        self._place = place
+        self._files = self._nbytes = 0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+        self._outer = _this_thread.save
+        _this_thread.save = self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _this_thread.save = self._outer
+        if kind is None and self._files:
+            seconds = time.perf_counter() - self._began
+            count_saved(self._call, self._place, self._files, self._nbytes, seconds)
+
+    def add(self, files: int, nbytes: int) -> None:
+        self._files += files
+        self._nbytes += nbytes
+
+
 def count_saved(call: str, place: object, files: int, nbytes: int, seconds: float) -> None:
     """Counts a save of the engine under the public function that made it, and logs one line (INFO).
 
     ``call``: as ``"save_file"``; ``place``: the file or folder; ``nbytes``: of all files; ``seconds``: all of it took.
+    Within :class:`one_save` it belongs to that.
     """
+    if _this_thread.save is not None:
+        _this_thread.save.add(files, nbytes)
+        return
     saves = _saved.setdefault(call, [])
     saves.append(Saved(1, files, nbytes, seconds))
     if len(saves) > _MOST_KEPT and _compacting.acquire(blocking=False):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs in place of a replaced function; ``patching.TABLE`` says which one.
+"""What runs in place of a replaced function; ``patch_groups.TABLE`` says which one.
 
-Each is called as ``implementation(original, *args, **kwargs)``. A door that stands for its namesake takes what that
-takes and no more, so that nobody comes to depend on arguments of ours through somebody else's name.
+Each is called as ``implementation(original, *args, **kwargs)``. A public function that stands for its namesake takes
+what that takes and no more, so that nobody comes to depend on arguments of ours through somebody else's name.
 """
 
 from __future__ import annotations
@@ -12,16 +12,27 @@ from collections.abc import Callable
 from typing import Any
 
 from . import archive, hub, saving, staged
+from .activity import count_left
+from .overrides import bound, wrapped
 
 
-def _namesake(door: Callable[..., Any]) -> Callable[..., Any]:
-    """The door for callers of the original: without the parameters that only fastshard has."""
-    signature = inspect.signature(door)
+def _namesake(function: Callable[..., Any], by_saver: bool = False) -> Callable[..., Any]:
+    """The function for callers of the original: without the parameters that only fastshard has.
+
+    ``by_saver``: the original calls ``safetensors.torch.save_file``, or ``torch.save`` for pickled files, and so does
+    the call where somebody else has put his own in the place of that.
+    """
+    signature = inspect.signature(function)
     theirs = [p for p in signature.parameters.values() if p.name not in saving.How._fields]
     original = inspect.Parameter("original", inspect.Parameter.POSITIONAL_ONLY)
 
     def implementation(original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        return door(*args, **kwargs)
+        if by_saver:
+            safe = kwargs.get("safe_serialization", True)
+            if wrapped(bound("safetensors.torch", "save_file") if safe else bound("torch", "save")):
+                count_left(function.__name__, "somebody else's save_file or torch.save is in place")
+                return original(*args, **kwargs)
+        return function(*args, **kwargs)
 
     implementation.__signature__ = signature.replace(parameters=[original, *theirs])  # type: ignore[attr-defined]
     return implementation
@@ -29,7 +40,6 @@ def _namesake(door: Callable[..., Any]) -> Callable[..., Any]:
 
 save_file = _namesake(staged.save_file)
 save = _namesake(saving.save)
-save_model = _namesake(saving.save_model)
-save_torch_state_dict = _namesake(hub.save_torch_state_dict)
-save_torch_model = _namesake(hub.save_torch_model)
-torch_save = _namesake(archive.torch_save)
+save_model = _namesake(saving.save_model, by_saver=True)
+save_torch_state_dict = _namesake(hub.save_torch_state_dict, by_saver=True)
+torch_save = archive.in_the_place_of_torch

@@ -7,14 +7,14 @@ index and headers must agree, tensor by tensor. Links are followed: the hub's ca
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import stat
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from .layout import MAX_HEADER_NBYTES, FileHeader, StoredTensor, read_header, unique
+from .jsontext import read_json_object
+from .layout import MAX_HEADER_NBYTES, FileHeader, StoredTensor, parse_header, read_header
 
 WEIGHTS_SUFFIX: Final = ".safetensors"
 INDEX_SUFFIX: Final = ".safetensors.index.json"
@@ -126,13 +126,8 @@ def read_stored(path: str) -> StoredFile:
 def stored_file(path: str, raw: bytes) -> StoredFile:
     """What :func:`read_stored` would find in a file that begins like this. Raises ``ValueError`` naming it."""
     try:
-        ends = [
-            entry["data_offsets"][1]
-            for name, entry in json.loads(raw[8:]).items()
-            if name != "__metadata__" and type(entry["data_offsets"][1]) is int
-        ]
-        return StoredFile(path, raw, read_header(io.BytesIO(raw), len(raw) + max(ends, default=0)))
-    except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
+        return StoredFile(path, raw, parse_header(raw[8:]))
+    except ValueError as error:
         raise ValueError(f"{path!r}: {error}") from None
 
 
@@ -157,14 +152,11 @@ def write_text(path: str, text: str) -> None:
 
 
 def read_object(text: str, path: str) -> dict[str, Any]:
-    """The JSON object in a text; ``path`` is for errors. Raises ``ValueError``, also for names that stand there twice."""
+    """The JSON object in a text; ``path`` is for errors. Raises ``ValueError``: see :func:`fastshard.jsontext.read_json`."""
     try:
-        found = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        return read_json_object(text)
+    except ValueError as error:
         raise ValueError(f"{path!r}: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path!r} holds no JSON object")
-    return found
 
 
 def is_plain(name: object) -> bool:

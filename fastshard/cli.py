@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastshard inspect FILE``, ``convert FILE FILE``, ``env [PATH]``, ``bench``, ``vllm-save``, and those of
+"""``fastshard inspect FILE``, ``convert FILE FILE``, ``env [PATH]``, ``run COMMAND``, ``bench``, ``vllm-save``, and those of
 cli_checkpoints.py."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from importlib import metadata, util
 
 from tqdm import tqdm
 
-from . import __version__, cli_checkpoints
+from . import __version__, cli_checkpoints, cli_run
 from .engine import IO_URING_VARIABLE, Options, io_uring_allowed, usable_cpus
 from .layout import FileHeader, read_header
 
@@ -24,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["bench"]:  # its own parser, and its own dependencies
         return _bench(arguments[1:])
+    if arguments[:1] == ["run"]:  # with another command's arguments
+        return cli_run.run(arguments[1:])
     if arguments[:1] == ["vllm-save"]:  # with vLLM's arguments
         return _vllm_save(arguments[1:])
     parser = argparse.ArgumentParser(prog="fastshard", description="Fast, safe safetensors files.")
@@ -45,11 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--max-shard-size", metavar="SIZE", help="make DST a folder of shards of this size, as 5GB"
     )
     convert.add_argument("--force", action="store_true", help="replace DST if it exists")
-    env = commands.add_parser("env", help="what this machine and the filesystem of a path offer a save")
+    env = commands.add_parser("env", help="what this machine and the filesystem of a path offer a save, what is replaced")
     env.add_argument(
         "path", nargs="?", default=".", help="an existing directory, or a file in one (default: .)"
     )
     cli_checkpoints.add_parsers(commands)
+    commands.add_parser("run", help="a command whose Pythons all start with fastshard (run torchrun train.py)")
     commands.add_parser(
         "bench", help="measure against safetensors, torch.save and DCP (--help for its options)"
     )
@@ -187,6 +190,7 @@ def _env(path: str) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name.ljust(width)}  {value}".rstrip())
+    print("\nwith `import fastshard.auto`", *cli_run.replacements(), sep="\n")
 
 
 def _io_uring() -> str:

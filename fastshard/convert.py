@@ -48,7 +48,7 @@ def convert(
     destination: str,
     *,
     key: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     force: bool = False,
 ) -> Converted:
     """Writes the tensors of a ``.bin``, ``.pt`` or ``.pth`` file to a safetensors file.
@@ -76,7 +76,7 @@ def convert_folder(
     destination: str,
     *,
     key: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "5GB",
     force: bool = False,
 ) -> Converted:

@@ -2,6 +2,9 @@
 """The engine as Python sees it: options, saves under way, and the default engine of the functions.
 
 The native module is loaded by the first engine, never by an import. Torch is not needed here.
+
+No lock is taken here. Signal handlers, finalizers and weak references' callbacks run between any two steps, in the thread
+that they interrupt, and may save: what several calls share changes in steps that are the interpreter's own.
 """
 
 from __future__ import annotations
@@ -10,12 +13,17 @@ import atexit
 import contextlib
 import os
 import threading
-import weakref
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from .errors import SaveError
+from . import limits
+from .errors import SaveError, rewritten
+from .living import Living
+from .loading import load
+from .options import Options as Options
+from .options import Stats as Stats
+from .options import usable_cpus as usable_cpus
 from .plan import FilePlan
 from .settings import flag
 
@@ -25,69 +33,10 @@ if TYPE_CHECKING:
 PROGRESS_VARIABLE: Final = "FASTSHARD_PROGRESS"
 IO_URING_VARIABLE: Final = "FASTSHARD_IO_URING"
 Amend = Callable[[list[list[int]]], list[tuple[int, int, bytes]]]
+T = TypeVar("T")
+Future = TypeVar("Future", bound="SaveFuture | None")
 _POLL_SECONDS: Final = 0.1
 """How long Ctrl-C or the progress bar may have to wait."""
-
-
-def usable_cpus() -> int:
-    """CPUs this process may run on."""
-    return len(os.sched_getaffinity(0))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Limits of an engine."""
-
-    memory_budget: int = 128 << 20
-    """Bytes of staging memory, all saves of the engine together; at least 1 MiB. Contiguous host tensors
-    that are not cast need none of it."""
-    threads: int | None = None
-    """Writer threads; ``None``: one for each CPU this process may use, at most 16."""
-    write_path: str = "auto"
-    """``"buffered"`` (pwrite into the page cache), ``"direct"`` (past it, from staging memory), ``"mapped"``
-    (stores into the mapped file), ``"registered"`` (as mapped, with devices copying straight into page-locked
-    windows), or ``"auto"``: what suits save and filesystem (``fastshard env PATH`` tells)."""
-    device_scratch: int = 64 << 20
-    """Bytes of each CUDA device's memory that strided, cast and small tensors may be packed in on their way out;
-    taken when first needed, kept until the engine is closed. 0, or where the device has none to give: none."""
-
-    @property
-    def writers(self) -> int:
-        """Writer threads, decided."""
-        return min(16, usable_cpus()) if self.threads is None else self.threads
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """What one save did. ``*_seconds`` of the stages are thread-seconds: they add up over the writers."""
-
-    files: int
-    nbytes: int
-    """Bytes of the finished files."""
-    seconds: float
-    """From the call of the function to the finished files."""
-    plan_seconds: float
-    """Checking the tensors, laying out the files."""
-    copy_seconds: float
-    """Packing, and waiting for copies from devices."""
-    write_seconds: float
-    """In pwrite, waiting for direct writes, or populating mapped pages."""
-    sync_seconds: float
-    """In fsync and rename."""
-    write_path: str
-    """``"buffered"``, ``"direct"``, ``"mapped"``, ``"registered"``, ``"standing"`` (a prepared save) or
-    ``"memory"``."""
-    staging: str
-    """``"none"`` (written from the tensors' own memory), ``"in place"`` (devices copied into the target itself),
-    ``"pageable"`` or ``"pinned"``."""
-    staging_nbytes: int
-    """Most bytes staged at once."""
-    device_scratch_nbytes: int
-    """Device memory that tensors were packed in, all devices together."""
-    fallbacks: tuple[str, ...]
-    """What filesystem, kernel or a device refused; something else was done instead."""
-    checksums: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """File -> tensor -> CRC-32 of its bytes in the file, as ``zlib.crc32`` has it; empty unless asked for."""
 
 
 @contextlib.contextmanager
@@ -96,7 +45,7 @@ def _save_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SaveError(error.errno, error.strerror, error.filename) from None
+        raise rewritten(error, SaveError) from None
 
 
 class SaveFuture:
@@ -118,7 +67,10 @@ class SaveFuture:
         self._amend = amend
         self._plan_seconds = plan_seconds
         self._description = description
+        self._began = time.time() - plan_seconds
         self._pid = os.getpid()
+        self._thread = threading.get_ident()
+        self._serving: int | None = None
         self._settled = False
 
     def done(self) -> bool:
@@ -135,23 +87,29 @@ class SaveFuture:
         Raises :class:`SaveError` for a failed system call and ``RuntimeError`` for a failed device. An
         exception that arrives meanwhile (Ctrl-C) stops the save, which leaves nothing behind.
         """
-        if os.getpid() != self._pid:
-            raise RuntimeError("this save belongs to the parent process")
+        self._check_process()
+        if self._serving == threading.get_ident():
+            raise RuntimeError("this save waits for the call that has been interrupted by this one")
         bar: Any = self._bar() if progress else contextlib.nullcontext()
         try:
             with bar:
                 while not self._wait():
+                    self._check_process()  # a handler may have forked
                     self._serve()
                     if progress:
                         bar.update(self._native.nbytes_written - bar.n)
                 if progress:
                     bar.update(self._native.nbytes - bar.n)
         except BaseException:
-            self._stop()
+            if os.getpid() == self._pid:
+                self._stop()
             raise
         finally:
-            self._settled = True
-            self._kept.clear()
+            if os.getpid() == self._pid:
+                self._settled = True
+                self._kept.clear()
+                if _exiting:
+                    _rest_all()
         return self.stats
 
     def checksums(self) -> list[list[int]]:
@@ -165,6 +123,14 @@ class SaveFuture:
         figures["seconds"] += self._plan_seconds
         return Stats(plan_seconds=self._plan_seconds, **figures)
 
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError("this save belongs to the parent process")
+
+    def _needs(self, thread: int) -> bool:
+        """Whether it cannot end without that thread, which started it and has to bring bytes."""
+        return self._thread == thread and self._native.fetches and not self._native.finished()
+
     def _wait(self) -> bool:
         """Whether the save is finished, after a while. Raises what it failed with."""
         with _save_errors():
@@ -172,13 +138,17 @@ class SaveFuture:
 
     def _serve(self) -> None:
         """Brings the bytes only Python can bring, and those that are known last."""
-        while request := self._native.fetch():
-            ticket, *what = request
-            assert self._fetch is not None
-            self._fetch(*what)
-            self._native.fetched(ticket)
-        if self._amend is not None and self._native.take_amendment():
-            self._native.amend(self._amend(self.checksums()))
+        before, self._serving = self._serving, threading.get_ident()
+        try:
+            while request := self._native.fetch():
+                ticket, *what = request
+                assert self._fetch is not None
+                self._fetch(*what)
+                self._native.fetched(ticket)
+            if self._amend is not None and self._native.take_amendment():
+                self._native.amend(self._amend(self.checksums()))
+        finally:
+            self._serving = before
 
     def _stop(self) -> None:
         """Cancels, and waits until nothing touches the tensors or the files any more."""
@@ -189,9 +159,12 @@ class SaveFuture:
                 self._native.wait(_POLL_SECONDS)
 
     def _bar(self) -> Any:
-        from tqdm.auto import tqdm
-
-        return tqdm(total=self._native.nbytes, unit="B", unit_scale=True, desc=self._description)
+        # No smoothing: the rate is that of the whole save, which began before the bar.
+        bar = load("tqdm.auto").tqdm(
+            total=self._native.nbytes, unit="B", unit_scale=True, desc=self._description, smoothing=0
+        )
+        bar.start_t = self._began
+        return bar
 
     def __del__(self) -> None:
         # Dropped without waiting: the tensors must not go while they are being read.
@@ -208,29 +181,29 @@ class Engine:
     """
 
     def __init__(self, options: Options | None = None) -> None:
+        if options is not None and not isinstance(options, Options):
+            raise TypeError(f"options must be Options, not {type(options).__name__}")
         self.options = options or Options()
-        self._lock = threading.Lock()
         self._closed = False
-        self._saves: weakref.WeakSet[SaveFuture] = weakref.WeakSet()
-        self._prepared: weakref.WeakSet[_native.Prepared] = weakref.WeakSet()
-        self._native: _native.Engine | None = self._start()
+        self._saves: Living[SaveFuture] = Living()
+        self._prepared: Living[_native.Prepared] = Living()
+        self._spares: Living[_native.Engine] = Living()
+        self._submitting: list[int] = []
+        """Threads that are about to have started a save."""
+        self._natives: dict[None, _native.Engine] = {None: self._start()}
+        """The one there is; none in a forked child and after :meth:`_rest`, until the next save."""
         _engines.add(self)
 
     def _start(self) -> _native.Engine:
-        from . import _native
-
         options = self.options
-        if options.writers < 1 or options.memory_budget < 1:
-            raise ValueError("threads and memory_budget must be positive")
-        if options.device_scratch < 0:
-            raise ValueError("device_scratch must not be negative")
-        return _native.Engine(
+        native: _native.Engine = load(f"{__package__}._native").Engine(
             options.memory_budget,
             options.writers,
             options.write_path,
             options.device_scratch,
             io_uring_allowed(),
         )
+        return native
 
     def submit(
         self,
@@ -241,6 +214,7 @@ class Engine:
         durable: bool = False,
         keep_cached: bool = True,
         checksums: bool = False,
+        follow_links: bool = False,
         fetch: Callable[[int, int, int, int, int], None] | None = None,
         amend: Amend | None = None,
         plan_seconds: float = 0.0,
@@ -252,27 +226,36 @@ class Engine:
         called as ``fetch(file, item, first_byte, nbytes, address)`` by :meth:`SaveFuture.result` for views on
         ``plan.FETCHED``; until then such a save occupies a writer. ``amend``: called by :meth:`SaveFuture.result`
         with the checksums (of each file, of each view), once all is written; what it returns, ``(file, offset,
-        bytes)`` each, is written over that before the files are synced and appear. Raises :class:`SaveError`
+        bytes)`` each, is written over that before the files are synced and appear. ``follow_links``: where a path
+        is a symbolic link, the file that it leads to is replaced, and not the link. Raises :class:`SaveError`
         (no space, no directory, ...) before the first copy.
         """
-        native = self._running()
-        kept = [keep_alive, self]
-        with _save_errors():
-            save = native.submit(
-                list(files), dict(streams or {}), durable, keep_cached, checksums, amend is not None, kept
-            )
-        future = SaveFuture(
-            save, kept=kept, fetch=fetch, amend=amend, plan_seconds=plan_seconds, description=description
-        )
-        self._saves.add(future)
-        return future
+        limits.require_room(files)
 
-    def prepare(self, file: FilePlan, generations: int) -> _native.Prepared:
+        def start(native: _native.Engine) -> SaveFuture:
+            kept = [keep_alive, self, native]
+            save = native.submit(
+                list(files),
+                dict(streams or {}),
+                durable,
+                keep_cached,
+                checksums,
+                amend is not None,
+                kept,
+                follow_links,
+            )
+            return SaveFuture(
+                save, kept=kept, fetch=fetch, amend=amend, plan_seconds=plan_seconds, description=description
+            )
+
+        return self._submit(start)
+
+    def prepare(self, file: FilePlan, generations: int, tag: object = None) -> _native.Prepared:
         """Makes the standing files of a prepared save (:func:`fastshard.prepare`). Raises as :meth:`submit`,
-        and ``ValueError`` for less than two generations."""
-        native = self._running()
+        and ``ValueError`` for less than two generations. ``tag``: of what is bound by that."""
+        limits.require_room([file], generations)
         with _save_errors():
-            prepared = native.prepare(file, generations)
+            prepared = self._with_native(lambda native: native.prepare(file, generations, tag))
         self._prepared.add(prepared)
         return prepared
 
@@ -286,37 +269,71 @@ class Engine:
         checksums: bool = False,
         fetch: Callable[[int, int, int, int, int], None] | None,
         description: str,
-    ) -> SaveFuture:
-        """Starts filling the next generation of a prepared save; as :meth:`submit`."""
-        self._running()
-        kept = [keep_alive, prepared, self]
-        with _save_errors():
-            save = prepared.submit(dict(streams), durable, checksums, kept)
-        future = SaveFuture(save, kept=kept, fetch=fetch, plan_seconds=0.0, description=description)
-        self._saves.add(future)
+        tag: object = None,
+    ) -> SaveFuture | None:
+        """Starts filling the next generation of a prepared save; as :meth:`submit`.
+
+        A save of it that is under way, interrupted by whoever calls this, is cancelled. ``None``, and nothing is done,
+        if what is bound has not this tag.
+        """
+
+        def start(native: _native.Engine) -> SaveFuture | None:
+            kept = [keep_alive, prepared, self, native]
+            save = prepared.submit(dict(streams), durable, checksums, kept, tag)
+            if save is None:
+                return None
+            return SaveFuture(save, kept=kept, fetch=fetch, plan_seconds=0.0, description=description)
+
+        return self._submit(start)
+
+    def _submit(self, start: Callable[[_native.Engine], Future]) -> Future:
+        thread = threading.get_ident()
+        interrupted = thread in self._submitting or any(save._needs(thread) for save in self._saves.all())
+        self._submitting.append(thread)
+        try:
+            with _save_errors():
+                if interrupted:
+                    # This thread owes a save its bytes, which the writers wait for. Others, for this time.
+                    spare = self._start()
+                    self._spares.add(spare)
+                    future = start(spare)
+                else:
+                    future = self._with_native(start)
+            if future is not None:
+                self._saves.add(future)
+        finally:
+            self._submitting.remove(thread)
         return future
 
-    def _running(self) -> _native.Engine:
-        with self._lock:
+    def _with_native(self, call: Callable[[_native.Engine], T]) -> T:
+        while True:
             if self._closed:
                 raise RuntimeError("the engine is closed")
-            if self._native is None:
-                self._native = self._start()
-            return self._native
+            native = self._natives.get(None) or self._natives.setdefault(None, self._start())
+            try:
+                return call(native)
+            except RuntimeError:
+                if self._closed or not native.closed:
+                    raise  # else it has been put to rest by another thread
 
     def close(self) -> None:
         """Waits for the saves under way and releases threads and staging memory. May be called twice."""
-        with self._lock:
-            self._closed = True
-        for future in list(self._saves):
+        self._closed = True
+        self._rest()
+
+    def _rest(self) -> None:
+        """What :meth:`close` does, but that the next save wakes it up."""
+        for future in self._saves.all():
             if not future.done():
                 with contextlib.suppress(Exception):
                     future.result()
-        for prepared in list(self._prepared):
+        if any(not future.done() for future in self._saves.all()):
+            return  # one that this call has interrupted; what it uses goes with it
+        for prepared in self._prepared.all():
             prepared.close()
-        if self._native is not None:
-            self._native.close()
-            self._native = None
+        native = self._natives.pop(None, None)
+        if native is not None:
+            native.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -326,22 +343,21 @@ class Engine:
 
     def _abandon(self) -> None:
         """In a forked child: the threads are the parent's, and so are the files they write."""
-        from . import _native
-
-        self._lock = threading.Lock()
-        for future in list(self._saves):
-            _native.leak(future._native)
-        for prepared in list(self._prepared):
-            _native.leak(prepared)
-        self._saves, self._prepared = weakref.WeakSet(), weakref.WeakSet()
-        if self._native is not None:
-            _native.leak(self._native)
-            self._native = None
+        leak = load(f"{__package__}._native").leak
+        for future in self._saves.all():
+            leak(future._native)
+        for native in (*self._prepared.all(), *self._spares.all(), *self._natives.values()):
+            leak(native)
+        self._saves, self._prepared, self._spares = Living(), Living(), Living()
+        self._submitting.clear()
+        self._natives.clear()
 
 
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-_kept: dict[Options, Engine] = {}
-_kept_lock = threading.Lock()
+_engines: Living[Engine] = Living()
+_kept: dict[object, Engine] = {}
+_exiting = False
+"""Whether the interpreter is about to end. Saves of exit hooks, finalizers and daemon threads go on, but nothing is kept
+for the next one."""
 
 
 def engine_for(engine: Engine | Options | None) -> Engine:
@@ -350,11 +366,12 @@ def engine_for(engine: Engine | Options | None) -> Engine:
         return engine
     if engine is not None and not isinstance(engine, Options):
         raise TypeError(f"engine must be an Engine or Options, not {type(engine).__name__}")
-    options = engine or Options()
-    with _kept_lock:
-        if options not in _kept:
-            _kept[options] = Engine(options)
-        return _kept[options]
+    options = engine or _DEFAULT
+    # Should two calls make one at the same moment, both get the first; the other goes, having started nothing.
+    return _kept.get(options.key) or _kept.setdefault(options.key, Engine(options))
+
+
+_DEFAULT: Final = Options()
 
 
 def progress_wanted(progress: bool | None) -> bool:
@@ -369,16 +386,20 @@ def io_uring_allowed() -> bool:
     return flag(IO_URING_VARIABLE, True)
 
 
+def _rest_all() -> None:
+    for engine in _engines.all():
+        engine._rest()
+
+
 @atexit.register
-def _close_all() -> None:
-    for engine in list(_engines):
-        engine.close()
+def _at_exit() -> None:
+    global _exiting
+    _exiting = True
+    _rest_all()
 
 
 def _after_fork() -> None:
-    global _kept_lock
-    _kept_lock = threading.Lock()
-    for engine in list(_engines):
+    for engine in _engines.all():
         engine._abandon()
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from typing import TypeVar
 
 from safetensors import SafetensorError
 
@@ -12,8 +13,13 @@ class SaveError(SafetensorError, OSError):
     """A file could not be written.
 
     Both what safetensors raises and what ``open`` raises: ``errno`` and ``filename`` are set, so a full disk
-    (``errno.ENOSPC``) can be told from a missing directory. The target is as it was before the save.
+    (``errno.ENOSPC``) can be told from a missing directory. The target is as it was before the save, unless
+    ``published`` is true.
     """
+
+    published: bool = False
+    """Whether the new file stands under its name all the same: what failed came after that, the sync of its folder
+    for instance, so that it is not known to be on stable storage."""
 
     def __str__(self) -> str:
         if self.errno is None:
@@ -24,3 +30,19 @@ class SaveError(SafetensorError, OSError):
 
 class ArchiveError(SaveError, RuntimeError):
     """The same of an archive: ``torch.save`` raises ``RuntimeError`` where a file cannot be written."""
+
+
+_Kind = TypeVar("_Kind", bound=SaveError)
+
+
+def rewritten(error: OSError, kind: type[_Kind], filename: str | bytes | None = None) -> _Kind:
+    """The same error as another class, with ``published`` and notes. ``filename``: the name that the caller gave,
+    where it is not the error's own."""
+    if error.errno is None:  # made of a text only
+        made = kind(*error.args)
+    else:
+        made = kind(error.errno, error.strerror, error.filename if filename is None else filename)
+    made.published = getattr(error, "published", False)
+    for note in getattr(error, "__notes__", ()):
+        made.add_note(note)
+    return made

@@ -3,17 +3,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+from collections import OrderedDict
+from collections.abc import Collection
+from typing import Final
 
 import torch
 
 from .archive import torch_save
 from .engine import Engine, Options
+from .errors import ArchiveError, SaveError
 from .saving import How
 from .sharing import by_storage
 from .staged import save_alone, staged
+from .tensors import check_dtype
 
 
 def save_torch_model(
@@ -30,7 +36,7 @@ def save_torch_model(
     durable: bool = False,
     keep_cached: bool = True,
     progress: bool | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a module's state dict; see :func:`save_torch_state_dict`."""
@@ -66,7 +72,7 @@ def save_torch_state_dict(
     durable: bool = False,
     keep_cached: bool = True,
     progress: bool | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a state dict in shards with an index, to the byte the files of ``huggingface_hub.save_torch_state_dict``.
@@ -95,9 +101,10 @@ def save_torch_state_dict(
         FileNotFoundError: ``save_directory`` is missing.
         What :func:`fastshard.save_file` raises.
     """
-    from huggingface_hub import constants, split_torch_state_dict_into_shards
-    from huggingface_hub.serialization._torch import _clean_state_dict_for_safetensors
+    from huggingface_hub import constants
+    from huggingface_hub.serialization import _torch as theirs
 
+    dtype = check_dtype(dtype)
     if filename_pattern is None:
         filename_pattern = (
             constants.SAFETENSORS_WEIGHTS_FILE_PATTERN
@@ -106,8 +113,9 @@ def save_torch_state_dict(
         )
     metadata = {} if metadata is None else metadata
     sized = state_dict
+    comes_in_pieces = type(state_dict) not in (dict, OrderedDict)
     if safe_serialization:
-        state_dict = _clean_state_dict_for_safetensors(
+        state_dict = theirs._clean_state_dict_for_safetensors(
             state_dict,
             metadata,
             force_contiguous=False,
@@ -121,33 +129,101 @@ def save_torch_state_dict(
                 name: torch.empty_like(t, dtype=dtype, device="meta") if t.is_floating_point() else t
                 for name, t in sized.items()
             }
-    split = split_torch_state_dict_into_shards(
+    else:
+        theirs.logger.warning(_UNSAFE)
+    split = theirs.split_torch_state_dict_into_shards(
         sized, filename_pattern=filename_pattern, max_shard_size=max_shard_size
     )
-    prefix, _, suffix = filename_pattern.partition("{suffix}")
-    earlier = re.compile(re.escape(prefix) + r"(-\d{5}-of-\d{5})?" + re.escape(suffix) + r"(\.index\.json)?")
-
-    def stale(name: str) -> bool:
-        return is_main_process and earlier.fullmatch(name) is not None
-
+    place = _Place(os.fspath(save_directory), filename_pattern)
+    place.check(SaveError if safe_serialization else ArchiveError)
+    obsolete = place.earlier() if is_main_process else frozenset()
     how = How(durable, keep_cached, progress, force_contiguous, dtype, engine=engine)
     in_file = {"format": "pt"} if split.is_sharded else {"format": "pt", **metadata}
-    directory = os.fspath(save_directory)
+    index_name = filename_pattern.format(suffix="") + ".index.json"
+    alone = False
     if safe_serialization and len(split.filename_to_tensors) == 1:
         ((filename, names),) = split.filename_to_tensors.items()
-        if save_alone({name: state_dict[name] for name in names}, directory, filename, in_file, stale, how):
-            return
-    with staged(directory, stale, how) as stage:
-        for filename, names in split.filename_to_tensors.items():
-            shard = {name: state_dict[name] for name in names}
-            path = stage.place(filename)
-            if safe_serialization:
-                stage.add(shard, path, in_file)
-            else:
-                torch_save(shard, path, durable=durable, keep_cached=keep_cached, engine=engine)
-        if split.is_sharded:
-            index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
-            stage.write_text(filename_pattern.format(suffix="") + ".index.json", json.dumps(index, indent=2))
+        shard = {name: state_dict[name] for name in names}
+        alone = save_alone(
+            shard, place.folder, place.inside(filename), in_file, obsolete, how, call="save_torch_state_dict"
+        )
+    if not alone:
+        with staged(place.folder, obsolete.__contains__, how, call="save_torch_state_dict") as stage:
+            stage.at_once = comes_in_pieces
+            for filename, names in split.filename_to_tensors.items():
+                shard = {name: state_dict[name] for name in names}
+                path = place.staged(filename, stage.path)
+                if safe_serialization:
+                    stage.add(shard, path, in_file)
+                else:
+                    torch_save(shard, path, durable=durable, keep_cached=keep_cached, engine=engine)
+            if split.is_sharded:
+                index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
+                stage.write_text(place.staged(index_name, stage.path), json.dumps(index, indent=2))
+    for name in obsolete:
+        theirs.logger.debug(f"Removing existing file '{name}' from folder.")
+    for name in split.filename_to_tensors:
+        theirs.logger.debug(f"Shard saved to {name}")
+    if split.is_sharded:
+        theirs.logger.info(
+            f"The model is bigger than the maximum size per checkpoint ({max_shard_size}). "
+            f"Model weighs have been saved in {len(split.filename_to_tensors)} checkpoint shards. "
+            f"You can find where each parameters has been saved in the index located at {index_name}."
+        )
+    theirs.logger.info(f"Model weights successfully saved to {save_directory}!")
+
+
+_UNSAFE: Final = (
+    "You are using unsafe serialization. Due to security reasons, it is recommended not to load "
+    "pickled models from untrusted sources. If you intend to share your model, we strongly recommend "
+    "using safe serialization by installing `safetensors` with `pip install safetensors`."
+)
+"""huggingface_hub's own words, as all that its logger is told."""
+
+
+class _Place:
+    """Where the files of a pattern go, which may lead into a folder: ``"sub/w{suffix}.safetensors"``."""
+
+    def __init__(self, directory: str, pattern: str) -> None:
+        inner, self._pattern = os.path.split(pattern)
+        if "{" in inner:  # a folder for each file
+            if os.path.isabs(inner) or ".." in inner.split(os.sep):
+                raise ValueError(f"filename_pattern={pattern!r} leads out of the folder")
+            inner = ""
+            self._pattern = pattern
+        self.folder = os.path.join(directory, inner)
+        self._inner = inner
+
+    def check(self, error: type[SaveError] | type[ArchiveError]) -> None:
+        """Raises ``error`` where the pattern leads into a folder that is not there, as the saver of a file does."""
+        if self._inner:
+            try:
+                os.stat(self.folder)
+            except (FileNotFoundError, NotADirectoryError) as found:
+                raise error(found.errno, found.strerror, self.folder) from None
+
+    def earlier(self) -> Collection[str]:
+        """Files of an earlier save with this pattern, in the order of the folder; as in huggingface_hub, none in a folder
+        that the pattern leads into."""
+        if self._inner:
+            return ()
+        prefix, _, suffix = self._pattern.partition("{suffix}")
+        name = re.compile(re.escape(prefix) + r"(-\d{5}-of-\d{5})?" + re.escape(suffix) + r"(\.index\.json)?")
+        return {found: None for found in os.listdir(self.folder) if name.fullmatch(found)}.keys()
+
+    def inside(self, filename: str) -> str:
+        """What a file is called in the folder."""
+        return os.path.relpath(filename, self._inner) if self._inner else filename
+
+    def staged(self, filename: str, stage: str) -> str:
+        """Where a file is made."""
+        path = os.path.join(stage, self.inside(filename))
+        if os.sep in filename and not self._inner:
+            folder = os.path.join(self.folder, os.path.dirname(filename))
+            if not os.path.isdir(folder):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        return path
 
 
 def _made_contiguous(

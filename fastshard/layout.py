@@ -10,10 +10,12 @@ keys), this module writes valid JSON in the order given.
 from __future__ import annotations
 
 import json
-import math
+import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import BinaryIO, Final, NamedTuple
+
+from .jsontext import MAX_UNSIGNED, Scanner, shown
 
 MAX_HEADER_NBYTES: Final = 100_000_000
 """Readers refuse longer headers; the length includes the padding."""
@@ -44,6 +46,15 @@ CODES: Final[Mapping[str, str]] = {
 }
 """torch dtype name -> code in the header. ``float4_e2m1fn_x2`` holds two elements a byte."""
 
+CAST_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
+    "float32": ("fp32", "f32", "float"),
+    "float16": ("fp16", "f16", "half"),
+    "bfloat16": ("bf16",),
+    "float8_e4m3fn": ("fp8_e4m3fn", "f8_e4m3fn", "fp8_e4m3", "f8_e4m3"),
+    "float8_e5m2": ("fp8_e5m2", "f8_e5m2"),
+}
+"""What tensors can be cast to: torch's names, and the other ones that people write."""
+
 _BY_WIDTH: Final = {
     64: "U64 I64 F64 C64",
     32: "F32 U32 I32",
@@ -62,6 +73,17 @@ RANKS: Final[Mapping[str, int]] = {code: rank for rank, code in enumerate(BITS)}
 
 quote = json.JSONEncoder(ensure_ascii=False).encode
 """A JSON string as serde_json writes it: non-ASCII raw, control characters as ``\\u00xx``."""
+
+
+def cast_name(name: str) -> str:
+    """torch's name of a dtype that tensors can be cast to: ``"bf16"``, ``"BF16"``, ``"bfloat16"`` and
+    ``"torch.bfloat16"`` are ``"bfloat16"``. Raises ``ValueError`` for another one."""
+    short = name.strip().lower().removeprefix("torch.")
+    for known, others in CAST_NAMES.items():
+        if short == known or short in others:
+            return known
+    names = ", ".join(f"{known} ({others[0]})" for known, others in CAST_NAMES.items())
+    raise ValueError(f"dtype must be one of {names}, not {name}")
 
 
 class HeaderTooLarge(ValueError):
@@ -116,12 +138,17 @@ class FileHeader(NamedTuple):
     tensors: list[StoredTensor]
     """By position in the file."""
 
+    @property
+    def data_nbytes(self) -> int:
+        """Of all tensors together."""
+        return self.tensors[-1].end if self.tensors else 0
+
 
 def read_header(file: BinaryIO, file_nbytes: int) -> FileHeader:
     """Reads and checks the header at the beginning of ``file``, which is ``file_nbytes`` long.
 
-    Raises ``ValueError`` saying what is wrong when this is no safetensors file, or one whose entries have a name
-    twice, are not of the size of their shape, overlap, leave gaps or do not end where the file does.
+    Raises ``ValueError`` saying what is wrong where safetensors refuses the file: see :func:`parse_header`; and a header
+    that does not end, or whose tensors do not end, where the file does.
     """
     prefix = file.read(8)
     if len(prefix) < 8:
@@ -129,50 +156,198 @@ def read_header(file: BinaryIO, file_nbytes: int) -> FileHeader:
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER_NBYTES or 8 + length > file_nbytes:
         raise ValueError(f"a header of {length} bytes in a file of {file_nbytes}")
-    try:
-        entries = json.loads(file.read(length), object_pairs_hook=unique)
-        metadata = entries.pop(METADATA_KEY, None)
-        tensors = [
-            StoredTensor(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-            for name, entry in entries.items()
-        ]
-        tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
-    except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"the header is not that of a safetensors file: {error!r}") from None
-    reached = 0
-    for tensor in tensors:
-        if not _is_sized(tensor):
-            raise ValueError(
-                f"tensor {tensor.name!r} lies at {tensor.begin}:{tensor.end}, which is not the size of"
-                f" {tensor.code} {list(tensor.shape)}"
-            )
-        if tensor.begin != reached or tensor.end < tensor.begin:
-            raise ValueError(
-                f"tensor {tensor.name!r} lies at {tensor.begin}:{tensor.end}, expected at {reached}"
-            )
-        reached = tensor.end
-    if 8 + length + reached != file_nbytes:
-        raise ValueError(f"the header accounts for {8 + length + reached} bytes, the file has {file_nbytes}")
-    return FileHeader(8 + length, metadata, tensors)
-
-
-def unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
-    """The object of these pairs, as ``json.loads(..., object_pairs_hook=unique)`` makes it. Raises ``ValueError`` for
-    a name that stands there twice."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        for name, _ in pairs:
-            if name in seen:
-                raise ValueError(f"{name!r} stands there twice")
-            seen.add(name)
+    found = parse_header(file.read(length))
+    end = found.nbytes + found.data_nbytes
+    if end != file_nbytes:
+        raise ValueError(f"the header accounts for {end} bytes, the file has {file_nbytes}")
     return found
 
 
-def _is_sized(tensor: StoredTensor) -> bool:
-    """Whether the entry's numbers are numbers, and its bytes as many as its dtype and shape say."""
-    numbers = (*tensor.shape, tensor.begin, tensor.end)
-    if not all(type(number) is int and number >= 0 for number in numbers):
-        return False
-    bits = BITS.get(tensor.code) if isinstance(tensor.code, str) else None
-    return bits is not None and math.prod(tensor.shape) * bits == 8 * (tensor.end - tensor.begin)
+def parse_header(encoded: bytes) -> FileHeader:
+    """The header of which this is the JSON.
+
+    The verdict is that of safetensors 0.8: of names that stand there twice the last one counts, fields that the format
+    does not have are passed over. Raises ``ValueError`` saying what is wrong with JSON that is none, entries that lack
+    something or have it in another type, are not of the size of their shape, overlap or leave gaps. Stricter than there
+    in two points that no writer meets: a tensor has at most 65,536 dimensions, and a header 1 MiB of other fields.
+    """
+    try:
+        metadata, tensors = _Entries(encoded.decode()).read()
+    except ValueError as error:
+        raise ValueError(f"the header is not that of a safetensors file: {error}") from None
+    tensors.sort(key=_position)
+    reached = 0
+    for tensor in tensors:
+        name, code, shape, begin, end = tensor
+        if begin != reached or end < begin:
+            raise ValueError(f"tensor {shown(name)} lies at {begin}:{end}, expected at {reached}")
+        elements = 1
+        for size in shape:
+            elements *= size
+            if elements > MAX_UNSIGNED:  # also where a zero follows
+                break
+        nbits = elements * BITS[code]
+        if nbits != 8 * (end - begin) or nbits > MAX_UNSIGNED:
+            raise ValueError(
+                f"tensor {shown(name)} lies at {begin}:{end}, which is not the size of {code} {shown(shape)}"
+            )
+        reached = end
+    return FileHeader(8 + len(encoded), metadata, tensors)
+
+
+def _position(tensor: StoredTensor) -> tuple[int, int]:
+    return tensor.begin, tensor.end
+
+
+_MAX_DIMS: Final = 1 << 16
+_MAX_OTHER: Final = 1 << 20
+"""Characters of fields that the format does not have."""
+_S: Final = r"[ \t\n\r]*"
+_WORD: Final = r'"([^"\\\x00-\x1f]*)"'
+_INT: Final = r"(0|[1-9][0-9]{0,18})"
+_ENTRY: Final = re.compile(
+    _S.join(
+        [_WORD, ":", r"\{", '"dtype"', ":", '"([A-Z0-9_]+)"', ",", '"shape"', ":", r"\[([0-9, ]*)\]", ","]
+        + ['"data_offsets"', ":", r"\[", _INT, ",", _INT, r"\]", r"\}", "([,}])", ""]
+    )
+)
+"""An entry as all writers make it, behind the white space before it."""
+_PAIR: Final = re.compile(_S.join([_WORD, ":", _WORD, "([,}])", ""]))
+_SHAPE: Final = re.compile(r"(?:0|[1-9][0-9]{0,18})(?:, ?(?:0|[1-9][0-9]{0,18})){0,31}")
+
+
+class _Entries(Scanner):
+    """The entries of a header, read one by one: by a regular expression those that look as writers make them, value by
+    value what does not."""
+
+    _other = 0
+
+    def read(self) -> tuple[dict[str, str] | None, list[StoredTensor]]:
+        metadata: dict[str, str] | None = None
+        has_metadata = False
+        found: dict[str, StoredTensor] = {}
+        separator = self.begin_object()
+        while separator != "}":
+            separator = self._usual(found)
+            if separator:
+                continue
+            name = self.key()
+            if name != METADATA_KEY:
+                found[name] = self._named_tensor(name)
+            elif has_metadata:
+                raise ValueError(f"{METADATA_KEY} stands there twice")
+            else:
+                has_metadata = True
+                metadata = None if self.null() else self._texts()
+            separator = self.separator(",}")
+        self.end()
+        return metadata, list(found.values())
+
+    def _usual(self, found: dict[str, StoredTensor]) -> str:
+        """Reads tensors as long as their entries are as usual; returns what stands behind the last of them."""
+        separator = ""
+        shapes: dict[str, tuple[int, ...]] = {"": ()}
+        while separator != "}" and (match := _ENTRY.match(self.text, self.at)) is not None:
+            name, code, sizes, begin, end, behind = match.groups()
+            shape = shapes.get(sizes)
+            if shape is None:
+                if _SHAPE.fullmatch(sizes) is None:
+                    break
+                shape = shapes[sizes] = tuple(map(int, sizes.split(",")))
+            if name == METADATA_KEY or code not in BITS:
+                break
+            found[name] = StoredTensor(name, code, shape, int(begin), int(end))
+            separator = behind
+            self.at = match.end() if separator == "," else match.end(6)
+        return separator
+
+    def _texts(self) -> dict[str, str]:
+        """An object of strings."""
+        found: dict[str, str] = {}
+        separator = self.begin_object()
+        while separator != "}":
+            match = _PAIR.match(self.text, self.at)
+            if match is None:
+                name = self.key()
+                found[name] = self.string()
+                separator = self.separator(",}")
+            else:
+                found[match[1]] = match[2]
+                separator = match[3]
+                self.at = match.end() if separator == "," else match.end(3)
+        return found
+
+    def _named_tensor(self, name: str) -> StoredTensor:
+        try:
+            return self._tensor(name)
+        except ValueError as error:
+            raise ValueError(f"tensor {shown(name)}: {error}") from None
+
+    def _tensor(self, name: str) -> StoredTensor:
+        code, shape, offsets = None, None, None
+        if self.peek() == "[":  # a list of the three values is taken, too
+            for number in self.elements(2):
+                if number == 0:
+                    code = self._code()
+                elif number == 1:
+                    shape = self._shape()
+                elif number == 2:
+                    offsets = self._offsets()
+                else:
+                    raise ValueError("more than three values")
+        else:
+            for key in self.members(2):
+                if key == "dtype" and code is None:
+                    code = self._code()
+                elif key == "shape" and shape is None:
+                    shape = self._shape()
+                elif key == "data_offsets" and offsets is None:
+                    offsets = self._offsets()
+                elif key in ("dtype", "shape", "data_offsets"):
+                    raise ValueError(f"{key} stands there twice")
+                else:
+                    self._pass_over()
+        if code is None or shape is None or offsets is None:
+            raise ValueError("dtype, shape or data_offsets are missing")
+        return StoredTensor(name, code, shape, *offsets)
+
+    def _code(self) -> str:
+        if self.peek() == "{":  # {"F32": null} is taken, too
+            codes = []
+            for key in self.members(3):
+                codes.append(key)
+                if len(codes) > 1 or not self.null():
+                    raise self.wrong("a dtype")
+            code = codes[0] if codes else ""
+        else:
+            code = self.string()
+        if code not in BITS:
+            raise ValueError(f"no dtype {shown(code)} is known")
+        return code
+
+    def _shape(self) -> tuple[int, ...]:
+        sizes = []
+        for number in self.elements(3):
+            if number == _MAX_DIMS:
+                raise ValueError(f"a tensor of more than {_MAX_DIMS} dimensions")
+            sizes.append(self.unsigned())
+        return tuple(sizes)
+
+    def _offsets(self) -> tuple[int, int]:
+        offsets = []
+        for number in self.elements(3):
+            if number == 2:
+                raise self.wrong("the end of the offsets")
+            offsets.append(self.unsigned())
+        if len(offsets) != 2:
+            raise self.wrong("an offset")
+        return offsets[0], offsets[1]
+
+    def _pass_over(self) -> None:
+        """A field that the format does not have."""
+        began = self.at
+        most = self.at + _MAX_OTHER - self._other
+        self.skip(3, most)
+        if self.at > most:
+            raise ValueError("too much in fields that the format does not have")
+        self._other += self.at - began

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, NamedTuple
 
+from .jsontext import read_json
 from .layout import MAX_HEADER_NBYTES, RANKS
 
 FORMAT: Final = "fastshard sharded state"
@@ -200,8 +201,8 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     try:
         if len(data) > MAX_HEADER_NBYTES:
             raise ValueError(f"it is longer than {MAX_HEADER_NBYTES} bytes")
-        return _parse(json.loads(data))
-    except (ValueError, RecursionError) as error:
+        return _parse(read_json(data))
+    except ValueError as error:
         raise ValueError(f"{os.fspath(path)!r} is not a manifest of sharded weights: {error}") from None
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import torch
 from safetensors import SafetensorError
 
+from .jsontext import shown
 from .layout import CODES, StoredTensor, read_header
 
 if TYPE_CHECKING:
@@ -112,7 +113,10 @@ class MappedFile:
                 f"{self.path!r} has {self.nbytes} bytes: no {dtype} of shape {shape} lies at {offset}"
             )
         if count == 0:
-            return torch.empty(shape, dtype=dtype, device="cpu")
+            try:
+                return torch.empty(shape, dtype=dtype, device="cpu")
+            except (RuntimeError, TypeError, OverflowError):
+                raise ValueError(f"torch has no tensor of shape {shown(shape)}") from None
         return torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=offset).view(shape)
 
     def names(self) -> Iterator[str]:
@@ -138,8 +142,6 @@ class MappedFile:
         if dtype is None:
             raise ValueError(f"this torch has no dtype for {stored.code}")
         shape = stored.shape
-        if not all(type(size) is int and size >= 0 for size in (*shape, stored.begin, stored.end)):
-            raise ValueError("sizes and offsets must be whole numbers")
         if stored.code == "F4":  # two elements a byte
             if not shape or shape[-1] % 2:
                 raise ValueError(f"shape {shape} splits a byte")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -22,22 +22,36 @@ _KV_PROJECTIONS: Final = ("k_proj", "v_proj", "qkv_proj", "query_key_value")
 _Q_PROJECTIONS: Final = ("q_proj",)
 
 
+_AUTOMATIC: Final = (
+    "AutoModel",
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForPreTraining",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+)
+"""Where a configuration does not name an architecture that transformers has: what the model may be, in this order."""
+
+
 class _Place(NamedTuple):
     """What a tensor of the checkpoint becomes part of."""
 
-    parameter: str
+    parameters: tuple[str, ...]
+    """More than one: the tensor is cut into them."""
     operations: tuple[Any, ...]
     """Of the conversion; none: the tensor is the parameter."""
 
 
 class ModelPlan:
-    """The plan of the model whose ``config.json`` lies in a folder.
+    """The plan of the model whose ``config.json`` lies in a folder, with a checkpoint of tensors of these names.
 
     Raises ``ImportError`` without transformers (5 or later), ``OSError`` without the configuration, and ``ValueError``
     for a model that transformers does not know, or that has no plan.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, names: Iterable[str] = ()) -> None:
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
             from transformers.core_model_loading import WeightConverter, WeightRenaming
@@ -45,15 +59,27 @@ class ModelPlan:
             raise ImportError(
                 "a model's own plan comes from transformers 5 or later: install it, or give a plan file"
             ) from error
-        self._model = _on_meta(folder)
-        self._name = type(self._model).__name__
-        self._plan: dict[str, str] = self._model.tp_plan or {}
-        if not self._plan:
-            raise ValueError(f"{folder!r}: {self._name} has no tensor-parallel plan: give a plan file")
-        self._parameters: dict[str, torch.Tensor] = self._model.state_dict()
-        conversions = get_model_conversion_mapping(self._model)
-        self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-        self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        wanted = list(names)
+        problem: ValueError | None = None
+        for model in _on_meta(folder):
+            self._model = model
+            self._name = type(model).__name__
+            self._parameters: dict[str, torch.Tensor] = model.state_dict()
+            conversions = get_model_conversion_mapping(model)
+            self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+            self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
+            self._plan: dict[str, str] = model.tp_plan or {}
+            try:
+                if not self._plan:
+                    raise ValueError(f"{folder!r}: {self._name} has no tensor-parallel plan: give a plan file")
+                for name in wanted:
+                    self._place(name)
+            except ValueError as error:
+                problem = problem or error
+            else:
+                break
+        else:
+            raise problem or ValueError(f"{folder!r}: transformers has no model for its config.json")
 
     def splits(self, tensors: Iterable[tuple[str, Sequence[int]]], ranks: int) -> dict[str, Split | None]:
         """How the tensors of the checkpoint, names and shapes, are split.
@@ -69,31 +95,27 @@ class ModelPlan:
         place = self._place(name)
         if place is None:
             return None
-        split = self._split_of_parameter(place.parameter)
-        whole = tuple(self._parameters[place.parameter].shape)
-        inner = tuple(shape)
-        if not place.operations and inner != whole:
+        split = self._split_of_parameter(place.parameters[0])
+        whole = tuple(self._parameters[place.parameters[0]].shape)
+        if not place.operations and tuple(shape) != whole:
             raise ValueError(f"{name} has shape {list(shape)}, {self._name} has {list(whole)}")
+        for other in place.parameters[1:]:
+            if self._split_of_parameter(other) != split:
+                raise ValueError(
+                    f"{name}: becomes {place.parameters[0]} and {other}, which are not split alike: give a plan file"
+                )
         if split is None:
             return None
-        self._check_heads(place.parameter, ranks)
-        if not place.operations:
-            return split
-        ndim = len(whole)
-        kinds = [type(operation).__name__ for operation in place.operations]
-        dims = [getattr(operation, "dim", 0) % ndim for operation in place.operations]
-        plain = not any(getattr(operation, "num_shards_attribute", None) for operation in place.operations)
-        # Packed tensors that are put together from their groups: each of them is a group.
-        groups = 1 if "Concatenate" in kinds and split.dim == dims[-1] else split.groups
-        if plain and kinds == ["Concatenate"] and len(inner) == ndim:
-            return Split(split.dim, groups)
-        merged = kinds in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) and dims[0] == 0
-        if plain and merged and len(inner) == ndim - 1 and split.dim > 0:
-            return Split(split.dim - 1, groups)  # a slice of the parameter's first dimension
-        raise ValueError(
-            f"{name}: becomes part of {place.parameter} by {', '.join(kinds)}, which cannot be followed slice by"
-            " slice: give a plan file"
-        )
+        for parameter in place.parameters:
+            self._check_heads(parameter, ranks)
+        followed = _followed(split, whole, place, tuple(shape))
+        if followed is None:
+            kinds = [type(operation).__name__ for operation in place.operations]
+            raise ValueError(
+                f"{name}: becomes part of {place.parameters[0]} by {', '.join(kinds)}, which cannot be followed slice"
+                " by slice: give a plan file"
+            )
+        return followed
 
     def _place(self, name: str) -> _Place | None:
         """``None``: the model leaves such a tensor where it is."""
@@ -113,9 +135,20 @@ class ModelPlan:
             hint = "quantized: " if quantized else ""
             raise ValueError(f"{name} is no parameter of {self._name}: {hint}give a plan file that names it")
         if pattern is None:
-            return _Place(parameter, ())
+            return _Place((parameter,), ())
         converter = next(c for c in self._converters if pattern in c.source_patterns)
-        return _Place(parameter, tuple(converter.operations))
+        return _Place(self._targets(name, parameter, converter), tuple(converter.operations))
+
+    def _targets(self, name: str, parameter: str, converter: Any) -> tuple[str, ...]:
+        """All parameters that a conversion makes of what becomes this one."""
+        targets: list[str] = converter.target_patterns
+        if len(targets) == 1:
+            return (parameter,)
+        before, found, behind = parameter.partition(targets[0])
+        others = [f"{before}{target}{behind}" for target in targets[1:]]
+        if not found or not self._parameters.keys() >= set(others):
+            raise ValueError(f"{name} becomes several parameters, not all of which {self._name} has: give a plan file")
+        return (parameter, *others)
 
     def _split_of_parameter(self, parameter: str) -> Split | None:
         return split_of(parameter, tuple(self._parameters[parameter].shape), style_of(parameter, self._plan))
@@ -143,18 +176,69 @@ class ModelPlan:
                 )
 
 
-def _on_meta(folder: str) -> Any:
+def _followed(split: Split, whole: tuple[int, ...], place: _Place, shape: tuple[int, ...]) -> Split | None:
+    """How a tensor of this shape is split that becomes a parameter of shape ``whole`` with that split; ``None``: by
+    operations that no slice can be followed through.
+
+    Backwards through transformers' operations, from the parameter to what lies in the file.
+    """
+    dim, groups, sizes = split.dim, split.groups, list(whole)
+    joined: int | None = None
+    """The dimension in which this tensor is one of several, of whatever sizes."""
+    for operation in reversed(place.operations):
+        kind = type(operation).__name__
+        if getattr(operation, "num_shards_attribute", None):
+            return None
+        at = getattr(operation, "dim", 0) % len(sizes)
+        if kind == "Concatenate" and joined is None:
+            # Packed tensors that are put together from their groups: each of them is a group.
+            groups = 1 if dim == at else groups
+            joined = at
+        elif kind == "MergeModulelist" and at == 0 and dim > 0:
+            dim -= 1  # a slice of the parameter's first dimension
+            joined = None if joined is None else joined - 1
+            del sizes[0]
+            if joined is not None and joined < 0:
+                return None
+        elif kind == "Chunk" and len(place.parameters) > 1:
+            groups *= len(place.parameters) if dim == at else 1
+            sizes[at] *= len(place.parameters)
+        elif kind == "Transpose":
+            first, second = operation.dim0 % len(sizes), operation.dim1 % len(sizes)
+            if operation.check_dims and shape == tuple(sizes):
+                continue
+            swapped = {first: second, second: first}
+            dim = swapped.get(dim, dim)
+            joined = swapped.get(joined, joined) if joined is not None else None
+            sizes[first], sizes[second] = sizes[second], sizes[first]
+        else:
+            return None
+    if len(shape) != len(sizes):
+        return None
+    if any(size != known for at, (size, known) in enumerate(zip(shape, sizes)) if at != joined):
+        return None
+    return Split(dim, groups)
+
+
+def _on_meta(folder: str) -> Iterator[Any]:
+    """The model that the configuration names, or those that it may be."""
     import transformers
 
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise ValueError(f"{folder!r} has no config.json to find a plan by: give a plan file")
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    with torch.device("meta"):
-        for name in config.architectures or ():
-            # By name, but nothing else that transformers may hold.
-            found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
-            is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-            if is_model and isinstance(config, found.config_class or ()):
-                return found(config)
-        any_model: Any = transformers.AutoModel
-        return any_model.from_config(config, trust_remote_code=False)
+    classes: list[Any] = []
+    for name in _AUTOMATIC:
+        mapping = getattr(getattr(transformers, name, None), "_model_mapping", {})
+        mapped = mapping[type(config)] if type(config) in mapping else ()
+        classes += mapped if isinstance(mapped, (list, tuple)) else (mapped,)
+    for name in config.architectures or ():
+        # By name, but nothing else that transformers may hold.
+        found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+        is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+        if is_model and (found in classes or isinstance(config, found.config_class or ())):
+            classes = [found]
+            break
+    for model in dict.fromkeys(classes):
+        with torch.device("meta"):
+            yield model(config)

@@ -85,6 +85,13 @@ def held_in_memory(model: torch.nn.Module) -> Iterator[torch.Tensor]:
             yield from tensors.values()
 
 
+def held_elsewhere(model: torch.nn.Module) -> bool:
+    """Whether hooks load weights from a mapping of a kind unknown here, which may give the same memory again and again."""
+    return any(
+        type(held) is not dict and not type(held).__module__.startswith("accelerate.") for held in _holders(model)
+    )
+
+
 def follow_weights(model: torch.nn.Module, directory: str) -> None:
     """Tells the hooks of accelerate where weights lie that have just been saved over the files they came from: in which
     file of ``directory`` now, if they are no longer in theirs. Without it the model could not be used any more."""

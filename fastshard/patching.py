@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Putting fastshard in the place of other libraries' savers, and taking it out again.
 
-To add a replacement: a row in :data:`TABLE` and its implementation. A row names the module that *defines* the
-function, the attribute in there (``"save_file"``; ``"PreTrainedModel.save_pretrained"`` for what a class holds,
-static and class methods included), and the implementation, which is imported by the first call.
-It is called as ``implementation(original, *args, **kwargs)`` with the caller's arguments, ``self`` first for a
-method; for a door with the original's parameters ``adapters.py`` makes it. Three kinds of calls go to the original instead:
+``patch_groups.py`` says what is replaced by what. An implementation is called as ``implementation(original, *args,
+**kwargs)`` with the caller's arguments, ``self`` first for a method; for a public function with the original's
+parameters ``adapters.py`` makes it. Three kinds of calls go to the original instead:
 
-- with arguments that the implementation's parameters do not take: wrong ones get the original's own
+- with arguments that the implementation's parameters do not take, or the original's: wrong ones get the original's own
   ``TypeError``, and those of a newer version its own behaviour;
 - from within the same implementation, on its thread, directly or by way of a library: nothing can loop;
 - after :func:`uninstall`, through a reference that it could not reach.
@@ -19,69 +17,30 @@ is patched when its code has run. Out of reach: ``functools.partial`` objects, d
 attributes, containers and closures that took hold of the original before, and modules that have put another object in
 their place in ``sys.modules``. Of a module that somebody else's import hook, put before ours, has found, we hear
 nothing: ``install()`` again, afterwards, reaches it. What took hold of an original before cannot be pickled while the name is ours. A
-function that somebody else has already replaced is left alone, which is logged.
+function that somebody else has already replaced is left alone, with its group, which is logged; so is a group that does
+not fit the installed version of its library.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
-import itertools
 import os
 import sys
 import threading
-import types
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from collections.abc import Iterator
+from typing import Final, NamedTuple
 
-if TYPE_CHECKING:
-    import inspect
-    from importlib.machinery import ModuleSpec
+from . import import_hook, patch_groups
+from .calls import load as _load  # noqa: F401
+from .calls import refused, replacement_of
+from .patch_groups import TABLE, Entry, Found, Function, Target, bring, examine, groups, is_own, namespace
+
+_INFO: Final = 20  # logging's, which takes a while to import
+_WARNING: Final = 30
 
 DISABLE_VARIABLE: Final = "FASTSHARD_DISABLE"
-"""Set (and not ``0``), it makes ``import fastshard.auto`` do nothing."""
-
-Function: TypeAlias = Callable[..., Any]
-
-
-class Entry(NamedTuple):
-    """A function to be replaced: ``implementation`` as ``"module:function"``."""
-
-    module: str
-    attribute: str
-    implementation: str
-
-
-TABLE: tuple[Entry, ...] = (
-    Entry("safetensors.torch", "save_file", "fastshard.adapters:save_file"),
-    Entry("safetensors.torch", "save", "fastshard.adapters:save"),
-    Entry("safetensors.torch", "save_model", "fastshard.adapters:save_model"),
-    Entry(
-        "huggingface_hub.serialization._torch",
-        "save_torch_state_dict",
-        "fastshard.adapters:save_torch_state_dict",
-    ),
-    Entry("huggingface_hub.serialization._torch", "save_torch_model", "fastshard.adapters:save_torch_model"),
-    Entry("torch.serialization", "save", "fastshard.adapters:torch_save"),
-    Entry(
-        "transformers.modeling_utils",
-        "PreTrainedModel.save_pretrained",
-        "fastshard.transformers:save_pretrained",
-    ),
-    Entry(
-        "transformers.integrations.accelerate",
-        "load_offloaded_parameter",
-        "fastshard.transformers:load_offloaded_parameter",
-    ),
-    Entry("transformers.utils.logging", "_tqdm_cls.__call__", "fastshard.transformers:progress_bar"),
-    Entry("accelerate.accelerator", "Accelerator.save_model", "fastshard.accelerate:save_model"),
-    Entry(
-        "accelerate.utils.modeling",
-        "get_state_dict_offloaded_model",
-        "fastshard.accelerate:get_state_dict_offloaded_model",
-    ),
-)
+"""Where it says yes, ``import fastshard.auto`` and the plugins for vLLM and SGLang do nothing."""
 
 
 class _State:
@@ -97,15 +56,10 @@ class _State:
         return self.lasting or self.blocks > 0
 
 
-class _OfThisThread(threading.local):
-    def __init__(self) -> None:
-        self.running: set[Entry] = set()
-        self.finding: set[str] = set()
-
-
 class _Pair(NamedTuple):
     original: Function
     replacement: Function
+    group: str
 
 
 class _ClassAttribute(NamedTuple):
@@ -116,25 +70,37 @@ class _ClassAttribute(NamedTuple):
 
 
 _state = _State()
-_this_thread = _OfThisThread()
 _lock = threading.RLock()
 """Nothing is imported or logged under it: it is the last one that a thread takes."""
 _pairs: dict[int, _Pair] = {}
 """Every replacement ever made, by the original's id; kept, so that it is the same one after the next install."""
+_replacements: dict[int, _Pair] = {}
+"""The same by the replacement's id."""
+_originals: dict[tuple[str, str], Function] = {}
+"""Those that others have replaced, as far as somebody has asked for them."""
 _class_attributes: list[_ClassAttribute] = []
 """Those in place."""
-_left_alone: set[Entry] = set()
+_in_place: set[str] = set()
+"""Groups that are replaced."""
+_found: dict[str, Found] = {}
+"""What was last seen of each group."""
+_told: set[str] = set()
+"""What has been logged already."""
+_finished: set[str] = set()
+"""Modules whose code has just run, but whose import has not quite ended."""
 
 # A fork waits for another thread that is in the middle of replacing; the child finds all of it or nothing.
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def install() -> None:
-    """Lets fastshard do the work of the functions in :data:`TABLE`, until :func:`uninstall`.
+    """Lets fastshard do the work of the functions in :data:`patch_groups.TABLE`, until :func:`uninstall`.
 
     Imports no library: those that are not there yet are patched when they are imported. Twice is once; again, it
     also reaches modules that have bound an original in the meantime. Call it outside of the import of a library
-    that it is to patch. Any thread may call it at any time; forked children inherit it, spawned processes do not.
+    that it is to patch. Any thread may call it at any time; forked children inherit it, spawned processes do not (but
+    for those, and for scripts that are not to be edited, there is ``FASTSHARD_AUTO=1``). :func:`fastshard.status` tells
+    what is replaced, and what is not and why.
 
     Raises:
         ImportError: fastshard's native module does not load. Nothing has been replaced then: better a
@@ -142,8 +108,11 @@ def install() -> None:
     """
     _load_native()
     with _lock:
+        first = not _state.lasting
         _state.lasting = True
     _begin()
+    if first:
+        _log_installation()
 
 
 def uninstall() -> None:
@@ -173,6 +142,49 @@ def installed() -> Iterator[None]:
             _end()
 
 
+def is_active() -> bool:
+    """Whether the replacements are asked for."""
+    return _state.active
+
+
+def overview() -> dict[str, tuple[Found, bool]]:
+    """Group -> what was found of it, and whether it is replaced now; as it is without anybody's asking for it, too."""
+    found = {}
+    with _lock:
+        for group, entries in groups(TABLE).items():
+            seen = _found.get(group) if group in _in_place else examine(group, entries, _ready, is_ours)
+            seen = seen or examine(group, entries, _ready, is_ours)
+            if group in refused:
+                seen = seen._replace(misfit=refused[group])
+            found[group] = seen, group in _in_place and seen.misfit is None
+    return found
+
+
+def original_of(module: str, name: str) -> Function:
+    """The module's own function of that name, whoever has put what in its place.
+
+    Raises ``LookupError`` where nothing leads to it.
+    """
+    home = namespace(sys.modules.get(module))
+    function = home.get(name)
+    while function is not None and not is_ours(function):
+        if is_own(function, module) and not hasattr(function, "__wrapped__"):
+            return function
+        function = getattr(function, "__wrapped__", None)
+    if function is not None:
+        return _replacements[id(function)].original
+    known = _originals.get((module, name))
+    if known is None or not is_own(known, module):
+        import gc
+
+        # Its functions: each refers to the dict of its module.
+        known = next((f for f in gc.get_referrers(home) if is_own(f, module) and f.__qualname__ == name), None)
+        if known is None:
+            raise LookupError(f"{module}.{name} has been replaced, and nothing leads to what it was")
+        _originals[module, name] = known
+    return known
+
+
 def _load_native() -> None:
     try:
         from . import _native  # noqa: F401
@@ -185,8 +197,8 @@ def _load_native() -> None:
 
 def _begin() -> None:
     with _lock:
-        if _state.active and not any(finder is _finder for finder in sys.meta_path):
-            sys.meta_path.insert(0, _finder)
+        if _state.active:
+            import_hook.begin(_finder)
     _await_imports()
     _replace_if_active()
 
@@ -195,71 +207,95 @@ def _end() -> None:
     """Under the lock."""
     if _state.active:
         return
-    # A new list: removed from the old one, an import under way on another thread would miss the next finder.
-    sys.meta_path = [finder for finder in sys.meta_path if finder is not _finder]
+    import_hook.end(_finder)
     _rebind({id(pair.replacement): (pair.replacement, pair.original) for pair in _pairs.values()})
     for owner, name, original, replacement in _class_attributes:
         if vars(owner).get(name) is replacement:
             setattr(owner, name, original)
     _class_attributes.clear()
+    _in_place.clear()
 
 
 def _await_imports() -> None:
     """Another thread may be importing a module of the table, and have begun before the finder was there."""
     for name in {entry.module for entry in TABLE}:
-        spec = _namespace(sys.modules.get(name)).get("__spec__")
-        if getattr(spec, "_initializing", False):
+        if _is_being_imported(name):
             with contextlib.suppress(Exception):  # the other thread's, which will see it
                 importlib.import_module(name)  # waits for it
 
 
+def _is_being_imported(name: str) -> bool:
+    spec = namespace(sys.modules.get(name)).get("__spec__")
+    return bool(getattr(spec, "_initializing", False))
+
+
+def _ready(name: str) -> bool:
+    return name in sys.modules and (name in _finished or not _is_being_imported(name))
+
+
+def _imported(name: str) -> None:
+    """A module's code has run."""
+    _finished.add(name)
+    try:
+        _replace_if_active()
+    finally:
+        _finished.discard(name)
+
+
+_finder: Final = import_hook.Hook(lambda name: any(entry.module == name for entry in TABLE), _imported)
+
+
 def _replace_if_active() -> None:
-    foreign = []
+    if not _state.active:
+        return
+    by_group = groups(TABLE)
+    for group, entries in by_group.items():
+        bring(group, entries, _ready)
     with _lock:
         if not _state.active:
             return
-        for entry in TABLE:
-            if not _replace(entry):
-                foreign.append(entry)
-        _rebind({id(pair.original): (pair.original, pair.replacement) for pair in _pairs.values()})
-        news = [entry for entry in foreign if entry not in _left_alone]
-        _left_alone.update(news)
-    if news:
-        import logging
+        new = []
+        for group, entries in by_group.items():
+            found = examine(group, entries, _ready, is_ours)
+            fits = not (found.awaited or found.misfit or found.foreign or group in refused)
+            if fits and group not in _in_place:
+                _in_place.add(group)
+                new.append(found)
+            elif group not in _in_place:
+                _found[group] = found
+                continue
+            _found[group] = found._replace(awaited=None, misfit=None, foreign=())
+            for target in found.targets:  # of a group in place: what a reload has brought
+                _replace(target)
+        _rebind(
+            {
+                id(pair.original): (pair.original, pair.replacement)
+                for pair in _pairs.values()
+                if pair.group in _in_place
+            }
+        )
+    _log_findings()
+    if _state.lasting and "logging" in sys.modules:
+        for found in new:
+            _tell(_INFO, f"replaces {described(found)}")
 
-        for entry in news:
-            logging.getLogger("fastshard").warning(
-                "%s.%s is left alone: it is not that library's own function any more",
-                entry.module,
-                entry.attribute,
-            )
 
-
-def _replace(entry: Entry) -> bool:
-    """Makes the replacement, and puts it into a class; false if somebody else has been there."""
-    home = holder = _namespace(sys.modules.get(entry.module))
-    *classes, name = entry.attribute.split(".")
-    owner = None
-    for part in classes:
-        owner = holder.get(part)
-        if not issubclass(type(owner), type):
-            return True
-        holder = dict(vars(owner))
-    if name not in holder:
-        return True  # another version of the library, or not imported
-    value = holder[name]
-    kind = type(value) if type(value) in (staticmethod, classmethod) else None
-    function = value.__func__ if kind else value
-    if any(function is pair.replacement for pair in _pairs.values()):
-        return True
-    if type(function) is not types.FunctionType or function.__globals__ is not home:
-        return False
-    pair = _pairs.setdefault(id(function), _Pair(function, _replacement(function, entry)))
+def _replace(target: Target) -> None:
+    entry, function, owner, value, kind = target
+    pair = _pairs.get(id(function))
+    if pair is None:
+        pair = _Pair(function, replacement_of(function, entry, is_active, _log_findings), entry.belongs_to)
+        _pairs[id(function)] = _replacements[id(pair.replacement)] = pair
     if owner is not None:
+        name = entry.attribute.rpartition(".")[2]
         replacement = kind(pair.replacement) if kind else pair.replacement
         setattr(owner, name, replacement)
         _class_attributes.append(_ClassAttribute(owner, name, value, replacement))
-    return True
+
+
+def is_ours(function: object) -> bool:
+    """Whether this is one of the replacements."""
+    return id(function) in _replacements
 
 
 def _rebind(exchange: dict[int, tuple[Function, Function]]) -> None:
@@ -267,103 +303,47 @@ def _rebind(exchange: dict[int, tuple[Function, Function]]) -> None:
     if not exchange:
         return
     for module in sys.modules.copy().values():
-        namespace = _namespace(module)
-        for name, value in namespace.copy().items():
+        home = namespace(module)
+        for name, value in home.copy().items():
             if id(value) in exchange:
                 old, new = exchange[id(value)]
-                if namespace.get(name) is old:
-                    namespace[name] = new
+                if home.get(name) is old:
+                    home[name] = new
 
 
-_module_dict: Final[Any] = vars(types.ModuleType)["__dict__"]
+def _tell(level: int, text: str) -> None:
+    """Once."""
+    if text not in _told:
+        _told.add(text)
+        import logging
+
+        logging.getLogger("fastshard").log(level, "%s", text)
 
 
-def _namespace(module: object) -> dict[str, Any]:
-    """A module's dict, past whatever its class makes of attributes; nothing of what is not a module."""
-    namespace = _module_dict.__get__(module) if issubclass(type(module), types.ModuleType) else None
-    return namespace if isinstance(namespace, dict) else {}
+def _log_findings() -> None:
+    for group, found in list(_found.items()):
+        for entry in found.foreign:
+            rest = [other.call for other in found.entries if other not in found.foreign]
+            with_it = f" (and with it {', '.join(rest)})" if rest else ""
+            _tell(_WARNING, f"{entry} is left alone: it is not that library's own function any more{with_it}")
+        misfit = refused.get(group) or found.misfit
+        if misfit:
+            _tell(_WARNING, f"{described(found)} is not replaced, as fastshard does not fit it: {misfit}")
 
 
-def _replacement(original: Function, entry: Entry) -> Function:
-    @functools.wraps(original)
-    def replacement(*args: Any, **kwargs: Any) -> Any:
-        running = _this_thread.running
-        if not _state.active or entry in running:
-            return original(*args, **kwargs)
-        running.add(entry)
-        try:
-            implementation, signature = _load(entry.implementation)
-            if not _takes(signature, original, *args, **kwargs):
-                return original(*args, **kwargs)
-            return implementation(original, *args, **kwargs)
-        finally:
-            running.discard(entry)
-
-    return replacement
+def described(found: Found) -> str:
+    """The functions of a group, and the version of their library."""
+    library = found.entries[0].library
+    functions = ", ".join(entry.call for entry in found.entries)
+    return f"{functions} of {library} {patch_groups.version_of(library)}".rstrip()
 
 
-@functools.cache
-def _load(implementation: str) -> tuple[Function, inspect.Signature]:
-    import inspect
+def _log_installation() -> None:
+    if "logging" not in sys.modules:  # so nobody listens
+        return
+    replaced = [described(_found[group]) for group in groups(TABLE) if group in _in_place]
+    awaited = {f.entries[0].library: None for f in _found.values() if f.awaited}
+    texts = [f"replaces {'; '.join(replaced)}" if replaced else "", f"awaits {', '.join(awaited)}" if awaited else ""]
+    import logging
 
-    module, _, name = implementation.partition(":")
-    function = getattr(importlib.import_module(module), name)
-    return function, inspect.signature(function)
-
-
-def _takes(signature: inspect.Signature, /, *args: Any, **kwargs: Any) -> bool:
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError:
-        return False
-    return True
-
-
-class _Finder:
-    """Finds what the finders behind it find, and only for modules of the table has a word with the loader."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
-    ) -> ModuleSpec | None:
-        finding = _this_thread.finding
-        if fullname in finding or not any(entry.module == fullname for entry in TABLE):
-            return None
-        finding.add(fullname)  # a finder behind this one may ask all others, this one too
-        try:
-            spec = self._spec_behind(fullname, path, target)
-        finally:
-            finding.discard(fullname)
-        if spec is not None and hasattr(spec.loader, "exec_module"):
-            spec.loader = _Loader(spec.loader)  # type: ignore[assignment]
-        return spec
-
-    def _spec_behind(
-        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None
-    ) -> ModuleSpec | None:
-        from_here = itertools.dropwhile(lambda finder: finder is not self, list(sys.meta_path))
-        for finder in itertools.islice(from_here, 1, None):
-            if hasattr(finder, "find_spec"):
-                spec = finder.find_spec(fullname, path, target)
-                if spec is not None:
-                    return spec
-        return None
-
-
-class _Loader:
-    """The loader of a module of the table, which it leaves the module to when its code runs."""
-
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_loader"), name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._loader
-        module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        _replace_if_active()
-
-
-_finder: Final = _Finder()
+    logging.getLogger("fastshard").info("installed: %s", ", and ".join(text for text in texts if text))

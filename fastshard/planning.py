@@ -25,11 +25,11 @@ def lay_out(
     tensors: StateDict,
     metadata: dict[str, str] | None,
     allow_strided: bool,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     filename: object = "",
 ) -> tuple[Entries, bytes]:
     """The tensors in file order, and the header that goes before them."""
-    _tensors.check_dtype(dtype)
+    dtype = _tensors.check_dtype(dtype)
     with collector_paused():
         entries = _tensors.describe(tensors, allow_strided=allow_strided, dtype=dtype)
         check_filename(filename)
@@ -56,12 +56,13 @@ def collector_paused() -> Iterator[None]:
 
 
 def fetcher(
-    entries_of: list[Entries], dtype: torch.dtype | None
+    entries_of: list[Entries], dtype: torch.dtype | str | None
 ) -> Callable[[int, int, int, int, int], None]:
     """What brings the bytes only Python can bring, for the entries of each file."""
+    target = _tensors.check_dtype(dtype)
 
     def fetch(file: int, item: int, first_byte: int, nbytes: int, address: int) -> None:
-        _tensors.fetch(entries_of[file][item].tensor, first_byte, nbytes, address, dtype)
+        _tensors.fetch(entries_of[file][item].tensor, first_byte, nbytes, address, target)
 
     return fetch
 

@@ -103,7 +103,7 @@ def shard_checkpoint(
     home = checkpoint.home()
     shapes = [(name, tensor.shape) for name, (_, tensor) in home.items()]
     if plan is None:
-        splits = ModelPlan(checkpoint.folder).splits(shapes, tp)
+        splits = ModelPlan(checkpoint.folder, home).splits(shapes, tp)
     else:
         splits = splits_of(shapes, plan if isinstance(plan, Mapping) else read_plan(plan))
     parts = {

@@ -11,19 +11,27 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import _remove_duplicate_names
 
 from . import tensors as _tensors
+from .activity import count_saved, one_save
 from .engine import Engine, Options, SaveFuture, Stats, engine_for, progress_wanted
+from .loading import load
 from .plan import FilePlan
 from .planning import Entries, PathLike, StateDict, check_filename, encoded_path, fetcher, lay_out
+from .sharing import duplicates
 
-_newest = threading.local()
+class _Newest:
+    """Figures of the newest save, of each thread and of them all."""
+
+    of_thread = threading.local()
+    of_all: Stats | None = None
 
 
 def stats() -> Stats | None:
-    """Figures of the newest save this thread has made, ``None`` before the first."""
-    return getattr(_newest, "stats", None)
+    """Figures of the newest save this thread has made. In a thread that has made none: of the newest that any thread of
+    this process has made; ``None`` before the first. A save counts when it is complete."""
+    found: Stats | None = getattr(_Newest.of_thread, "stats", None)
+    return _Newest.of_all if found is None else found
 
 
 class How(NamedTuple):
@@ -33,7 +41,7 @@ class How(NamedTuple):
     keep_cached: bool = True
     progress: bool | None = None
     allow_strided: bool = False
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | str | None = None
     checksums: bool = False
     engine: Engine | Options | None = None
 
@@ -54,14 +62,15 @@ def save_file(
     keep_cached: bool = True,
     progress: bool | None = None,
     allow_strided: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     checksums: bool = False,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a dict of tensors in safetensors format, byte for byte what ``safetensors.torch.save_file`` writes.
 
-    The file appears under its name complete or not at all; its mode follows the umask, or is that of the
-    file it replaces, and a symbolic link keeps pointing where it points.
+    The file appears under its name complete or not at all; its mode follows the umask, or is that of the file it
+    replaces, as are access control list and extended attributes. A symbolic link is replaced by the file; what it
+    led to stays as it is.
 
     Args:
         tensors: name -> dense, contiguous tensor on any device, each with memory of its own. What was
@@ -79,7 +88,7 @@ def save_file(
             of one tensor are fine as long as they have no element in common.
         dtype: cast every floating-point tensor to this on its way into the file, as ``module.to(dtype)``
             does, without a second copy in memory: ``torch.float32``, ``float16``, ``bfloat16``,
-            ``float8_e4m3fn`` or ``float8_e5m2``. The bytes are those of ``tensor.to(dtype)`` on the CPU,
+            ``float8_e4m3fn`` or ``float8_e5m2``, or a name, as ``"bf16"``. The bytes are those of ``tensor.to(dtype)`` on the CPU,
             except that a NaN saved as ``bfloat16`` is always 0x7fc0 (torch's depends on strides and length).
         checksums: take the CRC-32 of each tensor's bytes (that of ``zlib.crc32``) as they pass; afterwards
             ``stats().checksums`` holds them.
@@ -103,7 +112,7 @@ def save_files(
     keep_cached: bool = True,
     progress: bool | None = None,
     allow_strided: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     checksums: bool = False,
     engine: Engine | Options | None = None,
 ) -> None:
@@ -118,10 +127,13 @@ def save_files(
     for filename in files:
         check_filename(filename)
         encoded_path(filename)
-        known = seen.setdefault(os.path.realpath(filename), filename)
+        folder, name = os.path.split(os.fspath(filename))
+        known = seen.setdefault(os.path.join(os.path.realpath(folder), name), filename)  # a link is replaced
         if known is not filename:
             raise ValueError(f"{filename!r} and {known!r} are the same file")
-    _save(files, metadata, How(durable, keep_cached, progress, allow_strided, dtype, checksums, engine))
+    how = How(durable, keep_cached, progress, allow_strided, dtype, checksums, engine)
+    with one_save("save_files", os.path.dirname(next(iter(seen), "")) or "."):
+        _save(files, metadata, how)
 
 
 def save_model(
@@ -134,7 +146,7 @@ def save_model(
     keep_cached: bool = True,
     progress: bool | None = None,
     allow_strided: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     checksums: bool = False,
     engine: Engine | Options | None = None,
 ) -> None:
@@ -146,26 +158,18 @@ def save_model(
     """
     _tensors.check_dtype(dtype)
     state_dict = model.state_dict()
-    for kept, removed in _remove_duplicate_names(state_dict).items():
+    for kept, removed in duplicates(state_dict).items():
         metadata = {} if metadata is None else metadata
         for name in removed:
             metadata.setdefault(name, kept)
             del state_dict[name]
     if force_contiguous:
         state_dict = dict(state_dict)  # there a new dict is made, whatever mapping the module returns
+    strided = allow_strided or force_contiguous
+    how = How(durable, keep_cached, progress, strided, dtype, checksums, engine)
     try:
-        save_file(
-            state_dict,
-            filename,
-            metadata,
-            durable=durable,
-            keep_cached=keep_cached,
-            progress=progress,
-            allow_strided=allow_strided or force_contiguous,
-            dtype=dtype,
-            checksums=checksums,
-            engine=engine,
-        )
+        with one_save("save_model", filename):
+            _save({filename: state_dict}, metadata, how)
     except ValueError as error:
         hint = " Or use save_model(..., force_contiguous=True), read the docs for potential caveats."
         raise ValueError(f"{error}{hint}") from None
@@ -177,19 +181,18 @@ def save(
     *,
     progress: bool | None = None,
     allow_strided: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     engine: Engine | Options | None = None,
 ) -> bytes:
     """The bytes that :func:`save_file` would write. Arguments and errors are the same."""
-    from . import _native
-
     began = time.perf_counter()
     entries, head = lay_out(tensors, metadata, allow_strided, dtype)
-    data, address = _native.new_bytes(len(head) + sum(entry.view.nbytes for entry in entries))
+    data, address = load(f"{__package__}._native").new_bytes(len(head) + sum(entry.view.nbytes for entry in entries))
     plan = FilePlan((address, len(data)), head, [entry.view for entry in entries])
     how = How(progress=progress, dtype=dtype, engine=engine)
-    write_files({"": PlannedFile(plan, entries)}, how, began, "Saving to memory")
-    return data
+    with one_save("save", "memory"):
+        write_files({"": PlannedFile(plan, entries)}, how, began, "Saving to memory")
+    return bytes(data)
 
 
 def _save(files: Mapping[PathLike, StateDict], metadata: dict[str, str] | None, how: How) -> None:
@@ -230,17 +233,23 @@ def write_files(
     finish(future, how.progress, files)
 
 
-def finish(future: SaveFuture, progress: bool | None, files: Mapping[PathLike, Entries]) -> Stats:
-    """Waits for a save, and keeps its figures for :func:`stats`."""
+def finish(
+    future: SaveFuture,
+    progress: bool | None,
+    files: Mapping[PathLike, Entries],
+    call: str = "save_file",
+) -> Stats:
+    """Waits for a save, and keeps its figures for :func:`stats`. ``call``: the public function."""
     figures = future.result(progress_wanted(progress))
     checksums = {
         os.fspath(filename): {entry.name: value for entry, value in zip(entries, values)}
         for (filename, entries), values in zip(files.items(), future.checksums())
     }
-    return keep_stats(dataclasses.replace(figures, checksums=checksums))
+    return keep_stats(dataclasses.replace(figures, checksums=checksums), call, next(iter(files), ""))
 
 
-def keep_stats(figures: Stats) -> Stats:
-    """Keeps them for :func:`stats`."""
-    _newest.stats = figures
+def keep_stats(figures: Stats, call: str, place: object) -> Stats:
+    """Keeps them for :func:`stats`, and counts the save of the public function ``call``."""
+    _Newest.of_thread.stats = _Newest.of_all = figures
+    count_saved(call, place, figures.files, figures.nbytes, figures.seconds)
     return figures

@@ -7,6 +7,9 @@ import os
 import re
 from typing import Final
 
+AUTO_VARIABLE: Final = "FASTSHARD_AUTO"
+"""Where it says yes, every Python does ``import fastshard.auto`` when it starts (by a line that setup.py installs)."""
+
 _NO: Final = frozenset(("", "0", "false", "no", "off", "n", "f", "never"))
 
 _UNITS: Final = {

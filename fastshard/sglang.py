@@ -13,7 +13,8 @@ from typing import Final
 
 import torch
 
-from .settings import parse_size
+from .patching import DISABLE_VARIABLE
+from .settings import flag, parse_size
 from .sharded import save_sharded_state
 
 TARGET: Final = "sglang.srt.model_loader.loader.ShardedStateLoader.save_model"
@@ -22,7 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """The entry point (``sglang.srt.plugins``). Never raises: an engine starts with fastshard or without it."""
+    """The entry point (``sglang.srt.plugins``). Never raises: an engine starts with fastshard or without it. Does nothing where
+    ``FASTSHARD_DISABLE`` says so."""
+    if flag(DISABLE_VARIABLE):
+        return
     try:
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 

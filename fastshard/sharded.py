@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import BinaryIO, Final, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from .manifest import Alias, Manifest, Names, Ranks, read_manifest
 from .planning import collector_paused
 from .reading import Piece, read_into
 from .saving import How
-from .sharing import shared_names
+from .sharing import overlapping, shared_names
 from .staged import staged
 
 _FAULTS_SHOWN: Final = 10
@@ -113,7 +113,7 @@ def save_sharded_state(
     kept, covered = _without_subtensors(state)
     parts = {names.part(i): part for i, part in enumerate(_split(_separated(kept), max_size))}
     how = How(durable, keep_cached, progress, allow_strided=True, engine=engine)
-    with staged(os.fspath(path), names.is_part, how, create=True) as stage:
+    with staged(os.fspath(path), names.is_part, how, call="save_sharded_state", create=True) as stage:
         for name, part in parts.items():
             stage.add(part, os.path.join(stage.path, name), None)
         aliases = {name: _alias(state[name], holder, state[holder]) for name, holder in covered.items()}
@@ -129,7 +129,7 @@ def save_sharded_state(
             tensors={tensor: name for name, part in parts.items() for tensor in part},
             aliases=aliases,
         )
-        stage.write_text(names.manifest, manifest.to_json())
+        stage.write_text(os.path.join(stage.path, names.manifest), manifest.to_json())
     return manifest
 
 
@@ -155,8 +155,9 @@ def load_sharded_state(
     Only this rank's files are opened, and bytes go straight from the page cache to where the parameters lie, in
     parallel; strided ones and those of a device are copied by torch from the mapped file. Everything is compared
     before anything is changed: names, dtypes and shapes from the files' headers, and what the manifest says. vLLM
-    converts other dtypes, and fills a part of a parameter from a smaller tensor; here both are errors. A tensor that
-    shared memory with another one when it was saved, and does not here, is filled from that one.
+    converts other dtypes, and fills a part of a parameter from a smaller tensor; here both are errors. A tensor that is
+    not stored under its name is filled from the one that it shared memory with when it was saved, or from what is stored
+    of those that share its memory here: tied weights have many names.
 
     Args:
         model_or_state_dict: a module, or the tensors to be filled. As for saving, empty tensors and those whose memory
@@ -194,7 +195,8 @@ def load_sharded_state(
     described = os.path.join(directory, names.manifest)
     with contextlib.ExitStack() as stack:
         with collector_paused():
-            wanted, covered = _without_subtensors(_state(model_or_state_dict))
+            tensors = _state(model_or_state_dict)
+            wanted, covered = _without_subtensors(tensors)
             manifest, files = _opened(directory, names)
             for file in files:
                 stack.enter_context(file)
@@ -206,7 +208,7 @@ def load_sharded_state(
             stored = _stored(files)
             if manifest is not None:
                 _check_files(manifest, described, files, stored)
-            sources = _sources(wanted, covered, stored, manifest.aliases if manifest else {})
+            sources = _sources(wanted, covered, tensors, stored, manifest.aliases if manifest else {})
         _fill(sources)
     return manifest
 
@@ -453,35 +455,92 @@ def _check_files(
 def _sources(
     wanted: Mapping[str, torch.Tensor],
     covered: Mapping[str, str],
+    tensors: Mapping[str, torch.Tensor],
     stored: Mapping[str, _Source],
     aliases: Mapping[str, Alias],
 ) -> list[tuple[torch.Tensor, _Source]]:
-    """Every tensor with where it comes from. Raises ``ValueError`` for all that do not fit, or are too many."""
+    """Every tensor with where it comes from. Raises ``ValueError`` for all that do not fit, or are too many.
+
+    One that is not stored under its name is looked for under the name that it had when it was saved (the manifest knows
+    the aliases) or that it has in the model, too (``covered``: names of what lies in another one's memory).
+    """
     found, wrong = [], []
+    taken: dict[str, list[tuple[int, int]]] = {}  # bytes of what is stored
+
+    def source_of(name: str) -> _Source | None:
+        if name in stored:
+            return stored[name]
+        alias = aliases.get(name)
+        if alias is None:
+            return None
+        holder, nbytes = stored[alias.tensor], _nbytes(tensors[name])
+        if alias.offset + nbytes > holder.nbytes:
+            return None
+        return holder._replace(
+            offset=holder.offset + alias.offset, nbytes=nbytes, code=alias.code, shape=alias.shape
+        )
+
+    inside: dict[str, list[str]] = {}
+    for name, holder in covered.items():
+        inside.setdefault(holder, []).append(name)
     for name, tensor in wanted.items():
-        source = stored.get(name)
-        if source is None and name in aliases:
-            alias = aliases[name]
-            holder = stored[alias.tensor]
-            nbytes = tensor.numel() * tensor.element_size()
-            if alias.offset + nbytes <= holder.nbytes:
-                source = _Source(
-                    holder.name, holder.file, holder.offset + alias.offset, nbytes, alias.code, alias.shape
-                )
-        fault = f"{name!r} is missing" if source is None else _misfit(name, tensor, source)
-        if fault:
-            wrong.append(fault)
-        elif source:
-            found.append((tensor, source))
-    for name in stored.keys() - wanted.keys():
-        shares = f", where it shares memory with {covered[name]!r}" if name in covered else ""
-        wrong.append(f"{name!r} in {stored[name].name!r} is not expected{shares}")
+        source = source_of(name)
+        parts = {name: source} if source else _parts_of(name, tensors, inside.get(name, ()), source_of)
+        if not parts:
+            wrong.append(f"{name!r} is missing")
+        for part, source in parts.items():
+            fault = _misfit(part, tensors[part], source)
+            if fault:
+                wrong.append(fault)
+            else:
+                found.append((tensors[part], source))
+            holder = part if part in stored else aliases[part].tensor
+            begin = source.offset - stored[holder].offset
+            taken.setdefault(holder, []).append((begin, begin + source.nbytes))
+    for name, source in stored.items():
+        if name not in wanted and not _covers(taken.get(name, ()), source.nbytes):
+            shares = f", where it shares memory with {covered[name]!r}" if name in covered else ""
+            wrong.append(f"{name!r} in {source.name!r} is not expected{shares}")
     if wrong:
         more = f"; and {len(wrong) - _FAULTS_SHOWN} more" if len(wrong) > _FAULTS_SHOWN else ""
         raise ValueError(
             f"the shards do not fit the parameters: {'; '.join(sorted(wrong)[:_FAULTS_SHOWN])}{more}"
         )
     return found
+
+
+def _parts_of(
+    holder: str,
+    tensors: Mapping[str, torch.Tensor],
+    inside: Iterable[str],
+    source_of: Callable[[str], _Source | None],
+) -> dict[str, _Source]:
+    """Names that lie in the memory of a tensor and can be filled, which fills all of it: none twice. Else nothing."""
+    whole = tensors[holder]
+    parts: dict[str, _Source] = {}
+    spans: list[tuple[int, int]] = []
+    for name in sorted(inside, key=lambda name: (-_nbytes(tensors[name]), name)):
+        source = source_of(name)
+        begin = tensors[name].data_ptr() - whole.data_ptr()
+        span = begin, begin + _nbytes(tensors[name])
+        if source is not None and not overlapping([*spans, span]):
+            parts[name] = source
+            spans.append(span)
+    return parts if _covers(spans, _nbytes(whole)) else {}
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _covers(spans: Iterable[tuple[int, int]], nbytes: int) -> bool:
+    """Whether every byte of so many is in one of them."""
+    reached = 0
+    for begin, end in sorted(spans):
+        if begin > reached:
+            return False
+        reached = max(reached, end)
+    return reached >= nbytes
 
 
 def _misfit(name: str, tensor: torch.Tensor, source: _Source) -> str:
@@ -493,7 +552,7 @@ def _misfit(name: str, tensor: torch.Tensor, source: _Source) -> str:
     code, shape = _tensors.stored_as(tensor)
     if (source.code, source.shape) != (code, shape):
         return f"{name!r} is {source.code} {list(source.shape)} in {source.name!r}, expected {code} {list(shape)}"
-    if source.nbytes != tensor.numel() * tensor.element_size():
+    if source.nbytes != _nbytes(tensor):
         return f"{name!r} has {source.nbytes} bytes in {source.name!r}"
     return ""
 

@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
+from safetensors.torch import _find_shared_tensors, _remove_duplicate_names
+from torch.nn.parameter import is_lazy
 
 
 def overlapping(spans: Iterable[tuple[int, int]]) -> bool:
@@ -24,6 +26,16 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     begin = tensor.data_ptr()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return begin, begin + (last + 1) * tensor.element_size()
+
+
+def storage_of(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """Address and size of a tensor's memory; ``None`` for those that have none of the usual kind (sparse, opaque, not yet
+    initialized, on a device that hides it)."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage.data_ptr(), storage.nbytes()
+    except (RuntimeError, ValueError):  # NotImplementedError is a RuntimeError
+        return None
 
 
 _SEARCH_STEPS = 1000
@@ -79,13 +91,26 @@ def _clusters(tensors: Mapping[str, torch.Tensor], names: list[str]) -> Iterator
     yield cluster
 
 
+def note_name(error: Exception, name: object) -> None:
+    """Lets an error tell which tensor it is about: in a note (Python 3.11), as its text is that of torch or safetensors."""
+    if str(name) not in str(error) and hasattr(error, "add_note"):
+        error.add_note(f"while saving tensor `{name}`")
+
+
 def by_storage(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
-    """Names grouped by the storage they are views of; empty and meta tensors are left out."""
+    """Names grouped by the storage they are views of; tensors that have none (empty, meta, sparse, uninitialized) are
+    left out."""
     storages: dict[tuple[torch.device, int, int], list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
-        if tensor.device.type != "meta" and tensor.numel() != 0:
-            storage = tensor.untyped_storage()
-            storages[tensor.device, storage.data_ptr(), storage.nbytes()].append(name)
+        if tensor.layout != torch.strided or is_lazy(tensor):
+            continue
+        try:
+            if tensor.device.type != "meta" and tensor.numel() != 0:
+                storage = tensor.untyped_storage()
+                storages[tensor.device, storage.data_ptr(), storage.nbytes()].append(name)
+        except Exception as error:
+            note_name(error, name)
+            raise
     return list(storages.values())
 
 
@@ -100,3 +125,18 @@ def shared_names(tensors: Mapping[str, torch.Tensor], storages: Iterable[list[st
                 groups = [g for g in groups if g not in met] + [{name}.union(*met)]
             shared += [group for group in groups if len(group) > 1]
     return shared
+
+
+def duplicates(tensors: dict[str, torch.Tensor]) -> dict[str, list[str]]:
+    """Of tied tensors, the name that ``safetensors.torch.save_model`` keeps -> those that it leaves out.
+
+    Raises its ``RuntimeError`` where none of them covers the memory that they share. One that shares with nobody is
+    tied to none, whatever it covers.
+    """
+    try:
+        return _remove_duplicate_names(tensors)
+    except RuntimeError:
+        alone = {name for names in _find_shared_tensors(tensors) if len(names) == 1 for name in names}
+        return _remove_duplicate_names(
+            {name: tensor for name, tensor in tensors.items() if name not in alone}
+        )

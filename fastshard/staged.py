@@ -12,17 +12,18 @@ import contextlib
 import logging
 import os
 import re
-import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
 from . import saving
+from .activity import one_save
 from .directory import final_places, replacing, scratch_of, was_left
 from .mapped import lies_in_file
 from .planning import PathLike, StateDict
 from .saving import How, PlannedFile
+from .sharing import storage_of
 from .staging import Named
 
 DESCRIPTION: Final = "Saving checkpoint shards"
@@ -43,6 +44,8 @@ class Stage:
         self.lasting: set[int] | None = None
         """Addresses of storages that live on after the save in any case. If this is given, files are written as soon
         as the others, kept alive by what was added, take too much memory together."""
+        self.at_once = False
+        """Write each file when it is added: between two of them somebody else's code may change the tensors."""
         self._how = how
         self._files: dict[PathLike, PlannedFile] = {}
         self._temporary: dict[int, int] = {}
@@ -56,11 +59,11 @@ class Stage:
         self._files[filename] = saving.plan_file(tensors, filename, metadata, self._how)
         if self.lasting is not None:
             for tensor in tensors.values():
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in self.lasting and not lies_in_file(tensor):
-                    self._temporary[storage.data_ptr()] = storage.nbytes()
-            if sum(self._temporary.values()) > _TEMPORARY_NBYTES:
-                self.write()
+                address, nbytes = storage_of(tensor) or (0, 0)
+                if address and address not in self.lasting and not lies_in_file(tensor):
+                    self._temporary[address] = nbytes
+        if self.at_once or sum(self._temporary.values()) > _TEMPORARY_NBYTES:
+            self.write()
 
     def write(self) -> None:
         """Writes what was added, in parallel."""
@@ -75,18 +78,8 @@ class Stage:
         """Whether a file of this name belongs to the checkpoint."""
         return isinstance(filename, (str, os.PathLike)) and os.fspath(filename).startswith(self.path + os.sep)
 
-    def place(self, name: str) -> str:
-        """Where to write a file of this name, which may be in a folder that is in the checkpoint's, too."""
-        folder = os.path.dirname(name)
-        if folder:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # as it would be without a stage
-                if stat.S_ISDIR(os.stat(final_places(os.path.join(self.path, folder))).st_mode):
-                    os.makedirs(os.path.join(self.path, folder), exist_ok=True)
-        return os.path.join(self.path, name)
-
-    def write_text(self, name: str, text: str) -> None:
-        """Writes a small file at once."""
-        path = self.place(name)
+    def write_text(self, path: str, text: str) -> None:
+        """Writes a small file of the stage at once. Errors name it, which an open file does not."""
         with Named(path), open(path, "w") as file:
             file.write(text)
 
@@ -102,27 +95,34 @@ def staged(
     stale: Callable[[str], bool] | None,
     how: How,
     *,
+    call: str = "save_files",
     create: bool = False,
     loggers: tuple[str, ...] = (),
 ) -> Iterator[Stage]:
     """A stage for a checkpoint in ``directory``: see :func:`fastshard.directory.replacing`. When the block ends, what
     was added is written, and then all files stand. Until then :func:`save_file` on this thread adds.
 
-    ``stale``: which files to remove; ``None``: other files of the weights that this save has. ``loggers``: names of
-    those whose messages are about files; they are told the final places.
+    ``call``: the public function whose save it is. ``stale``: which files to remove; ``None``: other files of the weights that this save has. ``loggers``: names of
+    those whose messages are about files; these come when the files stand, and name the final places.
     """
     outer = current()
     names: set[str] = set()
     obsolete = stale or (lambda name: _other_files_of(names, name))
-    with replacing(directory, obsolete, create=create, durable=how.durable) as path:
+    held: list[logging.LogRecord] = []
+    with (
+        one_save(call, directory),
+        replacing(directory, obsolete, create=create, durable=how.durable) as path,
+    ):
         stage = _running.stage = Stage(path, how)
         try:
-            with _final_places(loggers):
+            with _held_back(loggers, path, held):
                 yield stage
         finally:
             _running.stage = outer
         names |= stage.weights()
         stage.write()
+    for record in held:
+        logging.getLogger(record.name).handle(record)
     _warn_of_preferred(directory, names)
 
 
@@ -131,16 +131,21 @@ def save_alone(
     directory: str,
     name: str,
     metadata: dict[str, str] | None,
-    stale: Callable[[str], bool],
+    obsolete: Collection[str],
     how: How,
+    *,
+    call: str,
 ) -> bool:
-    """Saves a checkpoint of one file, if nothing else changes in the directory: no stage is needed then. Whether so."""
-    found = os.listdir(directory)
-    if os.path.dirname(name) or any(other != name and stale(other) for other in found) or was_left(directory, found):
+    """Saves a checkpoint of one file, where nothing else is to change in the directory: it needs no stage then. Whether
+    it did."""
+    if os.path.dirname(name) or any(other != name for other in obsolete):
+        return False
+    if was_left(directory, os.listdir(directory)):
         return False
     began = time.perf_counter()
     path = os.path.join(directory, name)
-    saving.write_files({path: saving.plan_file(tensors, path, metadata, how)}, how, began, DESCRIPTION)
+    with one_save(call, directory):
+        saving.write_files({path: saving.plan_file(tensors, path, metadata, how)}, how, began, DESCRIPTION)
     return True
 
 
@@ -194,15 +199,22 @@ def _other_files_of(names: set[str], name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _final_places(loggers: tuple[str, ...]) -> Iterator[None]:
-    def translate(record: logging.LogRecord) -> bool:
-        record.msg, record.args = final_places(record.getMessage()), None
-        return True
+def _held_back(loggers: tuple[str, ...], path: str, held: list[logging.LogRecord]) -> Iterator[None]:
+    """Messages about files in the stage wait until these stand, and name the final places: whoever reads of a file may
+    open it. After an exception they are about nothing."""
+
+    def is_about_others(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if path not in text:
+            return True
+        record.msg, record.args = final_places(text), None
+        held.append(record)
+        return False
 
     for name in loggers:
-        logging.getLogger(name).addFilter(translate)
+        logging.getLogger(name).addFilter(is_about_others)
     try:
         yield
     finally:
         for name in loggers:
-            logging.getLogger(name).removeFilter(translate)
+            logging.getLogger(name).removeFilter(is_about_others)

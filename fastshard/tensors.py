@@ -8,9 +8,10 @@ safetensors looks.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import _find_shared_tensors
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .layout import CODES, METADATA_KEY, RANKS
+from .layout import CAST_NAMES, CODES, METADATA_KEY, RANKS, cast_name
 from .plan import CASTS, FETCHED, HOST, TensorView
-from .sharing import by_storage, overlapping, shared_names
+from .sharing import by_storage, note_name, overlapping, shared_names
 
 _MAX_DIMS = 8  # kMaxDims in csrc/plan.h
 
@@ -31,10 +32,7 @@ _DTYPES: dict[torch.dtype, tuple[int, str, int]] = {
 }
 _FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_TARGETS: dict[torch.dtype, str] = {
-    getattr(torch, name): CODES[name]
-    for name in ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-}
+_TARGETS: dict[torch.dtype, str] = {getattr(torch, name): CODES[name] for name in CAST_NAMES}
 _PIECE_NBYTES = 1 << 20  # cast at once by torch
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
@@ -81,6 +79,8 @@ def describe(
             device = HOST if tensor.is_cpu else device_number(tensor.device)
             if tensor.is_contiguous() and device != FETCHED:
                 data = tensor.data_ptr()
+                if data == 0 and nbytes != 0:
+                    sound = False
                 view = TensorView(data, nbytes, device)
                 spans.append((data, data + nbytes))
             else:
@@ -89,8 +89,9 @@ def describe(
             if source is _FLOAT4:
                 shape = _unpacked(shape)
             entries.append(Entry(rank, name, code, shape, view, tensor))
-    except Exception:  # whatever a stranger object raises: the reason is found in order
+    except Exception as error:  # whatever a stranger object raises: the reason is found in order
         _refuse(tensors, allow_strided)
+        note_name(error, name)
         raise
     if not sound or overlapping(spans):
         _refuse(tensors, allow_strided)
@@ -112,11 +113,18 @@ def _unpacked(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-1], 2 * shape[-1]) if shape else ()
 
 
-def check_dtype(dtype: Any) -> None:
-    """Raises ``ValueError`` unless tensors can be cast to it on the way out; ``None`` is fine."""
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in _TARGETS):
-        names = ", ".join(map(str, _TARGETS))
-        raise ValueError(f"cannot save as {dtype}: dtype must be one of {names}")
+def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """What tensors are to be cast to on the way out, which may be given by name; ``None`` is fine.
+
+    Raises ``ValueError`` unless tensors can be cast to it.
+    """
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in _TARGETS):
+        return dtype
+    try:
+        found: torch.dtype = getattr(torch, cast_name(str(dtype)))
+    except ValueError as error:
+        raise ValueError(f"cannot save as {dtype}: {error}") from None
+    return found
 
 
 def _is_cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> bool:
@@ -195,6 +203,9 @@ def _refuse(tensors: dict[str, Any], allow_strided: bool) -> None:
     if allow_strided:
         shared = shared_names(tensors, by_storage(tensors))
     else:  # by address ranges only, with torch's and Python's own errors for what it cannot flatten or measure
+        for name, tensor in tensors.items():
+            with _naming(name):
+                _find_shared_tensors({name: tensor})
         shared = [names for names in _find_shared_tensors(tensors) if len(names) > 1]
     if shared:
         raise RuntimeError(
@@ -212,10 +223,33 @@ def _refuse(tensors: dict[str, Any], allow_strided: bool) -> None:
                 " only the full tensors, and reslice at load time, or simply call `.contiguous()` on your tensor to"
                 " pack it before saving."
             )
-        if tensor.device.type == "meta":
-            raise NotImplementedError("Cannot copy out of meta tensor; no data!")
-        if tensor.dtype not in _DTYPES:
-            raise KeyError(tensor.dtype)
+        with _naming(name):
+            if tensor.device.type == "meta":
+                raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+            if tensor.dtype not in _DTYPES:
+                raise KeyError(tensor.dtype)
+            _check_memory(name, tensor)
+
+
+def _check_memory(name: str, tensor: torch.Tensor) -> None:
+    """Raises for a tensor whose elements are nowhere, as its storage was freed (FSDP does that), is fake, or is not what
+    the tensor's values come from."""
+    if device_number(tensor.device) == FETCHED or tensor.numel() == 0 or tensor.data_ptr() != 0:
+        return
+    tensor.untyped_storage().data_ptr()  # torch's own error, if it is no real one
+    raise SafetensorError(
+        "Error while serializing: invalid shape, data type, or offset for tensor"
+        f" `{name}`: its {tensor.nbytes} bytes have no memory (a freed or fake storage)"
+    )
+
+
+@contextlib.contextmanager
+def _naming(name: object) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        note_name(error, name)
+        raise
 
 
 def _check_names(tensors: Mapping[Any, torch.Tensor]) -> None:

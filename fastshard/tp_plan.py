@@ -9,13 +9,13 @@ in what happens to activations split alike. The rules are those of ``transformer
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from .layout import unique
+from .checkpoint import read_text
+from .jsontext import read_json
 
 
 class Split(NamedTuple):
@@ -117,13 +117,14 @@ def slices(name: str, shape: Sequence[int], split: Split, ranks: int) -> list[li
 
 def read_plan(path: str | os.PathLike[str]) -> dict[str, str]:
     """A plan from a JSON file: one object, name -> style. Raises ``OSError``, and ``ValueError`` naming the file."""
-    with open(path, "rb") as file:
-        try:
-            plan = json.load(file, object_pairs_hook=unique)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{os.fspath(path)!r} is no plan: {error}") from None
+    name = os.fspath(path)
+    text = read_text(name)
+    try:
+        plan = read_json(text)
+    except ValueError as error:
+        raise ValueError(f"{name!r} is no plan: {error}") from None
     if not isinstance(plan, dict) or not all(isinstance(style, str) for style in plan.values()):
-        raise ValueError(f"{os.fspath(path)!r} is no plan: it must be one object, name to style")
+        raise ValueError(f"{name!r} is no plan: it must be one object, name to style")
     return plan
 
 

@@ -6,18 +6,24 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .offload import follow_weights, held_in_memory, offloaded_tensor
+from .activity import count_left
+from .offload import follow_weights, held_elsewhere, held_in_memory, offloaded_tensor
+from .overrides import bound, is_of_a_library, overridden, wrapped
 from .saving import How
+from .sharing import storage_of
 from .staged import current, staged
 
+_CALL: Final = "PreTrainedModel.save_pretrained"
 _LOGGERS: Final = (
     "transformers.modeling_utils",
     "transformers.configuration_utils",
@@ -28,28 +34,34 @@ _LOGGERS: Final = (
 def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """Saves configuration, shards and index as one: shards in parallel, and the directory all or nothing.
 
-    What is pushed to the hub, and distributed checkpoints, are written as transformers does, file by file.
+    What is pushed to the hub, and distributed checkpoints, are written as transformers does, file by file; so is what
+    somebody else's code takes part in.
     """
     from transformers.utils import logging
 
-    given = inspect.signature(original).bind(model, *args, **kwargs)
+    given = _signature(original).bind(model, *args, **kwargs)
     given.apply_defaults()
-    directory = given.arguments["save_directory"]
-    if (
-        given.arguments.get("push_to_hub")
-        or given.arguments.get("distributed_checkpoint")
-        or os.path.isfile(directory)
-    ):
+    arguments = given.arguments
+    directory = arguments["save_directory"]
+    reason = _why_left(original, model, arguments)
+    if reason is not None or os.path.isfile(directory):
+        if reason is not None:
+            count_left(_CALL, reason)
         return original(model, *args, **kwargs)
     directory = os.fspath(directory)
+    # In transformers 4 such a process writes its files and removes none; its old spelling of the argument, too.
+    is_main = arguments.get("is_main_process", True) and arguments.get("kwargs", {}).get("save_config", True)
     how = How(progress=logging.is_progress_bar_enabled())
-    with staged(directory, None, how, create=True, loggers=_LOGGERS) as stage:
+    stale = None if is_main else _nothing
+    with staged(directory, stale, how, call=_CALL, create=True, loggers=_LOGGERS) as stage:
+        state_dict = arguments.get("state_dict")
+        stage.at_once = _changes_between_shards(model, state_dict)
         stage.lasting = _storages(model.parameters(), model.buffers())
         if hasattr(model, "hf_device_map"):
             stage.lasting |= _storages(held_in_memory(model))
-        if given.arguments.get("state_dict"):
-            stage.lasting |= _storages(given.arguments["state_dict"].values())
-        given.arguments["save_directory"] = stage.path
+        if state_dict and not stage.at_once:
+            stage.lasting |= _storages(state_dict.values())
+        arguments["save_directory"] = stage.path
         result = original(*given.args, **given.kwargs)
     if hasattr(model, "hf_device_map"):
         follow_weights(model, directory)
@@ -58,6 +70,47 @@ def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwar
     if barrier is not None:
         barrier(getattr(model.config, "distributed_config", None))
     return result
+
+
+_signature: Final = functools.cache(inspect.signature)
+
+
+def _why_left(original: Callable[..., Any], model: Any, arguments: Mapping[str, Any]) -> str | None:
+    """Why a call is transformers' own to do; ``None``: it is not."""
+    for option in ("push_to_hub", "distributed_checkpoint"):
+        if arguments.get(option):
+            return f"{option}=True"
+    if not arguments.get("safe_serialization", True):
+        function = arguments.get("save_function")
+        if wrapped(function) and not is_of_a_library(function):
+            return "a save_function of the caller's"
+    elif wrapped(bound("transformers.modeling_utils", "safe_save_file")):
+        return "somebody else's save_file is in place"
+    own = next(filter(None, _overridden(model)), None)
+    return f"{own} is not transformers' own" if own else None
+
+
+def _overridden(model: Any) -> Iterator[str | None]:
+    """Methods that the original calls with its directory, or when it has saved a file, and that are a user's."""
+    yield overridden(model, "num_parameters", "barrier_after_gathered_checkpoint_save")
+    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+        yield overridden(config, "save_pretrained", "to_json_file")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        for config in model.peft_config.values():
+            yield overridden(config, "save_pretrained")
+
+
+def _changes_between_shards(model: Any, state_dict: object) -> bool:
+    """Whether tensors come from somebody's code one shard after the other, so that memory may serve for several."""
+    return (
+        type(state_dict) not in (type(None), dict, OrderedDict)
+        or overridden(model, "state_dict") is not None
+        or (hasattr(model, "hf_device_map") and held_elsewhere(model))
+    )
+
+
+def _nothing(name: str) -> bool:
+    return False
 
 
 def load_offloaded_parameter(original: Callable[..., Any], model: Any, param_name: str) -> torch.Tensor:
@@ -81,8 +134,10 @@ def progress_bar(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 def _storages(*groups: Iterable[object]) -> set[int]:
     """Addresses of the memory of these tensors."""
     return {
-        value.untyped_storage().data_ptr()
+        found[0]
         for group in groups
         for value in group
-        if isinstance(value, torch.Tensor) and not is_traceable_wrapper_subclass(value)
+        if isinstance(value, torch.Tensor)
+        and not is_traceable_wrapper_subclass(value)
+        and (found := storage_of(value))
     }

@@ -38,7 +38,8 @@ import torch
 
 from .directory import replacing
 from .manifest import PP_PATTERN, TP_PATTERN
-from .settings import parse_size
+from .patching import DISABLE_VARIABLE
+from .settings import flag, parse_size
 from .sharded import save_sharded_state
 
 REQUEST: Final = "fastshard_save"
@@ -98,10 +99,13 @@ _models: weakref.WeakKeyDictionary[torch.nn.Module, _Loaded] = weakref.WeakKeyDi
 
 
 def register() -> None:
-    """The entry point (``vllm.general_plugins``). Never raises: an engine starts with fastshard or without it.
+    """The entry point (``vllm.general_plugins``). Never raises: an engine starts with fastshard or without it. Does
+    nothing where ``FASTSHARD_DISABLE`` says so.
 
     vLLM's loaders are not imported for it: that takes seconds, and not all of an engine's processes load a model.
     """
+    if flag(DISABLE_VARIABLE):
+        return
     for name, hook in _HOOKS.items():
         if name in sys.modules:
             hook(sys.modules[name])

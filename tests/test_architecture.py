@@ -17,26 +17,32 @@ error.h plan.h plan.cc schedule.h schedule.cc device.h cast.h cast.cc pack.h pac
 kernels/table.h kernels/table.cc kernels/memory.cuh kernels/elements.cuh kernels/gather.cuh kernels/tiles.cuh
 kernels/pack.cu kernels/embedded.h kernels/embedded.cc host_device.cc numa.h numa.cc cuda_driver.h cuda_driver.cc
 cuda_info.h cuda_info.cc cuda_context.h cuda_scratch.h cuda_scratch.cc cuda_device.cc ring.h filesystem.h
-filesystem.cc mapping.h mapping.cc file.h file.cc threads.h threads.cc closing.h closing.cc direct_io.h direct_io.cc standing.h standing.cc crc32.h crc32.cc source_file.h source_file.cc
+filesystem.cc attributes.h attributes.cc target.h target.cc temporary.h temporary.cc probe.h probe.cc mapping.h
+mapping.cc file.h file.cc publish.cc threads.h threads.cc closing.h closing.cc direct_io.h direct_io.cc standing.h standing.cc crc32.h crc32.cc source_file.h source_file.cc
 writer.h writer.cc
 fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """.split()
 """csrc/ in reading order."""
 
 PYTHON = """
-settings activity layout records plan errors mapped sharing tensors engine planning saving prepared staging change linking exchanging switching directory archive staged hub offload
-transformers accelerate adapters manifest reading sharded vllm sglang vllm_save patching auto checkpoint convert tp_plan
-model_plan parts rank_folders reshard __init__ cli_checkpoints cli __main__
+settings living loading options activity jsontext patch_groups import_hook calls patching overrides report layout records plan errors mapped sharing tensors limits engine planning saving holders sources prepared staging change linking exchanging switching directory archive_errors archive_skeleton archive_by_torch in_place archive staged hub offload
+transformers accelerate adapters manifest reading sharded vllm sglang vllm_save auto checkpoint convert tp_plan
+model_plan parts rank_folders reshard __init__ cli_checkpoints cli_run cli __main__
 """.split()
 """fastshard/ in reading order."""
 
 FOREIGN = {
     "settings": set(),
+    "living": set(),
+    "loading": set(),
+    "options": set(),
     "activity": set(),
+    "jsontext": set(),
     "layout": set(),
     "records": set(),
     "plan": set(),
     "errors": {"safetensors"},
+    "limits": set(),
     "engine": {"tqdm"},
     "staging": set(),
     "change": set(),
@@ -44,12 +50,19 @@ FOREIGN = {
     "exchanging": set(),
     "switching": set(),
     "directory": set(),
+    "in_place": set(),
     "manifest": set(),
     "reading": {"safetensors"},
     "checkpoint": set(),
     "tp_plan": set(),
     "cli_checkpoints": set(),
+    "cli_run": set(),
+    "patch_groups": set(),
+    "import_hook": set(),
+    "calls": set(),
     "patching": set(),
+    "overrides": set(),
+    "report": set(),
     "auto": set(),
     "cli": {"tqdm"},
 }
@@ -68,7 +81,7 @@ ONLY_HOME = {
         "device.h",
     },
     r"\bio_uring_(?:setup|enter)\b|SYS_": {"direct_io.cc", "numa.cc"},
-    r"\bpwritev\b|\brename\b\(|\blinkat\(": {"file.cc", "filesystem.cc"},
+    r"\bpwritev\b|\brename\b\(|\blinkat\(": {"file.cc", "publish.cc", "probe.cc"},
 }
 """One file owns each foreign interface."""
 

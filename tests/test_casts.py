@@ -340,13 +340,41 @@ DOORS: list[Callable[..., object]] = [
 
 
 @pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("dtype", [F64, torch.int8, torch.complex64, torch.bool, "float16", 16])
+@pytest.mark.parametrize("dtype", [F64, torch.int8, torch.complex64, torch.bool, "float15", "f", "", 16])
 def test_no_such_target(tmp_path: Path, door: Callable[..., object], dtype: object) -> None:
     with pytest.raises(
-        ValueError, match=f"^cannot save as {dtype}: dtype must be one of torch.float32.*e5m2$"
+        ValueError,
+        match=f"^cannot save as {dtype}: dtype must be one of float32 .*float8_e5m2 .*, not {dtype}$",
     ):
         door({"a": numbers(3)}, tmp_path / "weights", dtype=dtype)
     assert snapshot(tmp_path) == {}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    "name", ["bf16", "bfloat16", "torch.bfloat16", "BF16", "fp8_e4m3fn", "float8_e4m3fn", "half"]
+)
+def test_targets_by_name(tmp_path: Path, door: Callable[..., object], name: str) -> None:
+    target = {"b": BF16, "f": torch.float8_e4m3fn, "h": torch.float16}[name.lower().removeprefix("torch.")[0]]
+    state = {"a": numbers(300)}
+    found: list[object] = [
+        door(state, tmp_path / "weights", dtype=target),
+        door(state, tmp_path / "other", dtype=name),
+    ]
+    if found[0] is None:
+        found = [(tmp_path / "weights").read_bytes(), (tmp_path / "other").read_bytes()]
+    assert found[0] == found[1]
+
+
+def test_targets_by_name_on_the_way_through_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"a": numbers(300)}
+    fastshard.save_file(state, tmp_path / "expected", dtype=BF16)
+    monkeypatch.setattr(tensors, "device_number", lambda device: FETCHED)
+    monkeypatch.setattr(tensors, "HOST", FETCHED)
+    fastshard.save_file(state, tmp_path / "weights", dtype="bf16")
+    assert (tmp_path / "weights").read_bytes() == (tmp_path / "expected").read_bytes()
+    fastshard.save_torch_state_dict(state, tmp_path, dtype="bf16")
+    assert (tmp_path / "model.safetensors").read_bytes()[-600:] == (tmp_path / "expected").read_bytes()[-600:]
 
 
 @pytest.mark.skipif(FLOAT4 is None, reason="this torch has no type it cannot cast")

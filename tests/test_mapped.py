@@ -278,17 +278,18 @@ def entry(**changes: object) -> dict[str, object]:
     "stored, text",
     [
         (entry(dtype="F6_E2M3", shape=[4, 8]), "no dtype for F6_E2M3"),
-        (entry(dtype="Q9"), "not the size of Q9"),
+        (entry(dtype="Q9"), "tensor 'w': no dtype 'Q9' is known"),
         (entry(shape=[2, 2]), "not the size of F32"),
-        (entry(shape=[-2, -3]), "not the size"),
-        (entry(shape=[2.0, 3]), "not the size"),
-        (entry(shape=["2", 3]), "not the size"),
+        (entry(shape=[-2, -3]), "whole number"),
+        (entry(shape=[2.0, 3]), "whole number"),
+        (entry(shape=["2", 3]), "whole number"),
         (entry(shape=[3], data_offsets=[0, 12]), "accounts for"),
         (entry(shape=[5], data_offsets=[4, 24]), "expected at 0"),
         (entry(data_offsets=None), "not that of a safetensors file"),
         (entry(dtype="F4", shape=[48]), None),
         (entry(dtype="F4", shape=[47]), "not the size"),
         (entry(dtype="F4", shape=[16, 3]), "splits a byte"),
+        (entry(shape=[2**63, 0], data_offsets=[0, 0]), "accounts for"),
     ],
 )
 def test_headers_that_do_not_hold(tmp_path: Path, stored: dict[str, object], text: str | None) -> None:
@@ -302,6 +303,21 @@ def test_headers_that_do_not_hold(tmp_path: Path, stored: dict[str, object], tex
     with pytest.raises(SafetensorError, match=text) as caught:
         load_mapped(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [[0, 2**40, 2**40], [2**63, 0, 1], [0, 2**64 - 1]])
+def test_shapes_that_torch_does_not_have(tmp_path: Path, shape: list[int]) -> None:
+    """safetensors takes such a header."""
+    path = tmp_path / "bad.safetensors"
+    entry_of_it = {"dtype": "U8", "shape": shape, "data_offsets": [0, 0]}
+    head = json.dumps({"w": entry_of_it}).encode()
+    path.write_bytes(struct.pack("<Q", len(head)) + head)
+    try:
+        loaded = load_mapped(path)
+    except SafetensorError as error:
+        assert "'w'" in str(error)
+    else:
+        assert list(loaded["w"].shape) == shape
 
 
 def test_files_that_cannot_be_mapped(source: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 ``integration/loaders.py`` compares with vLLM's and SGLang's own classes, which are too large for every run.
 """
 
+import copy
 import errno
 import json
 import os
@@ -221,6 +222,54 @@ def test_an_alias_of_another_shape_is_missing(tmp_path: Path) -> None:
             ValueError, match="'second' is F32 .2, 4. in 'model-rank-0-part-0.safetensors', expected"
         ):
             load_sharded_state({**zeros(views()), "second": wrong}, tmp_path)
+
+
+def named(**tensors: torch.Tensor) -> State:
+    return tensors
+
+
+ONE, OTHER = filled((6, 2), seed=1), filled((6, 2), seed=2)
+TIES: dict[str, tuple[State, State, bool, str]] = {
+    # what is saved, into what, whether the manifest is needed, and what is wrong with it
+    "a name more": (named(a=ONE, b=ONE), named(b=ONE), True, ""),
+    "a name less": (named(b=ONE), named(a=ONE, b=ONE), False, ""),
+    "the kept name less": (named(a=ONE), named(a=ONE, b=ONE), False, ""),
+    "other names": (named(b=ONE, c=ONE), named(a=ONE, c=ONE), True, ""),
+    "three names": (named(c=ONE), named(a=ONE, b=ONE, c=ONE), False, ""),
+    "parts of one": (named(a=ONE[:2], b=ONE[2:]), named(all=ONE, a=ONE[:2], b=ONE[2:]), False, ""),
+    "one of parts": (named(all=ONE, a=ONE[:2], b=ONE[2:]), named(a=ONE[:2], b=ONE[2:]), True, ""),
+    "one of a part": (named(all=ONE, a=ONE[:2]), named(a=ONE[:2]), True, "'all' in .* is not expected"),
+    "a part of one": (named(a=ONE[:2]), named(all=ONE, a=ONE[:2]), False, "'all' is missing"),
+    "parts twice": (
+        named(a=ONE[:4], b=ONE[2:].clone()),
+        named(all=ONE, a=ONE[:4], b=ONE[2:]),
+        False,
+        "'all' is missing",
+    ),
+    "two that are one here": (named(a=ONE, b=OTHER), named(a=ONE, b=ONE), False, "'b' in .* is not expected"),
+    "two names of neither": (named(b=ONE, c=OTHER), named(a=ONE, b=ONE, c=ONE), False, "is not expected"),
+    "another shape": (named(b=ONE.view(3, 4)), named(a=ONE, b=ONE), False, "'b' is U8|'b' is F32"),
+}
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+@pytest.mark.parametrize("what", TIES)
+def test_a_tied_tensor_may_have_other_names(tmp_path: Path, what: str, manifest: bool) -> None:
+    saved, target, needed, wrong = TIES[what]
+    found = copy.deepcopy(target)  # ties and views stay what they are
+    for tensor in found.values():
+        tensor.zero_()
+    save_sharded_state(saved, tmp_path)
+    if not manifest:
+        for path in tmp_path.glob("*.json"):
+            path.unlink()
+    if wrong or (needed and not manifest):
+        with pytest.raises(ValueError, match=wrong or "is missing|is not expected"):
+            load_sharded_state(found, tmp_path)
+        assert not any(tensor.any() for tensor in found.values())
+    else:
+        load_sharded_state(found, tmp_path)
+        assert_equal(found, target)
 
 
 def strided() -> State:

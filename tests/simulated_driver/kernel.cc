@@ -110,7 +110,7 @@ Operation pack_operation(Context* context, unsigned grid, void** parameters) {
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {
   return entry("cuModuleLoadData", Needs::kContext, [&](Call& call) {
     require(image != nullptr);
-    add(state().modules, kModules, std::make_shared<Module>(call.context), module);
+    add(state().modules, kModules, std::make_shared<Module>(Module{call.context}), module);
   });
 }
 

@@ -28,7 +28,7 @@ void destroy_context(Call& call, Context* context) {
     return taken;
   };
   for (const auto& [handle, stream] : take(s.streams)) {
-    s.changed.wait(call.lock, [&] { return stream->idle(); });
+    s.changed.wait(call.lock, [&, &waited = stream] { return waited->idle(); });
     stream->destroyed = true;
     remove(s.streams, kStreams, handle);
   }

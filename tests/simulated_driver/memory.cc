@@ -25,7 +25,8 @@ std::shared_ptr<Range> allocate(Context* context, size_t nbytes) {
                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   require(address != MAP_FAILED && bytes != MAP_FAILED, CUDA_ERROR_OUT_OF_MEMORY);
   std::memset(bytes, kPoison, nbytes);
-  return std::make_shared<Range>(context, reinterpret_cast<uintptr_t>(address), nbytes, static_cast<std::byte*>(bytes));
+  return std::make_shared<Range>(
+      Range{context, reinterpret_cast<uintptr_t>(address), nbytes, static_cast<std::byte*>(bytes)});
 }
 
 size_t allocated_nbytes(const Context* context) {
@@ -157,7 +158,7 @@ extern "C" __attribute__((visibility("default"))) int sim_alloc_pieces(int devic
   *address = all->begin;
   for (size_t i = 0, done = 0; i < count; done += nbytes[i++]) {
     add_range(state().allocations, kAllocations, kAllocatedBytes,
-              std::make_shared<Range>(all->context, all->begin + done, nbytes[i], all->bytes + done));
+              std::make_shared<Range>(Range{all->context, all->begin + done, nbytes[i], all->bytes + done}));
   }
   return 0;
 }
@@ -172,7 +173,7 @@ CUresult cuMemHostRegister(void* pointer, size_t nbytes, unsigned flags) {
     require(!overlaps(state().registrations, begin, nbytes), CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED);
     std::vector<unsigned char> resident(whole_pages(nbytes) / page);
     require(mincore(pointer, nbytes, resident.data()) == 0);  // fails where nothing is mapped
-    auto range = std::make_shared<Range>(call.context, begin, nbytes, static_cast<std::byte*>(pointer));
+    auto range = std::make_shared<Range>(Range{call.context, begin, nbytes, static_cast<std::byte*>(pointer)});
     range->portable = (flags & CU_MEMHOSTREGISTER_PORTABLE) != 0;
     add_range(state().registrations, kRegistrations, kRegisteredBytes, std::move(range));
   });

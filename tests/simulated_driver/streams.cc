@@ -63,7 +63,7 @@ CUresult cuStreamIsCapturing(CUstream handle, CUstreamCaptureStatus* status) {
 
 CUresult cuEventCreate(CUevent* event, unsigned) {
   return entry("cuEventCreate", Needs::kContext, [&](Call& call) {
-    add(state().events, kEvents, std::make_shared<Event>(call.context), event);
+    add(state().events, kEvents, std::make_shared<Event>(Event{call.context, {}}), event);
   });
 }
 

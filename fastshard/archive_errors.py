@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes wrong while an archive is written, as ``torch.save``'s callers may expect it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from .errors import ArchiveError
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_OF_TORCH_WRITING = ("PytorchStreamWriter", "unexpected pos", "iostream error", "write(): ", "open file failed")
+"""In the texts of torch's errors when it cannot write a file."""
+
+
+def archive_error(number: int, text: str, path: Any, *, published: bool = False) -> ArchiveError:
+    """An :class:`ArchiveError` that is also what ``open`` would raise, as ``PermissionError``: torch raises either
+    class, by format and name of the file."""
+    error = _class_for(type(OSError(number, text)))(number, text, path)
+    error.published = published
+    return error
+
+
+@functools.cache
+def _class_for(kind: type[OSError]) -> Any:
+    if issubclass(ArchiveError, kind):
+        return ArchiveError
+    members = {"__module__": ArchiveError.__module__, "__reduce__": _reduced, "__doc__": ArchiveError.__doc__}
+    return type(ArchiveError.__name__, (ArchiveError, kind), members)
+
+
+def _reduced(error: OSError) -> tuple[Any, ...]:
+    return _restored, (error.errno, error.strerror, error.filename, vars(error))
+
+
+def _restored(number: int, text: str, path: Any, attributes: dict[str, Any]) -> ArchiveError:
+    error = archive_error(number, text, path)
+    vars(error).update(attributes)
+    return error
+
+
+@contextlib.contextmanager
+def archive_errors(path: str) -> Iterator[None]:
+    """Failed system calls as :class:`ArchiveError`. Not to be used around pickling, which raises as it likes."""
+    try:
+        yield
+    except OSError as error:
+        published = getattr(error, "published", False)
+        number = error.errno if error.errno is not None else errno.EIO
+        raise archive_error(number, error.strerror or str(error), path, published=published) from None
+
+
+def no_space(number: int, path: str, needed: int | None) -> ArchiveError:
+    """Why there is none, and what can be done about it."""
+    said = [f"{needed:,} bytes are needed"] if needed is not None else []
+    folder = os.path.dirname(os.path.realpath(path))
+    with contextlib.suppress(OSError):
+        space = os.statvfs(folder)
+        said.append(f"{space.f_bavail * space.f_frsize:,} bytes are free")
+    if os.path.lexists(path):
+        said.append("the old file is kept until the new one stands (torch_save(..., in_place=True) writes over it)")
+    return archive_error(number, "; ".join([f"{os.strerror(number)}: {', '.join(said[:2])}", *said[2:]]), path)
+
+
+def why_torch_failed(error: Exception, descriptor: int, path: str) -> ArchiveError | None:
+    """What the file says when torch could not write it: torch does not tell, or not the name. ``None``: it was
+    something else, pickling perhaps."""
+    known = isinstance(error, OSError) and error.filename is None and error.errno in (*NO_SPACE, errno.EIO)
+    if not known and not (isinstance(error, RuntimeError) and any(t in str(error) for t in _OF_TORCH_WRITING)):
+        return None
+    try:
+        size = os.fstat(descriptor).st_size
+        os.pwrite(descriptor, bytes(1 << 16), size)
+        os.ftruncate(descriptor, size)
+    except OSError as again:
+        number = again.errno or errno.EIO
+        return no_space(number, path, None) if number in NO_SPACE else archive_error(number, os.strerror(number), path)
+    return None

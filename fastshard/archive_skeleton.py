@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An archive of ``torch.save`` without what is large in it: torch writes it, into memory, with holes.
+
+Torch's own function pickles the object and writes the records; in the place of its zip writer it has one that passes
+on what is small, and makes a hole of the record's size, by torch's ``write_record_metadata``, for what is large.
+Nothing of torch is changed meanwhile: a signal handler, a finalizer or another thread that saves something in the
+middle of it writes what it would write at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
+
+from . import tensors as _tensors
+from .archive_errors import archive_errors, why_torch_failed
+from .engine import Amend
+from .plan import FETCHED, HOST, TensorView
+from .planning import collector_paused
+from .records import Archive, UnknownLayout
+
+Held: Final = Any
+"""What a hole is for: an ``UntypedStorage``, or the ``bytes`` of a pickle."""
+
+_LARGE: Final = 64 << 10
+"""Records of this size are holes."""
+_MOST_INSIDE: Final = 1 << 20
+"""Bytes of storages that are no holes, all together."""
+_SMALL: Final = 256 << 10
+"""Bytes that torch has written before the engine's threads would have woken up."""
+
+
+class NotByEngine(Exception):
+    """The engine cannot make this archive; the text says why."""
+
+
+class Pickling(NamedTuple):
+    """The arguments of ``torch.save`` but for where it saves to."""
+
+    obj: object
+    module: Any
+    protocol: int
+    new_format: bool
+    no_byteorder: bool
+
+
+class Skeleton(NamedTuple):
+    mapping: mmap.mmap
+    holes: dict[str, Held]
+    """By the names of their records."""
+
+
+class Plan(NamedTuple):
+    items: list[TensorView]
+    fetch: Callable[[int, int, int, int, int], None]
+    amend: Amend | None
+
+
+def make_skeleton(pickling: Pickling, path: str, small: Callable[[], Any] | None = None) -> Skeleton | None:
+    """``small`` opens the file that a small archive is written to, which then has all of it: ``None``.
+
+    Raises :class:`NotByEngine`, what pickling raises, and :class:`ArchiveError` where there is no memory, or no file.
+    """
+    if not torch_makes_holes():
+        raise NotByEngine("a torch that makes no holes")
+    if getattr(getattr(torch.serialization, "_serialization_tls", None), "skip_data", False):
+        raise NotByEngine("an active skip_data()")
+    torch.serialization._check_dill_version(pickling.module)
+    with contextlib.ExitStack() as stack:
+        writer = _Writer(path, small, stack)
+        try:
+            torch.serialization._save(
+                pickling.obj, writer, pickling.module, pickling.protocol, pickling.no_byteorder
+            )
+            writer.end()
+        except (RuntimeError, OSError) as error:
+            failed = None if writer.file is None else why_torch_failed(error, writer.file.fileno(), path)
+            if failed is None:
+                raise
+            raise failed from error
+        if writer.is_small:
+            return None
+        with archive_errors(path):
+            return Skeleton(mmap.mmap(writer.file.fileno(), 0), writer.holes)
+
+
+def torch_makes_holes() -> bool:
+    """Since 2.6."""
+    return hasattr(torch._C.PyTorchFileWriter, "write_record_metadata") and hasattr(torch.serialization, "_save")
+
+
+def named_like(path: str, file: Any) -> Any:
+    """What torch is told to write to, so that it writes to the open ``file`` what it would write to ``path``.
+
+    An archive's top folder has the name of the file: what stands behind the last slash or backslash. The system call
+    that opens it ends at the zero byte. The folder is called ``archive`` where the path is not ASCII: torch then opens
+    the file in Python.
+    """
+    if not path.isascii():
+        return file
+    return f"/proc/self/fd/{file.fileno()}\0\\{os.path.basename(path)}"
+
+
+def stem_in_archive(path: str) -> str:
+    """The name of the archive's top folder; empty: torch refuses to save."""
+    name = os.path.basename(path).rpartition("\\")[2]
+    return name.rpartition(".")[0] if "." in name else name
+
+
+class _Writer:
+    """Stands for torch's zip writer, which it makes when pickling has ended and the first record comes."""
+
+    def __init__(self, path: str, small: Callable[[], Any] | None, stack: contextlib.ExitStack) -> None:
+        self._path = path
+        self._open_small = small
+        self._stack = stack
+        self._opened: Any = None
+        self._writer: Any = None
+        self._left = _MOST_INSIDE
+        self.file: Any = None
+        self.is_small = False
+        self.holes: dict[str, Held] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+    def write_record(self, name: str, data: Any, nbytes: int) -> None:
+        if self._writer is None:
+            self._begin(sys._getframe(1).f_locals.get("serialized_storages"), nbytes)
+        if isinstance(data, _Elsewhere):
+            return self._make_hole(name, data.storage, nbytes)
+        if self.is_small or not isinstance(data, (torch.UntypedStorage, bytes)):
+            return self._writer.write_record(name, data, nbytes)
+        if nbytes < _LARGE and nbytes <= self._left:
+            self._left -= nbytes
+            return self._writer.write_record(name, data, nbytes)
+        return self._make_hole(name, data, nbytes)
+
+    def end(self) -> None:
+        self._opened.__exit__(None, None, None)
+
+    def _begin(self, storages: Any, nbytes: int) -> None:
+        if not isinstance(storages, dict):
+            raise NotByEngine("a torch that keeps its storages elsewhere")
+        # What is on a device torch would copy to the host as a whole.
+        elsewhere = {
+            key: _Elsewhere(storage)
+            for key, storage in storages.items()
+            if storage.device.type not in ("cpu", "meta")
+        }
+        storages.update(elsewhere)
+        if self._open_small is not None and not elsewhere:
+            self.is_small = nbytes + sum(storage.nbytes() for storage in storages.values()) < _SMALL
+        if self.is_small:
+            self.file = self._open_small()  # type: ignore[misc]
+        else:
+            with archive_errors(self._path):
+                memory = os.memfd_create("fastshard")
+            self.file = self._stack.enter_context(open(memory, "r+b", buffering=0))
+        try:
+            self._opened = torch.serialization._open_zipfile_writer(named_like(self._path, self.file))
+        except RuntimeError as error:
+            raise NotByEngine("no /proc to open files by") from error
+        self._writer = self._opened.__enter__()
+
+    def _make_hole(self, name: str, held: Held, nbytes: int) -> None:
+        self._writer.write_record_metadata(name, nbytes)
+        if nbytes:
+            self.holes[name] = held
+
+
+class _Elsewhere:
+    """Stands for a storage on a device, in torch's own dict of those that it is going to write."""
+
+    device: Final = torch.device("cpu")
+
+    def __init__(self, storage: Any) -> None:
+        self.storage = storage
+
+    def nbytes(self) -> int:
+        nbytes: int = self.storage.nbytes()
+        return nbytes
+
+
+def plan(skeleton: Skeleton) -> Plan:
+    """Stretches of the skeleton and what its holes are for in turn. Raises :class:`NotByEngine` where they do not
+    fit together."""
+    mapping, holes = skeleton
+    base = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    if not holes:
+        return Plan([TensorView(base, len(mapping), HOST)], _fetcher([]), None)
+    items: list[TensorView] = []
+    filled: list[str] = []
+    at = 0
+    with collector_paused():
+        try:
+            archive = Archive(memoryview(mapping))
+        except UnknownLayout as error:
+            raise NotByEngine("an archive of another layout") from error
+        for record in archive.records:
+            held = holes.get(record.name)
+            if held is None:
+                continue
+            view = view_of(held)
+            if view is None or view.nbytes != record.nbytes:
+                raise NotByEngine("a storage without memory")
+            items += TensorView(base + at, record.begin - at, HOST), view
+            filled.append(record.name)
+            at = record.begin + record.nbytes
+        if len(filled) != len(holes):
+            raise NotByEngine("an archive of another layout")
+        items.append(TensorView(base + at, len(mapping) - at, HOST))
+
+    def amend(checksums: Sequence[Sequence[int]]) -> list[tuple[int, int, bytes]]:
+        crcs = dict(zip(filled, checksums[0][1::2], strict=True))
+        return [(0, offset, data) for offset, data in archive.amendments(crcs)]
+
+    fetch = _fetcher([holes[name] for name in filled])
+    return Plan(items, fetch, amend if archive.has_crcs else None)
+
+
+def _fetcher(held: Sequence[Held]) -> Callable[[int, int, int, int, int], None]:
+    def fetch(file: int, item: int, first_byte: int, nbytes: int, address: int) -> None:
+        storage = held[item // 2]
+        data = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        _tensors.fetch(data, first_byte, nbytes, address)
+
+    return fetch
+
+
+def view_of(held: Held) -> TensorView | None:
+    """All of its bytes; ``None``: it has no memory."""
+    if isinstance(held, bytes):
+        return TensorView(ctypes.cast(held, ctypes.c_void_p).value or 0, len(held), HOST)
+    device, nbytes = held.device, held.nbytes()
+    number = _tensors.device_number(device)
+    if number == FETCHED and device.type != "meta":
+        return TensorView(0, nbytes, FETCHED)
+    data = held.data_ptr()
+    return TensorView(data, nbytes, number) if data or not nbytes else None

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who else holds the tensors of a dict: where nobody does any more, saving them again repeats old values.
+
+The tensors of ``module.state_dict()`` share the memory of the module's. After ``parameter.data = ...``,
+``load_state_dict(assign=True)`` or ``module.to(...)`` they keep memory that nobody writes to.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+_SHOWN: Final = 3  # names in a warning
+_uses: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+
+
+@dataclass
+class _Watched:
+    """A tensor that somebody else held, itself or its memory."""
+
+    name: str
+    tensor: torch.Tensor
+    storage: torch.UntypedStorage
+    """Held, so that its number stays its own."""
+    number: int
+    own: int
+    """Users of the storage when only tensors of the dict are left."""
+    version: int
+
+
+class Holders:
+    """Watches those tensors of a dict that somebody else held, themselves or their memory, at the beginning.
+
+    Left out is memory that is not torch's own: others may write to numpy's, or another process's, unseen.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._of_module = hasattr(tensors, "_metadata")  # as the dict of Module.state_dict() has
+        self._watched: list[_Watched] = []
+        if _uses is None:
+            return
+        found = {name: tensor for name, tensor in tensors.items() if _has_countable_memory(tensor)}
+        storages = [tensor.untyped_storage() for tensor in found.values()]
+        numbers = [storage._cdata for storage in storages]
+        distinct = {id(tensor): number for tensor, number in zip(found.values(), numbers)}
+        users = Counter(distinct.values())
+        held = held_elsewhere(list(found.values()), own=2)  # by this dict and that one
+        for name, storage, number, elsewhere in zip(found, storages, numbers, held):
+            own = users[number] + _unused()
+            if elsewhere or _uses(number) > own:
+                tensor = found[name]
+                self._watched.append(_Watched(name, tensor, storage, number, own, tensor._version))
+
+    def abandoned(self, tensors: Mapping[str, torch.Tensor], reachable: bool) -> list[str]:
+        """Names of those that cannot have changed since this was asked last; each is named once.
+
+        ``reachable``: somebody else holds the dict, and may have filled them through it. Then only those of a module's
+        dict count whose version says that nobody has.
+        """
+        if not self._watched or _uses is None:
+            return []
+        alone = [watched for watched in self._watched if _uses(watched.number) <= watched.own]
+        held = held_elsewhere([watched.tensor for watched in alone], own=2)  # by the dict and here
+        found, done = [], set()
+        for watched, elsewhere in zip(alone, held):
+            if tensors.get(watched.name) is not watched.tensor:  # replaced in the dict
+                done.add(watched.name)
+            elif not elsewhere and (not reachable or self._is_unchanged(watched)):
+                done.add(watched.name)
+                found.append(watched.name)
+        if done:
+            self._watched = [watched for watched in self._watched if watched.name not in done]
+        if self._of_module:
+            for watched in self._watched:
+                watched.version = watched.tensor._version
+        return found
+
+    def _is_unchanged(self, watched: _Watched) -> bool:
+        return self._of_module and watched.tensor._version == watched.version
+
+
+def held_elsewhere(values: list[Any], own: int) -> list[bool]:
+    """Whether there are references to each of them besides the list's and ``own`` others."""
+    return [count > _unheld() + 1 + own for count in _references(values)]
+
+
+def _references(values: list[Any]) -> list[int]:
+    """Counted in one way only: versions of Python differ in what counts besides."""
+    return [sys.getrefcount(value) for value in values]
+
+
+@functools.cache
+def _unheld() -> int:
+    """What is counted for a value that nothing holds."""
+    return _references([object()])[0] - 1
+
+
+@functools.cache
+def _unused() -> int:
+    """The same for a storage."""
+    assert _uses is not None
+    tensor = torch.empty(1, device="cpu")
+    storage = tensor.untyped_storage()
+    return _uses(storage._cdata) - 1
+
+
+def _has_countable_memory(tensor: object) -> bool:
+    if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
+        return False
+    assert isinstance(tensor, torch.Tensor)
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_inference():
+        return False
+    storage = tensor.untyped_storage()
+    return storage.resizable() and not (tensor.is_cpu and storage.is_shared())
+
+
+def warn_stale(names: list[str]) -> None:
+    """In the log, and as a warning of the line that saves."""
+    shown = ", ".join(f"`{name}`" for name in names[:_SHOWN])
+    more = f" (and {len(names) - _SHOWN} others)" if len(names) > _SHOWN else ""
+    text = (
+        f"this prepared save repeats old values: nobody else holds {shown}{more} any more, which somebody did when the"
+        " save was prepared. The tensors of a module's state_dict() do not follow it when its parameters are given"
+        " other memory (.data =, load_state_dict(assign=True), .to()): prepare the module, fastshard.prepare(module,"
+        " path)"
+    )
+    logging.getLogger("fastshard").warning(text)
+    warnings.warn(text, stacklevel=4)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hearing of modules when their code has run, without importing them."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+import types
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+
+
+class _OfThisThread(threading.local):
+    def __init__(self) -> None:
+        self.finding: set[str] = set()
+
+
+class Hook:
+    """A finder that finds what the finders behind it find, and only for wanted modules has a word with the loader."""
+
+    def __init__(self, wanted: Callable[[str], bool], imported: Callable[[str], None]) -> None:
+        self._wanted = wanted
+        self._imported = imported
+        self._this_thread = _OfThisThread()
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> ModuleSpec | None:
+        finding = self._this_thread.finding
+        if fullname in finding or not self._wanted(fullname):
+            return None
+        finding.add(fullname)  # a finder behind this one may ask all others, this one too
+        try:
+            spec = self._spec_behind(fullname, path, target)
+        finally:
+            finding.discard(fullname)
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader = _Loader(spec.loader, self._imported)  # type: ignore[assignment]
+        return spec
+
+    def _spec_behind(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None
+    ) -> ModuleSpec | None:
+        from_here = itertools.dropwhile(lambda finder: finder is not self, list(sys.meta_path))
+        for finder in itertools.islice(from_here, 1, None):
+            if hasattr(finder, "find_spec"):
+                spec = finder.find_spec(fullname, path, target)
+                if spec is not None:
+                    return spec
+        return None
+
+
+class _Loader:
+    """The loader of a wanted module, which it leaves the module to when its code runs."""
+
+    def __init__(self, loader: Any, imported: Callable[[str], None]) -> None:
+        self._loader = loader
+        self._imported = imported
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_loader"), name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        self._imported(module.__name__)
+
+
+def begin(hook: Hook) -> None:
+    """Puts it before all other finders, once."""
+    if not any(finder is hook for finder in sys.meta_path):
+        sys.meta_path.insert(0, hook)
+
+
+def end(hook: Hook) -> None:
+    """Takes it away."""
+    # A new list: removed from the old one, an import under way on another thread would miss the next finder.
+    sys.meta_path = [finder for finder in sys.meta_path if finder is not hook]

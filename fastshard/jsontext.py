@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON that somebody else wrote: read strictly, in time and memory in proportion to the text.
+
+:func:`read_json` is for small files (indices, manifests, plans). :class:`Scanner` walks through a text value by value and
+builds nothing that is not asked for: headers of safetensors files are read with it, by the rules of the parser that
+safetensors has (serde_json), which differ from Python's: no numbers too large for a double, no lone surrogates, no more
+than 127 levels.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from json.decoder import scanstring  # type: ignore[attr-defined]
+from typing import Any, Final
+
+MAX_UNSIGNED: Final = 2**64 - 1
+MAX_DEPTH: Final = 127
+_MAX_DIGITS: Final = 40
+"""Of a whole number in a small file; longer ones take Python quadratic time."""
+_MOST_SHOWN: Final = 100
+
+_SPACE: Final = re.compile(r"[ \t\n\r]*")
+_SEPARATOR: Final = re.compile(r"[ \t\n\r]*([,\]}:]?)[ \t\n\r]*")
+_UNSIGNED: Final = re.compile(r"(0|[1-9][0-9]{0,19})(?![0-9.eE])")
+_NUMBER: Final = re.compile(r"-?(0|[1-9][0-9]*)(?:\.([0-9]+))?(?:[eE]([+-]?)([0-9]+))?")
+_LONG_NUMBER: Final = re.compile(f"[0-9]{{{_MAX_DIGITS + 1}}}")
+_SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+    """The object of these pairs, as ``json.loads(..., object_pairs_hook=unique)`` makes it. Raises ``ValueError`` for
+    a name that stands there twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{shown(name)} stands there twice")
+            seen.add(name)
+    return found
+
+
+def shown(value: object) -> str:
+    """What stands in an untrusted file, as it can stand in an error."""
+    text = repr(value[: _MOST_SHOWN + 1] if isinstance(value, (str, bytes, list, tuple)) else value)
+    return text if len(text) <= _MOST_SHOWN + 2 else f"{text[:_MOST_SHOWN]}..."
+
+
+def read_json(data: bytes | str) -> Any:
+    """What a small JSON file holds. Raises ``ValueError``, also for names that stand twice in an object, for lone
+    surrogates, and for texts that are nothing but brackets, which would take many times their size."""
+    text = data if isinstance(data, str) else data.decode()
+    if text.count("[") + text.count("{") > 10_000 + len(text) // 8:
+        raise ValueError("it is nothing but brackets")
+    integer = _short_integer if _LONG_NUMBER.search(text) else None
+    try:
+        found = json.loads(text, object_pairs_hook=unique, parse_constant=_no_constant, parse_int=integer)
+    except RecursionError:
+        raise ValueError("it is too deep") from None
+    if _SURROGATE.search(text):
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
+
+
+def read_json_object(data: bytes | str) -> dict[str, Any]:
+    """The same of a file that holds one object."""
+    found = read_json(data)
+    if not isinstance(found, dict):
+        raise ValueError("it holds no JSON object")
+    return found
+
+
+def _short_integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is no JSON")
+
+
+class Scanner:
+    """A place in a JSON text; methods read what must stand there and go behind it, or raise ``ValueError``."""
+
+    def __init__(self, text: str, at: int = 0) -> None:
+        self.text = text
+        self.at = at
+
+    def peek(self) -> str:
+        """The next character that is no white space; empty at the end of the text."""
+        match = _SPACE.match(self.text, self.at)
+        assert match is not None
+        self.at = match.end()
+        return self.text[self.at : self.at + 1]
+
+    def wrong(self, wanted: str) -> ValueError:
+        found = shown(self.text[self.at : self.at + 20]) if self.at < len(self.text) else "the end"
+        return ValueError(f"{wanted} is wanted at {self.at}, not {found}")
+
+    def end(self) -> None:
+        """The end of the text."""
+        if self.peek():
+            raise self.wrong("the end")
+
+    def string(self) -> str:
+        if self.peek() != '"':
+            raise self.wrong("a string")
+        found: str
+        found, self.at = scanstring(self.text, self.at + 1, True)
+        if not found.isascii():
+            found.encode()  # may be no Unicode: half of a surrogate pair
+        return found
+
+    def unsigned(self) -> int:
+        """A whole number of at most 64 bits, without sign, point and exponent."""
+        self.peek()
+        match = _UNSIGNED.match(self.text, self.at)
+        number = MAX_UNSIGNED + 1 if match is None else int(match[1])
+        if match is None or number > MAX_UNSIGNED:
+            raise self.wrong("a whole number of 64 bits")
+        self.at = match.end()
+        return number
+
+    def null(self) -> bool:
+        """Whether a null stands there; goes behind it if so."""
+        self.peek()
+        found = self.text.startswith("null", self.at)
+        self.at += 4 * found
+        return found
+
+    def members(self, depth: int) -> Iterator[str]:
+        """The keys of an object, each with the scanner in front of its value, which the caller must read.
+
+        ``depth``: of this object, counted from 1.
+        """
+        for _ in self._inside("{", "}", depth):
+            yield self.key()
+
+    def key(self) -> str:
+        """Of a member, and the colon behind it."""
+        found = self.string()
+        self.separator(":")
+        return found
+
+    def begin_object(self) -> str:
+        """Goes behind its opening brace; returns the closing one if that follows, and goes behind it."""
+        if self.peek() != "{":
+            raise self.wrong("an object")
+        self.at += 1
+        if self.peek() != "}":
+            return ""
+        self.at += 1
+        return "}"
+
+    def elements(self, depth: int) -> Iterator[int]:
+        """The numbers of an array's elements, each with the scanner in front of one, which the caller must read."""
+        yield from self._inside("[", "]", depth)
+
+    def _inside(self, opening: str, closing: str, depth: int) -> Iterator[int]:
+        if self.peek() != opening:
+            raise self.wrong("an object" if opening == "{" else "a list")
+        if depth > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_DEPTH} levels")
+        self.at += 1
+        if self.peek() == closing:
+            self.at += 1
+            return
+        count = 0
+        while True:
+            yield count
+            count += 1
+            if self.separator("," + closing) == closing:
+                return
+
+    def separator(self, wanted: str) -> str:
+        """Goes behind the one of these characters that stands there, which it returns, and white space after a comma or a
+        colon."""
+        match = _SEPARATOR.match(self.text, self.at)
+        assert match is not None
+        if not match[1] or match[1] not in wanted:
+            self.peek()
+            raise self.wrong(" or ".join(wanted))
+        self.at = match.end() if match[1] in ",:" else match.end(1)
+        return match[1]
+
+    def skip(self, depth: int, most: int) -> None:
+        """Any value, ``depth`` levels deep. Raises ``ValueError``, too, where it goes on behind ``most``."""
+        first = self.peek()
+        if self.at > most:
+            raise ValueError("too much in fields that the format does not have")
+        if first == '"':
+            self.string()
+        elif first == "{":
+            for _ in self.members(depth):
+                self.skip(depth + 1, most)
+        elif first == "[":
+            for _ in self.elements(depth):
+                self.skip(depth + 1, most)
+        else:
+            for word in ("null", "true", "false"):
+                if self.text.startswith(word, self.at):
+                    self.at += len(word)
+                    return
+            self._number()
+
+    def _number(self) -> None:
+        match = _NUMBER.match(self.text, self.at)
+        if match is None:
+            raise self.wrong("a value")
+        if _is_out_of_range(*match.groups()):
+            raise ValueError(f"{shown(match[0])} is too large a number")
+        self.at = match.end()
+
+
+def _is_out_of_range(digits: str, fraction: str | None, sign: str | None, power: str | None) -> bool:
+    """Whether serde_json refuses this number, which it makes of the first 64 bits of the digits and a power of ten."""
+    if fraction is None and power is None and len(digits) < 300:
+        return False
+    taken = 0
+    significand = 0
+    for digit in digits[:20]:
+        longer = significand * 10 + int(digit)
+        if longer > MAX_UNSIGNED:
+            break
+        significand, taken = longer, taken + 1
+    exponent = len(digits) - taken
+    if exponent == 0:
+        for digit in fraction or "":
+            longer = significand * 10 + int(digit)
+            if longer > MAX_UNSIGNED:
+                break
+            significand, exponent = longer, exponent - 1
+    if significand == 0:
+        return False
+    if power:
+        short = power.lstrip("0")
+        if len(short) > 10 or int(short or 0) > 2**31 - 1:
+            return sign != "-"
+        exponent += -int(short or 0) if sign == "-" else int(short or 0)
+    return exponent > 308 or (exponent >= 0 and float(significand) * float(f"1e{exponent}") == float("inf"))

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that the first use loads, whole: nobody meets a half of one.
+
+A signal handler runs between any two steps of what it interrupts, an import too, and may save. In the same thread it
+would find modules of which half the code has run. So they are loaded by a thread of their own, in which no handler runs,
+while the caller waits; a handler that interrupts the waiting loads what it needs in the same way, and waits at the
+locks that the import system has for threads.
+"""
+
+from __future__ import annotations
+
+import _thread
+import importlib
+import queue
+import sys
+import weakref
+from types import ModuleType
+from typing import Any, Final
+
+_IMPORTED: Final = frozenset(
+    "accelerate fastshard filelock huggingface_hub numpy packaging safetensors sglang torch tqdm transformers"
+    " typing_extensions vllm".split()
+)
+"""What modules of ours import, and what these import in turn that knows plugins."""
+_STUCK_SECONDS: Final = 60.0
+_loaders: Final[set[int]] = set()
+"""Threads that load."""
+
+
+def load(name: str) -> ModuleType:
+    """The module of that name, imported by another thread where this one has not been before."""
+    module = sys.modules.get(name)
+    if module is not None and not getattr(module.__spec__, "_initializing", False):
+        return module
+    if not sys.is_finalizing() and _thread.get_ident() not in _loaders and not _is_importing():
+        _load_apart(name)
+    return importlib.import_module(name)  # also what has failed, to say why
+
+
+def _load_apart(name: str) -> None:
+    """Returns when another thread has tried; or at once, where there is none to be had."""
+
+    def work(_alive: object) -> None:
+        ident = _thread.get_ident()
+        _loaders.add(ident)
+        try:
+            importlib.import_module(name)
+        except BaseException:
+            pass  # the caller tries again
+        finally:
+            _loaders.discard(ident)
+
+    # The end of the thread is the end of its argument, also of a thread that gets no memory for its first frame.
+    ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    alive = _Alive()
+    watch = weakref.ref(alive, ended.put)
+    try:
+        _thread.start_new_thread(work, (alive,))
+    except RuntimeError:
+        return
+    del alive
+    try:
+        ended.get(timeout=_STUCK_SECONDS)
+    except queue.Empty:
+        pass  # it waits for a lock of this thread's, perhaps: the import system finds that out
+    del watch
+
+
+class _Alive:
+    __slots__ = ("__weakref__",)
+
+
+def _is_importing() -> bool:
+    """Whether this thread is in the middle of an import that the other one would wait for."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_find_and_load" and frame.f_code.co_filename.startswith("<frozen importlib"):
+            if str(frame.f_locals.get("name")).partition(".")[0] in _IMPORTED:
+                return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

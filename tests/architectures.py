@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every architecture of the installed transformers, small, saved by the original and by fastshard.
+
+``python tests/architectures.py [--sample N] [--only NAME ...]``: the default configuration of each model type is shrunk
+(widths, layers, heads, experts, vocabulary), the model made with random weights, and saved as one file, in three shards and
+in bfloat16: by ``save_pretrained`` as it is and under ``fastshard.installed()``. Then ``fastshard shard --tp 2`` and
+``fastshard merge``. All bytes of all files must be the same. Prints a line for each model type and the totals; exits 1
+at any difference, and where fewer models than known for this transformers could be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+import transformers
+
+import fastshard
+from fastshard.reshard import merge_checkpoint, shard_checkpoint
+
+KNOWN: Final[dict[str, tuple[int, int]]] = {}
+"""Version of transformers -> how many models are saved the same, and how many come back from ``shard`` and ``merge``."""
+
+MOST_PARAMETERS: Final = 40_000_000
+SECONDS: Final = 90
+"""For one model type."""
+
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth")
+_LAYERS += ("num_encoder_layers", "num_decoder_layers", "num_block_layers", "encoder_num_layers", "decoder_num_layers")
+_LAYERS += ("num_hidden_layers_encoder", "num_conv_layers", "n_head_layers", "num_blocks", "num_transformer_layers")
+_HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads", "decoder_attention_heads")
+_KV_HEADS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "multi_query_group_num", "encoder_num_key_value_heads")
+_WIDTHS = ("hidden_size", "d_model", "n_embd", "embed_dim", "embedding_size", "hidden_dim", "word_embed_proj_dim", "width")
+_WIDTHS += ("d_embed", "hidden_channels", "embedding_dim", "encoder_hidden_size", "decoder_hidden_size", "feature_size")
+_WIDE = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "n_inner", "ffn_hidden_size", "mlp_dim")
+_WIDE += ("moe_intermediate_size", "shared_expert_intermediate_size", "feed_forward_hidden_size", "dim_feedforward", "d_inner")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "n_experts")
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_source_positions", "max_target_positions", "max_seq_len", "n_ctx")
+_SMALL: Final[dict[str, int]] = {
+    **dict.fromkeys(_LAYERS, 2),
+    **dict.fromkeys(_HEADS, 4),
+    **dict.fromkeys(_KV_HEADS, 2),
+    **dict.fromkeys(("head_dim", "d_kv", "attention_head_dim", "kv_channels"), 8),
+    **dict.fromkeys(_WIDTHS, 32),
+    **dict.fromkeys(_WIDE, 48),
+    **dict.fromkeys(_EXPERTS, 4),
+    **dict.fromkeys(("num_experts_per_tok", "top_k", "moe_topk", "num_experts_per_token", "moe_k"), 2),
+    **dict.fromkeys(("vocab_size", "text_vocab_size", "vocab_size_per_layer_input"), 128),
+    **dict.fromkeys(_POSITIONS, 64),
+}
+_SETS: Final = (
+    frozenset(_SMALL),
+    frozenset(_SMALL) - {*_POSITIONS},
+    frozenset((*_LAYERS, *_WIDE, *_EXPERTS, "vocab_size")),
+    frozenset((*_LAYERS, *_EXPERTS, "vocab_size")),
+    frozenset((*_LAYERS, *_EXPERTS)),
+    frozenset(_LAYERS),
+    frozenset(("vocab_size",)),
+    frozenset(),
+)
+"""What is shrunk, in this order until a model can be made."""
+
+
+class Outcome(NamedTuple):
+    saved: str
+    """``same``, what is different, or why there is nothing to compare."""
+    sharded: str
+
+    @property
+    def is_wrong(self) -> bool:
+        return "DIFFERENT" in self.saved or "DIFFERENT" in self.sharded
+
+
+def kinds() -> list[str]:
+    """The model types that transformers knows."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return sorted(CONFIG_MAPPING.keys())
+
+
+def _class_of(config: Any) -> Any:
+    for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModel"):
+        mapping = getattr(getattr(transformers, name, None), "_model_mapping", {})
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, (list, tuple)) else found
+    module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    for name, found in sorted(vars(module).items(), reverse=True):
+        is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+        if is_model and found.config_class is type(config) and not name.endswith("PreTrainedModel"):
+            return found
+    raise LookupError("no class for its configuration")
+
+
+def _shrink(config: Any, names: frozenset[str]) -> None:
+    layers_before = getattr(config, "num_hidden_layers", None)
+    for name in list(vars(config)):
+        value = getattr(config, name)
+        if isinstance(value, transformers.PretrainedConfig):
+            _shrink(value, names)
+        elif name in names and type(value) is int and value > _SMALL[name]:
+            setattr(config, name, _SMALL[name])
+    layers = getattr(config, "num_hidden_layers", None)
+    vocabulary = getattr(config, "vocab_size", None)
+    for name in list(vars(config)):
+        value = getattr(config, name)
+        if isinstance(value, list) and value and len(value) == layers_before != layers:
+            with contextlib.suppress(Exception):
+                setattr(config, name, value[:layers])
+        if name.endswith("_token_id") and type(value) is int and type(vocabulary) is int and value >= vocabulary:
+            setattr(config, name, 0)
+
+
+def make(kind: str) -> Any:
+    """A small model. Raises ``LookupError`` with the reason if none can be made."""
+    reason = "nothing worked"
+    for names in _SETS:
+        try:
+            config = transformers.AutoConfig.for_model(kind)
+            _shrink(config, names)
+            cls = _class_of(config)
+            with torch.device("meta"):
+                count = sum(p.numel() for p in cls(config).parameters())
+            if count > MOST_PARAMETERS:
+                reason = f"{count / 1e6:.0f} million parameters"
+                continue
+            torch.manual_seed(0)
+            return cls(config).eval()
+        except TimeoutError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0][:90]
+    raise LookupError(reason)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def difference(expected: dict[str, bytes], found: dict[str, bytes]) -> str:
+    """What is different, if anything is."""
+    if expected.keys() != found.keys():
+        return f"other files: {sorted(expected.keys() ^ found.keys())[:3]}"
+    return ", ".join(name for name in expected if expected[name] != found[name])
+
+
+def _save(model: Any, folder: Path, size: int | str) -> str | dict[str, bytes]:
+    try:
+        model.save_pretrained(folder, max_shard_size=size)
+    except TimeoutError:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}"
+    return tree(folder)
+
+
+def compare(kind: str, work: Path) -> Outcome:
+    try:
+        model = make(kind)
+    except LookupError as error:
+        return Outcome(f"not made: {error}", "")
+    nbytes = sum(t.nbytes for t in model.state_dict().values())
+    for variant, size in (("one", "50GB"), ("three", max(1, nbytes // 3 + 1)), ("bf16", "50GB")):
+        if variant == "bf16":
+            model = model.to(torch.bfloat16)
+        expected = _save(model, work / variant, size)
+        with fastshard.installed():
+            found = _save(model, work / f"{variant}.ours", size)
+        if isinstance(expected, str):
+            if expected == found:
+                return Outcome(f"not saved by the original either: {expected}", "")
+            return Outcome(f"DIFFERENT ({variant}): {expected} there", "")
+        if isinstance(found, str):
+            return Outcome(f"DIFFERENT ({variant}): {found}", "")
+        if different := difference(expected, found):
+            return Outcome(f"DIFFERENT ({variant}): {different}", "")
+    return Outcome("same", _cut_and_merged(work))
+
+
+def _cut_and_merged(work: Path) -> str:
+    try:
+        shard_checkpoint(work / "three", work / "parts", 2)
+    except ValueError as error:
+        return "no plan" if "has no tensor-parallel plan" in str(error) else f"refused: {error}"[:150]
+    merge_checkpoint(work / "parts", work / "whole")
+    different = difference(tree(work / "three"), tree(work / "whole"))
+    return f"DIFFERENT: {different}" if different else "same"
+
+
+@contextlib.contextmanager
+def _limited(seconds: int) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome_of(kind: str) -> Outcome:
+    work = Path(tempfile.mkdtemp(prefix="architectures-"))
+    hidden = io.StringIO()
+    try:
+        with _limited(SECONDS), contextlib.redirect_stdout(hidden), contextlib.redirect_stderr(hidden):
+            return compare(kind, work)
+    except TimeoutError as error:
+        return Outcome(f"not compared: {error}", "")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def quiet() -> None:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def sample(names: list[str], count: int) -> list[str]:
+    """So many of them, evenly spread, always the same."""
+    return names if count >= len(names) else [names[i * len(names) // count] for i in range(count)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--sample", type=int, metavar="N", help="only so many model types, evenly spread")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="only these model types")
+    given = parser.parse_args(arguments)
+    quiet()
+    names = given.only or kinds()
+    if given.sample is not None:
+        names = sample(names, given.sample)
+    totals: Counter[str] = Counter()
+    wrong = []
+    began = time.monotonic()
+    for name in names:
+        outcome = outcome_of(name)
+        totals[f"saved: {outcome.saved.partition(':')[0].partition(' (')[0]}"] += 1
+        if outcome.sharded:
+            totals[f"cut and merged: {outcome.sharded.partition(':')[0]}"] += 1
+        if outcome.is_wrong:
+            wrong.append(name)
+        print(f"{name:32} {outcome.saved:40} {outcome.sharded}".rstrip(), flush=True)
+    print(f"\ntransformers {transformers.__version__}, {len(names)} model types, {time.monotonic() - began:.0f} s")
+    for what, count in sorted(totals.items()):
+        print(f"{count:5} {what}")
+    if wrong:
+        print(f"DIFFERENT: {', '.join(wrong)}")
+    known = KNOWN.get(".".join(transformers.__version__.split(".")[:2]), (0, 0))
+    few = names == kinds() and (totals["saved: same"], totals["cut and merged: same"]) < known
+    if few:
+        print(f"fewer than the {known[0]} and {known[1]} that are known")
+    return int(bool(wrong) or few)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
