@@ -399,7 +399,13 @@ def test_without_links_files_are_renamed_one_by_one(
     rename = os.rename
     with monkeypatch.context() as patch:
         patch.setattr(os, refused, refuse)
-        patch.setattr(os, "rename", lambda a, b, **at: (renamed.append(os.path.basename(b)), rename(a, b, **at)))
+        patch.setattr("fastshard.exchanging._exchange_names", refuse)
+
+        def renaming(a: str, b: str, **at: int) -> None:
+            renamed.append(os.path.basename(b))
+            rename(a, b, **at)
+
+        patch.setattr(os, "rename", renaming)
         save(tmp_path, checkpoint("new"))
     assert found(tmp_path) == "new"
     assert names(tmp_path) == sorted(checkpoint("new"))
