@@ -164,7 +164,7 @@ def _write_new(pickling: Pickling, path: str, how: _How, began: float) -> str | 
             if skeleton is None:
                 new.publish()
                 seconds = time.perf_counter() - began
-                keep_stats(_stats_of(new.nbytes, seconds))
+                keep_stats(_stats_of(new.nbytes, seconds), _CALL, path)
                 return None
             planned = plan(skeleton)
         except NotByEngine as why:
