@@ -22,6 +22,7 @@ from .staging import (
     STAGING,
     Folder,
     Hidden,
+    Named,
     clear_away,
     final_places,
     make_hidden,
@@ -89,6 +90,7 @@ def _staged(directory: str, create: bool, durable: bool) -> Iterator[_Staging]:
     except OSError as error:
         for attribute in ("filename", "filename2"):
             path = getattr(error, attribute)
+            path = os.fspath(path) if isinstance(path, os.PathLike) else path
             if isinstance(path, bytes):
                 setattr(error, attribute, os.fsencode(final_places(os.fsdecode(path))))
             elif isinstance(path, str):
@@ -112,6 +114,7 @@ class _Staging:
         """What is to be made: names, each in the one before."""
         self.leads_here = False
         self._process = os.getpid()
+        self._switch: Switch | None = None
         try:
             self.folder, self.hidden = self._in(directory)
         except FileNotFoundError:
@@ -139,6 +142,8 @@ class _Staging:
             return
         if not self.leads_here:
             clear_away(self.hidden, self.held)
+        if self._switch is not None:
+            self._switch.forget()
         self.held.append(self.hidden.give_away())
         self.folder.close()
         _let_go(self.held)
@@ -149,7 +154,7 @@ class _Staging:
         if self.missing:
             self._publish_made(stale, obsolete, must_be_empty)
             return
-        switch = Switch(self.hidden, self.durable, self.held)
+        switch = self._switch = Switch(self.hidden, self.durable, self.held)
         try:
             switch.run(stale, obsolete, must_be_empty)
         finally:
@@ -221,7 +226,9 @@ def _places_left(directory: str) -> Iterator[str]:
     to be exchanged with."""
     above, base = real_place(directory)
     while base:
-        if _is_there(os.path.join(above, name_beside(base))):
+        with Named(directory):
+            there = _is_there(os.path.join(above, name_beside(base)))
+        if there:
             yield above
         above, base = os.path.split(above)
 

@@ -66,6 +66,11 @@ class Linking:
         self.finish()
         return True
 
+    def repeat(self) -> None:
+        """For a save that was interrupted in :meth:`run`."""
+        self.redirect()
+        self.finish()
+
     def redirect(self) -> None:
         """Steps 1 and 2."""
         change, hidden = self._change, self._hidden

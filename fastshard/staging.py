@@ -240,6 +240,9 @@ class Hidden(Folder):
     def move(self, name: str) -> None:
         """Gives it another name, which must be free, or that of an empty folder."""
         self.parent.rename(self.name, self.parent, name)
+        self.is_called(name)
+
+    def is_called(self, name: str) -> None:
         self.name, self.path = name, self.parent.place(name)
 
     def remove(self, held: list[int]) -> None:
