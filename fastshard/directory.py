@@ -95,7 +95,9 @@ def _staged(directory: str, create: bool, durable: bool) -> Iterator[_Staging]:
                 setattr(error, attribute, os.fsencode(final_places(os.fsdecode(path))))
             elif isinstance(path, str):
                 setattr(error, attribute, final_places(path))
-        if error.errno is not None and error.filename is None:  # of an open file, which does not know its name
+        if (
+            error.errno is not None and error.filename is None
+        ):  # of an open file, which does not know its name
             error.filename = directory
         raise
     except Exception as error:

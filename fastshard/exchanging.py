@@ -17,7 +17,18 @@ from collections.abc import Iterator
 from typing import Final
 
 from .change import REFUSED, Change
-from .staging import NEW, OLD, Folder, Hidden, Identity, Named, clear_away, hidden_name, make_hidden, open_folder
+from .staging import (
+    NEW,
+    OLD,
+    Folder,
+    Hidden,
+    Identity,
+    Named,
+    clear_away,
+    hidden_name,
+    make_hidden,
+    open_folder,
+)
 
 _MOST_LINKED: Final = 4096
 _EXCHANGE: Final = 2
@@ -47,7 +58,8 @@ def real_place(path: str) -> tuple[str, str]:
 
 def _is_link(path: str) -> bool:
     try:
-        return stat.S_ISLNK(os.lstat(path).st_mode)
+        with Named(path):
+            return stat.S_ISLNK(os.lstat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
 
@@ -58,12 +70,12 @@ def exchange(change: Change) -> bool:
     above, base = real_place(change.folder.path)
     if not base or _is_working_directory(change.folder):
         return False
-    linked = []
+    linked, concerned = [], {*change.files, *change.gone}
     for path, name, is_folder in change.present():
         place = os.path.join(path, name)
         if is_folder and place not in change.entries and place != change.hidden.name:
             return False
-        if not is_folder and place not in change.files and place not in change.gone:
+        if not is_folder and place not in concerned:
             linked.append(place)
     if len(linked) > _MOST_LINKED:
         return False
@@ -153,7 +165,8 @@ def _follow(change: Change, scans: list[tuple[str, _Scan]], linked: dict[str, Id
 
 def _is_working_directory(folder: Folder) -> bool:
     try:
-        found = os.stat(".")
+        with Named(folder.path):
+            found = os.stat(os.curdir)
     except FileNotFoundError:  # removed
         return False
     return (found.st_dev, found.st_ino) == folder.identity()

@@ -260,6 +260,8 @@ def _put_file(hidden: Hidden, side: Folder, name: str, folder: Folder, base: str
 
 def _let_pass(top: Folder, path: str) -> None:
     with Named(top.place(path)):
-        mode = stat.S_IMODE((os.stat(path, dir_fd=top.fd, follow_symlinks=False) if path else os.fstat(top.fd)).st_mode)
+        mode = stat.S_IMODE(
+            (os.stat(path, dir_fd=top.fd, follow_symlinks=False) if path else os.fstat(top.fd)).st_mode
+        )
         if mode & 0o111 != 0o111:
             os.chmod(path or ".", mode | 0o111, dir_fd=top.fd)

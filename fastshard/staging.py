@@ -202,9 +202,7 @@ class Folder:
             else:
                 if len(held) < _MOST_HELD:
                     with contextlib.suppress(OSError):  # then it is freed at once
-                        held.append(
-                            os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
-                        )
+                        held.append(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd))
                 self.unlink(name)
 
 
@@ -320,7 +318,9 @@ def adopt(parent: Folder, name: str, make: bool = False) -> Hidden | None:
             if fresh:
                 with contextlib.suppress(OSError):  # the next save will
                     parent.rmdir(name)
-            elif error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EACCES) and not _belongs_to_us(parent, name):
+            elif error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EACCES) and not _belongs_to_us(
+                parent, name
+            ):
                 return None
             raise
         hidden = Hidden(parent, name, fd, fresh)
@@ -375,4 +375,6 @@ def clear_away(hidden: Hidden, held: list[int]) -> None:
     try:
         hidden.remove(held)
     except OSError as error:
-        _log.warning("%s: what was left of a save could not be removed: %s", hidden.parent.path, error.strerror)
+        _log.warning(
+            "%s: what was left of a save could not be removed: %s", hidden.parent.path, error.strerror
+        )

@@ -93,7 +93,9 @@ class Switch:
 
     def _refuse(self) -> None:
         raise OSError(
-            errno.EDEADLK, "a save that is being put in place was interrupted by this one", self.change.folder.path
+            errno.EDEADLK,
+            "a save that is being put in place was interrupted by this one",
+            self.change.folder.path,
         )
 
     def _compare(self, stale: Stale, obsolete: Collection[str], must_be_empty: bool) -> None:
