@@ -104,6 +104,8 @@ def _exchange(change: Change, parent: Folder, base: str, beside: Hidden, linked:
         _copy_attributes(change.folder, new)
         for path in sorted(change.entries.keys() - {""}):
             if path not in change.folders:
+                if change.entries[path] and not any(name.startswith(f"{path}/") for name in linked):
+                    continue  # all of it goes
                 new.mkdir(path)
                 made.append(path)
             with new.open(path) as inner:

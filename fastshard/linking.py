@@ -25,6 +25,7 @@ now every file in it has its final mode.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -32,7 +33,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from .change import REFUSED, Change, Places
-from .staging import NEW, NOW, OLD, Folder, Hidden, Named
+from .staging import NEW, NOW, OLD, STAGING, Folder, Hidden, Named
 
 _LINK: Final = ".link"
 _GONE: Final = ".gone"
@@ -204,6 +205,25 @@ def settle_left(hidden: Hidden, folder: Folder) -> None:
             settle(hidden, places, sorted(names), opened, decided == NEW)
     finally:
         places.close()
+
+
+def is_placeholder(path: str) -> bool:
+    """Whether a name is there only until the next save ends what a killed one has begun: it has no contents of its own."""
+    try:
+        text = os.readlink(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # no link
+            return False
+        raise
+    if not STAGING.search(text):
+        return False
+    try:
+        target = os.lstat(os.path.join(os.path.dirname(path), text))
+    except FileNotFoundError:
+        return True
+    return stat.S_ISLNK(target.st_mode) and os.path.basename(os.path.realpath(path)) == _BLANK
 
 
 def _remove_made(hidden: Hidden, places: Places, old: Folder) -> None:

@@ -42,7 +42,7 @@ from .checkpoint import (
     read_object,
     write_text,
 )
-from .directory import creating, replacing
+from .directory import creating, published, replacing
 from .engine import Engine, Options, engine_for
 from .layout import RANKS, header
 from .model_plan import ModelPlan
@@ -279,23 +279,27 @@ def _target(out: PathLike, src: str, force: bool, how: How, in_place: bool = Fal
     folder = os.fspath(out)
     if _same_file(folder, src) and not in_place:
         raise ValueError(f"{folder!r} is the source itself")
-    old: list[str] = []
-    if os.path.isdir(folder):
-        present = [name for name in os.listdir(folder) if not name.startswith(".fastshard-")]
-        if present and not force:
-            raise FileExistsError(errno.EEXIST, "the target is not empty (force replaces it)", folder)
-        old = _checkpoint_in(folder)
-    empty = not os.path.lexists(folder) or (os.path.isdir(folder) and not os.listdir(folder))
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        names = []
+    present = [name for name in names if not name.startswith(".fastshard-")]
+    if present and not force:
+        raise FileExistsError(errno.EEXIST, "the target is not empty (force replaces it)", folder)
+    old = _checkpoint_in(folder) if present else []
     target = (
-        creating(folder, durable=how.durable)
-        if empty and not os.path.ismount(folder)
-        else replacing(folder, obsolete=old, create=True, durable=how.durable)
+        replacing(folder, obsolete=old, create=True, durable=how.durable)
+        if names
+        else creating(folder, durable=how.durable)
     )
     with target as stage:
         yield stage
     for place in {os.path.dirname(name) for name in old} - {""}:
-        with contextlib.suppress(OSError):
+        try:
             os.rmdir(os.path.join(folder, place))
+        except OSError as error:  # it went with its files, or has others
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                raise published(error, folder) from error
 
 
 def _checkpoint_in(folder: str) -> list[str]:

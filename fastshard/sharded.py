@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import tensors as _tensors
 from .engine import Engine, Options
 from .layout import read_header
+from .linking import is_placeholder
 from .manifest import Alias, Manifest, Names, Ranks, read_manifest
 from .planning import collector_paused
 from .reading import Piece, read_into
@@ -365,7 +366,8 @@ def _parts_in(directory: str, names: Names) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     parts = sorted(filter(names.is_part, found), key=lambda name: (len(name), name))
-    return [os.path.join(directory, name) for name in parts]
+    paths = [os.path.join(directory, name) for name in parts]
+    return [path for path in paths if not is_placeholder(path)]
 
 
 def _others(directory: str) -> str:

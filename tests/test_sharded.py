@@ -5,6 +5,7 @@
 """
 
 import copy
+import contextlib
 import errno
 import json
 import os
@@ -17,6 +18,7 @@ import torch
 from helpers import DTYPES, FLOAT4, filled, names, run, same, snapshot
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from test_directory import killed_at
 
 from fastshard import SaveError, load_sharded_state, save_sharded_state, sharded, stats
 from fastshard.manifest import Names, Ranks, read_manifest
@@ -738,3 +740,32 @@ def test_parameters_on_a_device(tmp_path: Path, real_cuda: torch.device) -> None
     assert_equal(
         {n: t.resolve_conj() for n, t in found.items()}, {n: t.resolve_conj() for n, t in state.items()}
     )
+
+
+@pytest.mark.parametrize("counts", [(4, 2), (2, 4)], ids=["fewer parts", "more parts"])
+def test_killed_anywhere_a_folder_with_others_in_it_can_be_loaded(
+    tmp_path: Path, counts: tuple[int, int]
+) -> None:
+    """By vLLM, too, which opens what matches its pattern. The folder cannot be exchanged: another one is in it."""
+    before, after = (layers(2 * count, seed=count) for count in counts)
+    loaded = set()
+    for count in range(0, 300, 2):
+        folder = tmp_path / str(count)
+        (folder / "logs").mkdir(parents=True)
+        save_sharded_state(before, folder, max_size=800)
+        killed = killed_at(count, folder, {}, lambda place, _: save_sharded_state(after, place, max_size=800))
+        states = []
+        for state in (before, after):
+            found = zeros(state)
+            with contextlib.suppress(ValueError):
+                load_sharded_state(found, folder)
+                assert_equal(found, state)
+                states.append(len(state))
+        tensors = {}
+        for path in sorted(folder.glob("model-rank-0-part-*.safetensors")):
+            tensors |= load_file(path)
+        assert [len(tensors)] == states
+        loaded |= set(states)
+        if not killed:
+            break
+    assert loaded == {len(before), len(after)}
