@@ -197,7 +197,7 @@ class _Staging:
                         remove_left(parent, self.held)
                 hidden = make_hidden(folder, "in", self.held)
                 # Who changes names here sees this hidden folder from now on, and does not exchange the directory.
-                turn = turn_names(folder)[0]
+                turn = next(turn_names(folder))
                 if folder.stat(turn) is not None:
                     wait_for_turn(folder, turn, self.held, time.monotonic() + _WAIT_SECONDS)
                 found = os.stat(directory)

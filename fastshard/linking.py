@@ -95,7 +95,7 @@ class Linking:
                 with contextlib.suppress(FileExistsError):
                     side.symlink(_up(name) + _BLANK, name)
         if hidden.readlink(NOW) is None:
-            _put_symlink(hidden, OLD, hidden, NOW)
+            hidden.symlink(OLD, NOW)
         for path in change.folders:
             change.folder.mkdirs(path)
         for name in self.names:
@@ -163,7 +163,7 @@ class Linking:
                 old.symlink(text if os.path.isabs(text) else _from_old(name) + text, name)
 
     def _make_blank(self) -> None:
-        with Named(self._hidden.place(_BLANK)):
+        with Named(_BLANK, self._hidden):
             flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             fd = os.open(_BLANK, flags, 0o644, dir_fd=self._hidden.fd)
             try:
@@ -179,11 +179,12 @@ def settle(hidden: Hidden, places: Places, names: Iterable[str], side: Folder, f
         folder, base = places.find(os.path.dirname(name)), os.path.basename(name)
         if folder is None or folder.readlink(base) != _target(hidden, name):
             continue
-        text = side.readlink(name)
-        if text is None and side.stat(name) is not None:
-            _put_file(hidden, side, name, folder, base)
-        elif text is None or text == _up(name) + _BLANK:
+        found = side.stat(name)
+        text = side.readlink(name) if found is not None and stat.S_ISLNK(found.st_mode) else None
+        if found is None or text == _up(name) + _BLANK:
             folder.rename(base, hidden, _GONE)
+        elif text is None:
+            _put_file(hidden, side, name, folder, base)
         else:
             _put_symlink(hidden, text if forward else text.removeprefix(_from_old(name)), folder, base)
     if not forward:
@@ -279,7 +280,7 @@ def _put_file(hidden: Hidden, side: Folder, name: str, folder: Folder, base: str
 
 
 def _let_pass(top: Folder, path: str) -> None:
-    with Named(top.place(path)):
+    with Named(path, top):
         mode = stat.S_IMODE(
             (os.stat(path, dir_fd=top.fd, follow_symlinks=False) if path else os.fstat(top.fd)).st_mode
         )

@@ -16,7 +16,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
 from .change import Change, Stale
@@ -134,11 +134,11 @@ def _is_race(error: OSError) -> bool:
     return error.errno in (errno.ENOTEMPTY, errno.EEXIST)
 
 
-def turn_names(folder: Folder) -> list[str]:
+def turn_names(folder: Folder) -> Iterator[str]:
     """Of the hidden folder of the save that changes names: the first one that others do not have there. The folder is
     part of it, so that what was moved here from elsewhere is not taken for it."""
     purpose = f"turn in {folder.identity()}"
-    return [hidden_name(purpose, slot) for slot in range(_MOST_NAMES)]
+    return (hidden_name(purpose, slot) for slot in range(_MOST_NAMES))
 
 
 def wait_for_turn(folder: Folder, name: str, held: list[int], deadline: float) -> bool:

@@ -4,8 +4,8 @@
 ``integration/loaders.py`` compares with vLLM's and SGLang's own classes, which are too large for every run.
 """
 
-import copy
 import contextlib
+import copy
 import errno
 import json
 import os
