@@ -117,19 +117,27 @@ class _Staging:
         self.leads_here = False
         self._process = os.getpid()
         self._switch: Switch | None = None
-        try:
-            self.folder, self.hidden = self._in(directory)
-        except FileNotFoundError:
-            if not create:
-                raise
-            above, self.missing = _missing(directory)
-            self.folder = open_folder(above)
+        while True:
             try:
-                remove_left(self.folder, self.held)
-                self.hidden = make_beside(self.folder, self.missing[0], self.held)
-            except BaseException:
-                self.folder.close()
-                raise
+                self.folder, self.hidden = self._in(directory)
+                break
+            except FileNotFoundError:
+                if not create:
+                    raise
+            above, self.missing = _missing(directory)
+            if self.missing:
+                self.folder = open_folder(above)
+                try:
+                    remove_left(self.folder, self.held)
+                    self.hidden = make_beside(self.folder, self.missing[0], self.held)
+                except BaseException:
+                    self.folder.close()
+                    raise
+                break
+            try:
+                os.stat(directory)  # others have made it meanwhile
+            except FileNotFoundError:  # a link that leads nowhere
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), directory) from None
         try:
             self.inner = os.path.join(*self.missing) if self.missing else NEW
             self.hidden.mkdirs(self.inner)
@@ -257,8 +265,6 @@ def _missing(directory: str) -> tuple[str, list[str]]:
             path = os.path.join(path, name)
         elif name not in ("", os.curdir):
             made.append(name)
-    if not made:
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), directory)
     return path or os.curdir, made
 
 

@@ -24,10 +24,12 @@ from .staging import (
     Hidden,
     Identity,
     Named,
+    adopt,
     clear_away,
     hidden_name,
     make_hidden,
     open_folder,
+    turn_name,
 )
 
 _MOST_LINKED: Final = 4096
@@ -91,7 +93,16 @@ def exchange(change: Change) -> bool:
                 return False
             raise
         stack.callback(clear_away, beside, change.held)
-        return _exchange(change, parent, base, beside, linked)
+        # The new folder has a turn of its own: this save's, too, until what others have changed in the old one is there.
+        turn = adopt(change.new, turn_name(change.new), make=True)
+        if turn is None:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), change.folder.path)
+        stack.enter_context(turn)
+        turn.mkdir(OLD)  # were it empty, another save could take its name
+        try:
+            return _exchange(change, parent, base, beside, linked)
+        finally:
+            clear_away(turn, change.held)
 
 
 def _exchange(change: Change, parent: Folder, base: str, beside: Hidden, linked: list[str]) -> bool:
@@ -130,7 +141,7 @@ def _exchange(change: Change, parent: Folder, base: str, beside: Hidden, linked:
             parent.sync()
         return True
     except BaseException as error:
-        change.published = parent.identity(base) == new.identity()
+        change.published = change.published or parent.identity(base) == new.identity()
         if change.published:
             raise
         for name in done:

@@ -69,7 +69,8 @@ class Linking:
 
     def repeat(self) -> None:
         """For a save that was interrupted in :meth:`run`."""
-        self.redirect()
+        if self._hidden.readlink(NOW) != NEW:
+            self.redirect()
         self.finish()
 
     def redirect(self) -> None:
@@ -253,8 +254,6 @@ def _target(hidden: Hidden, name: str) -> str:
 
 
 def _put_symlink(hidden: Hidden, text: str, folder: Folder, base: str) -> None:
-    if folder.readlink(base) == text:
-        return
     try:
         hidden.symlink(text, _LINK)
     except FileExistsError:

@@ -278,6 +278,12 @@ def hidden_name(purpose: str, slot: int = 0) -> str:
     return f".fastshard-{_digits(os.geteuid(), purpose)}{slot:02x}.staging"
 
 
+def turn_name(folder: Folder, slot: int = 0) -> str:
+    """Of the hidden folder of the save that changes names in a folder. The folder is part of it, so that what was moved
+    there from elsewhere is not taken for it."""
+    return hidden_name(f"turn in {folder.identity()}", slot)
+
+
 @functools.lru_cache(maxsize=256)
 def _digits(user: int, purpose: str) -> str:
     return hashlib.blake2b(f"{user} {purpose}".encode(errors="surrogateescape"), digest_size=7).hexdigest()

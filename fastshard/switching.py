@@ -22,7 +22,7 @@ from typing import Final
 from .change import Change, Stale
 from .exchanging import exchange
 from .linking import Linking, settle_left
-from .staging import STAGING, Folder, Hidden, InUseError, adopt, clear_away, hidden_name
+from .staging import STAGING, Folder, Hidden, InUseError, adopt, clear_away, turn_name
 
 _TURN_SECONDS: Final = 60.0
 """To put files in place takes milliseconds; a process that takes longer has been stopped."""
@@ -101,8 +101,10 @@ class Switch:
     def _compare(self, stale: Stale, obsolete: Collection[str], must_be_empty: bool) -> None:
         """After what killed saves have left here has gone."""
         change = self.change
-        remove_left(change.folder, change.held, change.hidden.name)
         change.compare(stale, obsolete, must_be_empty)
+        if any(STAGING.fullmatch(name) and name != change.hidden.name for name in change.entries[""]):
+            remove_left(change.folder, change.held, change.hidden.name)
+            change.compare(stale, obsolete, must_be_empty)
 
     def _take_turn(self) -> None:
         """One save at a time changes names here: the one whose hidden folder has a certain name."""
@@ -135,10 +137,8 @@ def _is_race(error: OSError) -> bool:
 
 
 def turn_names(folder: Folder) -> Iterator[str]:
-    """Of the hidden folder of the save that changes names: the first one that others do not have there. The folder is
-    part of it, so that what was moved here from elsewhere is not taken for it."""
-    purpose = f"turn in {folder.identity()}"
-    return (hidden_name(purpose, slot) for slot in range(_MOST_NAMES))
+    """A save takes its turn under the first one that others do not have there."""
+    return (turn_name(folder, slot) for slot in range(_MOST_NAMES))
 
 
 def wait_for_turn(folder: Folder, name: str, held: list[int], deadline: float) -> bool:

@@ -333,7 +333,11 @@ def test_hidden_folders_that_others_plant_are_left_alone(tmp_path: Path, kind: s
     opened = staging.Folder(str(shared), folder)
     from fastshard.switching import turn_names
 
-    wanted = [*itertools.islice(turn_names(opened), 2), staging.hidden_name("in"), staging.hidden_name("in", 1)]
+    wanted = [
+        *itertools.islice(turn_names(opened), 2),
+        staging.hidden_name("in"),
+        staging.hidden_name("in", 1),
+    ]
     opened.close()
     if kind == "for the victim":
         wanted = wanted[:1]
