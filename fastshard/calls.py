@@ -53,13 +53,13 @@ def replacement_of(
     return replacement
 
 
-def _by_the_original(
-    original: Function, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _by_the_original(original: Function, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     done = original(*args, **kwargs)  # the caller's error, if they are wrong
     from .activity import count_left
 
-    reason = "fastshard does not fit" if entry.belongs_to in refused else "arguments that fastshard does not know"
+    reason = (
+        "fastshard does not fit" if entry.belongs_to in refused else "arguments that fastshard does not know"
+    )
     count_left(entry.call, reason)
     return done
 
@@ -117,7 +117,7 @@ def binder(signature: inspect.Signature) -> Function:
             texts.append("/")
         if kind is parameter.KEYWORD_ONLY and previous not in (kind, parameter.VAR_POSITIONAL):
             texts.append("*")
-        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(kind, "")
+        stars = "*" * ((kind is parameter.VAR_POSITIONAL) + 2 * (kind is parameter.VAR_KEYWORD))
         texts.append(stars + parameter.name + ("" if parameter.default is parameter.empty else "=None"))
         previous = kind
     if previous is inspect.Parameter.POSITIONAL_ONLY:

@@ -30,7 +30,7 @@ from .staging import (
 )
 from .switching import Switch, published, remove_left, turn_names, wait_for_turn
 
-__all__ = ["creating", "final_places", "published", "replacing", "scratch_of", "sync", "was_left"]
+__all__ = ["creating", "final_places", "replacing", "scratch_of", "sync", "was_left"]
 
 _WAIT_SECONDS: Final = 60.0
 _MOST_TRIES: Final = 20

@@ -27,6 +27,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from . import saving
 from .checkpoint import (
@@ -42,8 +43,8 @@ from .checkpoint import (
     read_object,
     write_text,
 )
-from .directory import creating, published, replacing
-from .engine import Engine, Options, engine_for
+from .directory import creating, replacing
+from .engine import Engine, Options, engine_for, progress_wanted
 from .layout import RANKS, header
 from .model_plan import ModelPlan
 from .parts import Interleaved, Part, Sources, check_equal
@@ -171,9 +172,17 @@ def merge_checkpoint(
             yield _Output(filename, file.raw, items, kept)
 
     with _target(out, folder, force, how) as stage:
-        for name, whole in found.tensors.items():
-            if whole.intervals is None:
+        replicated = [name for name, whole in found.tensors.items() if whole.intervals is None]
+        with tqdm(
+            total=sum(sources[0].nbytes(name) for name in replicated),
+            desc="Comparing",
+            unit="B",
+            unit_scale=True,
+            disable=not progress_wanted(progress),
+        ) as bar:
+            for name in replicated:
                 check_equal(name, sources)
+                bar.update(sources[0].nbytes(name))
         if found.source_index is not None:
             write_text(os.path.join(stage, found.source_index.name), found.source_index.text)
         _copy(other_files(folder), folder, stage)
@@ -297,9 +306,14 @@ def _target(out: PathLike, src: str, force: bool, how: How, in_place: bool = Fal
     for place in {os.path.dirname(name) for name in old} - {""}:
         try:
             os.rmdir(os.path.join(folder, place))
-        except OSError as error:  # it went with its files, or has others
+        except OSError as error:
+            # It went with its files, or has others.
             if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
-                raise published(error, folder) from error
+                error.published = True  # type: ignore[attr-defined]
+                error.strerror = (
+                    f"the new checkpoint is in place, but not what it replaces is gone: {error.strerror}"
+                )
+                raise
 
 
 def _checkpoint_in(folder: str) -> list[str]:

@@ -20,6 +20,7 @@ from .plan import FilePlan
 from .planning import Entries, PathLike, StateDict, check_filename, encoded_path, fetcher, lay_out
 from .sharing import duplicates
 
+
 class _Newest:
     """Figures of the newest save, of each thread and of them all."""
 
@@ -152,7 +153,8 @@ def save_model(
 ) -> None:
     """Saves a module's parameters and buffers, of tied tensors only one; see ``safetensors.torch.save_model``.
 
-    The names left out are added to ``metadata`` (the caller's dict, as there), pointing to the one kept.
+    The names left out are added to ``metadata`` (the caller's dict, as there), pointing to the one kept. A tensor that is
+    part of a larger storage is taken, other than there, if no other one has memory in common with it.
     With ``force_contiguous`` strided tensors are packed straight into the file. The other arguments and the
     errors are those of :func:`save_file`.
     """
@@ -187,7 +189,9 @@ def save(
     """The bytes that :func:`save_file` would write. Arguments and errors are the same."""
     began = time.perf_counter()
     entries, head = lay_out(tensors, metadata, allow_strided, dtype)
-    data, address = load(f"{__package__}._native").new_bytes(len(head) + sum(entry.view.nbytes for entry in entries))
+    data, address = load(f"{__package__}._native").new_bytes(
+        len(head) + sum(entry.view.nbytes for entry in entries)
+    )
     plan = FilePlan((address, len(data)), head, [entry.view for entry in entries])
     how = How(progress=progress, dtype=dtype, engine=engine)
     with one_save("save", "memory"):

@@ -25,9 +25,9 @@ fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """csrc/ in reading order."""
 
 PYTHON = """
-settings living loading options activity jsontext patch_groups import_hook calls patching overrides report layout records plan errors mapped sharing tensors limits engine planning saving holders sources prepared staging change linking exchanging switching directory archive_errors archive_skeleton archive_by_torch in_place archive staged hub offload
-transformers accelerate adapters manifest reading sharded vllm sglang vllm_save auto checkpoint convert tp_plan
-model_plan parts rank_folders reshard __init__ cli_checkpoints cli_run cli __main__
+settings living loading options activity jsontext patch_groups import_hook calls patching overrides report layout records plan errors mapped borrowed sharing tensors limits engine planning saving holders sources prepared staging change linking exchanging switching directory archive_errors archive_skeleton archive_by_torch in_place archive staged hub offload
+transformers accelerate adapters manifest reading sharded vllm sglang vllm_save auto checkpoint whatis convert tp_plan
+model_plan parts rank_folders reshard __init__ cli_text cli_files cli_checkpoints cli_run cli __main__
 """.split()
 """fastshard/ in reading order."""
 
@@ -55,6 +55,9 @@ FOREIGN = {
     "reading": {"safetensors"},
     "checkpoint": set(),
     "tp_plan": set(),
+    "whatis": set(),
+    "cli_text": {"safetensors", "tqdm"},
+    "cli_files": set(),
     "cli_checkpoints": set(),
     "cli_run": set(),
     "patch_groups": set(),
@@ -64,7 +67,7 @@ FOREIGN = {
     "overrides": set(),
     "report": set(),
     "auto": set(),
-    "cli": {"tqdm"},
+    "cli": set(),
 }
 """Modules that must stay usable without torch, and what they may use besides the standard library."""
 
