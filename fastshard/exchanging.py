@@ -87,7 +87,8 @@ def exchange(change: Change) -> bool:
             here, there = change.folder.status(), parent.status()
             if parent.identity(base) != change.folder.identity() or here.st_dev != there.st_dev:
                 return False
-            beside = stack.enter_context(make_beside(parent, base, change.held))
+            beside = make_beside(parent, base, change.held)
+            stack.callback(beside.close)
         except OSError as error:
             if error.errno in REFUSED:
                 return False
