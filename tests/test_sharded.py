@@ -4,6 +4,7 @@
 ``integration/loaders.py`` compares with vLLM's and SGLang's own classes, which are too large for every run.
 """
 
+import contextlib
 import copy
 import errno
 import json
@@ -17,6 +18,7 @@ import torch
 from helpers import DTYPES, FLOAT4, filled, names, run, same, snapshot
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from test_directory import killed_at
 
 from fastshard import SaveError, load_sharded_state, save_sharded_state, sharded, stats
 from fastshard.manifest import Names, Ranks, read_manifest
@@ -776,3 +778,32 @@ def test_loading_by_many_threads_raises_the_first_error(
     with pytest.raises(OSError) as raised:
         load_sharded_state(zeros(state), tmp_path)
     assert raised.value is failed
+
+
+@pytest.mark.parametrize("counts", [(4, 2), (2, 4)], ids=["fewer parts", "more parts"])
+def test_killed_anywhere_a_folder_with_others_in_it_can_be_loaded(
+    tmp_path: Path, counts: tuple[int, int]
+) -> None:
+    """By vLLM, too, which opens what matches its pattern. The folder cannot be exchanged: another one is in it."""
+    before, after = (layers(2 * count, seed=count) for count in counts)
+    loaded = set()
+    for count in range(0, 300, 2):
+        folder = tmp_path / str(count)
+        (folder / "logs").mkdir(parents=True)
+        save_sharded_state(before, folder, max_size=800)
+        killed = killed_at(count, folder, {}, lambda place, _: save_sharded_state(after, place, max_size=800))
+        states = []
+        for state in (before, after):
+            found = zeros(state)
+            with contextlib.suppress(ValueError):
+                load_sharded_state(found, folder)
+                assert_equal(found, state)
+                states.append(len(state))
+        tensors = {}
+        for path in sorted(folder.glob("model-rank-0-part-*.safetensors")):
+            tensors |= load_file(path)
+        assert [len(tensors)] == states
+        loaded |= set(states)
+        if not killed:
+            break
+    assert loaded == {len(before), len(after)}
