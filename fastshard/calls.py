@@ -55,13 +55,13 @@ def replacement_of(
     return replacement
 
 
-def _by_the_original(
-    original: Function, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _by_the_original(original: Function, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     done = original(*args, **kwargs)  # the caller's error, if they are wrong
     from .activity import count_left
 
-    reason = "fastshard does not fit" if entry.belongs_to in refused else "arguments that fastshard does not know"
+    reason = (
+        "fastshard does not fit" if entry.belongs_to in refused else "arguments that fastshard does not know"
+    )
     count_left(entry.call, reason)
     return done
 

@@ -43,7 +43,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def expected(files: dict[str, dict[str, torch.Tensor]]) -> dict[str, bytes]:
     return {
-        os.path.basename(path): reference.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        os.path.basename(path): reference.save(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}
+        )
         for path, tensors in files.items()
     }
 

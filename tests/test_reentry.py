@@ -168,4 +168,6 @@ def test_signals_that_save_while_saves_go_on(tmp_path: Path) -> None:
     found = subprocess.run(
         [sys.executable, "-c", SIGNALS, tmp_path], capture_output=True, text=True, timeout=120
     )
-    assert found.stdout == "25 ['last.pt', 'last.safetensors', 'weights.pt', 'weights.safetensors']\n", found.stderr
+    assert found.stdout == "25 ['last.pt', 'last.safetensors', 'weights.pt', 'weights.safetensors']\n", (
+        found.stderr
+    )
