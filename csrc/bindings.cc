@@ -3,6 +3,8 @@
 // exceptions Python has for them, and the GIL is free in every call that can block.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <cxxabi.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <map>
@@ -32,12 +34,19 @@ namespace {
 // How long a signal's handler may have to wait.
 constexpr double kSignalsSeconds = 0.1;
 
-// As py::gil_scoped_release. A daemon thread that comes back when the interpreter ends is ended by it, as by an exception
-// (pthread_exit), which a destructor must let pass: else all of the process is aborted.
+// As py::gil_scoped_release. A daemon thread that comes back when the interpreter ends is ended by Python before 3.14 with
+// pthread_exit(), which unwinds the stack through destructors that must not throw: all of the process would be aborted.
+// It waits for the end of the process instead, as newer versions let it.
 class GilReleased {
  public:
   GilReleased() : state_(PyEval_SaveThread()) {}
-  ~GilReleased() noexcept(false) { PyEval_RestoreThread(state_); }
+  ~GilReleased() {
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (const abi::__forced_unwind&) {
+      for (;;) pause();
+    }
+  }
   GilReleased(const GilReleased&) = delete;
   GilReleased& operator=(const GilReleased&) = delete;
 
