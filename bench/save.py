@@ -223,6 +223,11 @@ def _scratch(directory: Path | None) -> Iterator[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 1 when bytes were wrong or could not be verified; goals never change it."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["small-saves"]:  # with options of its own
+        from .small_saves import main as small_saves
+
+        return small_saves(argv[1:])
     parser = _parser()
     args = parser.parse_args(argv)
     if args.probe:
@@ -231,6 +236,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print(_list())
         return 0
+    if args.plot:  # now, not after everything has been measured
+        try:
+            importlib.import_module("matplotlib")
+        except ImportError:
+            parser.error("--plot needs matplotlib")
     kind = machine.device_kind(args.device)
     if kind not in KINDS or (kind != CPU and not torch.cuda.is_available()):
         parser.error(f"--device {args.device}: torch has none here")

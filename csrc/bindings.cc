@@ -434,7 +434,8 @@ PYBIND11_MODULE(_native, module) {
       },
       "nbytes"_a);
   // Keeps an object for ever: in a forked child, the parent's threads are not there to finish what it stands for.
-  module.def("leak", [](const py::object& object) { object.inc_ref(); }, "object"_a);
+  module.def(
+      "leak", [](const py::object& object) { object.inc_ref(); }, "object"_a);
 
   module.def("schedule", &schedule_of, "files"_a, "slot_nbytes"_a, "packed_nbytes"_a, "in_place_nbytes"_a, "max_ops"_a,
              "in_place"_a, "block_nbytes"_a = 1);

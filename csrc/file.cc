@@ -134,7 +134,8 @@ void OutputFile::open_temporary() {
   const int refusal = errno;
   if (fd_ && refusal != ENOENT && refusal != ENOTDIR && refusal != EACCES) fail("access", refusal);
   if (fd_ || refusal != ENOENT) note_fallback("O_TMPFILE", refusal);
-  const int error = take_name(target_, path_, [&](const std::string& name) { return open_named(name); }, temporary_);
+  const int error = take_name(
+      target_, path_, [&](const std::string& name) { return open_named(name); }, temporary_);
   if (error != 0) fail("open", error);
   if (target_.replaced) return;
   struct stat made;
@@ -246,7 +247,13 @@ void OutputFile::write(std::span<iovec> parts, uint64_t offset) {
 
 Mapping OutputFile::window(uint64_t offset, uint64_t nbytes) {
   Mapping window(fd_.get(), offset, nbytes, path_);
-  populate(window.bytes(), path_);
+  try {
+    populate(window.bytes(), path_);
+  } catch (const IoError& error) {
+    // Pages of a file in memory can be lacking; those of a disk are reserved, so that it has failed.
+    const int code = error.code().value();
+    fail("populate", code == ENOSPC && preallocated_ && !memory_backed_ ? EIO : code);
+  }
   return window;
 }
 
@@ -272,9 +279,8 @@ void OutputFile::evict_behind(uint64_t offset, uint64_t nbytes) {
   while (behind_.size() > kRangesBehind) {
     const auto [begin, length] = behind_.front();
     behind_.pop_front();
-    const int error =
-        request_writeback(fd_.get(), begin, length,
-                          SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+    const int error = request_writeback(
+        fd_.get(), begin, length, SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
     if (error != 0) fail("sync_file_range", error);
     posix_fadvise(fd_.get(), static_cast<off_t>(begin), static_cast<off_t>(length), POSIX_FADV_DONTNEED);
   }

@@ -127,8 +127,8 @@ class OutputFile {
   const uint64_t save_nbytes_;  // of all files of the save
   bool preallocated_ = false;
   Descriptor fd_;
-  std::string temporary_;           // empty while the file has no name
-  std::optional<mode_t> new_mode_;  // of a new file under a hidden name, where it still has less
+  std::string temporary_;               // empty while the file has no name
+  std::optional<mode_t> new_mode_;      // of a new file under a hidden name, where it still has less
   std::optional<struct stat> adopted_;  // of the file whose attributes it has
   // Of a file that was suspended: which one it is, how it is opened again, and its first page mapped, which keeps the
   // mark of the descriptor that is gone.

@@ -8,6 +8,7 @@ Where a new file cannot take the place of the old one (``in_place.py``), torch w
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -21,11 +22,11 @@ import torch
 
 from . import tensors as _tensors
 from .activity import count_left
-from .archive_by_torch import Replacement, can_replace, replace_by_torch, sync_published
+from .archive_by_torch import can_replace, replace_by_bytes, replace_by_torch, sync_folder
 from .archive_errors import NO_SPACE, archive_error, archive_errors, no_space
 from .archive_skeleton import NotByEngine, Pickling, Plan, Skeleton, make_skeleton, plan, stem_in_archive
 from .engine import Engine, Options, Stats, engine_for, progress_wanted
-from .in_place import LATE, why_in_place
+from .in_place import LATE, note_made, why_in_place
 from .patching import original_of
 from .plan import FilePlan
 from .planning import encoded_path
@@ -127,27 +128,29 @@ def _save(original: Callable[..., None], pickling: Pickling, f: Any, how: _How, 
     if not stem_in_archive(path):
         count_left(_CALL, "a path that torch takes for no file name")
         return by_torch(path)
-    _check_place(path)
     with archive_errors(path):
-        reason = why_in_place(path)
+        encoded_path(path)
+        try:
+            reason = why_in_place(path)
+        except (FileNotFoundError, NotADirectoryError):
+            _check_folder(path)
+            reason = None
     if in_place:
         reason = reason or "in_place=True"
     if reason:
         return _write_over(by_torch, path, reason, how)
     try:
-        if pickling.new_format:
-            reason = _write_new(pickling, path, how, began)
-        else:
-            reason = "the old format"
+        reason = _write_new(pickling, path, how, began) if pickling.new_format else "the old format"
     except OSError as error:
         if error.errno not in LATE or error.filename != path or getattr(error, "published", False):
             raise
         if not os.path.lexists(path):
             raise
         # Found out late: the file that is there can be opened, which has been tried.
-        return _write_over(by_torch, path, f"a file that cannot be replaced ({errno.errorcode[error.errno]})", how)
+        late = f"a file that cannot be replaced ({errno.errorcode[error.errno]})"
+        return _write_over(by_torch, path, late, how)
     if reason:
-        if not can_replace(path):
+        if not can_replace():
             return _write_over(by_torch, path, reason, how)
         count_left(_CALL, reason)
         by_name = pickling.new_format and path.isascii()
@@ -156,24 +159,23 @@ def _save(original: Callable[..., None], pickling: Pickling, f: Any, how: _How, 
 
 def _write_new(pickling: Pickling, path: str, how: _How, began: float) -> str | None:
     """By the engine, or, if it is small, at once. Why it cannot be; ``None``: it stands."""
-    progress = progress_wanted(how.progress)
-    with Replacement(path, how.durable, how.keep_cached) as new:
-        try:
-            at_once = how.engine is None and not progress and can_replace(path)
-            skeleton = make_skeleton(pickling, path, new.open if at_once else None)
-            if skeleton is None:
-                new.publish()
-                seconds = time.perf_counter() - began
-                keep_stats(_stats_of(new.nbytes, seconds), _CALL, path)
-                return None
-            planned = plan(skeleton)
-        except NotByEngine as why:
-            return str(why)
     try:
-        _write(path, skeleton, planned, how, began)
+        skeleton = make_skeleton(pickling, path)
+        planned = None if isinstance(skeleton, bytes) else plan(skeleton)
+    except NotByEngine as why:
+        return str(why)
+    nbytes = len(skeleton) if isinstance(skeleton, bytes) else skeleton.nbytes
+    try:
+        if planned is not None:
+            _write(path, skeleton, planned, how, began)
+        elif how.engine is None and not progress_wanted(how.progress) and can_replace():
+            replace_by_bytes(skeleton, path, how.durable, how.keep_cached)
+            keep_stats(_stats_of(nbytes, time.perf_counter() - began), _CALL, path)
+        else:
+            _write(path, skeleton, None, how, began)
     except OSError as error:
         if error.errno in NO_SPACE and not getattr(error, "published", False):
-            raise no_space(error.errno, path, len(skeleton.mapping)) from None
+            raise no_space(error.errno, path, nbytes) from None
         raise
     return None
 
@@ -196,21 +198,27 @@ def _stats_of(nbytes: int, seconds: float) -> Stats:
     )
 
 
-def _write(path: str, skeleton: Skeleton, planned: Plan, how: _How, began: float) -> None:
+def _write(path: str, skeleton: Skeleton | bytes, planned: Plan | None, how: _How, began: float) -> None:
+    """By the engine; without a plan the bytes as they are."""
+    place = encoded_path(path)
+    file = FilePlan(place, skeleton, []) if planned is None else FilePlan(place, b"", planned.items)
     with archive_errors(path):
         future = engine_for(how.engine).submit(
-            [FilePlan(encoded_path(path), b"", planned.items)],
+            [file],
             keep_alive=(planned, skeleton),
-            streams=_tensors.current_streams(view.device for view in planned.items),
+            streams=_tensors.current_streams(view.device for view in file.items),
             durable=how.durable,
             keep_cached=how.keep_cached,
-            checksums=planned.amend is not None,
-            fetch=planned.fetch,
-            amend=planned.amend,
+            checksums=planned is not None and planned.amend is not None,
+            follow_links=True,
+            fetch=planned and planned.fetch,
+            amend=planned and planned.amend,
             plan_seconds=time.perf_counter() - began,
             description=os.path.basename(path),
         )
         keep_stats(future.result(progress_wanted(how.progress)), _CALL, path)
+    with contextlib.suppress(OSError):  # others may have moved it already
+        note_made(path)
 
 
 def _write_over(by_torch: Callable[[Any], None], path: str, reason: str, how: _How) -> None:
@@ -230,7 +238,7 @@ def _write_over(by_torch: Callable[[Any], None], path: str, reason: str, how: _H
         finally:
             os.close(descriptor)
     if how.durable:
-        sync_published(path)
+        sync_folder(os.fsencode(os.path.dirname(os.path.realpath(path))), path)
 
 
 def _kind_of(f: object) -> str:
@@ -245,15 +253,12 @@ def _original() -> Callable[..., None]:
     return original_of("torch.serialization", "save")
 
 
-def _check_place(path: str) -> None:
-    """Raises for what can be no file before anything is pickled, as torch does."""
+def _check_folder(path: str) -> None:
+    """Raises where there is none, before anything is pickled, as torch does."""
     folder = os.path.dirname(path)
-    with archive_errors(path):
-        encoded_path(path)
-    with archive_errors(path):
-        try:
-            is_folder = not folder or stat.S_ISDIR(os.stat(folder).st_mode)
-        except (FileNotFoundError, NotADirectoryError):
-            is_folder = False
-        if not is_folder:
-            raise archive_error(errno.ENOENT, f"Parent directory {folder} does not exist.", path)
+    try:
+        is_folder = not folder or stat.S_ISDIR(os.stat(folder).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_folder = False
+    if not is_folder:
+        raise archive_error(errno.ENOENT, f"Parent directory {folder} does not exist.", path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -13,24 +12,32 @@ from typing import Any
 from .errors import ArchiveError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_OF_TORCH_WRITING = ("PytorchStreamWriter", "unexpected pos", "iostream error", "write(): ", "open file failed")
+_OF_TORCH_WRITING = (
+    "PytorchStreamWriter",
+    "unexpected pos",
+    "iostream error",
+    "write(): ",
+    "open file failed",
+)
 """In the texts of torch's errors when it cannot write a file."""
+_classes: dict[type[OSError], type[ArchiveError]] = {}
 
 
 def archive_error(number: int, text: str, path: Any, *, published: bool = False) -> ArchiveError:
     """An :class:`ArchiveError` that is also what ``open`` would raise, as ``PermissionError``: torch raises either
     class, by format and name of the file."""
-    error = _class_for(type(OSError(number, text)))(number, text, path)
+    error: ArchiveError = _class_for(type(OSError(number, text)))(number, text, path)
     error.published = published
     return error
 
 
-@functools.cache
 def _class_for(kind: type[OSError]) -> Any:
     if issubclass(ArchiveError, kind):
         return ArchiveError
+    if kind in _classes:
+        return _classes[kind]
     members = {"__module__": ArchiveError.__module__, "__reduce__": _reduced, "__doc__": ArchiveError.__doc__}
-    return type(ArchiveError.__name__, (ArchiveError, kind), members)
+    return _classes.setdefault(kind, type(ArchiveError.__name__, (ArchiveError, kind), members))
 
 
 def _reduced(error: OSError) -> tuple[Any, ...]:
@@ -62,21 +69,28 @@ def no_space(number: int, path: str, needed: int | None) -> ArchiveError:
         space = os.statvfs(folder)
         said.append(f"{space.f_bavail * space.f_frsize:,} bytes are free")
     if os.path.lexists(path):
-        said.append("the old file is kept until the new one stands (torch_save(..., in_place=True) writes over it)")
-    return archive_error(number, "; ".join([f"{os.strerror(number)}: {', '.join(said[:2])}", *said[2:]]), path)
+        how = "torch_save(..., in_place=True) writes over it"
+        said.append(f"the old file is kept until the new one stands ({how})")
+    text = "; ".join([f"{os.strerror(number)}: {', '.join(said[:2])}", *said[2:]])
+    return archive_error(number, text, path)
 
 
-def why_torch_failed(error: Exception, descriptor: int, path: str) -> ArchiveError | None:
+def why_torch_failed(error: Exception, descriptor: int, path: str, skipped: int = 0) -> ArchiveError | None:
     """What the file says when torch could not write it: torch does not tell, or not the name. ``None``: it was
-    something else, pickling perhaps."""
-    known = isinstance(error, OSError) and error.filename is None and error.errno in (*NO_SPACE, errno.EIO)
-    if not known and not (isinstance(error, RuntimeError) and any(t in str(error) for t in _OF_TORCH_WRITING)):
+    something else, pickling perhaps. ``skipped``: bytes that torch has left out."""
+    if isinstance(error, OSError):
+        known = error.filename is None
+    else:
+        known = isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_TORCH_WRITING)
+    if not known:
         return None
     try:
         size = os.fstat(descriptor).st_size
-        os.pwrite(descriptor, bytes(1 << 16), size)
+        os.pwrite(descriptor, bytes(1 << 16), size + skipped)
         os.ftruncate(descriptor, size)
     except OSError as again:
         number = again.errno or errno.EIO
-        return no_space(number, path, None) if number in NO_SPACE else archive_error(number, os.strerror(number), path)
+        if number in NO_SPACE:
+            return no_space(number, path, None)
+        return archive_error(number, os.strerror(number), path)
     return None

@@ -9,24 +9,23 @@ middle of it writes what it would write at any time.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import mmap
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import torch
 
 from . import tensors as _tensors
 from .archive_errors import archive_errors, why_torch_failed
 from .engine import Amend
+from .errors import ArchiveError
 from .plan import FETCHED, HOST, TensorView
-from .planning import collector_paused
 from .records import Archive, UnknownLayout
 
-Held: Final = Any
+Held: TypeAlias = Any
 """What a hole is for: an ``UntypedStorage``, or the ``bytes`` of a pickle."""
 
 _LARGE: Final = 64 << 10
@@ -56,6 +55,11 @@ class Skeleton(NamedTuple):
     holes: dict[str, Held]
     """By the names of their records."""
 
+    @property
+    def nbytes(self) -> int:
+        """Of the whole archive."""
+        return len(self.mapping)
+
 
 class Plan(NamedTuple):
     items: list[TensorView]
@@ -63,49 +67,49 @@ class Plan(NamedTuple):
     amend: Amend | None
 
 
-def make_skeleton(pickling: Pickling, path: str, small: Callable[[], Any] | None = None) -> Skeleton | None:
-    """``small`` opens the file that a small archive is written to, which then has all of it: ``None``.
+def make_skeleton(pickling: Pickling, path: str) -> Skeleton | bytes:
+    """A small archive has no holes: its bytes.
 
-    Raises :class:`NotByEngine`, what pickling raises, and :class:`ArchiveError` where there is no memory, or no file.
+    Raises :class:`NotByEngine`, what pickling raises, and :class:`ArchiveError` where there is no memory.
     """
     if not torch_makes_holes():
         raise NotByEngine("a torch that makes no holes")
     if getattr(getattr(torch.serialization, "_serialization_tls", None), "skip_data", False):
         raise NotByEngine("an active skip_data()")
     torch.serialization._check_dill_version(pickling.module)
-    with contextlib.ExitStack() as stack:
-        writer = _Writer(path, small, stack)
+    with _Writer(path) as writer:
         try:
             torch.serialization._save(
                 pickling.obj, writer, pickling.module, pickling.protocol, pickling.no_byteorder
             )
             writer.end()
         except (RuntimeError, OSError) as error:
-            failed = None if writer.file is None else why_torch_failed(error, writer.file.fileno(), path)
+            failed = writer.why_failed(error)
             if failed is None:
                 raise
             raise failed from error
-        if writer.is_small:
-            return None
         with archive_errors(path):
-            return Skeleton(mmap.mmap(writer.file.fileno(), 0), writer.holes)
+            if writer.is_small:
+                return os.pread(writer.memory, os.fstat(writer.memory).st_size, 0)
+            return Skeleton(mmap.mmap(writer.memory, 0), writer.holes)
 
 
 def torch_makes_holes() -> bool:
     """Since 2.6."""
-    return hasattr(torch._C.PyTorchFileWriter, "write_record_metadata") and hasattr(torch.serialization, "_save")
+    writer = torch._C.PyTorchFileWriter
+    return hasattr(writer, "write_record_metadata") and hasattr(torch.serialization, "_save")
 
 
-def named_like(path: str, file: Any) -> Any:
-    """What torch is told to write to, so that it writes to the open ``file`` what it would write to ``path``.
+def named_like(path: str, descriptor: int) -> Any:
+    """What torch is told to write to, so that it writes to the descriptor's file what it would write to ``path``.
 
     An archive's top folder has the name of the file: what stands behind the last slash or backslash. The system call
     that opens it ends at the zero byte. The folder is called ``archive`` where the path is not ASCII: torch then opens
     the file in Python.
     """
     if not path.isascii():
-        return file
-    return f"/proc/self/fd/{file.fileno()}\0\\{os.path.basename(path)}"
+        return open(descriptor, "wb", closefd=False)
+    return f"/proc/self/fd/{descriptor}\0\\{os.path.basename(path)}"
 
 
 def stem_in_archive(path: str) -> str:
@@ -117,16 +121,21 @@ def stem_in_archive(path: str) -> str:
 class _Writer:
     """Stands for torch's zip writer, which it makes when pickling has ended and the first record comes."""
 
-    def __init__(self, path: str, small: Callable[[], Any] | None, stack: contextlib.ExitStack) -> None:
+    def __init__(self, path: str) -> None:
         self._path = path
-        self._open_small = small
-        self._stack = stack
         self._opened: Any = None
         self._writer: Any = None
         self._left = _MOST_INSIDE
-        self.file: Any = None
+        self.memory = -1
         self.is_small = False
         self.holes: dict[str, Held] = {}
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.memory >= 0:
+            os.close(self.memory)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._writer, name)
@@ -146,26 +155,25 @@ class _Writer:
     def end(self) -> None:
         self._opened.__exit__(None, None, None)
 
+    def why_failed(self, error: Exception) -> ArchiveError | None:
+        """``None``: what the error says."""
+        if self.memory < 0:
+            return None
+        skipped = sum(len(held) if isinstance(held, bytes) else held.nbytes() for held in self.holes.values())
+        return why_torch_failed(error, self.memory, self._path, skipped)
+
     def _begin(self, storages: Any, nbytes: int) -> None:
         if not isinstance(storages, dict):
             raise NotByEngine("a torch that keeps its storages elsewhere")
         # What is on a device torch would copy to the host as a whole.
-        elsewhere = {
-            key: _Elsewhere(storage)
-            for key, storage in storages.items()
-            if storage.device.type not in ("cpu", "meta")
-        }
+        elsewhere = {key: _Elsewhere(held) for key, held in storages.items() if _is_elsewhere(held)}
         storages.update(elsewhere)
-        if self._open_small is not None and not elsewhere:
+        if not elsewhere:
             self.is_small = nbytes + sum(storage.nbytes() for storage in storages.values()) < _SMALL
-        if self.is_small:
-            self.file = self._open_small()  # type: ignore[misc]
-        else:
-            with archive_errors(self._path):
-                memory = os.memfd_create("fastshard")
-            self.file = self._stack.enter_context(open(memory, "r+b", buffering=0))
+        with archive_errors(self._path):
+            self.memory = os.memfd_create("fastshard")
         try:
-            self._opened = torch.serialization._open_zipfile_writer(named_like(self._path, self.file))
+            self._opened = torch.serialization._open_zipfile_writer(named_like(self._path, self.memory))
         except RuntimeError as error:
             raise NotByEngine("no /proc to open files by") from error
         self._writer = self._opened.__enter__()
@@ -189,34 +197,35 @@ class _Elsewhere:
         return nbytes
 
 
+def _is_elsewhere(storage: Any) -> bool:
+    return storage.device.type not in ("cpu", "meta")
+
+
 def plan(skeleton: Skeleton) -> Plan:
     """Stretches of the skeleton and what its holes are for in turn. Raises :class:`NotByEngine` where they do not
     fit together."""
     mapping, holes = skeleton
     base = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-    if not holes:
-        return Plan([TensorView(base, len(mapping), HOST)], _fetcher([]), None)
     items: list[TensorView] = []
     filled: list[str] = []
     at = 0
-    with collector_paused():
-        try:
-            archive = Archive(memoryview(mapping))
-        except UnknownLayout as error:
-            raise NotByEngine("an archive of another layout") from error
-        for record in archive.records:
-            held = holes.get(record.name)
-            if held is None:
-                continue
-            view = view_of(held)
-            if view is None or view.nbytes != record.nbytes:
-                raise NotByEngine("a storage without memory")
-            items += TensorView(base + at, record.begin - at, HOST), view
-            filled.append(record.name)
-            at = record.begin + record.nbytes
-        if len(filled) != len(holes):
-            raise NotByEngine("an archive of another layout")
-        items.append(TensorView(base + at, len(mapping) - at, HOST))
+    try:
+        archive = Archive(memoryview(mapping))
+    except UnknownLayout as error:
+        raise NotByEngine("an archive of another layout") from error
+    for record in archive.records:
+        held = holes.get(record.name)
+        if held is None:
+            continue
+        view = view_of(held)
+        if view is None or view.nbytes != record.nbytes:
+            raise NotByEngine("a storage without memory")
+        items += TensorView(base + at, record.begin - at, HOST), view
+        filled.append(record.name)
+        at = record.begin + record.nbytes
+    if len(filled) != len(holes):
+        raise NotByEngine("an archive of another layout")
+    items.append(TensorView(base + at, len(mapping) - at, HOST))
 
     def amend(checksums: Sequence[Sequence[int]]) -> list[tuple[int, int, bytes]]:
         crcs = dict(zip(filled, checksums[0][1::2], strict=True))

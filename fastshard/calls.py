@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 
 class _OfThisThread(threading.local):
-    def __init__(self) -> None:
-        self.running: set[Entry] = set()
+    @property
+    def running(self) -> set[Entry]:
+        """Made in one step: whoever interrupts an ``__init__`` finds an object without it."""
+        found: set[Entry] = self.__dict__.setdefault("_running", set())
+        return found
 
 
 _this_thread = _OfThisThread()
@@ -119,7 +122,7 @@ def binder(signature: inspect.Signature) -> Function:
             texts.append("/")
         if kind is parameter.KEYWORD_ONLY and previous not in (kind, parameter.VAR_POSITIONAL):
             texts.append("*")
-        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(kind, "")
+        stars = "*" * ((kind is parameter.VAR_POSITIONAL) + 2 * (kind is parameter.VAR_KEYWORD))
         texts.append(stars + parameter.name + ("" if parameter.default is parameter.empty else "=None"))
         previous = kind
     if previous is inspect.Parameter.POSITIONAL_ONLY:

@@ -11,7 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, BinaryIO, Final, NamedTuple
 
 from .jsontext import read_json_object
 from .layout import MAX_HEADER_NBYTES, FileHeader, StoredTensor, parse_header, read_header
@@ -108,13 +108,36 @@ def other_files(folder: str) -> list[str]:
     )
 
 
+def exists(path: str) -> bool:
+    """Whether there is something of this name. What cannot be looked at is an ``OSError``, not an absence."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def is_folder(path: str) -> bool:
+    """Whether it is one. What cannot be looked at is an ``OSError``, not an absence."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def open_file(path: str) -> BinaryIO:
+    """A regular file, to be read. Raises ``OSError``, and ``ValueError`` naming what is none; does not hang on a pipe."""
+    file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")  # noqa: SIM115 - returned
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{path!r} is not a regular file")
+    return file
+
+
 def read_stored(path: str) -> StoredFile:
     """The header of a safetensors file. Raises ``OSError``, and ``ValueError`` naming the file."""
-    # Not to hang on a pipe.
-    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+    with open_file(path) as file:
         info = os.fstat(file.fileno())
-        if not stat.S_ISREG(info.st_mode):
-            raise ValueError(f"{path!r} is not a regular file")
         try:
             header = read_header(file, info.st_size)
         except ValueError as error:
@@ -133,9 +156,7 @@ def stored_file(path: str, raw: bytes) -> StoredFile:
 
 def read_text(path: str) -> str:
     """Of a small file. Raises ``OSError``, and ``ValueError`` for one that is too large or no text."""
-    with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError(f"{path!r} is not a regular file")
+    with open_file(path) as file:
         data = file.read(_MAX_JSON_NBYTES + 1)
     if len(data) > _MAX_JSON_NBYTES:
         raise ValueError(f"{path!r} is too large")

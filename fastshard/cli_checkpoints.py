@@ -6,7 +6,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from typing import TYPE_CHECKING, Any, Final
+
+from .checkpoint import WEIGHTS_SUFFIX
+from .cli_text import fail, guarded, needs_torch, printable, size
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -54,35 +58,57 @@ def add_parsers(commands: Commands) -> None:
     for parser in (shard, merge, reshard):
         parser.add_argument("--force", action="store_true", help="replace the checkpoint that is in OUT")
         parser.add_argument("--durable", action="store_true", help="return when all is on stable storage")
+        parser.add_argument("--quiet", action="store_true", help="no progress, and nothing where all is well")
 
 
 def run(given: argparse.Namespace) -> int:
     """Does what was asked; returns the exit status."""
-    from . import reshard  # needs torch
+    return guarded(lambda: _run(given))
 
+
+def _run(given: argparse.Namespace) -> int:
+    if problem := needs_torch(given.command):
+        return fail(problem)
+    from . import reshard
+
+    shown = sys.stderr.isatty() and not given.quiet
+    if not shown and not given.quiet:
+        print(f"fastshard: {given.command} of {_described(given.src)} ...", file=sys.stderr)
+    began = time.monotonic()
     how: dict[str, Any] = {
         "force": given.force,
         "durable": given.durable,
-        "progress": True if sys.stderr.isatty() else None,
+        "progress": True if shown else None,
     }
-    try:
-        if given.command == "shard":
-            reshard.shard_checkpoint(
-                given.src,
-                given.output,
-                given.tp,
-                plan=given.plan,
-                max_shard_size=given.max_shard_size,
-                **how,
-            )
-        elif given.command == "merge":
-            reshard.merge_checkpoint(given.src, given.output, **how)
-        else:
-            reshard.reshard_checkpoint(given.src, given.output, given.max_shard_size, **how)
-    except (OSError, ValueError, ImportError) as error:
-        text = str(error)
-        if isinstance(error, OSError) and error.filename is not None:
-            text = f"{os.fsdecode(error.filename)}: {error.strerror}"
-        print(f"fastshard: {text}", file=sys.stderr)
-        return 1
+    if given.command == "shard":
+        reshard.shard_checkpoint(
+            given.src,
+            given.output,
+            given.tp,
+            plan=given.plan,
+            max_shard_size=given.max_shard_size,
+            **how,
+        )
+    elif given.command == "merge":
+        reshard.merge_checkpoint(given.src, given.output, **how)
+    else:
+        reshard.reshard_checkpoint(given.src, given.output, given.max_shard_size, **how)
+    if not given.quiet:
+        print(f"{_described(given.output)} in {time.monotonic() - began:.1f} s")
     return 0
+
+
+def _described(folder: str) -> str:
+    """Its name, and how much is in its safetensors files, those in the folders of ranks, too."""
+    files, nbytes = 0, 0
+    for place in (folder, *_ranks_in(folder)):
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if entry.name.endswith(WEIGHTS_SUFFIX) and entry.is_file():
+                    files, nbytes = files + 1, nbytes + entry.stat().st_size
+    return f"{printable(folder)}: {files} file{'s' if files != 1 else ''}, {size(nbytes)}"
+
+
+def _ranks_in(folder: str) -> list[str]:
+    with os.scandir(folder) as entries:
+        return [entry.path for entry in entries if entry.name.startswith("rank-") and entry.is_dir()]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of ``torch.save`` -> safetensors, mapped on one side and streamed on the other."""
+"""Checkpoints of ``torch.save`` -> safetensors, and back: mapped on one side and streamed on the other."""
 
 from __future__ import annotations
 
@@ -9,28 +9,37 @@ import os
 import re
 import shutil
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 import torch
 
-from .checkpoint import INDEX_SUFFIX, WEIGHTS_SUFFIX, other_files, read_text, weight_map
+from .archive import torch_save
+from .checkpoint import (
+    INDEX_SUFFIX,
+    WEIGHTS_SUFFIX,
+    exists,
+    is_folder,
+    other_files,
+    read_checkpoint,
+    read_text,
+    weight_map,
+)
 from .directory import replacing
 from .hub import save_torch_state_dict
+from .layout import read_header
+from .mapped import load_mapped
 from .saving import save_file
 from .sharing import by_storage, shared_names
+from .tensors import check_dtype
+from .whatis import FOLDER, INDEX, SAFETENSORS, TORCH, format_of_name, what_is
 
-DTYPES: Final = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8_e4m3fn": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
-"""What ``--dtype`` can name."""
+Dtype = torch.dtype | str | None
 
 _MOST_NAMED = 5
 _EARLIER: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_EXPANDED_NBYTES: Final = 1 << 30
 
 
 class Converted(NamedTuple):
@@ -48,26 +57,46 @@ def convert(
     destination: str,
     *,
     key: str | None = None,
-    dtype: torch.dtype | str | None = None,
+    dtype: Dtype = None,
     force: bool = False,
+    progress: bool | None = None,
 ) -> Converted:
-    """Writes the tensors of a ``.bin``, ``.pt`` or ``.pth`` file to a safetensors file.
+    """Writes the tensors of a checkpoint to one file: to an archive of ``torch.save`` if ``destination`` ends in ``.pt``,
+    ``.pth``, ``.bin`` or ``.ckpt``, else to a safetensors file.
 
-    The checkpoint must be a dict of tensors, or have one under ``key``. It is loaded with ``weights_only=True``, so
-    nothing in it is executed, and mapped, if it is not of torch's old format. Of names that stand for one tensor the
-    first is kept, and the others are in the metadata, as ``safetensors.torch.save_model`` has them; views that only
-    overlap become tensors of their own. ``dtype``: as for :func:`fastshard.save_file`.
+    ``source``: a file of ``torch.save`` or a safetensors file, whatever its name; an index; or a folder with one of these.
+    A checkpoint of ``torch.save`` must be a dict of tensors, or have one under ``key``. It is loaded with
+    ``weights_only=True``, so nothing in it is executed, and mapped, if it is not of torch's old format. Of names that stand
+    for one tensor a safetensors file keeps the first, and the others are in the metadata, as
+    ``safetensors.torch.save_model`` has them; views that only overlap become tensors of their own. An archive keeps what
+    is shared, and gets back the names that such metadata tell. ``dtype``: as for :func:`fastshard.save_file`; what is cast
+    for an archive takes memory.
 
     Raises:
-        ValueError: the checkpoint is not of this kind; the text says what can be done.
+        ValueError: the checkpoint is not of this kind; the text says which file, what it is and what can be done.
         OSError: a file cannot be read or written, or, unless ``force`` is given, ``destination`` exists.
     """
-    if not force and os.path.lexists(destination):
+    target = check_dtype(dtype)
+    kind = format_of_name(destination)
+    if not force and exists(destination):
         raise FileExistsError(errno.EEXIST, "exists; --force replaces it", destination)
-    tensors = _tensors_of(_load(source), key)
+    tensors, metadata = _load_all(source, key, into=destination if kind == TORCH else None)
+    if kind == TORCH:
+        for name, kept in metadata.items():
+            if kept in tensors and name not in tensors:
+                tensors[name] = tensors[kept]
+        torch_save(_cast(tensors, target), destination, progress=progress)
+        return Converted(len(tensors), os.stat(destination).st_size, {})
     dropped = _separate(tensors)
-    with _named(tensors):
-        save_file(tensors, destination, {"format": "pt", **dropped}, dtype=dtype, allow_strided=True)
+    with _named(tensors, source):
+        save_file(
+            tensors,
+            destination,
+            {"format": "pt", **metadata, **dropped},
+            dtype=target,
+            allow_strided=True,
+            progress=progress,
+        )
     return Converted(len(tensors), os.stat(destination).st_size, dropped)
 
 
@@ -76,41 +105,41 @@ def convert_folder(
     destination: str,
     *,
     key: str | None = None,
-    dtype: torch.dtype | str | None = None,
+    dtype: Dtype = None,
     max_shard_size: int | str = "5GB",
     force: bool = False,
+    progress: bool | None = None,
 ) -> Converted:
-    """The same for a checkpoint of several files, or one that becomes several: as :func:`convert`, but ``destination``
-    is a folder, which gets shards and an index as ``huggingface_hub.save_torch_state_dict`` makes them.
+    """The same for a checkpoint that becomes a folder: as :func:`convert`, but ``destination`` gets shards and an index
+    as ``huggingface_hub.save_torch_state_dict`` makes them.
 
-    ``source``: a file; a ``*.bin.index.json``; or a folder with that, or with a ``pytorch_model.bin``, whose other files
-    (configuration, tokenizer, ...) are copied. ``destination`` may be the same folder.
+    The other files of a source that is a folder (configuration, tokenizer, ...) are copied. ``destination`` may be the
+    same folder.
 
     Raises ``ValueError``, too, for an index that does not fit its files, naming them. Unless ``force`` is given, a folder
     that has safetensors files already is refused.
     """
-    if not force and os.path.isdir(destination):
+    target = check_dtype(dtype)
+    if not force and is_folder(destination):
         for name in sorted(os.listdir(destination)):
             if name.endswith((WEIGHTS_SUFFIX, INDEX_SUFFIX)):
                 path = os.path.join(destination, name)
                 raise FileExistsError(errno.EEXIST, "exists; --force replaces it", path)
-    folder = source if os.path.isdir(source) else None
-    files = _files_of(source)
-    tensors: dict[str, torch.Tensor] = {}
-    for path, names in files.items():
-        found = _tensors_of(_load(path), key)
-        if names is not None and names != found.keys():
-            different = _listed(sorted(names ^ found.keys()))
-            raise ValueError(f"{path}: its tensors are not those of the index: {different}")
-        tensors.update(found)
+    folder = source if is_folder(source) else None
+    tensors, metadata = _load_all(source, key)
     dropped = _separate(tensors)
     for name, tensor in tensors.items():  # the hub takes no part of a storage for a tensor
         if tensor.layout == torch.strided and tensor.nbytes != tensor.untyped_storage().nbytes():
             tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
     with replacing(destination, lambda name: _EARLIER.fullmatch(name) is not None, create=True) as staging:
-        with _named(tensors):
+        with _named(tensors, source):
             save_torch_state_dict(
-                tensors, staging, max_shard_size=max_shard_size, metadata=dict(dropped), dtype=dtype
+                tensors,
+                staging,
+                max_shard_size=max_shard_size,
+                metadata={**metadata, **dropped},
+                dtype=target,
+                progress=progress,
             )
         nbytes = sum(entry.stat().st_size for entry in os.scandir(staging))
         if folder is not None and os.path.realpath(folder) != os.path.realpath(destination):
@@ -119,44 +148,122 @@ def convert_folder(
     return Converted(len(tensors), nbytes, dropped)
 
 
+def _load_all(
+    source: str, key: str | None, into: str | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of all files of a checkpoint, and what the safetensors ones among them have in common as metadata.
+
+    ``into``: a file that may be written in place, so no tensor of it can stay mapped.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    metadata: dict[str, str] | None = None
+    for path, names in _files_of(source).items():
+        found, told = _load(
+            path, key, mapped=into is None or os.path.realpath(into) != os.path.realpath(path)
+        )
+        if names is not None and names != found.keys():
+            different = _listed(sorted(names ^ found.keys()))
+            raise ValueError(f"{path}: its tensors are not those of the index: {different}")
+        twice = sorted(tensors.keys() & found.keys())
+        if twice:
+            raise ValueError(f"{path}: another file has {_listed(twice)}, too")
+        tensors.update(found)
+        metadata = told if metadata is None else dict(metadata.items() & told.items())
+    return tensors, metadata or {}
+
+
 def _files_of(source: str) -> dict[str, set[str] | None]:
     """Paths of a checkpoint's files, and the tensors that an index says are in them."""
+    what = what_is(source)
     index = source
-    if os.path.isdir(source):
+    if what.kind == FOLDER:
         index = os.path.join(source, "pytorch_model.bin.index.json")
-        if not os.path.exists(index):
-            return {os.path.join(source, "pytorch_model.bin"): None}
-    elif not source.endswith(".index.json"):
+        if not exists(index):
+            whole = os.path.join(source, "pytorch_model.bin")
+            if exists(whole):
+                return {whole: None}
+            if "safetensors" not in what.text:
+                raise ValueError(
+                    f"{source}: {what.text}: no pytorch_model.bin, no index, no {WEIGHTS_SUFFIX} file"
+                )
+            checkpoint = read_checkpoint(source)
+            return {file.path: {t.name for t in file.header.tensors} for file in checkpoint.files.values()}
+    elif what.kind != INDEX:
         return {source: None}
+    suffix = WEIGHTS_SUFFIX if index.endswith(INDEX_SUFFIX) else ".bin"
     files: dict[str, set[str] | None] = {}
-    for tensor, name in weight_map(read_text(index), index, ".bin").items():
+    for tensor, name in weight_map(read_text(index), index, suffix).items():
         path = os.path.join(os.path.dirname(index), name)
         files[path] = {*(files.get(path) or ()), tensor}
     return files
 
 
 @contextlib.contextmanager
-def _named(tensors: dict[str, torch.Tensor]) -> Iterator[None]:
-    """What the format does not have, with the names of the tensors."""
+def _named(tensors: dict[str, torch.Tensor], source: str) -> Iterator[None]:
+    """What the format does not have, with the names of the tensors and of the file."""
     try:
         yield
     except KeyError as error:
         names = [name for name, tensor in tensors.items() if tensor.dtype == error.args[0]]
-        raise ValueError(f"safetensors has no {error.args[0]}: {_listed(names)}") from None
+        raise ValueError(f"{source}: safetensors has no {error.args[0]}: {_listed(names)}") from None
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
-def _load(source: str) -> object:
-    with open(source, "rb") as file:
-        mapped = file.read(4) == b"PK\x03\x04"  # the old format cannot be
+def _load(path: str, key: str | None, mapped: bool) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors of one file, whatever its name, and its metadata."""
+    what = what_is(path)
+    if what.kind == FOLDER:
+        raise ValueError(f"{path}: {what.text}, not a file")
+    if not what.is_whole or what.kind not in (TORCH, SAFETENSORS):
+        raise ValueError(f"{path}: {what.text}: neither a checkpoint of torch.save nor a safetensors file")
+    if what.kind == TORCH:
+        try:
+            return _tensors_of(_load_archive(path, mapped and "old" not in what.text), key), {}
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    if key is not None:
+        raise ValueError(f"{path}: a safetensors file has no entries for --key to name")
+    with open(path, "rb") as file:
+        try:
+            metadata = read_header(file, os.fstat(file.fileno()).st_size).metadata
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    found = load_mapped(path)
+    return (found if mapped else {name: t.clone() for name, t in found.items()}), metadata or {}
+
+
+def _load_archive(path: str, mapped: bool) -> object:
+    if mapped:
+        _check_records(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about TypedStorage, in the middle of torch
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+            with open(path, "rb") as file:
+                # Under a name without suffix: torch reads what is called .safetensors in another way.
+                name = f"/proc/self/fd/{file.fileno()}" if path.endswith(WEIGHTS_SUFFIX) else path
+                return torch.load(name, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # of any kind, if it is no checkpoint at all
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"torch.load(weights_only=True) cannot read it: {reason[0]}") from None
+        text = str(error).strip()
+        unsafe = re.search(r"(?:GLOBAL|class) ([\w.]+)", text)
+        if unsafe:
+            reason = f"there is a {unsafe[1]} in it, not only tensors"
+        else:
+            reason = (text.splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"torch.load(weights_only=True) cannot read it: {reason}") from None
+
+
+def _check_records(path: str) -> None:
+    """Records of ``torch.save`` lie in the file as they are, one behind the other: what is compressed, or lies there for
+    several at once, could grow to anything."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise ValueError("its records are compressed, which torch.save never does")
+    if sum(record.file_size for record in records) > os.stat(path).st_size:
+        raise ValueError("its records are larger than the file")
 
 
 def _tensors_of(loaded: object, key: str | None) -> dict[str, torch.Tensor]:
@@ -176,7 +283,27 @@ def _tensors_of(loaded: object, key: str | None) -> dict[str, torch.Tensor]:
     unnamed = [name for name in found if not isinstance(name, str)]
     if unnamed:
         raise ValueError(f"names of tensors must be strings: {_listed(unnamed)}")
+    for name, tensor in found.items():
+        if tensor.layout == torch.strided and tensor.nbytes > _EXPANDED_NBYTES:
+            stored = tensor.untyped_storage().nbytes()
+            if tensor.nbytes > 100 * stored:
+                raise ValueError(f"{name!r} has {stored} bytes, which it repeats to {tensor.nbytes}: a bomb?")
     return dict(found)
+
+
+def _cast(tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Floating-point tensors as another type; one that has several names stays one."""
+    if dtype is None:
+        return tensors
+    made: dict[tuple[object, ...], torch.Tensor] = {}
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.layout == torch.strided:
+            what = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+            if what not in made or tensor.numel() == 0:
+                made[what] = tensor.to(dtype)
+            found[name] = made[what]
+    return found
 
 
 def _is_state_dict(value: object) -> bool:

@@ -8,11 +8,16 @@ followed by the kernel alone, which knows whose links may be followed.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import ctypes
 import errno
+import fcntl
+import functools
 import os
 import stat
 import sys
+import time
 from typing import Final
 
 LATE: Final = frozenset(
@@ -35,16 +40,17 @@ _ATTRIBUTES: Final = (8, 56)
 """Offsets in the answer of statx: attributes of the file, and those that the filesystem knows."""
 _MOUNT_ROOT: Final = 0x2000
 
+_LET_GO_SECONDS: Final = 2.0
+_made: Final[collections.deque[tuple[int, int]]] = collections.deque(maxlen=256)
+"""Device and inode of the newest files of the engine."""
+
 
 def why_in_place(path: str) -> str | None:
-    """Why the file has to be written over; ``None``: it can be replaced, or is not there yet.
+    """Why the file has to be written over; ``None``: it can be replaced, or (``FileNotFoundError``) is not there.
 
     Raises ``OSError`` where the file can neither be looked at nor be opened for writing, as opening it does.
     """
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        return None
+    mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     if not stat.S_ISREG(mode):
@@ -64,37 +70,39 @@ def _why(descriptor: int, path: str) -> str | None:
     user = os.geteuid()
     if user and not (info.st_uid == user and info.st_gid in (os.getegid(), *os.getgroups())):
         return "another user's or group's file"
-    if _by_process(path):
-        return "a path that leads through /proc"
-    try:
-        place = os.readlink(f"/proc/self/fd/{descriptor}")
-    except FileNotFoundError:
-        return None
-    directory, name = os.path.split(place)
-    try:
-        folder = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return "a file that is not found by its name"
-    try:
-        return _why_in(folder, name, descriptor, info) or _why_open(descriptor, info, place)
-    finally:
-        os.close(folder)
+    place = path
+    if not _is(info, path):
+        if _by_process(path):
+            return "a path that leads through /proc"
+        try:
+            place = os.readlink(f"/proc/self/fd/{descriptor}")
+        except FileNotFoundError:  # no /proc here
+            place = os.path.realpath(path)
+        if not _is(info, place):
+            return "a file that is not found by its name"
+    if not _may_be_renamed_to(info, os.path.dirname(place) or "."):
+        return "a folder that may not be written to"
+    if _is_mount(descriptor, place):
+        return "a file that is a mount point"
+    return _why_open_by_others(descriptor, info, place)
 
 
-def _why_in(folder: int, name: str, descriptor: int, info: os.stat_result) -> str | None:
-    """What is against a rename in its folder."""
+def _is(info: os.stat_result, place: str) -> bool:
+    """Whether it is what stands there, a link not followed."""
     try:
-        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        found = None
-    if found is None or not os.path.samestat(found, info):
-        return "a file that is not found by its name"
-    if not os.access(".", os.W_OK | os.X_OK, dir_fd=folder, effective_ids=True):
-        return "a folder that may not be written to"
-    held = os.fstat(folder)
-    if held.st_mode & stat.S_ISVTX and os.geteuid() not in (0, info.st_uid, held.st_uid):
-        return "a folder that may not be written to"
-    return "a file that is a mount point" if _is_mount(descriptor, folder) else None
+        return os.path.samestat(os.lstat(place), info)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _may_be_renamed_to(info: os.stat_result, folder: str) -> bool:
+    user = os.geteuid()
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+        return False
+    if user in (0, info.st_uid):
+        return True
+    held = os.stat(folder)
+    return not held.st_mode & stat.S_ISVTX or held.st_uid == user
 
 
 def _why_open(descriptor: int, info: os.stat_result, place: str) -> str | None:
@@ -103,16 +111,53 @@ def _why_open(descriptor: int, info: os.stat_result, place: str) -> str | None:
     Not where it has mapped it: a mapped file that is cut kills who reads it.
     """
     device, inode = info.st_dev, info.st_ino
-    for name in os.listdir("/proc/self/fd"):
+    try:
+        names = os.listdir("/proc/self/fd")
+    except FileNotFoundError:  # no /proc here
+        return None
+    for name in names:
         try:
             found = os.fstat(int(name))
         except OSError as error:
             if error.errno != errno.EBADF:  # it cannot be told
                 return "a file that this process may hold open"
             continue  # closed in the meantime
-        if found.st_ino == inode and found.st_dev == device and int(name) != descriptor:
+        if found.st_ino != inode or found.st_dev != device or int(name) == descriptor:
+            continue
+        if not ((device, inode) in _made and _is_nameless(int(name))):  # else the engine's own
             return None if _is_mapped(info, place) else "a file that this process holds open"
     return None
+
+
+def _is_nameless(descriptor: int) -> bool:
+    """Whether the file had no name when it was opened."""
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_TMPFILE == os.O_TMPFILE
+    except OSError as error:
+        if error.errno == errno.EBADF:  # closed in the meantime
+            return True
+        raise
+
+
+def note_made(path: str) -> None:
+    """The engine has made this file, and may have it open for a moment: what was written is on its way to the disk."""
+    info = os.stat(path)
+    _made.append((info.st_dev, info.st_ino))
+
+
+def _why_open_by_others(descriptor: int, info: os.stat_result, place: str) -> str | None:
+    """The same, once the engine has let go of it."""
+    made = (info.st_dev, info.st_ino)
+    reason = _why_open(descriptor, info, place)
+    if reason is None or made not in _made:
+        return reason
+    end = time.monotonic() + _LET_GO_SECONDS
+    while reason is not None and time.monotonic() < end:
+        time.sleep(0.002)
+        reason = _why_open(descriptor, info, place)
+    with contextlib.suppress(ValueError):
+        _made.remove(made)
+    return reason
 
 
 def _is_mapped(info: os.stat_result, place: str) -> bool:
@@ -125,21 +170,33 @@ def _is_mapped(info: os.stat_result, place: str) -> bool:
     return False
 
 
-def _is_mount(descriptor: int, folder: int) -> bool:
+def _is_mount(descriptor: int, place: str) -> bool:
     """Whether the file itself is mounted there: a name that cannot be taken."""
     try:
-        if ctypes.CDLL(None).statx(descriptor, b"", _EMPTY_PATH, 0, found := ctypes.create_string_buffer(256)) == 0:
-            attributes, known = (int.from_bytes(found[at : at + 8], sys.byteorder) for at in _ATTRIBUTES)
+        if _libc().statx(descriptor, b"", _EMPTY_PATH, 0, found := ctypes.create_string_buffer(256)) == 0:
+            attributes, known = (int.from_bytes(found.raw[at : at + 8], sys.byteorder) for at in _ATTRIBUTES)
             if known & _MOUNT_ROOT:  # since Linux 5.8
                 return bool(attributes & _MOUNT_ROOT)
     except AttributeError:
         pass
-    return _mount(descriptor) != _mount(folder)
+    folder = os.open(os.path.dirname(place) or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return _mount(descriptor) != _mount(folder)
+    finally:
+        os.close(folder)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def _mount(descriptor: int) -> bytes:
-    with open(f"/proc/self/fdinfo/{descriptor}", "rb", buffering=0) as file:
-        return next((line for line in file.read(4096).splitlines() if line.startswith(b"mnt_id:")), b"")
+    try:
+        with open(f"/proc/self/fdinfo/{descriptor}", "rb", buffering=0) as file:
+            return next((line for line in file.read(4096).splitlines() if line.startswith(b"mnt_id:")), b"")
+    except FileNotFoundError:  # no /proc here
+        return b""
 
 
 def _by_process(path: str) -> bool:

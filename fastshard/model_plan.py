@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+from .checkpoint import exists
 from .tp_plan import Split, split_of, style_of
 
 _KV_PROJECTIONS: Final = ("k_proj", "v_proj", "qkv_proj", "query_key_value")
@@ -71,7 +72,9 @@ class ModelPlan:
             self._plan: dict[str, str] = model.tp_plan or {}
             try:
                 if not self._plan:
-                    raise ValueError(f"{folder!r}: {self._name} has no tensor-parallel plan: give a plan file")
+                    raise ValueError(
+                        f"{folder!r}: {self._name} has no tensor-parallel plan: give a plan file"
+                    )
                 for name in wanted:
                     self._place(name)
             except ValueError as error:
@@ -147,7 +150,9 @@ class ModelPlan:
         before, found, behind = parameter.partition(targets[0])
         others = [f"{before}{target}{behind}" for target in targets[1:]]
         if not found or not self._parameters.keys() >= set(others):
-            raise ValueError(f"{name} becomes several parameters, not all of which {self._name} has: give a plan file")
+            raise ValueError(
+                f"{name} becomes several parameters, not all of which {self._name} has: give a plan file"
+            )
         return (parameter, *others)
 
     def _split_of_parameter(self, parameter: str) -> Split | None:
@@ -224,13 +229,21 @@ def _on_meta(folder: str) -> Iterator[Any]:
     """The model that the configuration names, or those that it may be."""
     import transformers
 
-    if not os.path.isfile(os.path.join(folder, "config.json")):
+    if not exists(os.path.join(folder, "config.json")):
         raise ValueError(f"{folder!r} has no config.json to find a plan by: give a plan file")
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds, by what is wrong with it
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder!r}: transformers cannot read its config.json: {reason}") from None
     classes: list[Any] = []
     for name in _AUTOMATIC:
         mapping = getattr(getattr(transformers, name, None), "_model_mapping", {})
-        mapped = mapping[type(config)] if type(config) in mapping else ()
+        mapped = mapping.get(type(config), ())
         classes += mapped if isinstance(mapped, (list, tuple)) else (mapped,)
     for name in config.architectures or ():
         # By name, but nothing else that transformers may hold.
@@ -240,5 +253,10 @@ def _on_meta(folder: str) -> Iterator[Any]:
             classes = [found]
             break
     for model in dict.fromkeys(classes):
-        with torch.device("meta"):
-            yield model(config)
+        try:
+            with torch.device("meta"):
+                made = model(config)
+        except Exception as error:  # likewise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{folder!r}: transformers cannot make a {model.__name__}: {reason}") from None
+        yield made

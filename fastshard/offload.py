@@ -88,7 +88,8 @@ def held_in_memory(model: torch.nn.Module) -> Iterator[torch.Tensor]:
 def held_elsewhere(model: torch.nn.Module) -> bool:
     """Whether hooks load weights from a mapping of a kind unknown here, which may give the same memory again and again."""
     return any(
-        type(held) is not dict and not type(held).__module__.startswith("accelerate.") for held in _holders(model)
+        type(held) is not dict and not type(held).__module__.startswith("accelerate.")
+        for held in _holders(model)
     )
 
 

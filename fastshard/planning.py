@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,29 +28,15 @@ def lay_out(
 ) -> tuple[Entries, bytes]:
     """The tensors in file order, and the header that goes before them."""
     dtype = _tensors.check_dtype(dtype)
-    with collector_paused():
-        entries = _tensors.describe(tensors, allow_strided=allow_strided, dtype=dtype)
-        check_filename(filename)
-        _check_metadata(metadata)
-        _tensors.check_format(entries)
-        try:
-            head = header(((e.name, e.code, e.shape, e.view.nbytes) for e in entries), metadata)
-        except HeaderTooLarge:
-            raise SafetensorError("Error while serializing: header too large") from None
-    return entries, head
-
-
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """Planning makes many small tuples and no cycles; searching them for cycles takes longer than making them."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
+    entries = _tensors.describe(tensors, allow_strided=allow_strided, dtype=dtype)
+    check_filename(filename)
+    _check_metadata(metadata)
+    _tensors.check_format(entries)
     try:
-        yield
-    finally:
-        gc.enable()
+        head = header(((e.name, e.code, e.shape, e.view.nbytes) for e in entries), metadata)
+    except HeaderTooLarge:
+        raise SafetensorError("Error while serializing: header too large") from None
+    return entries, head
 
 
 def fetcher(

@@ -205,7 +205,7 @@ class PreparedSave:
             streams=_tensors.current_streams(bound.devices),
             durable=self._how.durable,
             checksums=self._how.checksums,
-            fetch=_fetcher(ordered, self._how.dtype),
+            fetch=_fetcher(ordered, _tensors.check_dtype(self._how.dtype)),
             description=os.path.basename(os.fspath(self.filename)),
             tag=bound,
         )

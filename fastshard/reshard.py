@@ -27,6 +27,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from . import saving
 from .checkpoint import (
@@ -36,6 +37,8 @@ from .checkpoint import (
     ROOT_MANIFEST,
     WEIGHTS_SUFFIX,
     Checkpoint,
+    exists,
+    is_folder,
     make_index,
     other_files,
     read_checkpoint,
@@ -43,7 +46,7 @@ from .checkpoint import (
     write_text,
 )
 from .directory import creating, replacing
-from .engine import Engine, Options, engine_for
+from .engine import Engine, Options, engine_for, progress_wanted
 from .layout import RANKS, header
 from .model_plan import ModelPlan
 from .parts import Interleaved, Part, Sources, check_equal
@@ -171,9 +174,17 @@ def merge_checkpoint(
             yield _Output(filename, file.raw, items, kept)
 
     with _target(out, folder, force, how) as stage:
-        for name, whole in found.tensors.items():
-            if whole.intervals is None:
+        replicated = [name for name, whole in found.tensors.items() if whole.intervals is None]
+        with tqdm(
+            total=sum(sources[0].nbytes(name) for name in replicated),
+            desc="Comparing",
+            unit="B",
+            unit_scale=True,
+            disable=not progress_wanted(progress),
+        ) as bar:
+            for name in replicated:
                 check_equal(name, sources)
+                bar.update(sources[0].nbytes(name))
         if found.source_index is not None:
             write_text(os.path.join(stage, found.source_index.name), found.source_index.text)
         _copy(other_files(folder), folder, stage)
@@ -280,12 +291,13 @@ def _target(out: PathLike, src: str, force: bool, how: How, in_place: bool = Fal
     if _same_file(folder, src) and not in_place:
         raise ValueError(f"{folder!r} is the source itself")
     old: list[str] = []
-    if os.path.isdir(folder):
+    is_there = is_folder(folder)
+    if is_there:
         present = [name for name in os.listdir(folder) if not name.startswith(".fastshard-")]
         if present and not force:
             raise FileExistsError(errno.EEXIST, "the target is not empty (force replaces it)", folder)
         old = _checkpoint_in(folder)
-    empty = not os.path.lexists(folder) or (os.path.isdir(folder) and not os.listdir(folder))
+    empty = not exists(folder) or (is_there and not os.listdir(folder))
     target = (
         creating(folder, durable=how.durable)
         if empty and not os.path.ismount(folder)
@@ -294,8 +306,19 @@ def _target(out: PathLike, src: str, force: bool, how: How, in_place: bool = Fal
     with target as stage:
         yield stage
     for place in {os.path.dirname(name) for name in old} - {""}:
-        with contextlib.suppress(OSError):
+        try:
             os.rmdir(os.path.join(folder, place))
+        except OSError as error:
+            if error.errno not in (
+                errno.ENOENT,
+                errno.ENOTEMPTY,
+                errno.EEXIST,
+            ):  # somebody else's files may be in there
+                error.published = True  # type: ignore[attr-defined]
+                error.strerror = (
+                    f"the new checkpoint is in place, but not what it replaces is gone: {error.strerror}"
+                )
+                raise
 
 
 def _checkpoint_in(folder: str) -> list[str]:

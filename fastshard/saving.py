@@ -153,7 +153,8 @@ def save_model(
 ) -> None:
     """Saves a module's parameters and buffers, of tied tensors only one; see ``safetensors.torch.save_model``.
 
-    The names left out are added to ``metadata`` (the caller's dict, as there), pointing to the one kept.
+    The names left out are added to ``metadata`` (the caller's dict, as there), pointing to the one kept. A tensor that is
+    part of a larger storage is taken, other than there, if no other one has memory in common with it.
     With ``force_contiguous`` strided tensors are packed straight into the file. The other arguments and the
     errors are those of :func:`save_file`.
     """

@@ -17,13 +17,12 @@ from typing import BinaryIO, Final, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import tensors as _tensors
+from .borrowed import is_traceable_wrapper_subclass
 from .engine import Engine, Options
 from .layout import read_header
 from .manifest import Alias, Manifest, Names, Ranks, read_manifest
-from .planning import collector_paused
 from .reading import Piece, read_into
 from .saving import How
 from .sharing import overlapping, shared_names
@@ -195,21 +194,20 @@ def load_sharded_state(
     directory = os.fspath(path)
     described = os.path.join(directory, names.manifest)
     with contextlib.ExitStack() as stack:
-        with collector_paused():
-            tensors = _state(model_or_state_dict)
-            wanted, covered = _without_subtensors(tensors)
-            manifest, files = _opened(directory, names)
-            for file in files:
-                stack.enter_context(file)
-            if manifest is not None:
-                _check_manifest(manifest, described, ranks, reader, quantization, post_processed)
-            elif not files:
-                missing = os.path.join(directory, names.glob)
-                raise ValueError(f"Could not find checkpoint files {missing!r}{_others(directory)}")
-            stored = _stored(files)
-            if manifest is not None:
-                _check_files(manifest, described, files, stored)
-            sources = _sources(wanted, covered, tensors, stored, manifest.aliases if manifest else {})
+        tensors = _state(model_or_state_dict)
+        wanted, covered = _without_subtensors(tensors)
+        manifest, files = _opened(directory, names)
+        for file in files:
+            stack.enter_context(file)
+        if manifest is not None:
+            _check_manifest(manifest, described, ranks, reader, quantization, post_processed)
+        elif not files:
+            missing = os.path.join(directory, names.glob)
+            raise ValueError(f"Could not find checkpoint files {missing!r}{_others(directory)}")
+        stored = _stored(files)
+        if manifest is not None:
+            _check_files(manifest, described, files, stored)
+        sources = _sources(wanted, covered, tensors, stored, manifest.aliases if manifest else {})
         _fill(sources)
     return manifest
 

@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
+import torch
+
 from . import saving
 from .activity import one_save
 from .directory import final_places, replacing, scratch_of
@@ -39,13 +41,16 @@ class Stage:
         self.path = path
         self.scratch = scratch_of(path)
         """Hidden, too; what is left in there goes with the stage."""
-        self.lasting: set[int] | None = None
-        """Addresses of storages that live on after the save in any case. If this is given, files are written as soon
-        as the others, kept alive by what was added, take too much memory together."""
+        self.lasting: Callable[[], set[int]] | None = None
+        """Gives addresses of storages that live on after the save in any case. If this is there, files are written as
+        soon as the others, kept alive by what was added, take too much memory together."""
         self.at_once = False
         """Write each file when it is added: between two of them somebody else's code may change the tensors."""
         self._how = how
         self._files: dict[PathLike, PlannedFile] = {}
+        self._unseen: list[torch.Tensor] = []
+        self._nbytes = 0
+        self._known: set[int] | None = None
         self._temporary: dict[int, int] = {}
         self._began: float | None = None
 
@@ -56,12 +61,21 @@ class Stage:
             self._began = time.perf_counter()
         self._files[filename] = saving.plan_file(tensors, filename, metadata, self._how)
         if self.lasting is not None:
-            for tensor in tensors.values():
-                address, nbytes = storage_of(tensor) or (0, 0)
-                if address and address not in self.lasting and not lies_in_file(tensor):
-                    self._temporary[address] = nbytes
+            self._unseen += tensors.values()
+            self._nbytes += sum(tensor.nbytes for tensor in tensors.values())
+            if self._nbytes > _TEMPORARY_NBYTES:  # or nothing of it can be too much
+                self._look_at_storages(self.lasting)
         if self.at_once or sum(self._temporary.values()) > _TEMPORARY_NBYTES:
             self.write()
+
+    def _look_at_storages(self, lasting: Callable[[], set[int]]) -> None:
+        if self._known is None:
+            self._known = lasting()
+        for tensor in self._unseen:
+            address, nbytes = storage_of(tensor) or (0, 0)
+            if address and address not in self._known and not lies_in_file(tensor):
+                self._temporary[address] = nbytes
+        self._unseen = []
 
     def write(self) -> None:
         """Writes what was added, in parallel."""
@@ -70,6 +84,7 @@ class Stage:
         assert self._began is not None
         files, began = self._files, self._began
         self._files, self._temporary, self._began = {}, {}, None
+        self._unseen, self._nbytes = [], 0
         saving.write_files(files, self._how, began, DESCRIPTION)
 
     def holds(self, filename: object) -> bool:

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import _find_shared_tensors
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .borrowed import find_shared_tensors, is_traceable_wrapper_subclass
 from .layout import CAST_NAMES, CODES, METADATA_KEY, RANKS, cast_name
 from .plan import CASTS, FETCHED, HOST, TensorView
 from .sharing import by_storage, note_name, overlapping, shared_names
@@ -205,8 +204,8 @@ def _refuse(tensors: dict[str, Any], allow_strided: bool) -> None:
     else:  # by address ranges only, with torch's and Python's own errors for what it cannot flatten or measure
         for name, tensor in tensors.items():
             with _naming(name):
-                _find_shared_tensors({name: tensor})
-        shared = [names for names in _find_shared_tensors(tensors) if len(names) > 1]
+                find_shared_tensors({name: tensor})
+        shared = [names for names in find_shared_tensors(tensors) if len(names) > 1]
     if shared:
         raise RuntimeError(
             f"""

@@ -40,17 +40,88 @@ MOST_PARAMETERS: Final = 40_000_000
 SECONDS: Final = 90
 """For one model type."""
 
-_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "depth")
-_LAYERS += ("num_encoder_layers", "num_decoder_layers", "num_block_layers", "encoder_num_layers", "decoder_num_layers")
-_LAYERS += ("num_hidden_layers_encoder", "num_conv_layers", "n_head_layers", "num_blocks", "num_transformer_layers")
-_HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads", "decoder_attention_heads")
-_KV_HEADS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "multi_query_group_num", "encoder_num_key_value_heads")
-_WIDTHS = ("hidden_size", "d_model", "n_embd", "embed_dim", "embedding_size", "hidden_dim", "word_embed_proj_dim", "width")
-_WIDTHS += ("d_embed", "hidden_channels", "embedding_dim", "encoder_hidden_size", "decoder_hidden_size", "feature_size")
-_WIDE = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "n_inner", "ffn_hidden_size", "mlp_dim")
-_WIDE += ("moe_intermediate_size", "shared_expert_intermediate_size", "feed_forward_hidden_size", "dim_feedforward", "d_inner")
+_LAYERS = (
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "n_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "depth",
+)
+_LAYERS += (
+    "num_encoder_layers",
+    "num_decoder_layers",
+    "num_block_layers",
+    "encoder_num_layers",
+    "decoder_num_layers",
+)
+_LAYERS += (
+    "num_hidden_layers_encoder",
+    "num_conv_layers",
+    "n_head_layers",
+    "num_blocks",
+    "num_transformer_layers",
+)
+_HEADS = (
+    "num_attention_heads",
+    "num_heads",
+    "n_head",
+    "n_heads",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+)
+_KV_HEADS = (
+    "num_key_value_heads",
+    "n_kv_heads",
+    "num_kv_heads",
+    "multi_query_group_num",
+    "encoder_num_key_value_heads",
+)
+_WIDTHS = (
+    "hidden_size",
+    "d_model",
+    "n_embd",
+    "embed_dim",
+    "embedding_size",
+    "hidden_dim",
+    "word_embed_proj_dim",
+    "width",
+)
+_WIDTHS += (
+    "d_embed",
+    "hidden_channels",
+    "embedding_dim",
+    "encoder_hidden_size",
+    "decoder_hidden_size",
+    "feature_size",
+)
+_WIDE = (
+    "intermediate_size",
+    "ffn_dim",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "d_ff",
+    "n_inner",
+    "ffn_hidden_size",
+    "mlp_dim",
+)
+_WIDE += (
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "feed_forward_hidden_size",
+    "dim_feedforward",
+    "d_inner",
+)
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "n_experts")
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_source_positions", "max_target_positions", "max_seq_len", "n_ctx")
+_POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_source_positions",
+    "max_target_positions",
+    "max_seq_len",
+    "n_ctx",
+)
 _SMALL: Final[dict[str, int]] = {
     **dict.fromkeys(_LAYERS, 2),
     **dict.fromkeys(_HEADS, 4),
@@ -122,7 +193,12 @@ def _shrink(config: Any, names: frozenset[str]) -> None:
         if isinstance(value, list) and value and len(value) == layers_before != layers:
             with contextlib.suppress(Exception):
                 setattr(config, name, value[:layers])
-        if name.endswith("_token_id") and type(value) is int and type(vocabulary) is int and value >= vocabulary:
+        if (
+            name.endswith("_token_id")
+            and type(value) is int
+            and type(vocabulary) is int
+            and value >= vocabulary
+        ):
             setattr(config, name, 0)
 
 
@@ -224,6 +300,8 @@ def outcome_of(kind: str) -> Outcome:
             return compare(kind, work)
     except TimeoutError as error:
         return Outcome(f"not compared: {error}", "")
+    except Exception as error:
+        return Outcome(f"DIFFERENT: {type(error).__name__}: {error}".replace("\n", " ")[:300], "")
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -260,7 +338,9 @@ def main(arguments: list[str] | None = None) -> int:
         if outcome.is_wrong:
             wrong.append(name)
         print(f"{name:32} {outcome.saved:40} {outcome.sharded}".rstrip(), flush=True)
-    print(f"\ntransformers {transformers.__version__}, {len(names)} model types, {time.monotonic() - began:.0f} s")
+    print(
+        f"\ntransformers {transformers.__version__}, {len(names)} model types, {time.monotonic() - began:.0f} s"
+    )
     for what, count in sorted(totals.items()):
         print(f"{count:5} {what}")
     if wrong:

@@ -84,5 +84,28 @@ def run_bare(script: str, *arguments: object, **options: object) -> subprocess.C
     return subprocess.run([sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)], **options)  # type: ignore[call-overload]
 
 
+ENGINE = """
+import os, sys
+from fastshard.engine import Engine
+from fastshard.errors import SaveError
+from fastshard.plan import FETCHED, FilePlan, TensorView
+
+def save(*paths, **options):
+    plans = [FilePlan(os.fsencode(path), b"new contents", []) for path in paths]
+    return Engine().submit(plans, keep_alive=None, **options).result()
+
+def while_writing(path, act):
+    plan = FilePlan(os.fsencode(path), b"new contents", [TensorView(0, 1 << 16, FETCHED)])
+    Engine().submit([plan], keep_alive=None, fetch=lambda *_: act()).result()
+"""
+"""``save`` gives files these contents; ``while_writing`` calls ``act`` when half of a file is written. Without torch,
+which takes a second to import."""
+
+
+def run_engine(script: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """As :func:`run`, with what ``ENGINE`` defines."""
+    return run_bare(ENGINE + textwrap.dedent(script), *arguments, **options)
+
+
 def preload(library: Path, refuse: str) -> dict[str, str]:
     return {**os.environ, "LD_PRELOAD": str(library), "REFUSE": refuse}

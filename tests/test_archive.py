@@ -82,7 +82,9 @@ def check(obj: object, folder: Path, name: str = "model.pt", **keywords: Any) ->
     (folder / "ours").mkdir(exist_ok=True)
     for large in (1, archive_skeleton._LARGE):  # all storages are holes, or the large ones
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(archive_skeleton, "_LARGE", large)
+            if large == 1:
+                patch.setattr(archive_skeleton, "_LARGE", large)
+                patch.setattr(archive_skeleton, "_SMALL", 0)
             torch_save(obj, str(folder / "ours" / name), **keywords)
         assert_same((folder / "ours" / name).read_bytes(), expected)
         assert names(folder / "ours") == [name]
@@ -92,6 +94,7 @@ def check(obj: object, folder: Path, name: str = "model.pt", **keywords: Any) ->
 def all_holes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small storages are not left inside the skeleton."""
     monkeypatch.setattr(archive_skeleton, "_LARGE", 1)
+    monkeypatch.setattr(archive_skeleton, "_SMALL", 0)
 
 
 class Model(torch.nn.Module):
@@ -470,7 +473,7 @@ def test_an_unknown_layout_is_left_to_torch(
 ) -> None:
     monkeypatch.setattr("fastshard.records._IDENTITY", "something else")
     check({"a": BASE}, tmp_path)
-    assert left_to_torch == ["an archive of another layout"]  # the other time there were no holes
+    assert left_to_torch == ["an archive of another layout"]
 
 
 def test_storages_without_memory(tmp_path: Path) -> None:
@@ -594,9 +597,7 @@ def test_killed_leaves_nothing(tmp_path: Path) -> None:
 
 
 @by_the_engine
-def test_interrupted_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_holes: None
-) -> None:
+def test_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_holes: None) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -675,6 +676,28 @@ def test_storages_on_a_gpu(
     torch_save(obj, tmp_path / "m.pt", engine=new_engine(write_path=write_path))
     assert_same((tmp_path / "m.pt").read_bytes(), expected)
     assert len(moved) == 50 and asked == {HOST, 0, 1}
+
+
+@by_the_engine
+@pytest.mark.parametrize("kind", ["dtypes", "empty", "views", "whole optimizer", "typed storage"])
+def test_storages_on_a_device_are_not_copied_by_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_to_torch: list[str], kind: str
+) -> None:
+    """Torch is given stand-ins for them, and the engine the storages themselves."""
+    obj = OBJECTS[kind]()
+    expected = by_torch(obj, tmp_path, "m.pt")
+    met: list[Any] = []
+    make_hole = archive_skeleton._Writer._make_hole
+
+    def noted(self: Any, name: str, held: Any, nbytes: int) -> None:
+        met.append(held)
+        make_hole(self, name, held, nbytes)
+
+    monkeypatch.setattr(archive_skeleton._Writer, "_make_hole", noted)
+    monkeypatch.setattr(archive_skeleton, "_is_elsewhere", lambda _: True)
+    torch_save(obj, tmp_path / "m.pt")
+    assert_same((tmp_path / "m.pt").read_bytes(), expected)
+    assert left_to_torch == [] and met and all(isinstance(held, torch.UntypedStorage) for held in met)
 
 
 def test_on_a_real_gpu(real_cuda: torch.device, tmp_path: Path) -> None:

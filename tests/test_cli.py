@@ -86,7 +86,7 @@ def test_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_env_tells_of_machine_and_filesystem(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["env", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    rows = dict(line.split("  ", 1) for line in shown.splitlines() if line)
+    rows = dict(line.split("  ", 1) for line in shown.splitlines() if "  " in line)
     rows = {name: value.strip() for name, value in rows.items()}
     assert rows["fastshard"] == __version__
     assert torch.__version__.startswith(rows["torch"])  # which local part is in the metadata differs

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def converted(
 
 
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], obj: object, *options: str) -> str:
+    tmp_path.mkdir(exist_ok=True)
     torch.save(obj, tmp_path / "m.pt")
     assert cli.main(["convert", str(tmp_path / "m.pt"), str(tmp_path / "m.safetensors"), *options]) == 1
     assert names(tmp_path) == ["m.pt"]
@@ -114,7 +116,9 @@ def test_what_is_no_dict_of_tensors(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert refused(tmp_path, capsys, state) == "safetensors has no torch.complex128: 'bad'"
     text = refused(tmp_path, capsys, {"a": torch.ones(2).to_sparse()})
     assert "sparse" in text
-    assert refused(tmp_path, capsys, STATE, "--dtype", "int3").startswith("--dtype must be one of fp32, ")
+    assert refused(tmp_path, capsys, STATE, "--dtype", "int3").startswith(
+        "dtype must be one of float32 (fp32), "
+    )
 
 
 class Code:
@@ -130,7 +134,7 @@ def test_nothing_is_executed(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str], data: bytes) -> None:
     (tmp_path / "m.pt").write_bytes(data)
     assert cli.main(["convert", str(tmp_path / "m.pt"), str(tmp_path / "out")]) == 1
-    assert "cannot read it: " in capsys.readouterr().err
+    assert "neither a checkpoint of torch.save nor a safetensors file" in capsys.readouterr().err
     assert names(tmp_path) == ["m.pt"]
 
 
@@ -162,7 +166,9 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path, capsys: pytest.Cap
     assert cli.main(["convert", str(tmp_path / "no"), str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == f"fastshard: {tmp_path / 'no'}: No such file or directory\n"
     assert cli.main(["convert", str(tmp_path), str(tmp_path / "out")]) == 1
-    assert capsys.readouterr().err == f"fastshard: {tmp_path}/pytorch_model.bin: No such file or directory\n"
+    assert capsys.readouterr().err.startswith(
+        f"fastshard: {tmp_path}: an empty folder: no pytorch_model.bin, "
+    )
     torch.save(STATE, tmp_path / "m.pt")
     target = tmp_path / "no" / "out"
     assert cli.main(["convert", str(tmp_path / "m.pt"), str(target)]) == 1
@@ -192,6 +198,109 @@ def checkpoint_folder(folder: Path, **changes: object) -> dict[str, torch.Tensor
 
 def loaded_folder(folder: Path) -> dict[str, torch.Tensor]:
     return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+@pytest.mark.parametrize("suffix", ["pt", "pth", "bin", "ckpt", "PT"])
+@pytest.mark.parametrize("old_format", [False, True])
+def test_back_to_an_archive_of_torch(tmp_path: Path, suffix: str, old_format: bool) -> None:
+    """With the names that were tied, from whatever it was."""
+    state = {**STATE, "tied": STATE["embed"]}
+    converted(tmp_path, state, old_format=old_format)
+    for source in ("m.safetensors", "m.pt"):
+        target = tmp_path / f"back from {source}.{suffix}"
+        assert cli.main(["convert", str(tmp_path / source), str(target)]) == 0
+        loaded = torch.load(target, weights_only=True)
+        assert loaded.keys() == state.keys()
+        assert all(torch.equal(loaded[name], state[name]) for name in state)
+        assert [t.dtype for t in loaded.values()] == [state[name].dtype for name in loaded]
+        assert loaded["tied"].data_ptr() == loaded["embed"].data_ptr()
+
+
+def test_back_and_forth_it_is_the_same_file(tmp_path: Path) -> None:
+    converted(tmp_path, {**STATE, "tied": STATE["embed"]})
+    for source, target in (
+        ("m.safetensors", "1.pt"),
+        ("1.pt", "2.safetensors"),
+        ("2.safetensors", "3.safetensors"),
+    ):
+        assert cli.main(["convert", str(tmp_path / source), str(tmp_path / target), "--quiet"]) == 0
+    assert (
+        len({(tmp_path / name).read_bytes() for name in ("m.safetensors", "2.safetensors", "3.safetensors")})
+        == 1
+    )
+
+
+def test_an_archive_is_cast_with_what_is_tied(tmp_path: Path) -> None:
+    torch.save({**STATE, "tied": STATE["embed"]}, tmp_path / "m.pt")
+    assert cli.main(["convert", str(tmp_path / "m.pt"), str(tmp_path / "m.bin"), "--dtype", "float16"]) == 0
+    loaded = torch.load(tmp_path / "m.bin", weights_only=True)
+    assert loaded["embed"].dtype == torch.float16 and torch.equal(loaded["embed"], STATE["embed"].half())
+    assert loaded["tied"].data_ptr() == loaded["embed"].data_ptr() and loaded["count"].dtype == torch.int64
+    assert (
+        cli.main(["convert", str(tmp_path / "m.bin"), str(tmp_path / "m.bin"), "--force", "--dtype", "fp32"])
+        == 0
+    )
+    assert torch.load(tmp_path / "m.bin", weights_only=True)["embed"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "name", ["m.gguf", "m.onnx", "m.h5", "m.npz", "m.json", "m.msgpack", "m.zip", "M.GGUF"]
+)
+def test_formats_that_are_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    torch.save(STATE, tmp_path / "m.pt")
+    assert cli.main(["convert", str(tmp_path / "m.pt"), str(tmp_path / name)]) == 1
+    assert f"{tmp_path / name}: no " in capsys.readouterr().err
+    assert names(tmp_path) == ["m.pt"]
+
+
+def test_folders_become_files_and_files_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = checkpoint_folder(tmp_path / "in")
+    for target in ("one.safetensors", "one.pt"):
+        assert cli.main(["convert", str(tmp_path / "in"), str(tmp_path / target)]) == 0
+        assert (tmp_path / target).is_file()
+    assert torch.load(tmp_path / "one.pt", weights_only=True).keys() == tensors.keys()
+    shards = tmp_path / "shards"
+    assert (
+        cli.main(["convert", str(tmp_path / "one.safetensors"), str(shards), "--max-shard-size", "2KB"]) == 0
+    )
+    assert len(list(shards.glob("*.safetensors"))) == 2
+    for source in (shards, shards / "model.safetensors.index.json"):
+        target = tmp_path / f"again from {source.name}.safetensors"
+        assert cli.main(["convert", str(source), str(target), "--dtype", "bfloat16"]) == 0
+        assert all(t.dtype == torch.bfloat16 for t in load_file(target).values())
+    shards2 = tmp_path / "shards2"
+    assert cli.main(["convert", str(shards), str(shards2)]) == 0  # no suffix: a folder, as the source is one
+    assert names(shards2) == ["model.safetensors"]
+    (tmp_path / "there").mkdir()
+    assert cli.main(["convert", str(tmp_path / "one.pt"), str(tmp_path / "there")]) == 0
+    assert names(tmp_path / "there") == ["model.safetensors"]
+    capsys.readouterr()
+    arguments = [
+        "convert",
+        str(tmp_path / "one.pt"),
+        str(tmp_path / "x.safetensors"),
+        "--max-shard-size",
+        "2KB",
+    ]
+    assert cli.main(arguments) == 1
+    assert "with --max-shard-size DST is a folder" in capsys.readouterr().err
+    assert cli.main(["convert", str(tmp_path / "one.safetensors"), str(tmp_path / "x"), "--key", "a"]) == 1
+    assert "has no entries for --key to name" in capsys.readouterr().err
+
+
+def test_archives_that_unfold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Compressed records, and tensors that repeat a few bytes."""
+    torch.save({"a": torch.zeros(1 << 20)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "m.pt", "w", 8) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert cli.main(["convert", str(tmp_path / "m.pt"), str(tmp_path / "out")]) == 1
+    assert "its records are compressed" in capsys.readouterr().err
+    text = refused(tmp_path / "two", capsys, {"a": torch.zeros(1).expand(1 << 40)})
+    assert text == f"'a' has 4 bytes, which it repeats to {1 << 42}: a bomb?"
 
 
 @pytest.mark.parametrize("what", ["", "pytorch_model.bin.index.json"])

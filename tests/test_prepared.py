@@ -213,14 +213,16 @@ def test_the_old_file_stands_until_the_first_save(folder: Path) -> None:
     assert names(folder) == [path.name]
 
 
-def test_symlink_keeps_pointing(folder: Path) -> None:
+def test_symlink_is_replaced(folder: Path) -> None:
     (folder / "there").mkdir()
+    (folder / "there" / "real").write_bytes(b"of others")
     path = folder / "m.safetensors"
     path.symlink_to("there/real")
     with prepare(model(1), path) as prepared:
         for _ in range(3):
             prepared.save()
-    assert path.is_symlink() and same(folder / "there" / "real", model(1))
+            assert not path.is_symlink() and same(path, model(1))
+    assert (folder / "there" / "real").read_bytes() == b"of others"
     assert names(folder / "there") == ["real"]
 
 

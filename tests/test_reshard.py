@@ -4,6 +4,7 @@
 import filecmp
 import json
 import os
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -765,9 +766,12 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     plan = str(tmp_path / "plan.json")
     parts, whole, one = (str(tmp_path / name) for name in ("parts", "whole", "one"))
     assert cli.main(["shard", str(source), "-o", parts, "--tp", "2", "--plan", plan]) == 0
-    assert cli.main(["merge", parts, "-o", whole, "--durable"]) == 0
+    told = capsys.readouterr()
+    assert re.fullmatch(rf"fastshard: shard of {re.escape(str(source))}: 2 files, \d+ B \.\.\.\n", told.err)
+    assert re.fullmatch(rf"{re.escape(parts)}: 4 files, \S+ KiB in \d+\.\d s\n", told.out)
+    assert cli.main(["merge", parts, "-o", whole, "--durable", "--quiet"]) == 0
     assert tree(Path(whole)) == tree(source)
-    assert cli.main(["reshard", whole, "-o", one, "--max-shard-size", "1GB"]) == 0
+    assert cli.main(["reshard", whole, "-o", one, "--max-shard-size", "1GB", "--quiet"]) == 0
     assert sorted(os.listdir(one)) == ["model.safetensors"]
     assert capsys.readouterr() == ("", "")
     assert cli.main(["merge", parts, "-o", whole]) == 1

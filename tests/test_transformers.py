@@ -18,7 +18,7 @@ import torch
 from helpers import names
 
 import fastshard
-import fastshard.records
+import fastshard.archive
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import accelerate  # noqa: E402
@@ -372,16 +372,16 @@ def test_a_checkpoint_that_fails_leaves_the_one_before(
     trainer._save_checkpoint(trainer.model, trial=None)
     before = files_of(tmp_path / "checkpoint-1")
     assert {"model.safetensors", "optimizer.pt"} < set(before)
-    amend = fastshard.records.Archive.amendments
+    publish = fastshard.archive.Replacement.publish
 
-    def failing(archive: Any, crcs: dict[str, int]) -> Any:
-        if len(crcs) > 10:  # the optimizer's; all of it is written, and so is the model
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return amend(archive, crcs)
+    def failing(new: Any) -> Any:
+        if new._path.endswith("optimizer.pt"):  # all of it is written, and so is the model
+            raise fastshard.ArchiveError(errno.EIO, os.strerror(errno.EIO), new._path)
+        return publish(new)
 
     trainer.state.global_step = 2
     with monkeypatch.context() as patch:
-        patch.setattr("fastshard.records.Archive.amendments", failing)
+        patch.setattr("fastshard.archive.Replacement.publish", failing)
         with pytest.raises(RuntimeError, match="Input/output error"):
             trainer._save_checkpoint(trainer.model, trial=None)
     assert files_of(tmp_path / "checkpoint-1") == before

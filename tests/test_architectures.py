@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sample of what tests/architectures.py does with every model type of transformers; and how its conversions are followed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("transformers.core_model_loading")
+import architectures  # noqa: E402
+from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist, Transpose  # noqa: E402
+
+from fastshard.model_plan import _followed, _Place  # noqa: E402
+from fastshard.tp_plan import Split, slices  # noqa: E402
+
+SAMPLE = {
+    "llama": "same",
+    "internlm3": "same",  # its class is another model's
+    "exaone": "same",
+    "qwen3_vl_moe": "same",  # transposed experts
+    "gpt_oss": "same",
+    "bert": "no plan",
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", SAMPLE)
+def test_saved_and_cut_the_same(kind: str) -> None:
+    if kind not in architectures.kinds():
+        pytest.skip("this transformers does not know it")
+    found = architectures.outcome_of(kind)
+    assert found == ("same", SAMPLE[kind])
+
+
+def cut(whole: torch.Tensor, split: Split, rank: int) -> torch.Tensor:
+    intervals = slices("w", whole.shape, split, 2)[rank]
+    return torch.cat([whole.narrow(split.dim, begin, end - begin) for begin, end in intervals], split.dim)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_is_cut_into_several_parameters(dim: int, groups: int) -> None:
+    """A rank's part of the tensor becomes the rank's parts of the parameters."""
+    fused = torch.arange(24 * 8).view(24, 8)
+    parameters = Chunk(dim=0).convert({"f": fused}, ["f"], ["q", "k", "v"])
+    place = _Place(("q", "k", "v"), (Chunk(dim=0),))
+    split = Split(dim, groups)
+    followed = _followed(split, (8, 8), place, (24, 8))
+    assert followed is not None
+    for rank in range(2):
+        made = Chunk(dim=0).convert({"f": cut(fused, followed, rank)}, ["f"], ["q", "k", "v"])
+        for name, parameter in parameters.items():
+            assert torch.equal(made[name], cut(parameter, split, rank))
+    assert _followed(split, (8, 8), place, (16, 8)) is None  # not of that size
+    assert _followed(split, (8, 8), _Place(("q",), (Chunk(dim=0),)), (24, 8)) is None
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("check", [False, True])
+def test_what_is_transposed(dim: int, groups: int, check: bool) -> None:
+    stored = torch.arange(4 * 8 * 12).view(4, 8, 12)
+    split = Split(dim, groups)
+    operation = Transpose(1, 2, check_dims=check)
+    followed = _followed(split, (4, 12, 8), _Place(("w",), (operation,)), (4, 8, 12))
+    assert followed is not None
+    for rank in range(2):
+        assert torch.equal(
+            cut(stored, followed, rank).transpose(1, 2), cut(stored.transpose(1, 2), split, rank)
+        )
+    as_it_is = _followed(split, (4, 12, 8), _Place(("w",), (operation,)), (4, 12, 8))
+    assert as_it_is == (split if check else None)
+
+
+def test_what_cannot_be_followed() -> None:
+    other = SimpleNamespace(dim=0)
+    assert _followed(Split(0), (8, 8), _Place(("w",), (other,)), (8, 8)) is None
+    counted = Concatenate(dim=0, num_shards_attribute="n")
+    assert _followed(Split(0), (8, 8), _Place(("w",), (counted,)), (4, 8)) is None
+    assert (
+        _followed(Split(0), (4, 8, 8), _Place(("w",), (MergeModulelist(dim=0),)), (8, 8)) is None
+    )  # whole experts
+    assert _followed(Split(1), (4, 8, 8), _Place(("w",), (MergeModulelist(dim=0),)), (8, 8)) == Split(0)
+    assert _followed(Split(1), (4, 8, 8), _Place(("w",), (MergeModulelist(dim=0),)), (8, 9)) is None
+    both = _Place(("w",), (MergeModulelist(dim=0), Concatenate(dim=1)))
+    assert _followed(Split(1, 2), (4, 16, 8), both, (8, 8)) == Split(0)
+
+
+def test_the_sample_is_always_the_same() -> None:
+    names = [str(i) for i in range(100)]
+    assert architectures.sample(names, 4) == ["0", "25", "50", "75"]
+    assert architectures.sample(names, 1000) == names
+    assert Path(architectures.__file__).name == "architectures.py"
