@@ -77,6 +77,8 @@ class Save : public std::enable_shared_from_this<Save> {
 
   // Whether some of its bytes only Python can bring.
   bool fetches() const { return fetches_bytes_; }
+  // Whether all of it lies in host memory.
+  bool on_host() const { return resources_.devices.empty() && !fetches_bytes_; }
   uint64_t nbytes() const { return nbytes_; }
   uint64_t nbytes_written() const { return progress_.nbytes_written.load(std::memory_order_relaxed); }
   Stats stats() const;

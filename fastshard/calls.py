@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
 
 
 class _OfThisThread(threading.local):
-    def __init__(self) -> None:
-        self.running: set[Entry] = set()
+    @property
+    def running(self) -> set[Entry]:
+        """Made in one step: whoever interrupts an ``__init__`` finds an object without it."""
+        found: set[Entry] = self.__dict__.setdefault("_running", set())
+        return found
 
 
 _this_thread = _OfThisThread()
@@ -36,7 +40,8 @@ def replacement_of(
     def replacement(*args: Any, **kwargs: Any) -> Any:
         nonlocal takes, implementation
         running = _this_thread.running
-        if not is_active() or entry in running:
+        # A first call in a finalizer, when modules go, comes too late to import anything.
+        if not is_active() or entry in running or (takes is None and sys.is_finalizing()):
             return original(*args, **kwargs)
         running.add(entry)
         try:

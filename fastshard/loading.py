@@ -24,6 +24,8 @@ _IMPORTED: Final = frozenset(
 )
 """What modules of ours import, and what these import in turn that knows plugins."""
 _STUCK_SECONDS: Final = 60.0
+_loaded: Final[dict[str, ModuleType]] = {}
+"""For finalizers: when the modules go, nothing is found in ``sys.modules`` any more."""
 _loaders: Final[set[int]] = set()
 """Threads that load."""
 
@@ -31,11 +33,14 @@ _loaders: Final[set[int]] = set()
 def load(name: str) -> ModuleType:
     """The module of that name, imported by another thread where this one has not been before."""
     module = sys.modules.get(name)
+    if module is None and sys.is_finalizing():
+        module = _loaded.get(name)
     if module is not None and not getattr(module.__spec__, "_initializing", False):
         return module
     if not sys.is_finalizing() and _thread.get_ident() not in _loaders and not _is_importing():
         _load_apart(name)
-    return importlib.import_module(name)  # also what has failed, to say why
+    module = _loaded[name] = importlib.import_module(name)  # also what has failed, to say why
+    return module
 
 
 def _load_apart(name: str) -> None:
