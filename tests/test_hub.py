@@ -2,8 +2,8 @@
 """The doors of huggingface_hub against the originals: files, errors, what happens to the caller's dicts."""
 
 import copy
-import inspect
 import errno
+import inspect
 import json
 import os
 from collections import OrderedDict
