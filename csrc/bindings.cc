@@ -377,6 +377,7 @@ PYBIND11_MODULE(_native, module) {
             handle.bind(file, handle.plans.size(), std::move(tag));
           },
           "file"_a, "tag"_a)
+      .def_property_readonly("closed", [](const PreparedHandle& handle) { return handle.standing == nullptr; })
       .def_property_readonly("tag", [](const PreparedHandle& handle) { return handle.bound_tag; })
       .def("close", &PreparedHandle::close);
 

@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     cli_files.add_parsers(commands)
-    env = commands.add_parser("env", help="what this machine and the filesystem of a path offer a save, what is replaced")
+    env = commands.add_parser(
+        "env", help="what this machine and the filesystem of a path offer a save, what is replaced"
+    )
     env.add_argument(
         "path", nargs="?", default=".", help="an existing directory, or a file in one (default: .)"
     )

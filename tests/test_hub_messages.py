@@ -64,7 +64,9 @@ def both(tmp_path: Path, act: Callable[[Path], object]) -> list[Any]:
             theirs.logger.removeHandler(listener)
             theirs.logger.setLevel(before)
         text = str((listener.heard, [str(w.message) for w in caught])).replace(str(folder), "FOLDER")
-        files = {str(p.relative_to(tmp_path / which)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        files = {
+            str(p.relative_to(tmp_path / which)): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+        }
         outcomes.append((text, error, files))
     failed = outcomes[0][1]
     assert (failed is None) == (outcomes[1][1] is None)

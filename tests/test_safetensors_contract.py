@@ -31,7 +31,7 @@ import numpy
 import pytest
 import safetensors.torch as reference
 import torch
-from helpers import FLOAT4, filled, parsed, snapshot
+from helpers import DTYPES, FLOAT4, filled, parsed, release, said_now, snapshot
 from safetensors import SafetensorError
 
 import fastshard
@@ -108,6 +108,10 @@ def error_of(call: Callable[[], Any]) -> BaseException | None:
         call()
     except Exception as error:
         return error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of PyO3
+            raise
+        pytest.skip(f"this safetensors panics: {error}")
     return None
 
 
@@ -117,7 +121,7 @@ def comparable(error: BaseException) -> str:
     def in_order(match: re.Match[str]) -> str:
         return str(sorted(sorted(names) for names in ast.literal_eval(match[0])))
 
-    text = re.sub(r"in position \d+", "in position N", str(error))
+    text = re.sub(r"in position \d+", "in position N", said_now(str(error)))
     return re.sub(r"\[(?:\{[^{}]*\}(?:, )?)+\]", in_order, text)
 
 
@@ -381,6 +385,8 @@ def test_tensors_are_checked_before_the_filename_and_that_before_the_metadata(
 @pytest.mark.parametrize("name", ["model.safetensors", "missing/model"])
 def test_header_that_no_reader_accepts(target, name):
     """Noticed before the file is looked at."""
+    if release("safetensors") < (0, 6):
+        pytest.skip("this safetensors writes what it cannot read")
     check_save_file(lambda: TENSORS, target.parent / name, {"a": "b" * 100_000_000})
 
 
@@ -424,7 +430,7 @@ def test_io_errors_are_of_both_kinds(target, name, number):
     assert isinstance(ours, SaveError) and isinstance(ours, SafetensorError) and isinstance(ours, OSError)
     assert (ours.errno, ours.filename) == (number, path)
     beginning = f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
-    assert str(theirs).startswith(beginning)
+    assert said_now(str(theirs)).startswith(beginning)
     assert str(ours) == f'{beginning}: "{path}"'
     copy = pickle.loads(pickle.dumps(ours))
     assert (type(copy), copy.errno, copy.filename, str(copy)) == (SaveError, number, path, str(ours))
@@ -451,6 +457,7 @@ def test_no_tensor_can_be_called_metadata(target):
     check_save_file(lambda: {"__metadata__": x(), "b": strided()}, target)  # other faults come first
 
 
+@pytest.mark.skipif(torch.complex64 not in DTYPES, reason="this safetensors has no complex numbers")
 def test_conjugates_are_saved_as_what_they_are():
     base = torch.tensor([[1 + 2j, 3 - 4j]], dtype=torch.complex64)
     negative = base.conj().imag[:, :1]
@@ -460,6 +467,7 @@ def test_conjugates_are_saved_as_what_they_are():
     assert fastshard.load(fastshard.save({"neg": negative}))["neg"].tolist() == [[-2.0]]
 
 
+@pytest.mark.skipif(torch.complex64 not in DTYPES, reason="this safetensors has no complex numbers")
 def test_conjugates_in_strided_views():
     base = filled((4, 6), torch.complex64).nan_to_num()
     tensors = {
@@ -660,7 +668,17 @@ def test_public_names():
                 "safe_open",
             ),
             *("save_torch_model", "save_torch_state_dict", "install", "installed", "uninstall"),
-            *("stats", "Stats", "Options", "PreparedSave", "Engine", "SaveFuture", "SaveError"),
+            *(
+                "status",
+                "Status",
+                "stats",
+                "Stats",
+                "Options",
+                "PreparedSave",
+                "Engine",
+                "SaveFuture",
+                "SaveError",
+            ),
             *("torch_save", "ArchiveError"),
             *("save_sharded_state", "load_sharded_state"),
             *("shard_checkpoint", "merge_checkpoint", "reshard_checkpoint"),

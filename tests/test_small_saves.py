@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastshard.bench import save, small_saves
-from fastshard.bench.small_saves import Measured
 
 import fastshard
+from fastshard.bench import save, small_saves
+from fastshard.bench.small_saves import Measured
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
