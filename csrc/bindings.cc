@@ -20,6 +20,7 @@
 #include "cuda_info.h"
 #include "direct_io.h"
 #include "engine.h"
+#include "holders.h"
 #include "kernels/embedded.h"
 #include "probe.h"
 #include "source_file.h"
@@ -489,6 +490,14 @@ PYBIND11_MODULE(_native, module) {
       },
       "path"_a, Released());
   module.def("mark_in_use", &mark_in_use, "fd"_a);
+  module.def(
+      "holders_of",
+      [](int fd) -> std::optional<std::tuple<std::vector<int>, bool>> {
+        auto found = holders_of(fd);
+        if (!found) return std::nullopt;
+        return std::tuple(std::move(found->descriptors), found->certain);
+      },
+      "fd"_a, Released());
   module.def("io_uring_refusal", &io_uring_refusal);
   module.def("probe", &probe, "directory"_a, Released());
 }

@@ -22,6 +22,7 @@ import itertools
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -41,6 +42,7 @@ from .checkpoint import (
     other_files,
     read_checkpoint,
     read_object,
+    same_file,
     write_text,
 )
 from .directory import creating, replacing
@@ -226,7 +228,7 @@ def reshard_checkpoint(
             places = {tensor: name for name, tensors in layout.items() for tensor in tensors}
             name = f"{_stem(checkpoint)}{INDEX_SUFFIX}"
             write_text(os.path.join(stage, name), make_index({**told, "total_size": total}, places))
-        if not _same_file(out, checkpoint.folder):
+        if not same_file(out, checkpoint.folder):
             _copy(checkpoint.others, checkpoint.folder, stage)
         _write(outputs(), stage, how, "Resharding")
 
@@ -286,7 +288,7 @@ def _batch(outputs: Iterator[_Output]) -> Iterator[_Output]:
 def _target(out: PathLike, src: str, force: bool, how: How, in_place: bool = False) -> Iterator[str]:
     """A hidden folder in ``out``; what is in it at the end stands in ``out``, all of it or nothing."""
     folder = os.fspath(out)
-    if _same_file(folder, src) and not in_place:
+    if same_file(folder, src) and not in_place:
         raise ValueError(f"{folder!r} is the source itself")
     try:
         names = os.listdir(folder)
@@ -298,7 +300,7 @@ def _target(out: PathLike, src: str, force: bool, how: How, in_place: bool = Fal
     old = _checkpoint_in(folder) if present else []
     target = (
         replacing(folder, obsolete=old, create=True, durable=how.durable)
-        if names
+        if names or _is_mount(folder)
         else creating(folder, durable=how.durable)
     )
     with target as stage:
@@ -314,6 +316,15 @@ def _target(out: PathLike, src: str, force: bool, how: How, in_place: bool = Fal
                     f"the new checkpoint is in place, but not what it replaces is gone: {error.strerror}"
                 )
                 raise
+
+
+def _is_mount(folder: str) -> bool:
+    """What cannot be looked at is an ``OSError``; ``os.path.ismount`` takes it for none."""
+    try:
+        own, above = os.lstat(folder), os.lstat(os.path.join(os.path.realpath(folder), ".."))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return not stat.S_ISLNK(own.st_mode) and (own.st_dev != above.st_dev or own.st_ino == above.st_ino)
 
 
 def _checkpoint_in(folder: str) -> list[str]:
@@ -391,7 +402,3 @@ def _index_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
 def _copy(names: Iterable[str], source: str, stage: str) -> None:
     for name in names:
         shutil.copyfile(os.path.join(source, name), os.path.join(stage, name))
-
-
-def _same_file(one: PathLike, other: PathLike) -> bool:
-    return os.path.realpath(one) == os.path.realpath(other)

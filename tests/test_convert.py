@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from helpers import DTYPES, FLOAT4, filled, names, saved_by_torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_model
 
-from fastshard import cli
+from fastshard import checkpoint, cli, convert, reshard
 
 STATE = {
     "embed": filled((50, 8)),
@@ -359,3 +362,52 @@ def test_an_index_that_does_not_fit_its_files(tmp_path: Path, capsys: pytest.Cap
     checkpoint_folder(tmp_path / "missing", c="pytorch_model-00003-of-00003.bin")
     assert cli.main(["convert", str(tmp_path / "missing"), str(tmp_path / "out")]) == 1
     assert names(tmp_path) == ["in", "missing"]
+
+
+def test_positions_that_cannot_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unseekable(io.FileIO):
+        def seekable(self) -> bool:
+            return False
+
+    (tmp_path / "m.pt").touch()
+    monkeypatch.setattr(checkpoint, "open", Unseekable, raising=False)
+    with pytest.raises(OSError) as info:
+        checkpoint.open_file(str(tmp_path / "m.pt"))
+    assert (info.value.errno, info.value.filename) == (errno.EIO, str(tmp_path / "m.pt"))
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (io.UnsupportedOperation("File or stream is not seekable."), errno.EIO),
+        (OSError(errno.EACCES, "no", "/proc/self/fd/3"), errno.EACCES),
+        (RuntimeError("unable to mmap 3000 bytes from file </m>: Cannot allocate memory (12)"), errno.ENOMEM),
+        (RuntimeError("unable to open file </m> in read-only mode: Input/output error (5)"), errno.EIO),
+    ],
+)
+def test_system_calls_that_fail_inside_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, number: int
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise error
+
+    torch.save(STATE, tmp_path / "m.pt")
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(OSError) as info:
+        convert.convert(str(tmp_path / "m.pt"), str(tmp_path / "m.safetensors"))
+    assert (info.value.errno, info.value.filename) == (number, str(tmp_path / "m.pt"))
+    assert info.value.strerror == os.strerror(number)
+
+
+@pytest.mark.parametrize("look", [lambda path: checkpoint.same_file(path, path), reshard._is_mount])
+def test_what_cannot_be_looked_at_is_no_absence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: Callable[[str], bool]
+) -> None:
+    def fail(path: object, *_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    assert look(str(tmp_path / "absent")) is False
+    monkeypatch.setattr(os, "stat", fail)
+    monkeypatch.setattr(os, "lstat", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        look(str(tmp_path))

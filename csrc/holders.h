@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which descriptors of this process lead to a file.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+namespace fastshard {
+
+struct Holders {
+  std::vector<int> descriptors;
+  bool certain = true;  // false: there is a descriptor that cannot be asked
+};
+
+// The descriptors besides `fd` that lead to its file. Asked of each descriptor in turn: a lease (F_SETLEASE) would tell
+// at once, but it holds up everybody who opens the file meanwhile, and sends this process a signal. None where there is
+// no /proc. Throws IoError, naming no file.
+std::optional<Holders> holders_of(int fd);
+
+}  // namespace fastshard
