@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -146,8 +148,17 @@ _SMALL: Final[dict[str, int]] = {
     "mamba_n_heads": 4,
     "mamba_d_head": 16,
 }
-_WITHOUT: Final = {"head_dim": 8, "prediction_length": 4, "vocab_size": 128, "num_experts": 4}
-"""What a configuration leaves open that its model needs."""
+_OPEN: Final = {
+    **{"head_dim": 8, "prediction_length": 4, "context_length": 8, "vocab_size": 128, "num_experts": 4},
+    **{
+        "num_key_value_heads": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 48,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+    },
+}
+"""What some configurations leave open though their models need it: said if nothing works without."""
 _FACTORS: Final = {"width_coefficient": 0.25, "depth_coefficient": 0.25}
 _SETS: Final = (
     (frozenset(_SMALL), 1),
@@ -177,10 +188,22 @@ class Outcome(NamedTuple):
 def known() -> dict[str, list[str]]:
     """``"saved"`` and ``"cut"``: what this version of transformers is known to do; nothing is known of others."""
     found: dict[str, dict[str, list[str]]] = json.loads(KNOWN.read_text())
-    return found.get(_minor(), {"saved": [], "cut": []})
+    return found.get(minor(), {"saved": [], "cut": []})
 
 
-def _minor() -> str:
+def _remember(same: dict[str, list[str]], of: set[str]) -> None:
+    """Writes down which of these model types are the same; what is known of others stays."""
+    before = known()
+    everything = json.loads(KNOWN.read_text())
+    everything[minor()] = {
+        what: sorted({*found, *(name for name in before[what] if name not in of)})
+        for what, found in same.items()
+    }
+    KNOWN.write_text(json.dumps(everything, indent=0) + "\n")
+
+
+def minor() -> str:
+    """Its version, as the file has it."""
     return ".".join(transformers.__version__.split(".")[:2])
 
 
@@ -211,7 +234,7 @@ def _classes_of(config: Any) -> list[Any]:
     return list(dict.fromkeys(classes))
 
 
-def _shrink(config: Any, names: frozenset[str], times: int) -> None:
+def _shrink(config: Any, names: frozenset[str], times: int, complete: bool) -> None:
     values = dict(vars(config))
     layers_before = values.get("num_hidden_layers")
     small = {name: size * (times if name in _SCALED else 1) for name, size in _SMALL.items() if name in names}
@@ -220,13 +243,13 @@ def _shrink(config: Any, names: frozenset[str], times: int) -> None:
         small.update(dict.fromkeys(alike, small["num_attention_heads"]))
     for name, value in values.items():
         if isinstance(value, transformers.PretrainedConfig):
-            _shrink(value, names, times)
+            _shrink(value, names, times, complete)
         elif name in small and type(value) is int and value > small[name]:
             setattr(config, name, small[name])
         elif name in _KV_HEADS and value == 1 and names:
             setattr(config, name, 2)  # a single one cannot be cut
-        elif name in _WITHOUT and value is None:
-            setattr(config, name, small.get(name, _WITHOUT[name]))
+        elif complete and name in _OPEN and value is None:
+            setattr(config, name, small.get(name, _OPEN[name]))
         elif name in _FACTORS and names:
             setattr(config, name, _FACTORS[name])
     values = dict(vars(config))
@@ -281,10 +304,10 @@ def make(kind: str) -> Any:
     none can be made."""
     reason = "no class for its configuration"
     second = None
-    for names, times in _SETS:
+    for complete, (names, times) in itertools.product((False, True), _SETS):
         try:
             config = transformers.AutoConfig.for_model(kind)
-            _shrink(config, names, times)
+            _shrink(config, names, times, complete)
             classes = _classes_of(config)
         except TimeoutError:
             raise
@@ -340,12 +363,13 @@ def compare(kind: str, work: Path) -> Outcome:
     except LookupError as error:
         return Outcome(f"not made: {error}", "")
     nbytes = sum(t.nbytes for t in model.state_dict().values())
-    for variant, size in (("one", "50GB"), ("three", max(1, nbytes // 3 + 1)), ("bf16", "50GB")):
-        if variant == "bf16":
-            model = model.to(torch.bfloat16)
-        expected = _save(model, work / variant, size)
-        with fastshard.installed():
-            found = _save(model, work / f"{variant}.ours", size)
+    halved = copy.deepcopy(model).to(torch.bfloat16)
+    variants = (("one", model, "50GB"), ("three", model, max(1, nbytes // 3 + 1)), ("bf16", halved, "50GB"))
+    there = {variant: _save(one, work / variant, size) for variant, one, size in variants}
+    with fastshard.installed():
+        ours = {variant: _save(one, work / f"{variant}.ours", size) for variant, one, size in variants}
+    for variant, expected in there.items():
+        found = ours[variant]
         if isinstance(expected, str):
             if expected == found:
                 return Outcome(f"not saved by the original either: {expected}", "")
@@ -449,10 +473,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"DIFFERENT: {', '.join(wrong)}")
     if lost:
         print(f"the same before, and no longer: {', '.join(dict.fromkeys(lost))}")
-    if given.remember and not wrong and names == kinds():
-        everything = json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
-        everything[_minor()] = {"saved": saved, "cut": cut}
-        KNOWN.write_text(json.dumps(everything, indent=0) + "\n")
+    if given.remember and not wrong:
+        _remember({"saved": saved, "cut": cut}, set(outcomes))
     return int(bool(wrong or lost))
 
 
