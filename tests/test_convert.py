@@ -17,7 +17,7 @@ from helpers import DTYPES, FLOAT4, filled, names, saved_by_torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_model
 
-from fastshard import checkpoint, cli, convert, reshard
+from fastshard import checkpoint, cli, convert, reshard, whatis
 
 STATE = {
     "embed": filled((50, 8)),
@@ -411,3 +411,20 @@ def test_what_cannot_be_looked_at_is_no_absence(
     monkeypatch.setattr(os, "lstat", fail)
     with pytest.raises(OSError, match="Input/output error"):
         look(str(tmp_path))
+
+
+def test_a_zip_archive_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unreadable(io.BytesIO):
+        def read(self, *_: object) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    torch.save(STATE, tmp_path / "m.pt")
+    failing = Unreadable((tmp_path / "m.pt").read_bytes())
+    with pytest.raises(OSError) as info:
+        whatis._of_zip(failing, True)
+    assert info.value.errno == errno.EIO
+    opened = zipfile.ZipFile
+    monkeypatch.setattr(zipfile, "ZipFile", lambda path: opened(failing))
+    with pytest.raises(OSError) as info, convert._read_errors(str(tmp_path / "m.pt")):
+        convert._check_records(str(tmp_path / "m.pt"))
+    assert (info.value.errno, info.value.filename) == (errno.EIO, str(tmp_path / "m.pt"))
