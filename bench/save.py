@@ -223,6 +223,11 @@ def _scratch(directory: Path | None) -> Iterator[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 1 when bytes were wrong or could not be verified; goals never change it."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["small-saves"]:  # with options of its own
+        from .small_saves import main as small_saves
+
+        return small_saves(argv[1:])
     parser = _parser()
     args = parser.parse_args(argv)
     if args.probe:

@@ -70,7 +70,8 @@ std::vector<std::string> adopt_attributes(int fd, const std::string& path, const
       names_in(filled([&](char* to, size_t size) { return llistxattr(path.c_str(), to, size); }));
   if (!without_attributes(errno)) note("reading extended attributes");
   errno = 0;
-  const std::vector<std::string> had = names_in(filled([&](char* to, size_t size) { return flistxattr(fd, to, size); }));
+  const std::vector<std::string> had =
+      names_in(filled([&](char* to, size_t size) { return flistxattr(fd, to, size); }));
   for (const std::string& name : theirs) {
     errno = 0;
     const std::string value =

@@ -3,6 +3,8 @@
 // exceptions Python has for them, and the GIL is free in every call that can block.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <cxxabi.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <map>
@@ -33,7 +35,27 @@ namespace {
 // How long a signal's handler may have to wait.
 constexpr double kSignalsSeconds = 0.1;
 
-using Released = py::call_guard<py::gil_scoped_release>;
+// As py::gil_scoped_release. A daemon thread that comes back when the interpreter ends is ended by Python before 3.14 with
+// pthread_exit(), which unwinds the stack through destructors that must not throw: all of the process would be aborted.
+// It waits for the end of the process instead, as newer versions let it.
+class GilReleased {
+ public:
+  GilReleased() : state_(PyEval_SaveThread()) {}
+  ~GilReleased() {
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (const abi::__forced_unwind&) {
+      for (;;) pause();
+    }
+  }
+  GilReleased(const GilReleased&) = delete;
+  GilReleased& operator=(const GilReleased&) = delete;
+
+ private:
+  PyThreadState* const state_;
+};
+
+using Released = py::call_guard<GilReleased>;
 
 // An engine as Python holds it, until closed. Closing and dropping wait for the saves under way.
 struct EngineHandle {
@@ -44,7 +66,7 @@ struct EngineHandle {
 
   void close() {
     auto closing = std::move(engine);
-    const py::gil_scoped_release released;
+    const GilReleased released;
     closing.reset();
   }
 
@@ -59,7 +81,7 @@ struct SaveHandle {
   SaveHandle& operator=(const SaveHandle&) = delete;
   ~SaveHandle() {
     if (save->finished()) return;
-    const py::gil_scoped_release released;
+    const GilReleased released;
     save->cancel();
     save->disown_fetches(true);
     save->settle();
@@ -139,7 +161,7 @@ struct PreparedHandle {
       : engine(std::move(of)) {
     if (engine == nullptr) throw std::runtime_error("the engine is closed");
     bind(file, generations, std::move(tag));
-    const py::gil_scoped_release released;
+    const GilReleased released;
     standing = engine->stand(*plans.front(), generations);
   }
   PreparedHandle(const PreparedHandle&) = delete;
@@ -164,7 +186,7 @@ struct PreparedHandle {
                                      const py::object& tag) {
     if (standing == nullptr) throw std::runtime_error("the prepared save is closed");
     if (!tag.is(bound_tag)) return nullptr;
-    const py::gil_scoped_release released;
+    const GilReleased released;
     if (const std::shared_ptr<Save> before = newest.lock(); before != nullptr && !before->finished()) {
       before->cancel();
       before->settle();
@@ -179,7 +201,7 @@ struct PreparedHandle {
   }
 
   void close() {
-    const py::gil_scoped_release released;
+    const GilReleased released;
     standing.reset();
     engine.reset();
   }
@@ -288,7 +310,7 @@ PYBIND11_MODULE(_native, module) {
             std::vector<Amendment> amendments;
             amendments.reserve(given.size());
             for (const auto& [file, offset, bytes] : given) amendments.push_back({file, offset, bytes});
-            const py::gil_scoped_release released;
+            const GilReleased released;
             handle.save->amend(std::move(amendments));
           },
           "amendments"_a)
@@ -312,7 +334,7 @@ PYBIND11_MODULE(_native, module) {
             const std::shared_ptr<Engine> engine = handle.engine;
             if (engine == nullptr) throw std::runtime_error("the engine is closed");
             const std::shared_ptr<SavePlan> plan = plan_from(files);
-            const py::gil_scoped_release released;
+            const GilReleased released;
             read_from_files(*plan);
             const Intent intent{.durable = durable,
                                 .keep_cached = keep_cached,
@@ -352,6 +374,7 @@ PYBIND11_MODULE(_native, module) {
             handle.bind(file, handle.plans.size(), std::move(tag));
           },
           "file"_a, "tag"_a)
+      .def_property_readonly("closed", [](const PreparedHandle& handle) { return handle.standing == nullptr; })
       .def_property_readonly("tag", [](const PreparedHandle& handle) { return handle.bound_tag; })
       .def("close", &PreparedHandle::close);
 
@@ -361,7 +384,7 @@ PYBIND11_MODULE(_native, module) {
       .def("wait", [](const Closing& closing) {
         for (;;) {
           {
-            const py::gil_scoped_release released;
+            const GilReleased released;
             if (closing.wait(kSignalsSeconds)) return;
           }
           if (PyErr_CheckSignals() != 0) throw py::error_already_set();
@@ -371,7 +394,7 @@ PYBIND11_MODULE(_native, module) {
       "close_later",
       [](const std::vector<int>& descriptors) {
         auto closing = std::make_unique<Closing>();
-        const py::gil_scoped_release released;
+        const GilReleased released;
         closing->start(descriptors);
         return closing;
       },
@@ -413,7 +436,8 @@ PYBIND11_MODULE(_native, module) {
       },
       "nbytes"_a);
   // Keeps an object for ever: in a forked child, the parent's threads are not there to finish what it stands for.
-  module.def("leak", [](const py::object& object) { object.inc_ref(); }, "object"_a);
+  module.def(
+      "leak", [](const py::object& object) { object.inc_ref(); }, "object"_a);
 
   module.def("schedule", &schedule_of, "files"_a, "slot_nbytes"_a, "packed_nbytes"_a, "in_place_nbytes"_a, "max_ops"_a,
              "in_place"_a, "block_nbytes"_a = 1);

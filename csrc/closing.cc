@@ -99,7 +99,11 @@ void Closing::start(const std::vector<int>& descriptors) noexcept {
     auto state = std::make_shared<State>();
     state->files.reserve(descriptors.size());
     for (const int descriptor : descriptors) {
-      if (const auto file = File::of(descriptor)) state->files.push_back(*file);
+      if (const auto file = File::of(descriptor)) {
+        state->files.push_back(*file);
+      } else {
+        close(descriptor);
+      }
     }
     const std::lock_guard lock(registry->mutex);
     start_thread("fastshard-close", [state] { close_all(state); }).detach();

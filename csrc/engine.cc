@@ -18,6 +18,13 @@ uint64_t slot_nbytes(const Options& options) {
   return (block - kScratchNbytes) / kPage * kPage;
 }
 
+// Saves that take less time than waking a writer up, and waiting for it.
+constexpr uint64_t kSmallNbytes = 256 << 10;
+
+bool is_small(const Save& save, const Intent& intent) {
+  return save.nbytes() <= kSmallNbytes && save.on_host() && !intent.durable && intent.keep_cached && !intent.amended;
+}
+
 size_t checked_threads(const Options& options) {
   if (options.threads == 0) throw std::invalid_argument("threads must be at least 1");
   return options.threads;
@@ -36,7 +43,7 @@ std::shared_ptr<Save> Engine::submit(std::shared_ptr<const SavePlan> plan, const
   Resources resources{ring_, workers_, write_behind_, *host_, devices_of(*plan), io_uring_refused_};
   intent.wanted = options_.write_path;
   auto save = std::make_shared<Save>(std::move(plan), streams, intent, std::move(commit), std::move(resources));
-  save->start(false);
+  save->start(is_small(*save, intent));
   return save;
 }
 

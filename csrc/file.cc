@@ -33,8 +33,6 @@ constexpr uint64_t kMinBlockNbytes = 4096;
 constexpr uint64_t kMaxBlockNbytes = 64 << 10;
 // Written ranges that wait for the disk while the next one is written.
 constexpr size_t kRangesBehind = 4;
-// Nobody but the owner, until the file has its final mode.
-constexpr mode_t kStagedMode = 0600;
 
 // 0 where there is no direct I/O that staging slots, which are aligned to pages, could do.
 uint64_t direct_block_nbytes(int fd) {
@@ -136,7 +134,8 @@ void OutputFile::open_temporary() {
   const int refusal = errno;
   if (fd_ && refusal != ENOENT && refusal != ENOTDIR && refusal != EACCES) fail("access", refusal);
   if (fd_ || refusal != ENOENT) note_fallback("O_TMPFILE", refusal);
-  const int error = take_name(target_, path_, [&](const std::string& name) { return open_named(name); }, temporary_);
+  const int error = take_name(
+      target_, path_, [&](const std::string& name) { return open_named(name); }, temporary_);
   if (error != 0) fail("open", error);
   if (target_.replaced) return;
   struct stat made;
@@ -213,12 +212,12 @@ void require_space(std::span<OutputFile* const> files) {
   std::map<dev_t, uint64_t> wanted;
   for (const OutputFile* file : files) {
     if (file->preallocated_) continue;
-    struct stat info;
+    const auto info = file->identity();
     struct statvfs space;
     // No answer is no reason to refuse, and filesystems without a limit report no blocks at all.
-    if (fstat(file->fd_.get(), &info) != 0 || fstatvfs(file->fd_.get(), &space) != 0 || space.f_blocks == 0) continue;
-    wanted[info.st_dev] += file->nbytes_;
-    if (wanted[info.st_dev] > static_cast<uint64_t>(space.f_bavail) * space.f_frsize) {
+    if (!info || statvfs(file->target_.directory.c_str(), &space) != 0 || space.f_blocks == 0) continue;
+    wanted[info->st_dev] += file->nbytes_;
+    if (wanted[info->st_dev] > static_cast<uint64_t>(space.f_bavail) * space.f_frsize) {
       file->fail("reserve", ENOSPC);
     }
   }
@@ -248,7 +247,13 @@ void OutputFile::write(std::span<iovec> parts, uint64_t offset) {
 
 Mapping OutputFile::window(uint64_t offset, uint64_t nbytes) {
   Mapping window(fd_.get(), offset, nbytes, path_);
-  populate(window.bytes(), path_);
+  try {
+    populate(window.bytes(), path_);
+  } catch (const IoError& error) {
+    // Pages of a file in memory can be lacking; those of a disk are reserved, so that it has failed.
+    const int code = error.code().value();
+    fail("populate", code == ENOSPC && preallocated_ && !memory_backed_ ? EIO : code);
+  }
   return window;
 }
 
@@ -274,9 +279,8 @@ void OutputFile::evict_behind(uint64_t offset, uint64_t nbytes) {
   while (behind_.size() > kRangesBehind) {
     const auto [begin, length] = behind_.front();
     behind_.pop_front();
-    const int error =
-        request_writeback(fd_.get(), begin, length,
-                          SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
+    const int error = request_writeback(
+        fd_.get(), begin, length, SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
     if (error != 0) fail("sync_file_range", error);
     posix_fadvise(fd_.get(), static_cast<off_t>(begin), static_cast<off_t>(length), POSIX_FADV_DONTNEED);
   }
@@ -304,16 +308,17 @@ void OutputFile::sync() {
 }
 
 bool OutputFile::is_at(const std::string& name) const {
-  struct stat ours, theirs;
-  return fstat(fd_.get(), &ours) == 0 && lstat(name.c_str(), &theirs) == 0 && ours.st_dev == theirs.st_dev &&
-         ours.st_ino == theirs.st_ino;
+  const auto ours = identity();
+  struct stat theirs;
+  return ours && lstat(name.c_str(), &theirs) == 0 && ours->st_dev == theirs.st_dev && ours->st_ino == theirs.st_ino;
 }
 
 // Whether the name is known to be another file's, or nobody's. What cannot be looked at is not lost.
 bool OutputFile::lost(const std::string& name) const {
-  struct stat ours, theirs;
+  struct stat theirs;
   if (lstat(name.c_str(), &theirs) != 0) return errno == ENOENT;
-  return fstat(fd_.get(), &ours) == 0 && (ours.st_dev != theirs.st_dev || ours.st_ino != theirs.st_ino);
+  const auto ours = identity();
+  return ours && (ours->st_dev != theirs.st_dev || ours->st_ino != theirs.st_ino);
 }
 
 bool OutputFile::intact() const {

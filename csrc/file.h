@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <deque>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
@@ -19,6 +20,9 @@
 #include "target.h"
 
 namespace fastshard {
+
+// Nobody but the owner, until the file has its final mode.
+inline constexpr mode_t kStagedMode = 0600;
 
 // A file being written: a nameless or hidden sibling of its target until publish(). The destructor removes
 // what was not published. write(), window() and start_writeback() may be called by several threads at once.
@@ -44,7 +48,7 @@ class OutputFile {
   // Asks the disk to start on a written range. What the disk has to say of ranges before comes up in sync() and when
   // the file is published.
   void start_writeback(uint64_t offset, uint64_t nbytes) noexcept;
-  bool has_writeback() const { return !memory_backed_ && write_path_ != WritePath::direct; }
+  bool has_writeback() const { return !memory_backed_ && write_path_ != WritePath::direct && !suspended_; }
   // Direct path only: what addresses, lengths and offsets of writes to descriptor() must be multiples of. The end of
   // the last block is cut off again by end_writing().
   uint64_t block_nbytes() const { return block_nbytes_; }
@@ -59,6 +63,23 @@ class OutputFile {
   // Returns when the contents are on stable storage and, with keep_cached == false, nowhere else. The file has the
   // attributes that it will be published with.
   void sync();
+  // Gives the descriptor back for the time being: the file has a hidden name then, and is still marked as in use. From
+  // here on only an Awake can work on it.
+  void suspend();
+
+  // A file that was suspended has its descriptor for as long as this lives; of others nothing changes. Several threads
+  // may hold one on the same file at once.
+  class Awake {
+   public:
+    explicit Awake(OutputFile& file);
+    ~Awake();
+    Awake(const Awake&) = delete;
+    Awake& operator=(const Awake&) = delete;
+
+   private:
+    OutputFile& file_;
+  };
+
   // Gives the file up: nothing of it remains. Nothing happens to a published file.
   void discard() noexcept;
 
@@ -93,6 +114,7 @@ class OutputFile {
   void copy_to_target();
   int put_back() noexcept;
   int remove_old() noexcept;
+  std::optional<struct stat> identity() const;
   bool is_at(const std::string& name) const;
   bool lost(const std::string& name) const;
   [[noreturn]] void fail(const char* action, int error = errno) const;
@@ -105,9 +127,16 @@ class OutputFile {
   const uint64_t save_nbytes_;  // of all files of the save
   bool preallocated_ = false;
   Descriptor fd_;
-  std::string temporary_;           // empty while the file has no name
-  std::optional<mode_t> new_mode_;  // of a new file under a hidden name, where it still has less
+  std::string temporary_;               // empty while the file has no name
+  std::optional<mode_t> new_mode_;      // of a new file under a hidden name, where it still has less
   std::optional<struct stat> adopted_;  // of the file whose attributes it has
+  // Of a file that was suspended: which one it is, how it is opened again, and its first page mapped, which keeps the
+  // mark of the descriptor that is gone.
+  std::optional<struct stat> suspended_;
+  int reopen_flags_ = 0;
+  std::optional<Mapping> mark_;
+  std::mutex waking_;
+  size_t awake_ = 0;
   State state_ = State::temporary;
   WritePath write_path_ = WritePath::buffered;
   bool memory_backed_ = false;
@@ -118,6 +147,9 @@ class OutputFile {
   std::atomic<int> writeback_error_ = 0;              // the first errno that starting or awaiting writeback has told
   std::vector<std::string> fallbacks_;
 };
+
+// Whether so many files at once would take most of the descriptors that this process may still open.
+bool too_many_to_keep_open(size_t files) noexcept;
 
 // IoError(ENOSPC) unless what could not be preallocated fits, all of it together, into what is free now.
 void require_space(std::span<OutputFile* const> files);

@@ -43,7 +43,8 @@ IoError not_durable(int error, const std::string& path, size_t files) {
 }
 
 IoError not_removed(int error, const std::string& path, size_t files) {
-  return {error, path, "unlink", all_of(files) + ", but the old one could not be removed and still takes its room", true};
+  return {error, path, "unlink", all_of(files) + ", but the old one could not be removed and still takes its room",
+          true};
 }
 
 }  // namespace
@@ -68,6 +69,7 @@ void OutputFile::take_attributes() {
 }
 
 void OutputFile::put_in_place(bool keep_old) {
+  const Awake awake(*this);
   check_written();
   take_attributes();
   if (!one_machine_) {
@@ -126,9 +128,7 @@ bool OutputFile::exchange_with_target() {
 // Without an exchange: the old file stays reachable under a second name until all files stand. Whether it does.
 bool OutputFile::keep_old_by_link() {
   std::string old;
-  const auto keep = [&](const std::string& name) {
-    return link(target_.path.c_str(), name.c_str()) == 0 ? 0 : errno;
-  };
+  const auto keep = [&](const std::string& name) { return link(target_.path.c_str(), name.c_str()) == 0 ? 0 : errno; };
   if (const int error = take_name(target_, path_, keep, old); error != 0) {
     const bool nothing_there = error == ENOENT;
     if (!nothing_there && !without_links(error)) fail("link", error);
@@ -143,7 +143,7 @@ bool OutputFile::keep_old_by_link() {
     unlink(old.c_str());
     fail("rename", error);
   }
-  temporary_ = old;
+  temporary_ = std::move(old);
   state_ = State::exchanged;
   return true;
 }
@@ -195,10 +195,10 @@ int OutputFile::put_back() noexcept {
   const bool copied = state_ == State::created && !temporary_.empty();
   if (copied || !lost(target_.path)) {
     const auto undo = [&] {
-      return state_ == State::created ? unlink(target_.path.c_str())
-                                      : rename(temporary_.c_str(), target_.path.c_str());
+      return state_ == State::created ? unlink(target_.path.c_str()) : rename(temporary_.c_str(), target_.path.c_str());
     };
-    if (undo() != 0 && errno != ENOENT && undo() != 0 && errno != ENOENT) return errno;
+    const int harmless = state_ == State::created ? ENOENT : 0;
+    if (undo() != 0 && errno != harmless && undo() != 0 && errno != harmless) return errno;
     if (state_ == State::exchanged) temporary_.clear();
   }
   state_ = State::temporary;
@@ -211,7 +211,8 @@ int OutputFile::remove_old() noexcept {
   const int error = failed ? errno : 0;
   temporary_.clear();
   state_ = State::replaced;
-  give_up(fd_.get());
+  if (fd_) give_up(fd_.get());
+  mark_.reset();
   return error;
 }
 

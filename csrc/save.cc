@@ -33,12 +33,14 @@ Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>&
   intent_.host_casts = any_source([](const TensorView& source) { return source.cast() && source.device == kHost; });
   fetches_bytes_ = any_source([](const TensorView& source) { return source.device == kFetched; });
   intent_.writers = resources_.workers.threads() / std::max<size_t>(1, plan_->files.size());
+  bounded_ = too_many_to_keep_open(plan_->files.size());
   for (uint32_t index = 0; index < plan_->files.size(); ++index) {
     const FilePlan& file = plan_->files[index];
     files_.push_back(file.memory.bytes != nullptr ? nullptr
                                                   : std::make_shared<OutputFile>(file.path, file.nbytes, intent_));
     writers_.push_back(std::make_unique<FileWriter>(file, files_.back(), resources_, streams_, fetches_.stream(index),
                                                     intent_.checksums, progress_));
+    if (bounded_ && files_.back() != nullptr) files_.back()->suspend();
   }
   for (const auto& file : files_) {
     if (file != nullptr) open_files_.push_back(file.get());
@@ -87,26 +89,35 @@ void Save::attempt(const Step& step) {
   }
 }
 
+// The last writer of a file syncs it; the last file's publishes them all.
 void Save::write_share(size_t index) {
-  attempt([&] { writers_[index]->write_chunks(); });
-  if (--unfinished_shares_[index] == 0) end_file(index);
+  const std::shared_ptr<OutputFile>& file = files_[index];
+  std::optional<OutputFile::Awake> awake;
+  const auto wake = [&] {
+    if (bounded_ && file != nullptr && !awake) awake.emplace(*file);
+  };
+  attempt([&] {
+    wake();
+    writers_[index]->write_chunks();
+  });
+  // Before another writer can come to the end of the save, and of the file.
+  if (writers_[index]->writers() > 1) awake.reset();
+  if (--unfinished_shares_[index] != 0) return;
+  attempt([&] {
+    if (file == nullptr) return;
+    wake();
+    const Timer timer(progress_.sync_ns);
+    file->end_writing();
+    if (must_sync() && !synced_together(*file)) file->sync();
+  });
+  awake.reset();
+  if (--unfinished_files_ == 0 && !await_amendment()) finish();
 }
 
 // Direct writes are on the disk already, all but sizes and extents: synced one by one while others write, each would
 // wait for these to pause. What is to be amended is synced afterwards.
 bool Save::synced_together(const OutputFile& file) const {
-  return intent_.amended || file.write_path() == WritePath::direct;
-}
-
-// The last writer of a file syncs it; the last file's publishes them all.
-void Save::end_file(size_t index) {
-  attempt([&] {
-    if (files_[index] == nullptr) return;
-    const Timer timer(progress_.sync_ns);
-    files_[index]->end_writing();
-    if (must_sync() && !synced_together(*files_[index])) files_[index]->sync();
-  });
-  if (--unfinished_files_ == 0 && !await_amendment()) finish();
+  return intent_.amended || (file.write_path() == WritePath::direct && !bounded_);
 }
 
 // Whether the save is not to be finished yet: Python has its say first, or whoever cancels.
@@ -167,6 +178,7 @@ void Save::write(const Amendment& amendment) {
     std::ranges::copy(std::as_bytes(std::span(amendment.bytes)), memory + amendment.offset);
   } else {
     iovec part{const_cast<char*>(amendment.bytes.data()), amendment.bytes.size()};
+    const OutputFile::Awake awake(*files_[amendment.file]);
     files_[amendment.file]->write({&part, 1}, amendment.offset);
   }
 }
@@ -205,7 +217,9 @@ void Save::finish() {
     try {
       const Timer timer(progress_.sync_ns);
       for (OutputFile* file : open_files_) {
-        if (must_sync() && synced_together(*file)) file->sync();
+        if (!must_sync() || !synced_together(*file)) continue;
+        const OutputFile::Awake awake(*file);
+        file->sync();
       }
       publish(open_files_, intent_.durable);
       if (commit_) use.fallbacks = commit_();

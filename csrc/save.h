@@ -77,6 +77,8 @@ class Save : public std::enable_shared_from_this<Save> {
 
   // Whether some of its bytes only Python can bring.
   bool fetches() const { return fetches_bytes_; }
+  // Whether all of it lies in host memory.
+  bool on_host() const { return resources_.devices.empty() && !fetches_bytes_; }
   uint64_t nbytes() const { return nbytes_; }
   uint64_t nbytes_written() const { return progress_.nbytes_written.load(std::memory_order_relaxed); }
   Stats stats() const;
@@ -87,7 +89,6 @@ class Save : public std::enable_shared_from_this<Save> {
   using Clock = std::chrono::steady_clock;
 
   void write_share(size_t index);
-  void end_file(size_t index);
   bool await_amendment();
   void write(const Amendment& amendment);
   void take_checksums();
@@ -113,6 +114,7 @@ class Save : public std::enable_shared_from_this<Save> {
   // By index in the plan; null where the target is memory.
   std::vector<std::shared_ptr<OutputFile>> files_;
   std::vector<OutputFile*> open_files_;  // those there are
+  bool bounded_ = false;                 // they are open only while they are worked on
   std::vector<std::unique_ptr<FileWriter>> writers_;
   std::vector<std::atomic<size_t>> unfinished_shares_;  // of each file
   std::atomic<size_t> unfinished_files_ = 0;

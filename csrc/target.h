@@ -12,9 +12,9 @@
 namespace fastshard {
 
 struct Target {
-  std::string path;       // what a rename replaces
-  std::string directory;  // it lies in
-  std::string name;       // in there
+  std::string path;                     // what a rename replaces
+  std::string directory;                // it lies in
+  std::string name;                     // in there
   std::optional<struct stat> replaced;  // of the regular file that stands there
 };
 

@@ -56,8 +56,9 @@ bool write_locked(int fd) {
 }
 
 // While a save of several files puts them in place, the hidden name holds the old file, which nobody has locked; the
-// new one is the target then, and is locked.
-bool being_published(const Target& target) {
+// new one is the target then, and is locked. A second name of the target's own file holds nothing.
+bool being_published(const Target& target, const struct stat& leftover) {
+  if (is_at(leftover, target.path)) return false;
   const Descriptor file(open(target.path.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
   if (!file) return errno != ENOENT && errno != ELOOP;
   return write_locked(file.get());
@@ -74,7 +75,7 @@ bool lock_leftover(const Descriptor& writable, const Descriptor& readable) {
 int remove_leftover(const Target& target, const std::string& name, const struct stat& found, bool one_machine) {
   if (!one_machine && std::time(nullptr) - found.st_mtime < kUntouchedSeconds) return 0;
   if (S_ISLNK(found.st_mode)) {  // a link that was replaced by a save of several files
-    if (being_published(target) || !is_at(found, name)) return 0;
+    if (being_published(target, found) || !is_at(found, name)) return 0;
     return unlink(name.c_str()) == 0 ? 0 : errno;
   }
   if (!S_ISREG(found.st_mode)) return 0;
@@ -84,7 +85,7 @@ int remove_leftover(const Target& target, const std::string& name, const struct 
   if (!writable && !readable) return errno == EACCES ? 0 : errno;  // another user's
   struct stat opened;
   if (fstat((writable ? writable : readable).get(), &opened) != 0) return errno;
-  if (!lock_leftover(writable, readable) || being_published(target) || !is_at(opened, name)) return 0;
+  if (!lock_leftover(writable, readable) || being_published(target, opened) || !is_at(opened, name)) return 0;
   return unlink(name.c_str()) == 0 ? 0 : errno;
 }
 

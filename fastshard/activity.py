@@ -34,8 +34,7 @@ _compacting = threading.Lock()
 
 
 class _OfThisThread(threading.local):
-    def __init__(self) -> None:
-        self.save: one_save | None = None
+    save: one_save | None = None
 
 
 _this_thread = _OfThisThread()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
 
 
 class _OfThisThread(threading.local):
-    def __init__(self) -> None:
-        self.running: set[Entry] = set()
+    @property
+    def running(self) -> set[Entry]:
+        """Made in one step: whoever interrupts an ``__init__`` finds an object without it."""
+        found: set[Entry] = self.__dict__.setdefault("_running", set())
+        return found
 
 
 _this_thread = _OfThisThread()
@@ -36,7 +40,8 @@ def replacement_of(
     def replacement(*args: Any, **kwargs: Any) -> Any:
         nonlocal takes, implementation
         running = _this_thread.running
-        if not is_active() or entry in running:
+        # A first call in a finalizer, when modules go, comes too late to import anything.
+        if not is_active() or entry in running or (takes is None and sys.is_finalizing()):
             return original(*args, **kwargs)
         running.add(entry)
         try:
@@ -53,13 +58,13 @@ def replacement_of(
     return replacement
 
 
-def _by_the_original(
-    original: Function, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _by_the_original(original: Function, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     done = original(*args, **kwargs)  # the caller's error, if they are wrong
     from .activity import count_left
 
-    reason = "fastshard does not fit" if entry.belongs_to in refused else "arguments that fastshard does not know"
+    reason = (
+        "fastshard does not fit" if entry.belongs_to in refused else "arguments that fastshard does not know"
+    )
     count_left(entry.call, reason)
     return done
 
@@ -117,7 +122,7 @@ def binder(signature: inspect.Signature) -> Function:
             texts.append("/")
         if kind is parameter.KEYWORD_ONLY and previous not in (kind, parameter.VAR_POSITIONAL):
             texts.append("*")
-        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(kind, "")
+        stars = "*" * ((kind is parameter.VAR_POSITIONAL) + 2 * (kind is parameter.VAR_KEYWORD))
         texts.append(stars + parameter.name + ("" if parameter.default is parameter.empty else "=None"))
         previous = kind
     if previous is inspect.Parameter.POSITIONAL_ONLY:

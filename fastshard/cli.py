@@ -29,12 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     cli_files.add_parsers(commands)
-    env = commands.add_parser("env", help="what this machine and the filesystem of a path offer a save, what is replaced")
+    env = commands.add_parser(
+        "env", help="what this machine and the filesystem of a path offer a save, what is replaced"
+    )
     env.add_argument(
         "path", nargs="?", default=".", help="an existing directory, or a file in one (default: .)"
     )
     cli_checkpoints.add_parsers(commands)
-    commands.add_parser("run", help="a command whose Pythons all start with fastshard (run torchrun train.py)")
+    commands.add_parser(
+        "run", help="a command whose Pythons all start with fastshard (run torchrun train.py)"
+    )
     commands.add_parser(
         "bench", help="measure against safetensors, torch.save and DCP (--help for its options)"
     )
@@ -74,11 +78,12 @@ def _env(path: str) -> None:
         ("a durable save here", f"{durable_path}: {durable_reason}"),
         *_native.probe(directory),
         ("asynchronous direct I/O (io_uring)", _io_uring()),
+        ("", ""),
+        *cli_run.replacements(),
     ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name.ljust(width)}  {value}".rstrip())
-    print("\nwith `import fastshard.auto`", *cli_run.replacements(), sep="\n")
 
 
 def _io_uring() -> str:

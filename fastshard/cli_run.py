@@ -53,7 +53,8 @@ def run(arguments: list[str]) -> int:
         return 127
     sys.stdout.flush()
     try:
-        os.execve(found, arguments, {**os.environ, AUTO_VARIABLE: "1"})
+        # By its whole path, from which Python finds its environment.
+        os.execve(found, [found, *arguments[1:]], {**os.environ, AUTO_VARIABLE: "1"})
     except OSError as error:
         print(f"fastshard: {found}: {error.strerror}", file=sys.stderr)
         return 127 if error.errno == errno.ENOENT else 126
@@ -68,7 +69,7 @@ def startup_file() -> str | None:
     return None
 
 
-def replacements() -> list[str]:
+def replacements() -> list[tuple[str, str]]:
     """What `import fastshard.auto` replaces of the libraries that are installed here; imports them."""
     from . import report
 
@@ -80,14 +81,14 @@ def replacements() -> list[str]:
                 if not isinstance(error, ModuleNotFoundError):  # which `status` will tell
                     print(f"fastshard: {module}: {type(error).__name__}: {error}", file=sys.stderr)
     with patching.installed():
-        lines = report.status().lines_of_replacements()
+        found = report.status().replacements
+    rows = []
+    for r in sorted(found, key=lambda r: not r.replaced):
+        why = f" ({r.why_not})" if r.why_not else ""
+        text = f"{f'{r.library} {r.version}'.rstrip()}: {', '.join(r.functions)}{why}"
+        rows.append(("replaced by fastshard.auto" if r.replaced else "not replaced", text))
     where = startup_file()
-    lines.append(
-        f"{AUTO_VARIABLE}=1 is seen by every Python here, by {where}"
-        if where
-        else f"{AUTO_VARIABLE}=1 and `fastshard run` have no effect here: there is no {STARTUP_FILE}"
-    )
-    lines += [
-        f"{name}={os.environ[name]}" for name in (AUTO_VARIABLE, patching.DISABLE_VARIABLE) if name in os.environ
-    ]
-    return lines
+    effect = f"{where} is read by every Python here" if where else f"no effect: there is no {STARTUP_FILE}"
+    rows.append((f"{AUTO_VARIABLE}, fastshard run", effect))
+    set_here = (name for name in (AUTO_VARIABLE, patching.DISABLE_VARIABLE) if name in os.environ)
+    return rows + [(f"{name} is set", os.environ[name]) for name in set_here]

@@ -22,6 +22,7 @@ from .staging import (
     STAGING,
     Folder,
     Hidden,
+    Named,
     clear_away,
     final_places,
     make_hidden,
@@ -29,7 +30,7 @@ from .staging import (
 )
 from .switching import Switch, published, remove_left, turn_names, wait_for_turn
 
-__all__ = ["creating", "final_places", "replacing", "scratch_of", "sync"]
+__all__ = ["creating", "final_places", "replacing", "scratch_of", "sync", "was_left"]
 
 _WAIT_SECONDS: Final = 60.0
 _MOST_TRIES: Final = 20
@@ -89,10 +90,15 @@ def _staged(directory: str, create: bool, durable: bool) -> Iterator[_Staging]:
     except OSError as error:
         for attribute in ("filename", "filename2"):
             path = getattr(error, attribute)
+            path = os.fspath(path) if isinstance(path, os.PathLike) else path
             if isinstance(path, bytes):
                 setattr(error, attribute, os.fsencode(final_places(os.fsdecode(path))))
             elif isinstance(path, str):
                 setattr(error, attribute, final_places(path))
+        if (
+            error.errno is not None and error.filename is None
+        ):  # of an open file, which does not know its name
+            error.filename = directory
         raise
     except Exception as error:
         error.args = tuple(final_places(said) if isinstance(said, str) else said for said in error.args)
@@ -110,19 +116,28 @@ class _Staging:
         """What is to be made: names, each in the one before."""
         self.leads_here = False
         self._process = os.getpid()
-        try:
-            self.folder, self.hidden = self._in(directory)
-        except FileNotFoundError:
-            if not create:
-                raise
-            above, self.missing = _missing(directory)
-            self.folder = open_folder(above)
+        self._switch: Switch | None = None
+        while True:
             try:
-                remove_left(self.folder, self.held)
-                self.hidden = make_beside(self.folder, self.missing[0], self.held)
-            except BaseException:
-                self.folder.close()
-                raise
+                self.folder, self.hidden = self._in(directory)
+                break
+            except FileNotFoundError:
+                if not create:
+                    raise
+            above, self.missing = _missing(directory)
+            if self.missing:
+                self.folder = open_folder(above)
+                try:
+                    remove_left(self.folder, self.held)
+                    self.hidden = make_beside(self.folder, self.missing[0], self.held)
+                except BaseException:
+                    self.folder.close()
+                    raise
+                break
+            try:
+                os.stat(directory)  # others have made it meanwhile
+            except FileNotFoundError:  # a link that leads nowhere
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), directory) from None
         try:
             self.inner = os.path.join(*self.missing) if self.missing else NEW
             self.hidden.mkdirs(self.inner)
@@ -137,6 +152,8 @@ class _Staging:
             return
         if not self.leads_here:
             clear_away(self.hidden, self.held)
+        if self._switch is not None:
+            self._switch.forget()
         self.held.append(self.hidden.give_away())
         self.folder.close()
         _let_go(self.held)
@@ -147,7 +164,7 @@ class _Staging:
         if self.missing:
             self._publish_made(stale, obsolete, must_be_empty)
             return
-        switch = Switch(self.hidden, self.durable, self.held)
+        switch = self._switch = Switch(self.hidden, self.durable, self.held)
         try:
             switch.run(stale, obsolete, must_be_empty)
         finally:
@@ -183,13 +200,12 @@ class _Staging:
             folder = open_folder(directory)
             hidden = None
             try:
-                above, base = real_place(directory)
-                if _is_there(os.path.join(above, name_beside(base))):
+                for above in _places_left(directory):
                     with open_folder(above) as parent:
                         remove_left(parent, self.held)
                 hidden = make_hidden(folder, "in", self.held)
                 # Who changes names here sees this hidden folder from now on, and does not exchange the directory.
-                turn = turn_names(folder)[0]
+                turn = next(turn_names(folder))
                 if folder.stat(turn) is not None:
                     wait_for_turn(folder, turn, self.held, time.monotonic() + _WAIT_SECONDS)
                 found = os.stat(directory)
@@ -206,6 +222,25 @@ class _Staging:
                 hidden.close()
                 folder.close()
         raise OSError(errno.EBUSY, "others keep exchanging it", directory)
+
+
+def was_left(directory: str, names: Iterable[str]) -> bool:
+    """Whether hidden folders of other saves are in a directory that has these names, or above it."""
+    if any(map(STAGING.fullmatch, names)):
+        return True
+    return any(True for _ in _places_left(directory))
+
+
+def _places_left(directory: str) -> Iterator[str]:
+    """Folders in which a killed save may have left what it made the directory in, or folders above it, or what it was
+    to be exchanged with."""
+    above, base = real_place(directory)
+    while base:
+        with Named(directory):
+            there = _is_there(os.path.join(above, name_beside(base)))
+        if there:
+            yield above
+        above, base = os.path.split(above)
 
 
 def _is_there(path: str) -> bool:
@@ -230,8 +265,6 @@ def _missing(directory: str) -> tuple[str, list[str]]:
             path = os.path.join(path, name)
         elif name not in ("", os.curdir):
             made.append(name)
-    if not made:
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), directory)
     return path or os.curdir, made
 
 

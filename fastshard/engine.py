@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine as Python sees it: options, saves under way, and the default engine of the functions.
+"""The engine as Python sees it, and the default engine of the functions.
 
 The native module is loaded by the first engine, never by an import. Torch is not needed here.
 
@@ -13,12 +13,13 @@ import atexit
 import contextlib
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from . import limits
-from .errors import SaveError, rewritten
+from .future import Amend as Amend
+from .future import SaveFuture as SaveFuture
+from .future import save_errors
 from .living import Living
 from .loading import load
 from .options import Options as Options
@@ -32,145 +33,8 @@ if TYPE_CHECKING:
 
 PROGRESS_VARIABLE: Final = "FASTSHARD_PROGRESS"
 IO_URING_VARIABLE: Final = "FASTSHARD_IO_URING"
-Amend = Callable[[list[list[int]]], list[tuple[int, int, bytes]]]
 T = TypeVar("T")
-Future = TypeVar("Future", bound="SaveFuture | None")
-_POLL_SECONDS: Final = 0.1
-"""How long Ctrl-C or the progress bar may have to wait."""
-
-
-@contextlib.contextmanager
-def _save_errors() -> Iterator[None]:
-    """Failed system calls of the native module, as :class:`SaveError`."""
-    try:
-        yield
-    except OSError as error:
-        raise rewritten(error, SaveError) from None
-
-
-class SaveFuture:
-    """A save under way. Keeps its tensors alive; whoever started it must not change them before the end."""
-
-    def __init__(
-        self,
-        native: _native.Save,
-        *,
-        kept: list[object],
-        fetch: Callable[[int, int, int, int, int], None] | None,
-        amend: Amend | None = None,
-        plan_seconds: float,
-        description: str,
-    ) -> None:
-        self._native = native
-        self._kept = kept
-        self._fetch = fetch
-        self._amend = amend
-        self._plan_seconds = plan_seconds
-        self._description = description
-        self._began = time.time() - plan_seconds
-        self._pid = os.getpid()
-        self._thread = threading.get_ident()
-        self._serving: int | None = None
-        self._settled = False
-
-    def done(self) -> bool:
-        """Whether the files stand, or the save has failed."""
-        return self._native.finished()
-
-    def cancel(self) -> None:
-        """Stops the save; :meth:`result` then raises ``concurrent.futures.CancelledError``."""
-        self._native.cancel()
-
-    def result(self, progress: bool = False) -> Stats:
-        """Waits until the files stand under their names and returns what was done.
-
-        Raises :class:`SaveError` for a failed system call and ``RuntimeError`` for a failed device. An
-        exception that arrives meanwhile (Ctrl-C) stops the save, which leaves nothing behind.
-        """
-        self._check_process()
-        if self._serving == threading.get_ident():
-            raise RuntimeError("this save waits for the call that has been interrupted by this one")
-        bar: Any = self._bar() if progress else contextlib.nullcontext()
-        try:
-            with bar:
-                while not self._wait():
-                    self._check_process()  # a handler may have forked
-                    self._serve()
-                    if progress:
-                        bar.update(self._native.nbytes_written - bar.n)
-                if progress:
-                    bar.update(self._native.nbytes - bar.n)
-        except BaseException:
-            if os.getpid() == self._pid:
-                self._stop()
-            raise
-        finally:
-            if os.getpid() == self._pid:
-                self._settled = True
-                self._kept.clear()
-                if _exiting:
-                    _rest_all()
-        return self.stats
-
-    def checksums(self) -> list[list[int]]:
-        """Of each file, the CRC-32 of each tensor in file order; none unless asked for, or before all is written."""
-        return [values[1:] for values in self._native.checksums()]  # the first is the header's
-
-    @property
-    def stats(self) -> Stats:
-        """Figures of the save, final once it is done."""
-        figures = self._native.stats()
-        figures["seconds"] += self._plan_seconds
-        return Stats(plan_seconds=self._plan_seconds, **figures)
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise RuntimeError("this save belongs to the parent process")
-
-    def _needs(self, thread: int) -> bool:
-        """Whether it cannot end without that thread, which started it and has to bring bytes."""
-        return self._thread == thread and self._native.fetches and not self._native.finished()
-
-    def _wait(self) -> bool:
-        """Whether the save is finished, after a while. Raises what it failed with."""
-        with _save_errors():
-            return self._native.wait(_POLL_SECONDS)
-
-    def _serve(self) -> None:
-        """Brings the bytes only Python can bring, and those that are known last."""
-        before, self._serving = self._serving, threading.get_ident()
-        try:
-            while request := self._native.fetch():
-                ticket, *what = request
-                assert self._fetch is not None
-                self._fetch(*what)
-                self._native.fetched(ticket)
-            if self._amend is not None and self._native.take_amendment():
-                self._native.amend(self._amend(self.checksums()))
-        finally:
-            self._serving = before
-
-    def _stop(self) -> None:
-        """Cancels, and waits until nothing touches the tensors or the files any more."""
-        self._native.cancel()
-        self._native.disown_fetches()  # of this thread: an exception has ended what it was bringing
-        while not self._native.finished():
-            with contextlib.suppress(BaseException):
-                self._native.wait(_POLL_SECONDS)
-
-    def _bar(self) -> Any:
-        # No smoothing: the rate is that of the whole save, which began before the bar.
-        bar = load("tqdm.auto").tqdm(
-            total=self._native.nbytes, unit="B", unit_scale=True, desc=self._description, smoothing=0
-        )
-        bar.start_t = self._began
-        return bar
-
-    def __del__(self) -> None:
-        # Dropped without waiting: the tensors must not go while they are being read.
-        if not getattr(self, "_settled", True) and os.getpid() == self._pid:
-            with contextlib.suppress(BaseException):
-                self.result()
+F = TypeVar("F", bound="SaveFuture | None")
 
 
 class Engine:
@@ -245,7 +109,13 @@ class Engine:
                 follow_links,
             )
             return SaveFuture(
-                save, kept=kept, fetch=fetch, amend=amend, plan_seconds=plan_seconds, description=description
+                save,
+                kept=kept,
+                fetch=fetch,
+                amend=amend,
+                plan_seconds=plan_seconds,
+                description=description,
+                settled=_rest_at_exit,
             )
 
         return self._submit(start)
@@ -254,7 +124,7 @@ class Engine:
         """Makes the standing files of a prepared save (:func:`fastshard.prepare`). Raises as :meth:`submit`,
         and ``ValueError`` for less than two generations. ``tag``: of what is bound by that."""
         limits.require_room([file], generations)
-        with _save_errors():
+        with save_errors():
             prepared = self._with_native(lambda native: native.prepare(file, generations, tag))
         self._prepared.add(prepared)
         return prepared
@@ -282,16 +152,18 @@ class Engine:
             save = prepared.submit(dict(streams), durable, checksums, kept, tag)
             if save is None:
                 return None
-            return SaveFuture(save, kept=kept, fetch=fetch, plan_seconds=0.0, description=description)
+            return SaveFuture(
+                save, kept=kept, fetch=fetch, plan_seconds=0.0, description=description, settled=_rest_at_exit
+            )
 
         return self._submit(start)
 
-    def _submit(self, start: Callable[[_native.Engine], Future]) -> Future:
+    def _submit(self, start: Callable[[_native.Engine], F]) -> F:
         thread = threading.get_ident()
-        interrupted = thread in self._submitting or any(save._needs(thread) for save in self._saves.all())
+        interrupted = thread in self._submitting or any(save.needs(thread) for save in self._saves.all())
         self._submitting.append(thread)
         try:
-            with _save_errors():
+            with save_errors():
                 if interrupted:
                     # This thread owes a save its bytes, which the writers wait for. Others, for this time.
                     spare = self._start()
@@ -386,16 +258,17 @@ def io_uring_allowed() -> bool:
     return flag(IO_URING_VARIABLE, True)
 
 
-def _rest_all() -> None:
-    for engine in _engines.all():
-        engine._rest()
+def _rest_at_exit() -> None:
+    if _exiting:
+        for engine in _engines.all():
+            engine._rest()
 
 
 @atexit.register
 def _at_exit() -> None:
     global _exiting
     _exiting = True
-    _rest_all()
+    _rest_at_exit()
 
 
 def _after_fork() -> None:

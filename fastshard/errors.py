@@ -43,6 +43,7 @@ def rewritten(error: OSError, kind: type[_Kind], filename: str | bytes | None = 
     else:
         made = kind(error.errno, error.strerror, error.filename if filename is None else filename)
     made.published = getattr(error, "published", False)
-    for note in getattr(error, "__notes__", ()):
-        made.add_note(note)
+    notes = getattr(error, "__notes__", None)  # Python 3.11
+    if notes:
+        made.__dict__["__notes__"] = list(notes)
     return made

@@ -17,7 +17,20 @@ from collections.abc import Iterator
 from typing import Final
 
 from .change import REFUSED, Change
-from .staging import NEW, OLD, Folder, Hidden, Identity, Named, clear_away, hidden_name, make_hidden, open_folder
+from .staging import (
+    NEW,
+    OLD,
+    Folder,
+    Hidden,
+    Identity,
+    Named,
+    adopt,
+    clear_away,
+    hidden_name,
+    make_hidden,
+    open_folder,
+    turn_name,
+)
 
 _MOST_LINKED: Final = 4096
 _EXCHANGE: Final = 2
@@ -47,7 +60,8 @@ def real_place(path: str) -> tuple[str, str]:
 
 def _is_link(path: str) -> bool:
     try:
-        return stat.S_ISLNK(os.lstat(path).st_mode)
+        with Named(path):
+            return stat.S_ISLNK(os.lstat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
 
@@ -58,12 +72,12 @@ def exchange(change: Change) -> bool:
     above, base = real_place(change.folder.path)
     if not base or _is_working_directory(change.folder):
         return False
-    linked = []
+    linked, concerned = [], {*change.files, *change.gone}
     for path, name, is_folder in change.present():
         place = os.path.join(path, name)
         if is_folder and place not in change.entries and place != change.hidden.name:
             return False
-        if not is_folder and place not in change.files and place not in change.gone:
+        if not is_folder and place not in concerned:
             linked.append(place)
     if len(linked) > _MOST_LINKED:
         return False
@@ -73,13 +87,23 @@ def exchange(change: Change) -> bool:
             here, there = change.folder.status(), parent.status()
             if parent.identity(base) != change.folder.identity() or here.st_dev != there.st_dev:
                 return False
-            beside = stack.enter_context(make_beside(parent, base, change.held))
+            beside = make_beside(parent, base, change.held)
+            stack.callback(beside.close)
         except OSError as error:
             if error.errno in REFUSED:
                 return False
             raise
         stack.callback(clear_away, beside, change.held)
-        return _exchange(change, parent, base, beside, linked)
+        # The new folder has a turn of its own: this save's, too, until what others have changed in the old one is there.
+        turn = adopt(change.new, turn_name(change.new), make=True)
+        if turn is None:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), change.folder.path)
+        stack.enter_context(turn)
+        turn.mkdir(OLD)  # were it empty, another save could take its name
+        try:
+            return _exchange(change, parent, base, beside, linked)
+        finally:
+            clear_away(turn, change.held)
 
 
 def _exchange(change: Change, parent: Folder, base: str, beside: Hidden, linked: list[str]) -> bool:
@@ -92,6 +116,8 @@ def _exchange(change: Change, parent: Folder, base: str, beside: Hidden, linked:
         _copy_attributes(change.folder, new)
         for path in sorted(change.entries.keys() - {""}):
             if path not in change.folders:
+                if change.entries[path] and not any(name.startswith(f"{path}/") for name in linked):
+                    continue  # all of it goes
                 new.mkdir(path)
                 made.append(path)
             with new.open(path) as inner:
@@ -116,7 +142,7 @@ def _exchange(change: Change, parent: Folder, base: str, beside: Hidden, linked:
             parent.sync()
         return True
     except BaseException as error:
-        change.published = parent.identity(base) == new.identity()
+        change.published = change.published or parent.identity(base) == new.identity()
         if change.published:
             raise
         for name in done:
@@ -153,7 +179,8 @@ def _follow(change: Change, scans: list[tuple[str, _Scan]], linked: dict[str, Id
 
 def _is_working_directory(folder: Folder) -> bool:
     try:
-        found = os.stat(".")
+        with Named(folder.path):
+            found = os.stat(os.curdir)
     except FileNotFoundError:  # removed
         return False
     return (found.st_dev, found.st_ino) == folder.identity()

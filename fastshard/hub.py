@@ -18,7 +18,7 @@ from .engine import Engine, Options
 from .errors import ArchiveError, SaveError
 from .saving import How
 from .sharing import by_storage
-from .staged import staged
+from .staged import save_alone, staged
 from .tensors import check_dtype
 
 
@@ -115,11 +115,11 @@ def save_torch_state_dict(
     sized = state_dict
     comes_in_pieces = type(state_dict) not in (dict, OrderedDict)
     if safe_serialization:
+        discarded = {}  # which huggingface_hub knows from 0.27 on
+        if shared_tensors_to_discard is not None:
+            discarded["shared_tensors_to_discard"] = shared_tensors_to_discard
         state_dict = theirs._clean_state_dict_for_safetensors(
-            state_dict,
-            metadata,
-            force_contiguous=False,
-            shared_tensors_to_discard=shared_tensors_to_discard,
+            state_dict, metadata, force_contiguous=False, **discarded
         )
         sized = state_dict
         if force_contiguous:
@@ -139,20 +139,27 @@ def save_torch_state_dict(
     obsolete = place.earlier() if is_main_process else frozenset()
     how = How(durable, keep_cached, progress, force_contiguous, dtype, engine=engine)
     in_file = {"format": "pt"} if split.is_sharded else {"format": "pt", **metadata}
-    with staged(place.folder, obsolete.__contains__, how, call="save_torch_state_dict") as stage:
-        stage.at_once = comes_in_pieces
-        for filename, names in split.filename_to_tensors.items():
-            shard = {name: state_dict[name] for name in names}
-            path = place.staged(filename, stage.path)
-            if safe_serialization:
-                stage.add(shard, path, in_file)
-            else:
-                torch_save(shard, path, durable=durable, keep_cached=keep_cached, engine=engine)
-        index_name = filename_pattern.format(suffix="") + ".index.json"
-        if split.is_sharded:
-            index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
-            with open(place.staged(index_name, stage.path), "w") as file:
-                json.dump(index, file, indent=2)
+    index_name = filename_pattern.format(suffix="") + ".index.json"
+    alone = False
+    if safe_serialization and len(split.filename_to_tensors) == 1:
+        ((filename, names),) = split.filename_to_tensors.items()
+        shard = {name: state_dict[name] for name in names}
+        alone = save_alone(
+            shard, place.folder, place.inside(filename), in_file, obsolete, how, call="save_torch_state_dict"
+        )
+    if not alone:
+        with staged(place.folder, obsolete.__contains__, how, call="save_torch_state_dict") as stage:
+            stage.at_once = comes_in_pieces
+            for filename, names in split.filename_to_tensors.items():
+                shard = {name: state_dict[name] for name in names}
+                path = place.staged(filename, stage.path)
+                if safe_serialization:
+                    stage.add(shard, path, in_file)
+                else:
+                    torch_save(shard, path, durable=durable, keep_cached=keep_cached, engine=engine)
+            if split.is_sharded:
+                index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
+                stage.write_text(place.staged(index_name, stage.path), json.dumps(index, indent=2))
     for name in obsolete:
         theirs.logger.debug(f"Removing existing file '{name}' from folder.")
     for name in split.filename_to_tensors:
@@ -204,9 +211,13 @@ class _Place:
         name = re.compile(re.escape(prefix) + r"(-\d{5}-of-\d{5})?" + re.escape(suffix) + r"(\.index\.json)?")
         return {found: None for found in os.listdir(self.folder) if name.fullmatch(found)}.keys()
 
+    def inside(self, filename: str) -> str:
+        """What a file is called in the folder."""
+        return os.path.relpath(filename, self._inner) if self._inner else filename
+
     def staged(self, filename: str, stage: str) -> str:
         """Where a file is made."""
-        path = os.path.join(stage, os.path.relpath(filename, self._inner) if self._inner else filename)
+        path = os.path.join(stage, self.inside(filename))
         if os.sep in filename and not self._inner:
             folder = os.path.join(self.folder, os.path.dirname(filename))
             if not os.path.isdir(folder):

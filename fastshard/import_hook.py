@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
 
 class _OfThisThread(threading.local):
-    def __init__(self) -> None:
-        self.finding: set[str] = set()
+    @property
+    def finding(self) -> set[str]:
+        """Made in one step: whoever interrupts an ``__init__`` finds an object without it."""
+        found: set[str] = self.__dict__.setdefault("_finding", set())
+        return found
 
 
 class Hook:

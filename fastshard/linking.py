@@ -25,6 +25,7 @@ now every file in it has its final mode.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -32,7 +33,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from .change import REFUSED, Change, Places
-from .staging import NEW, NOW, OLD, Folder, Hidden, Named
+from .staging import NEW, NOW, OLD, STAGING, Folder, Hidden, Named
 
 _LINK: Final = ".link"
 _GONE: Final = ".gone"
@@ -66,6 +67,12 @@ class Linking:
         self.finish()
         return True
 
+    def repeat(self) -> None:
+        """For a save that was interrupted in :meth:`run`."""
+        if self._hidden.readlink(NOW) != NEW:
+            self.redirect()
+        self.finish()
+
     def redirect(self) -> None:
         """Steps 1 and 2."""
         change, hidden = self._change, self._hidden
@@ -89,7 +96,7 @@ class Linking:
                 with contextlib.suppress(FileExistsError):
                     side.symlink(_up(name) + _BLANK, name)
         if hidden.readlink(NOW) is None:
-            _put_symlink(hidden, OLD, hidden, NOW)
+            hidden.symlink(OLD, NOW)
         for path in change.folders:
             change.folder.mkdirs(path)
         for name in self.names:
@@ -157,7 +164,7 @@ class Linking:
                 old.symlink(text if os.path.isabs(text) else _from_old(name) + text, name)
 
     def _make_blank(self) -> None:
-        with Named(self._hidden.place(_BLANK)):
+        with Named(_BLANK, self._hidden):
             flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             fd = os.open(_BLANK, flags, 0o644, dir_fd=self._hidden.fd)
             try:
@@ -173,11 +180,12 @@ def settle(hidden: Hidden, places: Places, names: Iterable[str], side: Folder, f
         folder, base = places.find(os.path.dirname(name)), os.path.basename(name)
         if folder is None or folder.readlink(base) != _target(hidden, name):
             continue
-        text = side.readlink(name)
-        if text is None and side.stat(name) is not None:
-            _put_file(hidden, side, name, folder, base)
-        elif text is None or text == _up(name) + _BLANK:
+        found = side.stat(name)
+        text = side.readlink(name) if found is not None and stat.S_ISLNK(found.st_mode) else None
+        if found is None or text == _up(name) + _BLANK:
             folder.rename(base, hidden, _GONE)
+        elif text is None:
+            _put_file(hidden, side, name, folder, base)
         else:
             _put_symlink(hidden, text if forward else text.removeprefix(_from_old(name)), folder, base)
     if not forward:
@@ -199,6 +207,25 @@ def settle_left(hidden: Hidden, folder: Folder) -> None:
             settle(hidden, places, sorted(names), opened, decided == NEW)
     finally:
         places.close()
+
+
+def is_placeholder(path: str) -> bool:
+    """Whether a name is there only until the next save ends what a killed one has begun: it has no contents of its own."""
+    try:
+        text = os.readlink(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # no link
+            return False
+        raise
+    if not STAGING.search(text):
+        return False
+    try:
+        target = os.lstat(os.path.join(os.path.dirname(path), text))
+    except FileNotFoundError:
+        return True
+    return stat.S_ISLNK(target.st_mode) and os.path.basename(os.path.realpath(path)) == _BLANK
 
 
 def _remove_made(hidden: Hidden, places: Places, old: Folder) -> None:
@@ -227,8 +254,6 @@ def _target(hidden: Hidden, name: str) -> str:
 
 
 def _put_symlink(hidden: Hidden, text: str, folder: Folder, base: str) -> None:
-    if folder.readlink(base) == text:
-        return
     try:
         hidden.symlink(text, _LINK)
     except FileExistsError:
@@ -254,7 +279,9 @@ def _put_file(hidden: Hidden, side: Folder, name: str, folder: Folder, base: str
 
 
 def _let_pass(top: Folder, path: str) -> None:
-    with Named(top.place(path)):
-        mode = stat.S_IMODE((os.stat(path, dir_fd=top.fd, follow_symlinks=False) if path else os.fstat(top.fd)).st_mode)
+    with Named(path, top):
+        mode = stat.S_IMODE(
+            (os.stat(path, dir_fd=top.fd, follow_symlinks=False) if path else os.fstat(top.fd)).st_mode
+        )
         if mode & 0o111 != 0o111:
             os.chmod(path or ".", mode | 0o111, dir_fd=top.fd)

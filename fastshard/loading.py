@@ -10,6 +10,7 @@ locks that the import system has for threads.
 from __future__ import annotations
 
 import _thread
+import contextlib
 import importlib
 import queue
 import sys
@@ -23,6 +24,8 @@ _IMPORTED: Final = frozenset(
 )
 """What modules of ours import, and what these import in turn that knows plugins."""
 _STUCK_SECONDS: Final = 60.0
+_loaded: Final[dict[str, ModuleType]] = {}
+"""For finalizers: when the modules go, nothing is found in ``sys.modules`` any more."""
 _loaders: Final[set[int]] = set()
 """Threads that load."""
 
@@ -30,11 +33,14 @@ _loaders: Final[set[int]] = set()
 def load(name: str) -> ModuleType:
     """The module of that name, imported by another thread where this one has not been before."""
     module = sys.modules.get(name)
+    if module is None and sys.is_finalizing():
+        module = _loaded.get(name)
     if module is not None and not getattr(module.__spec__, "_initializing", False):
         return module
     if not sys.is_finalizing() and _thread.get_ident() not in _loaders and not _is_importing():
         _load_apart(name)
-    return importlib.import_module(name)  # also what has failed, to say why
+    module = _loaded[name] = importlib.import_module(name)  # also what has failed, to say why
+    return module
 
 
 def _load_apart(name: str) -> None:
@@ -59,10 +65,10 @@ def _load_apart(name: str) -> None:
     except RuntimeError:
         return
     del alive
-    try:
+    with contextlib.suppress(
+        queue.Empty
+    ):  # it waits for a lock of this thread's, perhaps: the import system finds out
         ended.get(timeout=_STUCK_SECONDS)
-    except queue.Empty:
-        pass  # it waits for a lock of this thread's, perhaps: the import system finds that out
     del watch
 
 
@@ -74,8 +80,9 @@ def _is_importing() -> bool:
     """Whether this thread is in the middle of an import that the other one would wait for."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "_find_and_load" and frame.f_code.co_filename.startswith("<frozen importlib"):
-            if str(frame.f_locals.get("name")).partition(".")[0] in _IMPORTED:
-                return True
+        code = frame.f_code
+        finding = code.co_name == "_find_and_load" and code.co_filename.startswith("<frozen importlib")
+        if finding and str(frame.f_locals.get("name")).partition(".")[0] in _IMPORTED:
+            return True
         frame = frame.f_back  # type: ignore[assignment]
     return False

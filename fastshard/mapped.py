@@ -57,7 +57,8 @@ class _Contents(NamedTuple):
 
 
 _MAX_HEADERS: Final = 64
-_lock = threading.Lock()
+_lock = threading.RLock()
+"""A signal handler may map files, too, while its thread holds it."""
 _mappings: weakref.WeakValueDictionary[_Identity, _native.SourceFile] = weakref.WeakValueDictionary()
 _headers: dict[_Identity, _Contents] = {}
 
@@ -93,7 +94,7 @@ class MappedFile:
             mapping = _mappings.get(self._identity)
             if mapping is None:
                 mapping = _native.SourceFile(fd, self._identity.nbytes, os.fsencode(self.path))
-                _mappings[self._identity] = mapping
+                mapping = _mappings.setdefault(self._identity, mapping)
             return mapping
 
     @property
@@ -157,7 +158,7 @@ class MappedFile:
             contents = self._read_header()
             with _lock:
                 while len(_headers) >= _MAX_HEADERS:
-                    del _headers[next(iter(_headers))]
+                    _headers.pop(next(iter(_headers)), None)
                 _headers[self._identity] = contents
         return contents
 

@@ -88,7 +88,8 @@ def held_in_memory(model: torch.nn.Module) -> Iterator[torch.Tensor]:
 def held_elsewhere(model: torch.nn.Module) -> bool:
     """Whether hooks load weights from a mapping of a kind unknown here, which may give the same memory again and again."""
     return any(
-        type(held) is not dict and not type(held).__module__.startswith("accelerate.") for held in _holders(model)
+        type(held) is not dict and not type(held).__module__.startswith("accelerate.")
+        for held in _holders(model)
     )
 
 
@@ -102,8 +103,9 @@ def follow_weights(model: torch.nn.Module, directory: str) -> None:
             path, name = entry.get("safetensors_file"), entry.get("weight_name", key)
             if path is None or os.path.realpath(os.path.dirname(path)) != os.path.realpath(directory):
                 continue
-            if os.path.exists(path) and name in MappedFile(path).names():
-                continue
+            with contextlib.suppress(FileNotFoundError):
+                if name in MappedFile(path).names():
+                    continue
             if not places:
                 files = (os.path.join(directory, file) for file in sorted(os.listdir(directory)))
                 weights = [MappedFile(file) for file in files if file.endswith(".safetensors")]

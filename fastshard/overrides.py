@@ -16,7 +16,16 @@ from .patch_groups import is_own, namespace
 from .patching import is_ours
 
 _LIBRARIES: Final = frozenset(
-    ("torch", "safetensors", "huggingface_hub", "transformers", "accelerate", "peft", "diffusers", "fastshard")
+    (
+        "torch",
+        "safetensors",
+        "huggingface_hub",
+        "transformers",
+        "accelerate",
+        "peft",
+        "diffusers",
+        "fastshard",
+    )
 )
 """Whose code does nothing with a file that it has just saved."""
 _SAVERS: Final = ("safetensors.torch", "torch.serialization")

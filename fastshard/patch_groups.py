@@ -129,7 +129,10 @@ NEEDS: Final[dict[str, tuple[str, ...]]] = {
         "transformers.utils.logging:EmptyTqdm",
         "transformers.utils.logging:is_progress_bar_enabled",
     ),
-    _ACCELERATOR: ("accelerate.utils.offload:OffloadedWeightsLoader", "accelerate.utils.offload:PrefixedDataset"),
+    _ACCELERATOR: (
+        "accelerate.utils.offload:OffloadedWeightsLoader",
+        "accelerate.utils.offload:PrefixedDataset",
+    ),
 }
 """Group -> what its implementations use of the library besides the functions they replace."""
 
@@ -197,7 +200,9 @@ def expected(entries: Iterable[Entry]) -> list[Entry]:
 
 def _release(version: str) -> tuple[int, ...]:
     """The numbers that a version begins with; what does not say is taken for new."""
-    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3]) or (sys.maxsize,)
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3]) or (
+        sys.maxsize,
+    )
 
 
 def bring(group: str, entries: Sequence[Entry], ready: Callable[[str], bool]) -> None:
@@ -256,9 +261,7 @@ def examine(
 
 def is_own(function: object, module: str) -> bool:
     """Whether this is a function of that module's own."""
-    return (
-        type(function) is types.FunctionType and function.__globals__ is namespace(sys.modules.get(module))
-    )
+    return type(function) is types.FunctionType and function.__globals__ is namespace(sys.modules.get(module))
 
 
 def _target(entry: Entry) -> Target | None:

@@ -34,7 +34,9 @@ from typing import Final, NamedTuple
 from . import import_hook, patch_groups
 from .calls import load as _load  # noqa: F401
 from .calls import refused, replacement_of
-from .patch_groups import TABLE, Entry, Found, Function, Target, bring, examine, groups, is_own, namespace
+from .patch_groups import TABLE as TABLE
+from .patch_groups import Entry as Entry
+from .patch_groups import Found, Function, Target, bring, examine, groups, is_own, namespace
 
 _INFO: Final = 20  # logging's, which takes a while to import
 _WARNING: Final = 30
@@ -169,7 +171,8 @@ def original_of(module: str, name: str) -> Function:
     function = home.get(name)
     while function is not None and not is_ours(function):
         if is_own(function, module) and not hasattr(function, "__wrapped__"):
-            return function
+            own: Function = function
+            return own
         function = getattr(function, "__wrapped__", None)
     if function is not None:
         return _replacements[id(function)].original
@@ -178,7 +181,9 @@ def original_of(module: str, name: str) -> Function:
         import gc
 
         # Its functions: each refers to the dict of its module.
-        known = next((f for f in gc.get_referrers(home) if is_own(f, module) and f.__qualname__ == name), None)
+        known = next(
+            (f for f in gc.get_referrers(home) if is_own(f, module) and f.__qualname__ == name), None
+        )
         if known is None:
             raise LookupError(f"{module}.{name} has been replaced, and nothing leads to what it was")
         _originals[module, name] = known
@@ -237,7 +242,7 @@ def _imported(name: str) -> None:
     """A module's code has run."""
     _finished.add(name)
     try:
-        _replace_if_active()
+        _replace_if_active(imported=True)
     finally:
         _finished.discard(name)
 
@@ -245,7 +250,8 @@ def _imported(name: str) -> None:
 _finder: Final = import_hook.Hook(lambda name: any(entry.module == name for entry in TABLE), _imported)
 
 
-def _replace_if_active() -> None:
+def _replace_if_active(imported: bool = False) -> None:
+    """``imported``: because of an import, not at installation."""
     if not _state.active:
         return
     by_group = groups(TABLE)
@@ -275,7 +281,7 @@ def _replace_if_active() -> None:
             }
         )
     _log_findings()
-    if _state.lasting and "logging" in sys.modules:
+    if imported and _state.lasting and "logging" in sys.modules:
         for found in new:
             _tell(_INFO, f"replaces {described(found)}")
 
@@ -343,7 +349,10 @@ def _log_installation() -> None:
         return
     replaced = [described(_found[group]) for group in groups(TABLE) if group in _in_place]
     awaited = {f.entries[0].library: None for f in _found.values() if f.awaited}
-    texts = [f"replaces {'; '.join(replaced)}" if replaced else "", f"awaits {', '.join(awaited)}" if awaited else ""]
+    texts = [
+        f"replaces {'; '.join(replaced)}" if replaced else "",
+        f"awaits {', '.join(awaited)}" if awaited else "",
+    ]
     import logging
 
     logging.getLogger("fastshard").info("installed: %s", ", and ".join(text for text in texts if text))

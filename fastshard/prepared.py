@@ -99,6 +99,7 @@ class PreparedSave:
         self.generations = generations
         self._metadata = metadata
         self._how = how
+        self._dtype = _tensors.check_dtype(how.dtype)
         self._engine = engine_for(how.engine)
         # Reentrant: see save(). It serves to make threads take turns.
         self._lock = threading.RLock()
@@ -195,6 +196,8 @@ class PreparedSave:
                 f"a save of {os.fspath(self.filename)!r} is under way in this thread, and only this thread can bring"
                 " its bytes: a signal handler cannot save it at the same time"
             )
+        if native.closed:
+            native = self._stand_again(native)
         self._turn += 1
         turn = self._turn
         tensors, bound = self._bind(native, source)
@@ -205,7 +208,7 @@ class PreparedSave:
             streams=_tensors.current_streams(bound.devices),
             durable=self._how.durable,
             checksums=self._how.checksums,
-            fetch=_fetcher(ordered, _tensors.check_dtype(self._how.dtype)),
+            fetch=_fetcher(ordered, self._dtype),
             description=os.path.basename(os.fspath(self.filename)),
             tag=bound,
         )
@@ -220,6 +223,12 @@ class PreparedSave:
             return None
         finally:
             self._fetching = False
+
+    def _stand_again(self, native: Any) -> Any:
+        """At the exit of Python engines release what they hold; a save that comes later makes it anew."""
+        bound: _Bound = native.tag
+        self._native = self._engine.prepare(bound.file, self.generations, bound)
+        return self._native
 
     def _bind(self, native: Any, source: Source) -> tuple[StateDict, _Bound]:
         """Reads the tensors, and tells the engine where they lie if that is not where they lay."""
@@ -240,7 +249,7 @@ class PreparedSave:
                 **{n: k for n, k in source.tied.items() if n not in (metadata or {})},
             }
         strided = self._how.allow_strided or source.is_module
-        entries, header = lay_out(tensors, metadata, strided, self._how.dtype, self.filename)
+        entries, header = lay_out(tensors, metadata, strided, self._dtype, self.filename)
         for entry in entries:
             if entry.tensor is not tensors[entry.name]:
                 raise ValueError(

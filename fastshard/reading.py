@@ -7,11 +7,12 @@ as well, after a page fault for each page.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import os
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, Final, NamedTuple
 
 from safetensors import SafetensorError
@@ -22,6 +23,7 @@ _READ_NBYTES: Final = 16 << 20
 """Of one call: enough to cost nothing, little enough to stop soon."""
 _MAX_BUFFERS: Final = 1024  # IOV_MAX
 _MAX_THREADS: Final = 16
+_POLL_SECONDS: Final = 0.1
 
 
 class Piece(NamedTuple):
@@ -53,24 +55,61 @@ def read_into(files: Iterable[tuple[BinaryIO, list[Piece]]]) -> None:
         for file, pieces in wanted
         for reads in _shared_out([*_cut(file, pieces)], -(-threads // len(wanted)))
     ]
-    stop = threading.Event()
+    _perform_all(sorted(readers, key=len, reverse=True), threads)
+
+
+def _perform_all(readers: list[list[_Read]], threads: int) -> None:
+    """Each of them, by the calling thread and by as many more as can be started and are needed.
+
+    A thread may die before its first line of Python (where memory is short), and nobody hears of it: so none is waited
+    for that has not taken something to do.
+    """
+    left, changed = deque(readers), threading.Semaphore(0)
+    errors: list[BaseException] = []
+    begun: list[None] = []  # by other threads, as many as have ended in the end; lists grow in one step
+    ended: list[None] = []
+
+    def take() -> list[_Read] | None:
+        try:
+            return None if errors else left.popleft()
+        except IndexError:
+            return None
 
     def perform(reads: list[_Read]) -> None:
-        try:
-            for read in reads:
-                if stop.is_set():
-                    return
-                _perform(read)
-        except BaseException:
-            stop.set()
-            raise
+        for read in reads:
+            if errors:
+                return
+            _perform(read)
 
-    with ThreadPoolExecutor(threads) as pool:
+    def work() -> None:
+        begun.append(None)  # before it takes anything
         try:
-            for _ in pool.map(perform, sorted(readers, key=len, reverse=True)):
-                pass
+            while reads := take():
+                perform(reads)
+        except BaseException as error:
+            errors.append(error)
         finally:
-            stop.set()
+            ended.append(None)
+            changed.release()
+
+    try:
+        for _ in range(min(threads, len(readers)) - 1):
+            try:
+                _thread.start_new_thread(work, ())
+            except (RuntimeError, MemoryError, OSError):
+                break  # with those there are
+        while reads := take():
+            perform(reads)
+    except BaseException as error:
+        errors.append(error)
+    left.clear()  # late ones find nothing
+    while len(ended) < len(begun):
+        try:
+            changed.acquire(timeout=_POLL_SECONDS)
+        except BaseException as error:  # Ctrl-C: not before the memory is left alone
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def _shared_out(reads: list[_Read], readers: int) -> list[list[_Read]]:

@@ -46,7 +46,9 @@ class Status(NamedTuple):
         lines += [f"  {call}: {_described(total)}" for call, total in self.saved.items()] or ["  nothing yet"]
         lines += ["left to the original:"]
         lines += [
-            f"  {call}: {count}x {reason}" for call, reasons in self.left.items() for reason, count in reasons.items()
+            f"  {call}: {count}x {reason}"
+            for call, reasons in self.left.items()
+            for reason, count in reasons.items()
         ] or ["  nothing yet"]
         lines += ["not seen here, if it happens:", *(f"  {text}" for text in UNSEEN)]
         return "\n".join(lines)
@@ -92,6 +94,4 @@ def status() -> Status:
             why_not = "fastshard is not installed"
         functions = tuple(entry.call for entry in found.entries)
         replacements.append(Replacement(library, version_of(library), functions, replaced, why_not))
-    return Status(
-        __version__, patching.is_active(), tuple(replacements), activity.saved(), activity.left()
-    )
+    return Status(__version__, patching.is_active(), tuple(replacements), activity.saved(), activity.left())

@@ -22,7 +22,6 @@ import itertools
 import os
 import re
 import shutil
-import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -38,8 +37,6 @@ from .checkpoint import (
     ROOT_MANIFEST,
     WEIGHTS_SUFFIX,
     Checkpoint,
-    exists,
-    is_folder,
     make_index,
     other_files,
     read_checkpoint,
@@ -292,18 +289,18 @@ def _target(out: PathLike, src: str, force: bool, how: How, in_place: bool = Fal
     folder = os.fspath(out)
     if same_file(folder, src) and not in_place:
         raise ValueError(f"{folder!r} is the source itself")
-    old: list[str] = []
-    is_there = is_folder(folder)
-    if is_there:
-        present = [name for name in os.listdir(folder) if not name.startswith(".fastshard-")]
-        if present and not force:
-            raise FileExistsError(errno.EEXIST, "the target is not empty (force replaces it)", folder)
-        old = _checkpoint_in(folder)
-    empty = not exists(folder) or (is_there and not os.listdir(folder))
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        names = []
+    present = [name for name in names if not name.startswith(".fastshard-")]
+    if present and not force:
+        raise FileExistsError(errno.EEXIST, "the target is not empty (force replaces it)", folder)
+    old = _checkpoint_in(folder) if present else []
     target = (
-        creating(folder, durable=how.durable)
-        if empty and not _is_mount(folder)
-        else replacing(folder, obsolete=old, create=True, durable=how.durable)
+        replacing(folder, obsolete=old, create=True, durable=how.durable)
+        if names
+        else creating(folder, durable=how.durable)
     )
     with target as stage:
         yield stage
@@ -311,25 +308,13 @@ def _target(out: PathLike, src: str, force: bool, how: How, in_place: bool = Fal
         try:
             os.rmdir(os.path.join(folder, place))
         except OSError as error:
-            if error.errno not in (
-                errno.ENOENT,
-                errno.ENOTEMPTY,
-                errno.EEXIST,
-            ):  # somebody else's files may be in there
+            # It went with its files, or has others.
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
                 error.published = True  # type: ignore[attr-defined]
                 error.strerror = (
                     f"the new checkpoint is in place, but not what it replaces is gone: {error.strerror}"
                 )
                 raise
-
-
-def _is_mount(folder: str) -> bool:
-    """What cannot be looked at is an ``OSError``; ``os.path.ismount`` takes it for none."""
-    try:
-        own, above = os.lstat(folder), os.lstat(os.path.join(os.path.realpath(folder), ".."))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return not stat.S_ISLNK(own.st_mode) and (own.st_dev != above.st_dev or own.st_ino == above.st_ino)
 
 
 def _checkpoint_in(folder: str) -> list[str]:

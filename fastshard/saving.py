@@ -20,6 +20,7 @@ from .plan import FilePlan
 from .planning import Entries, PathLike, StateDict, check_filename, encoded_path, fetcher, lay_out
 from .sharing import duplicates
 
+
 class _Newest:
     """Figures of the newest save, of each thread and of them all."""
 
@@ -188,7 +189,9 @@ def save(
     """The bytes that :func:`save_file` would write. Arguments and errors are the same."""
     began = time.perf_counter()
     entries, head = lay_out(tensors, metadata, allow_strided, dtype)
-    data, address = load(f"{__package__}._native").new_bytes(len(head) + sum(entry.view.nbytes for entry in entries))
+    data, address = load(f"{__package__}._native").new_bytes(
+        len(head) + sum(entry.view.nbytes for entry in entries)
+    )
     plan = FilePlan((address, len(data)), head, [entry.view for entry in entries])
     how = How(progress=progress, dtype=dtype, engine=engine)
     with one_save("save", "memory"):

@@ -17,11 +17,12 @@ from typing import BinaryIO, Final, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import tensors as _tensors
+from .borrowed import is_traceable_wrapper_subclass
 from .engine import Engine, Options
 from .layout import read_header
+from .linking import is_placeholder
 from .manifest import Alias, Manifest, Names, Ranks, read_manifest
 from .reading import Piece, read_into
 from .saving import How
@@ -128,8 +129,7 @@ def save_sharded_state(
             tensors={tensor: name for name, part in parts.items() for tensor in part},
             aliases=aliases,
         )
-        with open(os.path.join(stage.path, names.manifest), "w") as file:
-            file.write(manifest.to_json())
+        stage.write_text(os.path.join(stage.path, names.manifest), manifest.to_json())
     return manifest
 
 
@@ -364,7 +364,8 @@ def _parts_in(directory: str, names: Names) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     parts = sorted(filter(names.is_part, found), key=lambda name: (len(name), name))
-    return [os.path.join(directory, name) for name in parts]
+    paths = [os.path.join(directory, name) for name in parts]
+    return [path for path in paths if not is_placeholder(path)]
 
 
 def _others(directory: str) -> str:
@@ -482,7 +483,7 @@ def _sources(
     inside: dict[str, list[str]] = {}
     for name, holder in covered.items():
         inside.setdefault(holder, []).append(name)
-    for name, tensor in wanted.items():
+    for name in wanted:
         source = source_of(name)
         parts = {name: source} if source else _parts_of(name, tensors, inside.get(name, ()), source_of)
         if not parts:

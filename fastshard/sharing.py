@@ -7,8 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from safetensors.torch import _find_shared_tensors, _remove_duplicate_names
 from torch.nn.parameter import is_lazy
+
+from .borrowed import find_shared_tensors, remove_duplicate_names
 
 
 def overlapping(spans: Iterable[tuple[int, int]]) -> bool:
@@ -134,9 +135,7 @@ def duplicates(tensors: dict[str, torch.Tensor]) -> dict[str, list[str]]:
     tied to none, whatever it covers.
     """
     try:
-        return _remove_duplicate_names(tensors)
+        return remove_duplicate_names(tensors)
     except RuntimeError:
-        alone = {name for names in _find_shared_tensors(tensors) if len(names) == 1 for name in names}
-        return _remove_duplicate_names(
-            {name: tensor for name, tensor in tensors.items() if name not in alone}
-        )
+        alone = {name for names in find_shared_tensors(tensors) if len(names) == 1 for name in names}
+        return remove_duplicate_names({name: tensor for name, tensor in tensors.items() if name not in alone})

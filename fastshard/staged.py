@@ -14,20 +14,24 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Final
+
+import torch
 
 from . import saving
 from .activity import one_save
-from .directory import final_places, replacing, scratch_of
+from .directory import final_places, replacing, scratch_of, was_left
 from .mapped import lies_in_file
 from .planning import PathLike, StateDict
 from .saving import How, PlannedFile
 from .sharing import storage_of
+from .staging import Named
 
 DESCRIPTION: Final = "Saving checkpoint shards"
 """Of the progress bar."""
 _TEMPORARY_NBYTES: Final = 128 << 20
+_log: Final = logging.getLogger("fastshard")
 
 _running = threading.local()
 
@@ -39,13 +43,16 @@ class Stage:
         self.path = path
         self.scratch = scratch_of(path)
         """Hidden, too; what is left in there goes with the stage."""
-        self.lasting: set[int] | None = None
-        """Addresses of storages that live on after the save in any case. If this is given, files are written as soon
-        as the others, kept alive by what was added, take too much memory together."""
+        self.lasting: Callable[[], set[int]] | None = None
+        """Gives addresses of storages that live on after the save in any case. If this is there, files are written as
+        soon as the others, kept alive by what was added, take too much memory together."""
         self.at_once = False
         """Write each file when it is added: between two of them somebody else's code may change the tensors."""
         self._how = how
         self._files: dict[PathLike, PlannedFile] = {}
+        self._unseen: list[torch.Tensor] = []
+        self._nbytes = 0
+        self._known: set[int] | None = None
         self._temporary: dict[int, int] = {}
         self._began: float | None = None
 
@@ -56,12 +63,21 @@ class Stage:
             self._began = time.perf_counter()
         self._files[filename] = saving.plan_file(tensors, filename, metadata, self._how)
         if self.lasting is not None:
-            for tensor in tensors.values():
-                address, nbytes = storage_of(tensor) or (0, 0)
-                if address and address not in self.lasting and not lies_in_file(tensor):
-                    self._temporary[address] = nbytes
+            self._unseen += tensors.values()
+            self._nbytes += sum(tensor.nbytes for tensor in tensors.values())
+            if self._nbytes > _TEMPORARY_NBYTES:  # or nothing of it can be too much
+                self._look_at_storages(self.lasting)
         if self.at_once or sum(self._temporary.values()) > _TEMPORARY_NBYTES:
             self.write()
+
+    def _look_at_storages(self, lasting: Callable[[], set[int]]) -> None:
+        if self._known is None:
+            self._known = lasting()
+        for tensor in self._unseen:
+            address, nbytes = storage_of(tensor) or (0, 0)
+            if address and address not in self._known and not lies_in_file(tensor):
+                self._temporary[address] = nbytes
+        self._unseen = []
 
     def write(self) -> None:
         """Writes what was added, in parallel."""
@@ -70,11 +86,17 @@ class Stage:
         assert self._began is not None
         files, began = self._files, self._began
         self._files, self._temporary, self._began = {}, {}, None
+        self._unseen, self._nbytes = [], 0
         saving.write_files(files, self._how, began, DESCRIPTION)
 
     def holds(self, filename: object) -> bool:
         """Whether a file of this name belongs to the checkpoint."""
         return isinstance(filename, (str, os.PathLike)) and os.fspath(filename).startswith(self.path + os.sep)
+
+    def write_text(self, path: str, text: str) -> None:
+        """Writes a small file of the stage at once. Errors name it, which an open file does not."""
+        with Named(path), open(path, "w") as file:
+            file.write(text)
 
     def weights(self) -> set[str]:
         """Names of the files of weights in it, added ones too."""
@@ -116,6 +138,46 @@ def staged(
         stage.write()
     for record in held:
         logging.getLogger(record.name).handle(record)
+    _warn_of_preferred(directory, names)
+
+
+def save_alone(
+    tensors: StateDict,
+    directory: str,
+    name: str,
+    metadata: dict[str, str] | None,
+    obsolete: Collection[str],
+    how: How,
+    *,
+    call: str,
+) -> bool:
+    """Saves a checkpoint of one file, where nothing else is to change in the directory: it needs no stage then. Whether
+    it did."""
+    if os.path.dirname(name) or any(other != name for other in obsolete):
+        return False
+    if was_left(directory, os.listdir(directory)):
+        return False
+    began = time.perf_counter()
+    path = os.path.join(directory, name)
+    with one_save(call, directory):
+        saving.write_files({path: saving.plan_file(tensors, path, metadata, how)}, how, began, DESCRIPTION)
+    return True
+
+
+def _warn_of_preferred(directory: str, names: set[str]) -> None:
+    """Loaders look for safetensors files first: older ones hide the pickled ones that have just been saved. They may be
+    there on purpose, so they stay, and this tells of them."""
+    stems = {match["stem"] for match in map(_WEIGHTS.fullmatch, names) if match and match["suffix"] == ".bin"}
+    if not stems:
+        return
+    stems |= {stem.removeprefix("pytorch_") for stem in stems if stem.startswith("pytorch_model")}
+    for name in sorted(os.listdir(directory)):
+        found = _WEIGHTS.fullmatch(name) or _INDEX.fullmatch(name)
+        if found and found["suffix"] == ".safetensors" and found["stem"] in stems and name not in names:
+            _log.warning(
+                "%s is of an earlier save, and loaders look for it before the .bin files that were saved just now",
+                os.path.join(directory, name),
+            )
 
 
 def current() -> Stage | None:

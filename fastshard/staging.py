@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import logging
 import os
@@ -44,12 +45,13 @@ def final_places(text: str) -> str:
 
 
 class Named:
-    """Errors of the block are about this path; they say its final place."""
+    """Errors of the block are about this path, or this name in a folder; they say its final place."""
 
-    __slots__ = ("path",)
+    __slots__ = ("folder", "name")
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, name: str, folder: Folder | None = None) -> None:
+        self.name = name
+        self.folder = folder
 
     def __enter__(self) -> None:
         pass
@@ -58,7 +60,7 @@ class Named:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, OSError):
-            error.filename = final_places(self.path)
+            error.filename = final_places(self.name if self.folder is None else self.folder.place(self.name))
             del error.filename2
 
 
@@ -85,7 +87,7 @@ class Folder:
 
     def open(self, name: str) -> Folder:
         """A folder in it, which is no link."""
-        with Named(self.place(name)):
+        with Named(name, self):
             return Folder(self.place(name), os.open(name, _OPEN | os.O_NOFOLLOW, dir_fd=self.fd))
 
     def entries(self) -> list[tuple[str, bool]]:
@@ -96,7 +98,7 @@ class Folder:
     def stat(self, name: str) -> os.stat_result | None:
         """Of what has the name, a link too; ``None`` if nothing has."""
         try:
-            with Named(self.place(name)):
+            with Named(name, self):
                 return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -114,7 +116,7 @@ class Folder:
     def readlink(self, name: str) -> str | None:
         """What a link says; ``None`` if it is none."""
         try:
-            with Named(self.place(name)):
+            with Named(name, self):
                 return os.readlink(name, dir_fd=self.fd)
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -124,7 +126,7 @@ class Folder:
             raise
 
     def mkdir(self, name: str, mode: int = 0o777) -> None:
-        with Named(self.place(name)):
+        with Named(name, self):
             os.mkdir(name, mode, dir_fd=self.fd)
 
     def mkdirs(self, name: str) -> None:
@@ -135,26 +137,26 @@ class Folder:
                 self.mkdir("/".join(parts[: count + 1]))
 
     def rmdir(self, name: str) -> None:
-        with Named(self.place(name)):
+        with Named(name, self):
             os.rmdir(name, dir_fd=self.fd)
 
     def unlink(self, name: str) -> None:
         """It may be gone."""
-        with Named(self.place(name)), contextlib.suppress(FileNotFoundError):
+        with Named(name, self), contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.fd)
 
     def rename(self, name: str, to: Folder, new: str) -> None:
         """Errors name the new place."""
-        with Named(to.place(new)):
+        with Named(new, to):
             os.rename(name, new, src_dir_fd=self.fd, dst_dir_fd=to.fd)
 
     def link(self, name: str, to: Folder, new: str) -> None:
         """A hard link to it, of a symbolic link too."""
-        with Named(self.place(name)):
+        with Named(name, self):
             os.link(name, new, src_dir_fd=self.fd, dst_dir_fd=to.fd, follow_symlinks=False)
 
     def symlink(self, text: str, name: str) -> None:
-        with Named(self.place(name)):
+        with Named(name, self):
             os.symlink(text, name, dir_fd=self.fd)
 
     def chmod(self, mode: int) -> None:
@@ -163,7 +165,7 @@ class Folder:
 
     def sync(self, name: str = "") -> None:
         """What it, or the file in it, holds is on stable storage."""
-        with Named(self.place(name)):
+        with Named(name, self):
             if not name:
                 os.fsync(self.fd)
                 return
@@ -201,9 +203,7 @@ class Folder:
             else:
                 if len(held) < _MOST_HELD:
                     with contextlib.suppress(OSError):  # then it is freed at once
-                        held.append(
-                            os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
-                        )
+                        held.append(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd))
                 self.unlink(name)
 
 
@@ -239,6 +239,9 @@ class Hidden(Folder):
     def move(self, name: str) -> None:
         """Gives it another name, which must be free, or that of an empty folder."""
         self.parent.rename(self.name, self.parent, name)
+        self.is_called(name)
+
+    def is_called(self, name: str) -> None:
         self.name, self.path = name, self.parent.place(name)
 
     def remove(self, held: list[int]) -> None:
@@ -272,8 +275,18 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def hidden_name(purpose: str, slot: int = 0) -> str:
-    digits = hashlib.blake2b(f"{os.geteuid()}:{purpose}".encode(), digest_size=7).hexdigest()
-    return f".fastshard-{digits}{slot:02x}.staging"
+    return f".fastshard-{_digits(os.geteuid(), purpose)}{slot:02x}.staging"
+
+
+def turn_name(folder: Folder, slot: int = 0) -> str:
+    """Of the hidden folder of the save that changes names in a folder. The folder is part of it, so that what was moved
+    there from elsewhere is not taken for it."""
+    return hidden_name(f"turn in {folder.identity()}", slot)
+
+
+@functools.lru_cache(maxsize=256)
+def _digits(user: int, purpose: str) -> str:
+    return hashlib.blake2b(f"{user} {purpose}".encode(errors="surrogateescape"), digest_size=7).hexdigest()
 
 
 class InUseError(Exception):
@@ -302,7 +315,7 @@ def adopt(parent: Folder, name: str, make: bool = False) -> Hidden | None:
     while True:
         fresh = make and _made(parent, name)
         try:
-            with Named(parent.place(name)):
+            with Named(name, parent):
                 fd = os.open(name, _OPEN | os.O_NOFOLLOW, dir_fd=parent.fd)
         except FileNotFoundError:  # gone meanwhile
             if make:
@@ -312,7 +325,9 @@ def adopt(parent: Folder, name: str, make: bool = False) -> Hidden | None:
             if fresh:
                 with contextlib.suppress(OSError):  # the next save will
                     parent.rmdir(name)
-            elif error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EACCES) and not _belongs_to_us(parent, name):
+            elif error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EACCES) and not _belongs_to_us(
+                parent, name
+            ):
                 return None
             raise
         hidden = Hidden(parent, name, fd, fresh)
@@ -367,4 +382,6 @@ def clear_away(hidden: Hidden, held: list[int]) -> None:
     try:
         hidden.remove(held)
     except OSError as error:
-        _log.warning("%s: what was left of a save could not be removed: %s", hidden.parent.path, error.strerror)
+        _log.warning(
+            "%s: what was left of a save could not be removed: %s", hidden.parent.path, error.strerror
+        )

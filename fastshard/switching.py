@@ -12,16 +12,17 @@ No filesystem renames several files in one step. What is done depends on what ch
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
 from .change import Change, Stale
 from .exchanging import exchange
 from .linking import Linking, settle_left
-from .staging import STAGING, Folder, Hidden, InUseError, adopt, clear_away, hidden_name
+from .staging import STAGING, Folder, Hidden, InUseError, adopt, clear_away, turn_name
 
 _TURN_SECONDS: Final = 60.0
 """To put files in place takes milliseconds; a process that takes longer has been stopped."""
@@ -35,14 +36,15 @@ class Switch:
     def __init__(self, hidden: Hidden, durable: bool, held: list[int]) -> None:
         self.change = Change(hidden, durable, held)
         self.thread = threading.get_ident()
-        self.has_turn = False
+        self.complete: Callable[[], object] | None = None
+        """Does what is left to do, while this save has its turn."""
         self.linking: Linking | None = None
         self.interrupted = False
         """Whether another save, in a signal's handler, has done what was left to do."""
+        _switches.append(self)
 
     def run(self, stale: Stale, obsolete: Collection[str], must_be_empty: bool) -> None:
         """Raises an error that has ``published`` when the new files stand nevertheless."""
-        _switches.append(self)
         try:
             self._run(stale, obsolete, must_be_empty)
         except OSError as error:
@@ -52,10 +54,15 @@ class Switch:
                 raise published(error, self.change.folder.path) from error
             raise
         finally:
-            _switches.remove(self)
+            if not self.change.leads_here:
+                self.complete = _nothing
             if self.linking is not None:
                 self.linking.close()
             self.change.close()
+
+    def forget(self) -> None:
+        """When its hidden folder is gone."""
+        _switches.remove(self)
 
     def _run(self, stale: Stale, obsolete: Collection[str], must_be_empty: bool) -> None:
         change = self.change
@@ -65,21 +72,39 @@ class Switch:
             if not change.gone:
                 _rename_one(change)
                 return
+        self.complete = functools.partial(self._change_names, stale, obsolete, must_be_empty)
         self._take_turn()
+        self._change_names(stale, obsolete, must_be_empty)
+
+    def _change_names(self, stale: Stale, obsolete: Collection[str], must_be_empty: bool) -> None:
+        change = self.change
         self._compare(stale, obsolete, must_be_empty)
         if not change.files and not change.gone:
             return
-        if (change.fresh or change.gone) and exchange(change):
-            return
-        self.linking = Linking(change)
-        if not self.linking.run():
+        if change.fresh or change.gone:
+            self.complete = self._refuse
+            if exchange(change):
+                return
+        linking = self.linking = Linking(change)
+        self.complete = linking.repeat
+        if not linking.run():
+            self.complete = self._refuse
             _one_by_one(change)
+
+    def _refuse(self) -> None:
+        raise OSError(
+            errno.EDEADLK,
+            "a save that is being put in place was interrupted by this one",
+            self.change.folder.path,
+        )
 
     def _compare(self, stale: Stale, obsolete: Collection[str], must_be_empty: bool) -> None:
         """After what killed saves have left here has gone."""
         change = self.change
-        remove_left(change.folder, change.held, change.hidden.name)
         change.compare(stale, obsolete, must_be_empty)
+        if any(STAGING.fullmatch(name) and name != change.hidden.name for name in change.entries[""]):
+            remove_left(change.folder, change.held, change.hidden.name)
+            change.compare(stale, obsolete, must_be_empty)
 
     def _take_turn(self) -> None:
         """One save at a time changes names here: the one whose hidden folder has a certain name."""
@@ -89,7 +114,6 @@ class Switch:
             while True:
                 try:
                     hidden.move(name)
-                    self.has_turn = True
                     return
                 except OSError as error:
                     if error.errno not in _IN_THE_WAY or folder.stat(name) is None and not _is_race(error):
@@ -103,16 +127,18 @@ _switches: list[Switch] = []
 """Under way in this process."""
 
 
+def _nothing() -> None:
+    """Is left to do."""
+
+
 def _is_race(error: OSError) -> bool:
     """Whether what was in the way may just have gone."""
     return error.errno in (errno.ENOTEMPTY, errno.EEXIST)
 
 
-def turn_names(folder: Folder) -> list[str]:
-    """Of the hidden folder of the save that changes names: the first one that others do not have there. The folder is
-    part of it, so that what was moved here from elsewhere is not taken for it."""
-    purpose = f"turn in {folder.identity()}"
-    return [hidden_name(purpose, slot) for slot in range(_MOST_NAMES)]
+def turn_names(folder: Folder) -> Iterator[str]:
+    """A save takes its turn under the first one that others do not have there."""
+    return (turn_name(folder, slot) for slot in range(_MOST_NAMES))
 
 
 def wait_for_turn(folder: Folder, name: str, held: list[int], deadline: float) -> bool:
@@ -121,7 +147,7 @@ def wait_for_turn(folder: Folder, name: str, held: list[int], deadline: float) -
         try:
             left = adopt(folder, name)
         except InUseError:
-            if not _end_interrupted(folder):
+            if not _end_interrupted(folder, name):
                 if time.monotonic() > deadline:
                     reason = "another save has been putting files in place for too long"
                     raise OSError(errno.EBUSY, reason, folder.path) from None
@@ -155,17 +181,15 @@ def recover(hidden: Hidden, held: list[int]) -> None:
         hidden.close()
 
 
-def _end_interrupted(folder: Folder) -> bool:
+def _end_interrupted(folder: Folder, name: str) -> bool:
     """Whether a save of this very thread, in which a signal's handler saves, was in the way; it is ended then."""
     for switch in _switches:
         change = switch.change
-        if not switch.has_turn or switch.interrupted:
+        if switch.complete is None or switch.interrupted or switch.thread != threading.get_ident():
             continue
-        if switch.thread == threading.get_ident() and change.folder.identity() == folder.identity():
-            if switch.linking is None:
-                raise OSError(errno.EDEADLK, "a save into this folder is being put in place", folder.path)
-            switch.linking.redirect()
-            switch.linking.finish()
+        if change.hidden.identity() == folder.identity(name):
+            change.hidden.is_called(name)
+            switch.complete()
             switch.interrupted = True
             clear_away(change.hidden, change.held)
             return True

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import _find_shared_tensors
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .borrowed import dtypes, find_shared_tensors, is_traceable_wrapper_subclass
 from .layout import CAST_NAMES, CODES, METADATA_KEY, RANKS, cast_name
 from .plan import CASTS, FETCHED, HOST, TensorView
 from .sharing import by_storage, note_name, overlapping, shared_names
@@ -28,7 +27,8 @@ _MAX_DIMS = 8  # kMaxDims in csrc/plan.h
 _DTYPES: dict[torch.dtype, tuple[int, str, int]] = {
     dtype: (RANKS[code], code, dtype.itemsize)
     for name, code in CODES.items()
-    if (dtype := getattr(torch, name, None)) is not None
+    # What the installed safetensors cannot read, it does not write.
+    if (dtype := getattr(torch, name, None)) is not None and (dtypes is None or dtype in dtypes)
 }
 _FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -205,8 +205,8 @@ def _refuse(tensors: dict[str, Any], allow_strided: bool) -> None:
     else:  # by address ranges only, with torch's and Python's own errors for what it cannot flatten or measure
         for name, tensor in tensors.items():
             with _naming(name):
-                _find_shared_tensors({name: tensor})
-        shared = [names for names in _find_shared_tensors(tensors) if len(names) > 1]
+                find_shared_tensors({name: tensor})
+        shared = [names for names in find_shared_tensors(tensors) if len(names) > 1]
     if shared:
         raise RuntimeError(
             f"""

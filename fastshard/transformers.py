@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .activity import count_left
+from .borrowed import is_traceable_wrapper_subclass
 from .offload import follow_weights, held_elsewhere, held_in_memory, offloaded_tensor
 from .overrides import bound, is_of_a_library, overridden, wrapped
 from .saving import How
@@ -56,11 +56,8 @@ def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwar
     with staged(directory, stale, how, call=_CALL, create=True, loggers=_LOGGERS) as stage:
         state_dict = arguments.get("state_dict")
         stage.at_once = _changes_between_shards(model, state_dict)
-        stage.lasting = _storages(model.parameters(), model.buffers())
-        if hasattr(model, "hf_device_map"):
-            stage.lasting |= _storages(held_in_memory(model))
-        if state_dict and not stage.at_once:
-            stage.lasting |= _storages(state_dict.values())
+        given_apart = _storages(state_dict.values()) if state_dict and not stage.at_once else set()
+        stage.lasting = functools.partial(_lasting, model, given_apart)
         arguments["save_directory"] = stage.path
         result = original(*given.args, **given.kwargs)
     if hasattr(model, "hf_device_map"):
@@ -129,6 +126,12 @@ def progress_bar(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     from transformers.utils import logging
 
     return logging.EmptyTqdm(*args[1:], **kwargs)  # type: ignore[no-untyped-call]
+
+
+def _lasting(model: Any, besides: set[int]) -> set[int]:
+    """What lives on when the model is saved: what it has, and what hooks of accelerate hold for it."""
+    held = held_in_memory(model) if hasattr(model, "hf_device_map") else ()
+    return besides | _storages(model.parameters(), model.buffers(), held)
 
 
 def _storages(*groups: Iterable[object]) -> set[int]:

@@ -7,21 +7,23 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import textwrap
 import zlib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import _SIZE, load_file
 
 from fastshard.layout import CODES
 
-DTYPES = [getattr(torch, name) for name in CODES if hasattr(torch, name)]
-"""All that this torch has of what the format can hold."""
-FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
+DTYPES = [getattr(torch, name) for name in CODES if getattr(torch, name, None) in _SIZE]
+"""All that this torch and this safetensors have of what the format can hold."""
+FLOAT4 = next((dtype for dtype in DTYPES if str(dtype) == "torch.float4_e2m1fn_x2"), None)
 
 
 def filled(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -67,6 +69,29 @@ def same(path: os.PathLike[str] | str, tensors: dict[str, torch.Tensor]) -> bool
     )
 
 
+def release(library: str) -> tuple[int, ...]:
+    """Of the installed version, to compare with: ``(4, 57, 1)``."""
+    return tuple(int(number) for number in re.findall(r"\d+", metadata.version(library))[:3])
+
+
+def said_now(text: str) -> str:
+    """An error of safetensors in the words of its version 0.8, which are ours: older ones name types of PyO3 and Rust."""
+    text = re.sub(
+        r"'(\w+)' object cannot be converted to 'Py(Dict|String)'",
+        lambda match: (
+            ("'None'" if match[1] == "NoneType" else f"'{match[1]}' object")
+            + f" is not an instance of '{'dict' if match[2] == 'Dict' else 'str'}'"
+        ),
+        text,
+    )
+    text = re.sub(
+        r'IoError\(Os \{ code: (\d+), .*, message: "(.*)" \}\)', r"I/O error: \2 (os error \1)", text
+    )
+    return re.sub(
+        r"IoError\(Error \{ kind: InvalidInput, .*\}\)", "I/O error: Invalid argument (os error 22)", text
+    )
+
+
 def names(directory: Path) -> list[str]:
     return sorted(os.listdir(directory))
 
@@ -82,6 +107,29 @@ def run_bare(script: str, *arguments: object, **options: object) -> subprocess.C
     # Not from the checkout's top: its package would come before the installed one.
     options = {"capture_output": True, "text": True, "timeout": 120, "cwd": Path(__file__).parent, **options}
     return subprocess.run([sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)], **options)  # type: ignore[call-overload]
+
+
+ENGINE = """
+import os, sys
+from fastshard.engine import Engine
+from fastshard.errors import SaveError
+from fastshard.plan import FETCHED, FilePlan, TensorView
+
+def save(*paths, **options):
+    plans = [FilePlan(os.fsencode(path), b"new contents", []) for path in paths]
+    return Engine().submit(plans, keep_alive=None, **options).result()
+
+def while_writing(path, act):
+    plan = FilePlan(os.fsencode(path), b"new contents", [TensorView(0, 1 << 16, FETCHED)])
+    Engine().submit([plan], keep_alive=None, fetch=lambda *_: act()).result()
+"""
+"""``save`` gives files these contents; ``while_writing`` calls ``act`` when half of a file is written. Without torch,
+which takes a second to import."""
+
+
+def run_engine(script: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """As :func:`run`, with what ``ENGINE`` defines."""
+    return run_bare(ENGINE + textwrap.dedent(script), *arguments, **options)
 
 
 def preload(library: Path, refuse: str) -> dict[str, str]:

@@ -59,7 +59,9 @@ def _library() -> Path:
     folder = tempfile.mkdtemp(prefix="fastshard-refusals-")
     library = Path(folder) / "refusing_resources.so"
     source = TESTS / "refusing_resources.cc"
-    subprocess.run(["c++", "-std=c++20", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    subprocess.run(
+        ["c++", "-std=c++20", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True
+    )
     return library
 
 

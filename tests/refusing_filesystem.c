@@ -1,18 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 // LD_PRELOAD for tests: a filesystem that refuses what some mounts refuse. REFUSE holds words such as
-// "tmpfile fallocate exchange link rename fsync direct pwrite io_uring"; each makes that call fail with ENOTSUP, or
-// with the number behind a colon ("rename:5"). "rename@2" refuses the second call only. "short" refuses nothing:
-// pwrite then writes half of what it is given and a piece of a block.
+// "tmpfile fallocate exchange link unlink rename fsync range xattr chmod locks direct pwrite io_uring"; each makes that
+// call fail with ENOTSUP, or with the number behind a colon ("rename:5"); with 999 the process is killed there.
+// "rename@2" refuses the second call only. "short" refuses nothing: pwrite then writes half of what it is given and a
+// piece of a block. `refused_calls` counts.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/xattr.h>
 #include <unistd.h>
+
+int refused_calls;
 
 static int refused(const char* what, int* calls) {
   const char* list = getenv("REFUSE");
@@ -27,6 +33,8 @@ static int refused(const char* what, int* calls) {
     }
     if (*end == ':') error = (int)strtol(end + 1, (char**)&end, 10);
     if (*end != ' ' && *end != '\0') continue;
+    if (error == 999) kill(getpid(), SIGKILL);
+    __atomic_add_fetch(&refused_calls, 1, __ATOMIC_RELAXED);
     errno = error;
     return 1;
   }
@@ -60,6 +68,26 @@ int link(const char* from, const char* to) {
   return refused("link", &calls) ? -1 : REAL(link)(from, to);
 }
 
+int unlink(const char* path) {
+  static int calls;
+  return refused("unlink", &calls) ? -1 : REAL(unlink)(path);
+}
+
+int sync_file_range(int fd, off_t offset, off_t nbytes, unsigned flags) {
+  static int calls;
+  return refused("range", &calls) ? -1 : REAL(sync_file_range)(fd, offset, nbytes, flags);
+}
+
+int fsetxattr(int fd, const char* name, const void* value, size_t nbytes, int flags) {
+  static int calls;
+  return refused("xattr", &calls) ? -1 : REAL(fsetxattr)(fd, name, value, nbytes, flags);
+}
+
+int fchmod(int fd, mode_t mode) {
+  static int calls;
+  return refused("chmod", &calls) ? -1 : REAL(fchmod)(fd, mode);
+}
+
 int rename(const char* from, const char* to) {
   static int calls;
   return refused("rename", &calls) ? -1 : REAL(rename)(from, to);
@@ -71,11 +99,12 @@ int fsync(int fd) {
 }
 
 int fcntl(int fd, int command, ...) {
-  static int calls;
+  static int calls, locks;
   va_list rest;
   va_start(rest, command);
   void* const argument = va_arg(rest, void*);
   va_end(rest);
+  if ((command == F_OFD_SETLK || command == F_OFD_GETLK) && refused("locks", &locks)) return -1;
   if (command == F_SETFL && ((long)argument & O_DIRECT) != 0 && refused("direct", &calls)) return -1;
   return REAL(fcntl)(fd, command, argument);
 }

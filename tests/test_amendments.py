@@ -173,10 +173,11 @@ def test_an_exception_fails_the_save(path: Path, new_engine: NewEngine, error: t
     assert path.read_bytes() == HEADER + b"new"
 
 
-def test_cancelled_before_and_while_it_is_asked(path: Path, new_engine: NewEngine) -> None:
+def test_cancelled_before_and_while_it_is_asked(path: Path, new_engine: NewEngine, no_hang: None) -> None:
     engine = new_engine()
     future = submit(engine, {path: [noise(99)]}, lambda _: [])
     while not future._native.take_amendment():
+        assert not future.done(), "it ends without having asked"
         time.sleep(0.001)
     future.cancel()
     assert future.done()

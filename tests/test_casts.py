@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch as reference
 import torch
 from conftest import BUDGET, assert_same
-from helpers import FLOAT4, snapshot
+from helpers import DTYPES, FLOAT4, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -161,7 +161,10 @@ def test_remarkable_numbers(number: float) -> None:
 def test_nans(source: torch.dtype, target: torch.dtype) -> None:
     """To bfloat16 0x7fc0; to a float8 0x7f with their sign; else sign and leading payload, made quiet."""
     values = every(source)
-    values = values[values.to(F32).isnan()]
+    if source.itemsize == 1:  # which not every torch can pick from
+        values = words(values)[values.to(F32).isnan()].view(source)
+    else:
+        values = values[values.to(F32).isnan()]
     if source is target:
         assert torch.equal(words(saved(values, target)), words(values))
         return
@@ -194,7 +197,7 @@ def mixed() -> StateDict:
         "int": torch.arange(7),
         "bytes": torch.arange(5, dtype=torch.uint8),
         "bool": torch.tensor([True, False, True]),
-        "complex": torch.complex(numbers(3), numbers(3)),
+        **({"complex": torch.complex(numbers(3), numbers(3))} if torch.complex64 in DTYPES else {}),
         "scalar": torch.tensor(3.3),
         "empty": torch.empty(0, 3),
         "empty double": torch.empty(4, 0, dtype=F64),

@@ -3,6 +3,7 @@
 
 import copy
 import errno
+import inspect
 import json
 import os
 from collections import OrderedDict
@@ -13,7 +14,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from helpers import filled, names, parsed, snapshot
+from helpers import filled, names, parsed, release, said_now, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,6 +46,14 @@ def both(
     **arguments: Any,
 ) -> dict[str, bytes]:
     """Saves with both, compares, and returns the files."""
+    known = inspect.signature(huggingface_hub.save_torch_state_dict).parameters
+    new = [
+        name
+        for name in ("is_main_process", "shared_tensors_to_discard")
+        if name in arguments and name not in known
+    ]
+    if new:
+        pytest.skip(f"this huggingface_hub has no {new[0]}")
     outcomes = []
     for which, save in (("hub", huggingface_hub.save_torch_state_dict), ("ours", save_torch_state_dict)):
         directory = tmp_path / which
@@ -57,7 +66,7 @@ def both(
         try:
             save(state_dict, directory, **given)
         except Exception as caught:
-            error = type(caught), str(caught)
+            error = type(caught), said_now(str(caught))
         outcomes.append((snapshot(directory), list(state_dict), given, error))
     hub, ours = outcomes
     assert ours[1:] == hub[1:]
@@ -168,9 +177,12 @@ BEFORE = {
 def test_files_of_earlier_saves(
     tmp_path: Path, make: Callable[[], dict[str, torch.Tensor]], size: str, main: bool
 ) -> None:
-    files = both(tmp_path, make, BEFORE, max_shard_size=size, is_main_process=main)
+    before = BEFORE
+    if release("huggingface_hub") < (1,):  # which removes whatever begins as a shard's name does
+        before = {name: text for name, text in BEFORE.items() if not name.endswith(".bak")}
+    files = both(tmp_path, make, before, max_shard_size=size, is_main_process=main)
     assert {name for name, data in files.items() if data == b"kept"} == {
-        name for name, text in BEFORE.items() if text == "kept"
+        name for name, text in before.items() if text == "kept"
     }
     assert (STALE.encode() in files.values()) == (not main)
 
@@ -187,11 +199,15 @@ class Tied(torch.nn.Module):
 @pytest.mark.parametrize("arguments", [{}, {"shared_tensors_to_discard": ["embed.weight"]}])
 def test_models(tmp_path: Path, arguments: dict[str, Any]) -> None:
     model = Tied()
+    if not arguments.keys() <= inspect.signature(huggingface_hub.save_torch_model).parameters.keys():
+        pytest.skip("this huggingface_hub has no such argument")
     for which, save in (("hub", huggingface_hub.save_torch_model), ("ours", save_torch_model)):
         (tmp_path / which).mkdir()
         save(model, tmp_path / which, **arguments)
     assert_same_files(snapshot(tmp_path / "ours"), snapshot(tmp_path / "hub"))
     other = Tied()
+    if not hasattr(huggingface_hub, "load_torch_model"):
+        return
     huggingface_hub.load_torch_model(other, tmp_path / "ours", strict=False)
     assert torch.equal(other.embed.weight, model.embed.weight)
 

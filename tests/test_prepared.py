@@ -213,14 +213,16 @@ def test_the_old_file_stands_until_the_first_save(folder: Path) -> None:
     assert names(folder) == [path.name]
 
 
-def test_symlink_keeps_pointing(folder: Path) -> None:
+def test_symlink_is_replaced(folder: Path) -> None:
     (folder / "there").mkdir()
+    (folder / "there" / "real").write_bytes(b"of others")
     path = folder / "m.safetensors"
     path.symlink_to("there/real")
     with prepare(model(1), path) as prepared:
         for _ in range(3):
             prepared.save()
-    assert path.is_symlink() and same(folder / "there" / "real", model(1))
+            assert not path.is_symlink() and same(path, model(1))
+    assert (folder / "there" / "real").read_bytes() == b"of others"
     assert names(folder / "there") == ["real"]
 
 
@@ -393,8 +395,11 @@ def test_nothing_is_left_of_a_failed_prepare(tmp_path: Path, preloaded: Path, re
     assert done.stdout.split(maxsplit=1) == [str(errno.ENOSPC), "[]\n"], done.stderr
 
 
+REFUSED = {"tmpfile": "O_TMPFILE", "fallocate": "fallocate", "exchange": "renameat2", "link": "link"}
+
+
 @pytest.mark.parametrize(
-    "refuse", ["tmpfile", "fallocate", "exchange", "exchange link", "tmpfile fallocate exchange link"]
+    "refuse", ["", "tmpfile", "fallocate", "exchange", "exchange link", "tmpfile fallocate exchange link"]
 )
 def test_filesystems_that_cannot_do_everything(tmp_path: Path, preloaded: Path, refuse: str) -> None:
     script = """
@@ -404,12 +409,13 @@ def test_filesystems_that_cannot_do_everything(tmp_path: Path, preloaded: Path, 
             tensors["a"].fill_(value)
             stats = prepared.save()
             assert (load_file(sys.argv[1])["a"] == value).all()
-    print(*stats.fallbacks)
+    print(*stats.fallbacks, sep="\\n")
     """
     done = run(script, tmp_path / "m.safetensors", env=preload(preloaded, refuse))
     assert done.returncode == 0, done.stderr
     assert names(tmp_path) == ["m.safetensors"]
-    assert done.stdout.strip() != ""
+    expected = sorted(f"{REFUSED[what]} refused: Operation not supported" for what in refuse.split())
+    assert done.stdout.splitlines() == (expected or [""])
 
 
 def test_closed_and_closed_again(folder: Path) -> None:
@@ -450,6 +456,30 @@ def test_exit_without_closing(memory: Path) -> None:
     """
     done = run(script, memory / "m.safetensors")
     assert done.returncode == 0 and names(memory) == ["m.safetensors"], done.stderr
+
+
+@pytest.mark.parametrize("first", ["hook", "save"])
+def test_a_save_in_an_exit_hook(memory: Path, first: str) -> None:
+    """Whether the hook was registered before or after the engine's own."""
+    script = """
+    import atexit
+    tensors = {"a": torch.ones(1000)}
+    if sys.argv[2] == "hook":
+        atexit.register(lambda: last())
+    prepared = prepare(tensors, sys.argv[1])
+    if sys.argv[2] == "save":
+        atexit.register(lambda: last())
+    prepared.save()
+
+    def last():
+        for value in (2, 3):
+            tensors["a"].fill_(value)
+            print(prepared.save().nbytes == os.path.getsize(sys.argv[1]))
+    """
+    done = run(script, memory / "m.safetensors", first)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["True", "True"], "")
+    assert same(memory / "m.safetensors", {"a": torch.full((1000,), 3.0)})
+    assert names(memory) == ["m.safetensors"]
 
 
 LOOP = """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import collections
 import ctypes
+import dataclasses
 import errno
 import functools
 import inspect
@@ -26,10 +27,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import safetensors.torch as reference
 import torch
-from helpers import FLOAT4, filled, parsed, snapshot
+from helpers import DTYPES, FLOAT4, filled, parsed, release, said_now, snapshot
 from safetensors import SafetensorError
 
 import fastshard
@@ -106,6 +108,10 @@ def error_of(call: Callable[[], Any]) -> BaseException | None:
         call()
     except Exception as error:
         return error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of PyO3
+            raise
+        pytest.skip(f"this safetensors panics: {error}")
     return None
 
 
@@ -115,7 +121,7 @@ def comparable(error: BaseException) -> str:
     def in_order(match: re.Match[str]) -> str:
         return str(sorted(sorted(names) for names in ast.literal_eval(match[0])))
 
-    text = re.sub(r"in position \d+", "in position N", str(error))
+    text = re.sub(r"in position \d+", "in position N", said_now(str(error)))
     return re.sub(r"\[(?:\{[^{}]*\}(?:, )?)+\]", in_order, text)
 
 
@@ -379,6 +385,8 @@ def test_tensors_are_checked_before_the_filename_and_that_before_the_metadata(
 @pytest.mark.parametrize("name", ["model.safetensors", "missing/model"])
 def test_header_that_no_reader_accepts(target, name):
     """Noticed before the file is looked at."""
+    if release("safetensors") < (0, 6):
+        pytest.skip("this safetensors writes what it cannot read")
     check_save_file(lambda: TENSORS, target.parent / name, {"a": "b" * 100_000_000})
 
 
@@ -422,7 +430,7 @@ def test_io_errors_are_of_both_kinds(target, name, number):
     assert isinstance(ours, SaveError) and isinstance(ours, SafetensorError) and isinstance(ours, OSError)
     assert (ours.errno, ours.filename) == (number, path)
     beginning = f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
-    assert str(theirs).startswith(beginning)
+    assert said_now(str(theirs)).startswith(beginning)
     assert str(ours) == f'{beginning}: "{path}"'
     copy = pickle.loads(pickle.dumps(ours))
     assert (type(copy), copy.errno, copy.filename, str(copy)) == (SaveError, number, path, str(ours))
@@ -449,6 +457,7 @@ def test_no_tensor_can_be_called_metadata(target):
     check_save_file(lambda: {"__metadata__": x(), "b": strided()}, target)  # other faults come first
 
 
+@pytest.mark.skipif(torch.complex64 not in DTYPES, reason="this safetensors has no complex numbers")
 def test_conjugates_are_saved_as_what_they_are():
     base = torch.tensor([[1 + 2j, 3 - 4j]], dtype=torch.complex64)
     negative = base.conj().imag[:, :1]
@@ -458,6 +467,7 @@ def test_conjugates_are_saved_as_what_they_are():
     assert fastshard.load(fastshard.save({"neg": negative}))["neg"].tolist() == [[-2.0]]
 
 
+@pytest.mark.skipif(torch.complex64 not in DTYPES, reason="this safetensors has no complex numbers")
 def test_conjugates_in_strided_views():
     base = filled((4, 6), torch.complex64).nan_to_num()
     tensors = {
@@ -508,15 +518,46 @@ def test_strided_tensors_are_staged_within_the_budget(tmp_path):
     assert 0 < stats.staging_nbytes <= MIB
 
 
-def test_stats_belong_to_the_thread():
+def test_stats_are_the_threads_own_or_else_the_newest_of_all():
     fastshard.save(TENSORS)
     mine = fastshard.stats()
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(fastshard.stats).result() is None
+    with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as watcher:
+        assert watcher.submit(fastshard.stats).result() is mine  # that thread has made none
         pool.submit(fastshard.save, {}).result()
         theirs = pool.submit(fastshard.stats).result()
+        assert theirs.nbytes == 16 != mine.nbytes
+        assert watcher.submit(fastshard.stats).result() is theirs
     assert fastshard.stats() is mine
-    assert theirs.nbytes == 16 != mine.nbytes
+
+
+def test_stats_of_a_save_in_a_worker_thread():
+    script = """
+import threading, torch, fastshard
+assert fastshard.stats() is None
+worker = threading.Thread(target=fastshard.save, args=({"a": torch.zeros(9)},))
+worker.start(); worker.join()
+print(fastshard.stats().files)
+"""
+    assert python(script) == "1\n"
+
+
+def test_a_save_within_another_leaves_the_outer_ones_figures(tmp_path):
+    """As a signal handler makes it: the figures of the save that ends last are the newest."""
+    inner = []
+
+    def hook(frame, event, argument):
+        if frame.f_code.co_name == "finish" and not inner:
+            inner.append(None)
+            inner[0] = (fastshard.save({}), fastshard.stats())
+        return None
+
+    sys.settrace(hook)
+    try:
+        fastshard.save(TENSORS)
+    finally:
+        sys.settrace(None)
+    assert inner[0][1].nbytes == 16
+    assert fastshard.stats().nbytes == len(reference.save(TENSORS))
 
 
 def test_failed_save_leaves_the_stats(target):
@@ -528,6 +569,28 @@ def test_failed_save_leaves_the_stats(target):
 
 
 # Progress ------------------------------------------------------------------------------------------------
+
+
+def test_the_bar_shows_the_rate_of_the_whole_save(tmp_path, new_engine, monkeypatch):
+    import tqdm.auto
+
+    shown = []
+
+    class Bar(tqdm.auto.tqdm):
+        def close(self):
+            shown.append(self.format_dict)
+            super().close()
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
+    memory = ctypes.create_string_buffer(MIB)
+    future = new_engine().submit([plan_of(tmp_path / "model", memory)], keep_alive=memory)
+    time.sleep(0.2)  # the bar comes late, and finds all of it done
+    future.result(progress=True)
+    figures = shown[0]
+    rate = figures["rate"] or (figures["n"] - figures["initial"]) / figures["elapsed"]
+    assert figures["n"] == figures["total"] == MIB + 4
+    assert figures["elapsed"] >= 0.2
+    assert rate <= (MIB + 4) / 0.2
 
 
 @pytest.mark.parametrize(
@@ -605,7 +668,17 @@ def test_public_names():
                 "safe_open",
             ),
             *("save_torch_model", "save_torch_state_dict", "install", "installed", "uninstall"),
-            *("stats", "Stats", "Options", "PreparedSave", "Engine", "SaveFuture", "SaveError"),
+            *(
+                "status",
+                "Status",
+                "stats",
+                "Stats",
+                "Options",
+                "PreparedSave",
+                "Engine",
+                "SaveFuture",
+                "SaveError",
+            ),
             *("torch_save", "ArchiveError"),
             *("save_sharded_state", "load_sharded_state"),
             *("shard_checkpoint", "merge_checkpoint", "reshard_checkpoint"),
@@ -625,22 +698,36 @@ def plan_of(path: Path, memory: ctypes.Array[ctypes.c_char]) -> FilePlan:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "error"),
     [
-        {"memory_budget": 0},
-        {"memory_budget": MIB - 1},
-        {"memory_budget": -1},
-        {"threads": 0},
-        {"threads": -1},
-        {"write_path": "fast"},
-        {"write_path": ""},
+        ({"memory_budget": 0}, ValueError),
+        ({"memory_budget": MIB - 1}, ValueError),
+        ({"memory_budget": -1}, ValueError),
+        ({"memory_budget": "1 parsec"}, ValueError),
+        ({"memory_budget": "1KB"}, ValueError),
+        ({"memory_budget": 1 << 63}, ValueError),
+        ({"memory_budget": 1e9}, TypeError),
+        ({"memory_budget": None}, TypeError),
+        ({"memory_budget": True}, TypeError),
+        ({"threads": 0}, ValueError),
+        ({"threads": -1}, ValueError),
+        ({"threads": 1 << 40}, ValueError),
+        ({"threads": "4"}, TypeError),
+        ({"threads": 2.0}, TypeError),
+        ({"threads": True}, TypeError),
+        ({"write_path": "fast"}, ValueError),
+        ({"write_path": ""}, ValueError),
+        ({"write_path": None}, TypeError),
+        ({"device_scratch": -1}, ValueError),
+        ({"device_scratch": "much"}, ValueError),
+        ({"device_scratch": b"1MB"}, TypeError),
     ],
     ids=str,
 )
-def test_options_that_cannot_work(tmp_path, options):
-    with pytest.raises(ValueError):
+def test_options_that_cannot_work(tmp_path, options, error):
+    with pytest.raises(error, match=next(iter(options))):
         Engine(Options(**options))
-    with pytest.raises(ValueError):
+    with pytest.raises(error):
         fastshard.save_file(TENSORS, tmp_path / "model", engine=Options(**options))
     assert snapshot(tmp_path) == {}
 
@@ -653,13 +740,30 @@ def test_options():
         Options().threads = 3  # type: ignore[misc]
 
 
+def test_options_take_sizes_as_the_command_line_does(tmp_path):
+    options = Options(memory_budget="1GB", device_scratch="64MiB")
+    assert options == Options(memory_budget=10**9, device_scratch=64 * MIB)
+    assert dataclasses.replace(options, device_scratch="0").device_scratch == 0
+    assert Options(threads=numpy.int64(2)).threads == 2
+    fastshard.save_file(TENSORS, tmp_path / "model", engine=Options(memory_budget="2MiB"))
+
+
 def test_default_number_of_threads_can_be_asked_for():
+    cpus = len(os.sched_getaffinity(0))
+    assert Options(threads=None).writers == Options().writers == min(16, cpus)
+    assert Options(threads=3).writers == 3
     with Engine(Options(threads=None)) as engine:
         assert fastshard.save(TENSORS, engine=engine) == reference.save(TENSORS)
 
 
+@pytest.mark.parametrize("options", ["fast", {"threads": 1}, Engine, 3], ids=str)
+def test_what_are_no_options(options):
+    with pytest.raises(TypeError, match="must be .*Options, not"):
+        Engine(options)
+
+
 def test_what_is_no_engine():
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises(TypeError, match="engine must be an Engine or Options, not str"):
         fastshard.save(TENSORS, engine="fast")
 
 

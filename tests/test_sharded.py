@@ -4,6 +4,7 @@
 ``integration/loaders.py`` compares with vLLM's and SGLang's own classes, which are too large for every run.
 """
 
+import contextlib
 import copy
 import errno
 import json
@@ -17,6 +18,7 @@ import torch
 from helpers import DTYPES, FLOAT4, filled, names, run, same, snapshot
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from test_directory import killed_at
 
 from fastshard import SaveError, load_sharded_state, save_sharded_state, sharded, stats
 from fastshard.manifest import Names, Ranks, read_manifest
@@ -272,6 +274,9 @@ def test_a_tied_tensor_may_have_other_names(tmp_path: Path, what: str, manifest:
         assert_equal(found, target)
 
 
+COMPLEX = torch.complex64 in DTYPES
+
+
 def strided() -> State:
     square, both = filled((6, 6), seed=1), filled((40,), seed=2)
     return {
@@ -283,13 +288,7 @@ def strided() -> State:
         "last": both[10:],
         "even": both[::2],
         "expanded": filled((1, 5)).expand(3, 5),
-        "conjugate": torch.arange(6.0)
-        .view(3, 2)
-        .view(3, 2)
-        .contiguous()
-        .view(torch.float32)
-        .to(torch.complex64)
-        .conj(),
+        **({"conjugate": torch.arange(6.0).view(3, 2).to(torch.complex64).conj()} if COMPLEX else {}),
         "fp8": filled((5, 7), torch.float8_e4m3fn).t(),
     }
 
@@ -738,3 +737,73 @@ def test_parameters_on_a_device(tmp_path: Path, real_cuda: torch.device) -> None
     assert_equal(
         {n: t.resolve_conj() for n, t in found.items()}, {n: t.resolve_conj() for n, t in state.items()}
     )
+
+
+@pytest.mark.parametrize("how", ["refused", "dead"])
+def test_loading_waits_for_no_thread_that_never_comes(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch, no_hang: None
+) -> None:
+    from fastshard import reading
+
+    def start(*_: object) -> int:
+        if how == "refused":
+            raise RuntimeError("can't start new thread")
+        return 0  # it has died before its first line
+
+    state = {str(i): filled((100, i + 1), seed=i) for i in range(5)}
+    save_sharded_state(state, tmp_path, max_size=1)
+    monkeypatch.setattr(reading, "usable_cpus", lambda: 8)
+    monkeypatch.setattr(reading._thread, "start_new_thread", start)  # type: ignore[attr-defined]
+    found = zeros(state)
+    load_sharded_state(found, tmp_path)
+    assert_equal(found, state)
+
+
+def test_loading_by_many_threads_raises_the_first_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_hang: None
+) -> None:
+    from fastshard import reading
+
+    state = {str(i): filled((100, i + 1), seed=i) for i in range(9)}
+    save_sharded_state(state, tmp_path, max_size=1)
+    monkeypatch.setattr(reading, "usable_cpus", lambda: 8)
+    perform, failed = reading._perform, OSError(errno.EIO, "of one")
+
+    def fails(read: Any) -> None:
+        if read.file.name.endswith("part-4.safetensors"):
+            raise failed
+        perform(read)
+
+    monkeypatch.setattr(reading, "_perform", fails)
+    with pytest.raises(OSError) as raised:
+        load_sharded_state(zeros(state), tmp_path)
+    assert raised.value is failed
+
+
+@pytest.mark.parametrize("counts", [(4, 2), (2, 4)], ids=["fewer parts", "more parts"])
+def test_killed_anywhere_a_folder_with_others_in_it_can_be_loaded(
+    tmp_path: Path, counts: tuple[int, int]
+) -> None:
+    """By vLLM, too, which opens what matches its pattern. The folder cannot be exchanged: another one is in it."""
+    before, after = (layers(2 * count, seed=count) for count in counts)
+    loaded = set()
+    for count in range(0, 300, 2):
+        folder = tmp_path / str(count)
+        (folder / "logs").mkdir(parents=True)
+        save_sharded_state(before, folder, max_size=800)
+        killed = killed_at(count, folder, {}, lambda place, _: save_sharded_state(after, place, max_size=800))
+        states = []
+        for state in (before, after):
+            found = zeros(state)
+            with contextlib.suppress(ValueError):
+                load_sharded_state(found, folder)
+                assert_equal(found, state)
+                states.append(len(state))
+        tensors = {}
+        for path in sorted(folder.glob("model-rank-0-part-*.safetensors")):
+            tensors |= load_file(path)
+        assert [len(tensors)] == states
+        loaded |= set(states)
+        if not killed:
+            break
+    assert loaded == {len(before), len(after)}

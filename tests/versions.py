@@ -1,0 +1,316 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Runs tests against the oldest, a middle and the newest versions of what fastshard works with: ``make test-versions``.
+
+A source distribution is made first. Each set of versions gets a virtual environment of its own, in which fastshard is
+built from that, and which is taken away afterwards (torch's CUDA builds take 5 GB). In all of them the tests of the
+ecosystem run in full, of the rest a chosen part, out of the source distribution. A Python that the machine does not have
+is replaced by the nearest one that it has, which is said in the table.
+
+    python tests/versions.py [NAME ...]      sets by name, or all of them
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ROOT / "build" / "versions"
+
+
+@dataclass(frozen=True)
+class Versions:
+    """A set of versions that are tested together."""
+
+    name: str
+    pythons: tuple[str, ...]
+    """In order of preference."""
+    requirements: tuple[str, ...]
+
+
+SETS = (
+    Versions(
+        "oldest",
+        ("3.10", "3.11"),
+        (
+            "torch==2.4.0",
+            "numpy<2",
+            "transformers==4.46.3",
+            "accelerate==1.0.0",
+            "huggingface_hub==0.26.0",
+            "safetensors==0.5.0",
+        ),
+    ),
+    Versions(
+        "middle",
+        ("3.11", "3.12"),
+        (
+            "torch==2.13.0",
+            "numpy",
+            "transformers==4.57.*",
+            "accelerate==1.10.*",
+            "huggingface_hub==0.36.*",
+            "safetensors==0.6.*",
+        ),
+    ),
+    Versions(
+        "newest",
+        ("3.14", "3.13", "3.12"),
+        (
+            "torch==2.15.*",
+            "numpy",
+            "transformers>=5.24",
+            "accelerate==1.15.*",
+            "huggingface_hub>=2,<3",
+            "safetensors==0.8.*",
+        ),
+    ),
+)
+TOOLS = ("pytest", "hypothesis", "tqdm", "packaging")
+SHOWN = ("torch", "transformers", "accelerate", "huggingface_hub", "safetensors", "numpy")
+
+ECOSYSTEM = (
+    "test_install.py",
+    "test_patch_groups.py",
+    "test_user_code.py",
+    "test_startup.py",
+    "test_hub.py",
+    "test_transformers.py",
+    "test_offload.py",
+    "test_archive.py",
+    "test_in_place.py",
+    "test_safetensors_contract.py",
+)
+CHOSEN = (
+    "test_byte_identity.py",
+    "test_casts.py",
+    "test_layout.py",
+    "test_sharing.py",
+    "test_sharded.py",
+    "test_sources.py",
+    "test_convert.py",
+    "test_files.py",
+)
+INSTALL_SECONDS, TEST_SECONDS = 900, 900
+
+
+@dataclass
+class Outcome:
+    """What became of one set."""
+
+    name: str
+    python: str = "none found"
+    versions: dict[str, str] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+    trouble: str = ""
+    seconds: float = 0.0
+    nbytes: int = 0
+
+    @property
+    def good(self) -> bool:
+        return not self.trouble and not self.failed and self.counts.get("passed", 0) > 0
+
+
+def interpreters() -> dict[str, str]:
+    """``"3.11"`` -> an interpreter that runs: on the path, or one of pyenv's."""
+    found: dict[str, str] = {}
+    candidates = [
+        sys.executable,
+        *filter(None, (shutil.which(f"python3.{minor}") for minor in range(10, 20))),
+    ]
+    if pyenv := shutil.which("pyenv"):
+        root = subprocess.run([pyenv, "root"], capture_output=True, text=True).stdout.strip()
+        candidates += map(str, sorted(Path(root).glob("versions/3.*/bin/python"), reverse=True))
+    for candidate in candidates:
+        script = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
+        answer = subprocess.run([candidate, "-c", script], capture_output=True, text=True)
+        if answer.returncode == 0 and int(answer.stdout.split(".")[1]) >= 10:
+            found.setdefault(answer.stdout.strip(), candidate)
+    return found
+
+
+def environment() -> dict[str, str]:
+    """Of pip: no constraint of the machine keeps back what is tested."""
+    flags = os.environ.get("CMAKE_ARGS", "-DFASTSHARD_KERNELS=OFF")
+    if shutil.which("ccache") and "LAUNCHER" not in flags:
+        flags += " -DCMAKE_CXX_COMPILER_LAUNCHER=ccache"
+    return {
+        **os.environ,
+        "PIP_CONSTRAINT": os.devnull,
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_NO_CACHE_DIR": "1",
+        "CMAKE_ARGS": flags,
+    }
+
+
+def call(command: list[object], log: Path, seconds: float, folder: Path = ROOT) -> bool:
+    """Whether it ends well in time; what it says is added to the log."""
+    with open(log, "a") as out:
+        print("$", *command, file=out, flush=True)
+        try:
+            done = subprocess.run(
+                list(map(str, command)),
+                cwd=folder,
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                timeout=seconds,
+            )
+        except subprocess.TimeoutExpired:
+            print(f"not done after {seconds} s", file=out)
+            return False
+    return done.returncode == 0
+
+
+def make_source(python: str, log: Path) -> Path | None:
+    """The source distribution, unpacked; ``None`` where it cannot be made."""
+    tools, made = WORK / "tools", WORK / "dist"
+    for folder in (tools, made):
+        shutil.rmtree(folder, ignore_errors=True)
+    steps: list[list[object]] = [
+        [python, "-m", "venv", tools],
+        [tools / "bin" / "python", "-m", "pip", "install", "-q", "build"],
+        [tools / "bin" / "python", "-m", "build", "-q", "--sdist", "--outdir", made, ROOT],
+    ]
+    if not all(call(step, log, INSTALL_SECONDS) for step in steps):
+        return None
+    (archive,) = made.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(made)
+    (source,) = (path for path in made.iterdir() if path.is_dir())
+    return source
+
+
+def run(versions: Versions, pythons: dict[str, str], source: Path, log: Path) -> Outcome:
+    outcome = Outcome(versions.name)
+    version = next((python for python in versions.pythons if python in pythons), None)
+    if version is None:
+        outcome.trouble = f"needs Python {' or '.join(versions.pythons)}"
+        return outcome
+    outcome.python = version
+    place = WORK / versions.name
+    shutil.rmtree(place, ignore_errors=True)
+    python = place / "bin" / "python"
+    report = WORK / f"{versions.name}.xml"
+    report.unlink(missing_ok=True)
+    steps: list[tuple[str, list[object]]] = [
+        ("make an environment", [pythons[version], "-m", "venv", place]),
+        ("update pip", [python, "-m", "pip", "install", "-q", "--upgrade", "pip"]),
+        ("install the versions", [python, "-m", "pip", "install", "-q", *versions.requirements, *TOOLS]),
+        ("install fastshard", [python, "-m", "pip", "install", "-q", "--no-deps", source]),
+    ]
+    for what, command in steps:
+        if not call(command, log, INSTALL_SECONDS):
+            outcome.trouble = f"could not {what}"
+            return outcome
+    outcome.versions = installed(python)
+    outcome.nbytes = sum(path.lstat().st_size for path in place.rglob("*"))
+    tests = [f"tests/{name}" for name in (*ECOSYSTEM, *CHOSEN) if (source / "tests" / name).exists()]
+    # Others' warnings are news only of the newest; ours have tests of their own.
+    options = ["-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default", "--disable-warnings", "-rs"]
+    ended = call(
+        [python, "-m", "pytest", *options, f"--junitxml={report}", *tests], log, TEST_SECONDS, source
+    )
+    if report.exists():
+        read_report(report, outcome)
+    if not ended and not outcome.failed:
+        outcome.trouble = "the tests did not come to an end"
+    return outcome
+
+
+def installed(python: Path) -> dict[str, str]:
+    script = f"import importlib.metadata as m\nfor name in {SHOWN!r}: print(name, m.version(name))"
+    said = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True).stdout
+    return dict(line.split() for line in said.splitlines())
+
+
+def read_report(report: Path, outcome: Outcome) -> None:
+    counts = dict.fromkeys(("passed", "failed", "skipped"), 0)
+    for case in cases(report):
+        kinds = {child.tag for child in case}
+        kind = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+        counts[kind] += 1
+        if kind == "failed":
+            outcome.failed.append(f"{case.get('classname')}::{case.get('name')}")
+    outcome.counts = counts
+
+
+def cases(report: Path) -> Iterator[ElementTree.Element]:
+    return ElementTree.parse(report).getroot().iter("testcase")
+
+
+def table(outcomes: list[Outcome]) -> str:
+    rows = [["", "python", *SHOWN, "passed", "failed", "skipped", "minutes", "GB"]]
+    for outcome in outcomes:
+        rows.append(
+            [
+                outcome.name,
+                outcome.python,
+                *(re.sub(r"\+.*", "", outcome.versions.get(name, "-")) for name in SHOWN),
+                *(str(outcome.counts.get(kind, "-")) for kind in ("passed", "failed", "skipped")),
+                f"{outcome.seconds / 60:.1f}",
+                f"{outcome.nbytes / 1e9:.1f}",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", choices=[[], *(versions.name for versions in SETS)])
+    parser.add_argument("--keep", action="store_true", help="keep the environments")
+    arguments = parser.parse_args()
+    chosen = [versions for versions in SETS if not arguments.names or versions.name in arguments.names]
+    WORK.mkdir(parents=True, exist_ok=True)
+    pythons = interpreters()
+    print("Python here:", ", ".join(sorted(pythons, key=lambda v: int(v.split(".")[1]))), flush=True)
+    log = WORK / "sdist.log"
+    log.unlink(missing_ok=True)
+    source = make_source(sys.executable, log)
+    if source is None:
+        print(log.read_text(errors="replace"), "the source distribution could not be made", sep="\n")
+        return 1
+    outcomes = []
+    for versions in chosen:
+        log = WORK / f"{versions.name}.log"
+        log.unlink(missing_ok=True)
+        began = time.monotonic()
+        outcome = run(versions, pythons, source, log)
+        outcome.seconds = time.monotonic() - began
+        outcomes.append(outcome)
+        if not arguments.keep:
+            shutil.rmtree(WORK / versions.name, ignore_errors=True)
+        print(f"{outcome.name}: {'good' if outcome.good else outcome.trouble or 'tests failed'}", flush=True)
+        for name in outcome.failed:
+            print("  failed:", name)
+        if outcome.trouble and log.exists():
+            print(*log.read_text(errors="replace").splitlines()[-30:], sep="\n")
+    print(table(outcomes))
+    for versions in chosen:
+        if versions.pythons[0] not in pythons:
+            print(
+                f"not tried: Python {versions.pythons[0]} ({versions.name}), which this machine does not have"
+            )
+    totals = [sum(outcome.counts.get(kind, 0) for outcome in outcomes) for kind in ("passed", "failed")]
+    print(f"{totals[0]} passed, {totals[1]} failed")
+    return 0 if all(outcome.good for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
