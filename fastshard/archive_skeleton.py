@@ -138,6 +138,7 @@ class _Writer:
         # The end of the process if torch's writer goes before it has ended and cannot write.
         with contextlib.suppress(Exception):
             self.end()
+        self._writer = None  # has the memory open, and who catches the error may keep this
         if self.memory >= 0:
             os.close(self.memory)
 

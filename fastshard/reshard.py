@@ -22,7 +22,6 @@ import itertools
 import os
 import re
 import shutil
-import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -316,15 +315,6 @@ def _target(out: PathLike, src: str, force: bool, how: How, in_place: bool = Fal
                     f"the new checkpoint is in place, but not what it replaces is gone: {error.strerror}"
                 )
                 raise
-
-
-def _is_mount(folder: str) -> bool:
-    """What cannot be looked at is an ``OSError``; ``os.path.ismount`` takes it for none."""
-    try:
-        own, above = os.lstat(folder), os.lstat(os.path.join(os.path.realpath(folder), ".."))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return not stat.S_ISLNK(own.st_mode) and (own.st_dev != above.st_dev or own.st_ino == above.st_ino)
 
 
 def _checkpoint_in(folder: str) -> list[str]:

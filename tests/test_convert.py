@@ -8,7 +8,6 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from helpers import DTYPES, FLOAT4, filled, names, saved_by_torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_model
 
-from fastshard import checkpoint, cli, convert, reshard
+from fastshard import checkpoint, cli, convert, whatis
 
 STATE = {
     "embed": filled((50, 8)),
@@ -399,15 +398,29 @@ def test_system_calls_that_fail_inside_torch(
     assert info.value.strerror == os.strerror(number)
 
 
-@pytest.mark.parametrize("look", [lambda path: checkpoint.same_file(path, path), reshard._is_mount])
-def test_what_cannot_be_looked_at_is_no_absence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: Callable[[str], bool]
-) -> None:
+def test_what_cannot_be_looked_at_is_no_absence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: object, *_: object, **__: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), path)
 
-    assert look(str(tmp_path / "absent")) is False
+    absent = str(tmp_path / "absent")
+    assert not checkpoint.same_file(absent, absent)
     monkeypatch.setattr(os, "stat", fail)
-    monkeypatch.setattr(os, "lstat", fail)
     with pytest.raises(OSError, match="Input/output error"):
-        look(str(tmp_path))
+        checkpoint.same_file(tmp_path, tmp_path)
+
+
+def test_a_zip_archive_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unreadable(io.BytesIO):
+        def read(self, *_: object) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    torch.save(STATE, tmp_path / "m.pt")
+    failing = Unreadable((tmp_path / "m.pt").read_bytes())
+    with pytest.raises(OSError) as info:
+        whatis._of_zip(failing, True)
+    assert info.value.errno == errno.EIO
+    opened = zipfile.ZipFile
+    monkeypatch.setattr(zipfile, "ZipFile", lambda path: opened(failing))
+    with pytest.raises(OSError) as info, convert._read_errors(str(tmp_path / "m.pt")):
+        convert._check_records(str(tmp_path / "m.pt"))
+    assert (info.value.errno, info.value.filename) == (errno.EIO, str(tmp_path / "m.pt"))
