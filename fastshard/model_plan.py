@@ -290,8 +290,10 @@ def _class_named(name: object, config: Any) -> Any:
 
 
 def _of_layer(config: Any, parameter: str) -> Any:
-    """The configuration of the layer that a parameter belongs to, where the layers' are not alike."""
-    layer = re.search(r"\.layers\.(\d+)\.", f".{parameter}")
-    if not getattr(config, "is_heterogeneous", False) or layer is None:
+    """The configuration of the layer that a parameter belongs to, where the layers' are not alike; ``None``: of a layer
+    of which it says nothing, as those of another part of the model."""
+    if not getattr(config, "is_heterogeneous", False):
         return config
-    return config.per_layer_config[int(layer[1])]
+    layer = re.search(r"\.layers\.(\d+)\.", f".{parameter}")
+    layers = config.per_layer_config
+    return layers[int(layer[1])] if layer is not None and int(layer[1]) < len(layers) else None

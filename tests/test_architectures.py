@@ -165,6 +165,8 @@ def test_heads_of_a_layer() -> None:
     mixed = SimpleNamespace(is_heterogeneous=True, per_layer_config=layers)
     assert _of_layer(mixed, "model.layers.1.self_attn.k_proj.weight") is layers[1]
     assert _of_layer(mixed, "layers.0.self_attn.k_proj.weight") is layers[0]
+    assert _of_layer(mixed, "vision.layers.2.self_attn.k_proj.weight") is None
+    assert _of_layer(mixed, "vision.self_attn.k_proj.weight") is None
     assert _of_layer(layers[0], "layers.1.self_attn.k_proj.weight") is layers[0]
 
 
