@@ -15,6 +15,7 @@ from fastshard import staging
 from fastshard.directory import replacing
 from fastshard.hub import save_torch_state_dict
 from fastshard.staging import open_folder
+from fastshard.vllm_save import copy_metadata
 
 
 def failing_once(call: Any, only: Any = lambda *given: True) -> Any:
@@ -105,4 +106,16 @@ def test_a_folder_of_the_pattern_that_cannot_be_looked_at_is_not_missing(
     monkeypatch.setattr(os, "stat", failing_once(os.stat, lambda path, *_: path == inner))
     with pytest.raises(OSError) as raised:
         save_torch_state_dict({"a": torch.ones(2)}, tmp_path, filename_pattern="inner{suffix}/w.safetensors")
+    assert raised.value.errno == errno.EIO
+
+
+def test_metadata_that_cannot_be_looked_at_is_not_copied_as_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("model/inner", "copy"):
+        (tmp_path / name).mkdir(parents=True)
+    inner = str(tmp_path / "model/inner")
+    monkeypatch.setattr(os, "stat", failing_once(os.stat, lambda path, *_: path == inner))
+    with pytest.raises(OSError) as raised:
+        copy_metadata(str(tmp_path / "model"), str(tmp_path / "copy"))
     assert raised.value.errno == errno.EIO
