@@ -41,10 +41,12 @@ def site(tmp_path: Path) -> Path:
 
 
 def python(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A Python in whose start nothing else takes part."""
+    """A Python in whose start nothing else takes part: not the line of an installed fastshard either."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("FASTSHARD_")}
+    # What PYTHONPATH names is searched for modules, not for lines.
+    kept["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path.endswith("-packages"))
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
+        [sys.executable, "-S", "-c", textwrap.dedent(script)],
         capture_output=True,
         text=True,
         timeout=120,
