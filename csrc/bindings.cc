@@ -269,7 +269,8 @@ std::optional<std::tuple<uint64_t, uint32_t, uint32_t, uint64_t, uint64_t, uintp
 PYBIND11_MODULE(_native, module) {
   using namespace fastshard;
 
-  py::register_exception_translator([](std::exception_ptr pointer) {
+  // Only of this module: torch may share pybind11's tables, and what its streams throw is a std::system_error too.
+  py::register_local_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);
     } catch (const IoError& error) {

@@ -30,9 +30,9 @@ NATIVE = [F64, *TARGETS]
 FOREIGN = [
     getattr(torch, name)
     for name in ("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
-    if hasattr(torch, name)
+    if getattr(torch, name, None) in DTYPES
 ]
-"""Floating-point types that torch casts for us."""
+"""Floating-point types that torch casts for us, of those that the installed safetensors can save."""
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SMALL = Options(memory_budget=BUDGET, threads=2)
 ENGINES = [

@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_same
-from helpers import filled, names, run
+from helpers import filled, names, run, run_bare
 
 from fastshard import ArchiveError, _native, activity, archive, archive_by_torch, in_place, torch_save
 from fastshard.archive_errors import archive_error, why_torch_failed
@@ -562,6 +562,24 @@ def test_a_save_in_the_middle_of_a_save(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 # What cannot be written.
+
+
+def test_errors_of_torchs_own_stay_what_they_are(tmp_path: Path) -> None:
+    """Torch may share pybind11's tables with the native module, which translates errors of its own only."""
+    script = """
+        import resource, sys, torch
+        if sys.argv[2] == "with":
+            from fastshard import _native
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        try:
+            torch.save(torch.ones(1000), sys.argv[1])
+        except Exception as error:
+            while error is not None:  # the last one hides the one that tells
+                print(type(error), str(error).splitlines()[0])
+                error = error.__context__
+    """
+    without, with_ = (run_bare(script, tmp_path / "m.pt", what).stdout for what in ("without", "with"))
+    assert without == with_ != ""
 
 
 @both

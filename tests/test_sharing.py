@@ -8,7 +8,7 @@ import itertools
 import pytest
 import safetensors.torch as reference
 import torch
-from helpers import filled
+from helpers import DTYPES, filled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -260,5 +260,7 @@ def test_disjoint_slices_can_be_saved(tensors):
 @pytest.mark.parametrize("tensors", OVERLAPPING.values(), ids=OVERLAPPING.keys())
 @pytest.mark.parametrize("allow_strided", [False, True])
 def test_overlapping_views_cannot_be_saved(tensors, allow_strided):
-    with pytest.raises(RuntimeError):
+    # An old safetensors does not get as far with numbers that it does not know.
+    known = all(tensor.dtype in DTYPES for tensor in tensors.values())
+    with pytest.raises(RuntimeError if known else (RuntimeError, KeyError)):
         fastshard.save(tensors, allow_strided=allow_strided)
