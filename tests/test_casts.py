@@ -397,6 +397,7 @@ def test_sources_are_judged_first(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == {}
 
 
+@pytest.mark.skipif(not FOREIGN, reason="this safetensors has no type that torch casts for us")
 @pytest.mark.parametrize("write_path", ["buffered", "mapped"])
 def test_a_failing_fetch_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_path: str
