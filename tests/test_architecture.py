@@ -86,7 +86,7 @@ ONLY_HOME = {
         "device.h",
     },
     r"\bio_uring_(?:setup|enter)\b|SYS_": {"direct_io.cc", "numa.cc"},
-    r"\bpwritev\b|\brename\b\(|\blinkat\(": {"file.cc", "publish.cc", "probe.cc"},
+    r"\bpwritev\b|\brename\b\(|\blinkat\(": {"file.cc", "suspended.cc", "publish.cc", "probe.cc"},
 }
 """One file owns each foreign interface."""
 
