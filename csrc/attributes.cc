@@ -43,6 +43,18 @@ std::vector<std::string> names_in(const std::string& list) {
   return names;
 }
 
+// What a filesystem does not have, does not allow, or has no room for. All else, a disk that fails for instance, is an
+// error: the file would stand with a mode that is not its own.
+bool is_refusal(int error) {
+  switch (error) {
+    case EPERM: case EACCES: case EROFS: case EINVAL: case ENOSYS: case ENOTSUP:
+    case ENOSPC: case EDQUOT: case E2BIG: case ERANGE: case ENODATA:
+      return true;
+    default:
+      return false;
+  }
+}
+
 bool without_attributes(int error) { return error == 0 || error == ENOTSUP || error == ENOSYS || error == ENOENT; }
 
 }  // namespace
@@ -51,6 +63,7 @@ std::vector<std::string> adopt_attributes(int fd, const std::string& path, const
                                           const std::string& shown) {
   std::vector<std::string> refused;
   const auto note = [&](const std::string& what) {
+    if (!is_refusal(errno)) throw IoError(errno, shown, what);
     refused.push_back(what + " refused: " + std::generic_category().message(errno));
   };
   struct stat ours;
@@ -61,7 +74,7 @@ std::vector<std::string> adopt_attributes(int fd, const std::string& path, const
       owner = group = true;
     } else {  // as anybody but root: the file becomes the saver's
       note("fchown");
-      group = group || fchown(fd, static_cast<uid_t>(-1), of.st_gid) == 0;
+      if (!group) group = fchown(fd, static_cast<uid_t>(-1), of.st_gid) == 0;
     }
   }
 

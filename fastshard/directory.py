@@ -60,7 +60,8 @@ def replacing(
     ``published`` was raised when the new files stood.
     """
     with _staged(directory, create, durable) as staging:
-        yield staging.path
+        with _nothing_stands():
+            yield staging.path
         staging.publish(stale, frozenset(obsolete))
 
 
@@ -68,7 +69,8 @@ def replacing(
 def creating(directory: str, *, durable: bool = False) -> Iterator[str]:
     """As :func:`replacing`, for a ``directory`` that is missing or empty; folders in it may be, too."""
     with _staged(os.path.realpath(directory), True, durable) as staging:
-        yield staging.path
+        with _nothing_stands():
+            yield staging.path
         staging.publish(lambda name: False, frozenset(), must_be_empty=True)
 
 
@@ -76,6 +78,19 @@ def scratch_of(path: str) -> str:
     """The hidden folder that :func:`replacing` gave ``path`` in: what is left in there goes, too."""
     *_, found = STAGING.finditer(path)
     return path[: found.end()]
+
+
+@contextlib.contextmanager
+def _nothing_stands() -> Iterator[None]:
+    """A file of the hidden directory may stand there when its save fails; nothing of it is in place."""
+    try:
+        yield
+    except OSError as error:
+        if getattr(error, "published", False):
+            error.published = False  # type: ignore[attr-defined]
+            if error.errno is not None:
+                error.strerror = os.strerror(error.errno)
+        raise
 
 
 @contextlib.contextmanager
@@ -96,10 +111,8 @@ def _staged(directory: str, create: bool, durable: bool) -> Iterator[_Staging]:
                 setattr(error, attribute, os.fsencode(final_places(os.fsdecode(path))))
             elif isinstance(path, str):
                 setattr(error, attribute, final_places(path))
-        if (
-            error.errno is not None and error.filename is None
-        ):  # of an open file, which does not know its name
-            error.filename = directory
+        if error.errno is not None and not isinstance(error.filename, (str, bytes, os.PathLike)):
+            error.filename = directory  # it was about an open file, which does not know its name
         raise
     except Exception as error:
         error.args = tuple(final_places(said) if isinstance(said, str) else said for said in error.args)

@@ -13,7 +13,6 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Iterator
 from typing import Final
 
 from .change import REFUSED, Change
@@ -24,6 +23,7 @@ from .staging import (
     Hidden,
     Identity,
     Named,
+    Scan,
     adopt,
     clear_away,
     hidden_name,
@@ -34,7 +34,6 @@ from .staging import (
 
 _MOST_LINKED: Final = 4096
 _EXCHANGE: Final = 2
-_Scan = Iterator["os.DirEntry[str]"]
 
 
 def name_beside(base: str, slot: int = 0) -> str:
@@ -108,7 +107,7 @@ def exchange(change: Change) -> bool:
 
 def _exchange(change: Change, parent: Folder, base: str, beside: Hidden, linked: list[str]) -> bool:
     new, done, made = change.new, dict[str, Identity | None](), list[str]()
-    scans: list[tuple[str, _Scan]] = []
+    scans: list[tuple[str, Scan]] = []
     try:
         with contextlib.suppress(FileExistsError):
             change.hidden.mkdir(OLD)  # were it empty, another save could take its name
@@ -132,8 +131,7 @@ def _exchange(change: Change, parent: Folder, base: str, beside: Hidden, linked:
                 new.sync(path)
             beside.sync()
         for path in change.entries:  # opened now, read later: no descriptor is needed then
-            with Named(change.folder.place(path)):
-                scans.append((path, os.scandir(change.places.of(os.path.join(path, "x"))[0].fd)))
+            scans.append((path, change.places.of(os.path.join(path, "x"))[0].scan()))
         with Named(change.folder.path):
             _exchange_names(beside.fd, NEW, parent.fd, base)
         change.published = True
@@ -159,7 +157,7 @@ def _exchange(change: Change, parent: Folder, base: str, beside: Hidden, linked:
             scan.close()  # type: ignore[attr-defined]
 
 
-def _follow(change: Change, scans: list[tuple[str, _Scan]], linked: dict[str, Identity | None]) -> None:
+def _follow(change: Change, scans: list[tuple[str, Scan]], linked: dict[str, Identity | None]) -> None:
     """What others have changed in the old folder while the new one was made is done in the new one."""
     new = change.new
     for path, scan in scans:

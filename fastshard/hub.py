@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import stat
 from collections import OrderedDict
 from collections.abc import Collection
 from typing import Final
@@ -230,8 +231,8 @@ class _Place:
         path = os.path.join(stage, self.inside(filename))
         if os.sep in filename and not self._inner:
             folder = os.path.join(self.folder, os.path.dirname(filename))
-            if not os.path.isdir(folder):
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), folder)
+            if not stat.S_ISDIR(os.stat(folder).st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
             os.makedirs(os.path.dirname(path), exist_ok=True)
         return path
 

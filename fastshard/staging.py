@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from types import TracebackType
 from typing import Final
 
@@ -40,6 +40,7 @@ SMALL_NBYTES: Final = 1 << 20
 """What takes so little room is freed by the thread that saves: to start another one takes longer."""
 
 Identity = tuple[int, int]
+Scan = Iterator["os.DirEntry[str]"]
 
 
 def final_places(text: str) -> str:
@@ -84,7 +85,8 @@ class Folder:
     def close(self) -> None:
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            os.close(fd)
+            with contextlib.suppress(OSError):  # it is closed all the same, and nothing was written by it
+                os.close(fd)
 
     def place(self, name: str) -> str:
         return os.path.join(self.path, name) if name else self.path
@@ -96,8 +98,15 @@ class Folder:
 
     def entries(self) -> list[tuple[str, bool]]:
         """Names, sorted, and whether they are folders."""
-        with Named(self.path), os.scandir(self.fd) as found:
+        with Named(self.path), self.scan() as found:
             return sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in found)
+
+    def scan(self) -> Scan:
+        """Its entries, from the first one on: the descriptor keeps the position of whoever has listed it before, and
+        where that could not be taken back then, the list would be empty."""
+        with Named(self.path):
+            os.lseek(self.fd, 0, os.SEEK_SET)
+            return os.scandir(self.fd)
 
     def stat(self, name: str) -> os.stat_result | None:
         """Of what has the name, a link too; ``None`` if nothing has."""
@@ -374,7 +383,10 @@ def adopt(parent: Folder, name: str, make: bool = False) -> Hidden | None:
                     raise InUseError
             if hidden.is_in_place():
                 return hidden
-        except BaseException:
+        except BaseException as error:
+            if fresh and not isinstance(error, InUseError):
+                with contextlib.suppress(OSError):  # if it was taken over meanwhile it is not empty, or is made anew
+                    parent.rmdir(name)
             hidden.close()
             raise
         hidden.close()  # whoever held it has removed it

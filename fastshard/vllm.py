@@ -18,7 +18,6 @@ comparisons have shown that it can be loaded, and refuses otherwise. :class:`Wor
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import importlib.util
 import inspect
@@ -382,9 +381,7 @@ def _save(model: torch.nn.Module, loaded: _Loaded, request: Request) -> tuple[st
             "the names of sharded state tell ranks of tensor and pipeline parallelism apart, no others: "
             "ranks of data or context parallelism would overwrite each other's files"
         )
-    if not os.path.isdir(request.path):
-        # Not to be made: the command that made it has been killed, and the next one has cleaned up after it.
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), request.path)
+    os.stat(request.path)  # not to be made: the command that made it may have been killed, and cleaned up after
     manifest = save_sharded_state(
         model,
         request.path,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Sequence
 from typing import Any, Final
@@ -90,7 +91,7 @@ def check_engine(engine: Any) -> None:
         raise ValueError(
             "the names of sharded state have no rank of data parallelism: its ranks would overwrite each other's files"
         )
-    if not os.path.isdir(engine.model):
+    if not stat.S_ISDIR(_mode(engine.model)):
         raise ValueError(f"the model must be a local directory, which {engine.model!r} is not")
 
 
@@ -151,7 +152,7 @@ def _checked(outcomes: Sequence[Outcome | None], staging: str) -> list[str]:
         if said.error is not None:
             raise ValueError(f"{said.rank}: {said.error}")
     files = [name for said in outcomes if said is not None for name in said.files]
-    missing = [name for name in files if not os.path.isfile(os.path.join(staging, name))]
+    missing = [name for name in files if not stat.S_ISREG(_mode(os.path.join(staging, name)))]
     if missing or len(set(files)) != len(files):
         raise ValueError(f"ranks have saved into other places, or into the same files: {missing or files}")
     return files
@@ -175,10 +176,18 @@ def copy_metadata(model: str, target: str, leave_out: str | None = None) -> None
     names = os.listdir(model)
     for name in sorted(set(names) - set(left_out(model, names))):
         path, place = os.path.join(model, name), os.path.join(target, name)
-        if os.path.isdir(path):
+        if stat.S_ISDIR(_mode(path)):
             shutil.copytree(path, place, ignore=left_out)
         elif not name.endswith((*_WEIGHTS, *_INDEXES)) and not manifest(name):
             shutil.copy(path, place)
+
+
+def _mode(path: str) -> int:
+    """Of what is there; 0 where nothing is. What cannot be looked at is an ``OSError``, not an absence."""
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
 
 
 def _untie(path: str) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -149,6 +150,16 @@ def test_what_is_refused_is_named(tmp_path: Path, preloaded: Path, refuse: str) 
     assert f"{what} refused: {os.strerror(int(refuse.split(':')[1]))}" in done.stdout, done.stderr
     assert path.read_bytes() == b"new contents"
     assert stat.S_IMODE(path.stat().st_mode) == (0o640 if "xattr" in refuse else 0o600)
+
+
+def test_a_mode_that_cannot_be_stored_is_an_error(tmp_path: Path, preloaded: Path) -> None:
+    path = tmp_path / "m"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    done = run_engine("print(save(sys.argv[1]).fallbacks)", path, env=preload(preloaded, f"chmod:{errno.EIO}"))
+    assert f"{os.strerror(errno.EIO)} (os error {errno.EIO}): \"{path}\"" in done.stderr
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["m"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's file")
