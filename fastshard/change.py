@@ -150,13 +150,15 @@ class Change:
         folder, base = self.places.of(name)
         try:
             text = self.new.read(name, _MOST_COMPARED)
-            if len(text) != old.st_size or folder.read(base, _MOST_COMPARED) != text:
-                return False
-            with Named(name, folder):
-                os.utime(base, dir_fd=folder.fd, follow_symlinks=False)
+            return len(text) == old.st_size and folder.read(base, _MOST_COMPARED) == text
         except OSError:  # then it is replaced
             return False
-        return True
+
+    def touch(self, name: str) -> None:
+        """Of a file that is there already: it is of now, as if it had been replaced."""
+        folder, base = self.places.of(name)
+        with contextlib.suppress(OSError):
+            os.utime(base, dir_fd=folder.fd, follow_symlinks=False)
 
     def present(self) -> list[tuple[str, str, bool]]:
         """Each entry: the folder's path, its name, whether it is a folder."""

@@ -103,8 +103,11 @@ class Switch:
         if names and change.new.stat(names[0]) is not None:
             _rename_one(change, names[0])
         change.published = True
+        same = [name for name in change.files if name not in names]
+        for name in same:
+            change.touch(name)
         if not change.folders:
-            change.left = [name for name in change.files if name not in names]
+            change.left = same
 
     def _refuse(self) -> None:
         raise OSError(
