@@ -20,6 +20,7 @@
 #include "cuda_info.h"
 #include "direct_io.h"
 #include "engine.h"
+#include "holders.h"
 #include "kernels/embedded.h"
 #include "probe.h"
 #include "source_file.h"
@@ -75,18 +76,18 @@ struct EngineHandle {
 // A save as Python holds it. Should it be dropped while running (an exception that arrived between two
 // bytecodes), it is stopped first: the tensors may go right after.
 struct SaveHandle {
-  explicit SaveHandle(std::shared_ptr<Save> held) : save(std::move(held)) {}
+  SaveHandle() = default;
   SaveHandle(const SaveHandle&) = delete;
   SaveHandle& operator=(const SaveHandle&) = delete;
   ~SaveHandle() {
-    if (save->finished()) return;
+    if (save == nullptr || save->finished()) return;
     const GilReleased released;
     save->cancel();
     save->disown_fetches(true);
     save->settle();
   }
 
-  const std::shared_ptr<Save> save;
+  std::shared_ptr<Save> save;
 };
 
 // A pair of the numbers of fastshard/plan.py.
@@ -194,9 +195,11 @@ struct PreparedHandle {
     plans[generation]->files[0].memory = standing->target(generation);
     read_from_files(*plans[generation]);
     const auto commit = [target = standing, generation, durable] { return target->publish(generation, durable); };
+    auto submitted = std::make_unique<SaveHandle>();
     auto save = engine->submit(plans[generation], streams, {.durable = durable, .checksums = checksums}, commit);
     newest = save;
-    return std::make_unique<SaveHandle>(std::move(save));
+    submitted->save = std::move(save);
+    return submitted;
   }
 
   void close() {
@@ -340,7 +343,9 @@ PYBIND11_MODULE(_native, module) {
                                 .checksums = checksums,
                                 .amended = amended,
                                 .follow_links = follow_links};
-            return std::make_unique<SaveHandle>(engine->submit(plan, streams, intent));
+            auto submitted = std::make_unique<SaveHandle>();  // before the save: it may stand when it is submitted
+            submitted->save = engine->submit(plan, streams, intent);
+            return submitted;
           },
           "files"_a, "streams"_a, "durable"_a, "keep_cached"_a, "checksums"_a, "amended"_a, "keep_alive"_a,
           "follow_links"_a = false, py::keep_alive<0, 8>())
@@ -485,6 +490,14 @@ PYBIND11_MODULE(_native, module) {
       },
       "path"_a, Released());
   module.def("mark_in_use", &mark_in_use, "fd"_a);
+  module.def(
+      "holders_of",
+      [](int fd) -> std::optional<std::tuple<std::vector<int>, bool>> {
+        auto found = holders_of(fd);
+        if (!found) return std::nullopt;
+        return std::tuple(std::move(found->descriptors), found->certain);
+      },
+      "fd"_a, Released());
   module.def("io_uring_refusal", &io_uring_refusal);
   module.def("probe", &probe, "directory"_a, Released());
 }

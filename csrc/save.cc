@@ -6,6 +6,12 @@
 #include <set>
 
 namespace fastshard {
+namespace {
+
+// The write itself tells at once whether there is room for so little.
+constexpr uint64_t kUnasked = 256 << 10;
+
+}  // namespace
 
 Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams, const Intent& intent,
            std::function<std::vector<std::string>()> commit, Resources resources)
@@ -45,7 +51,7 @@ Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>&
   for (const auto& file : files_) {
     if (file != nullptr) open_files_.push_back(file.get());
   }
-  require_space(open_files_);
+  if (nbytes_ > kUnasked) require_space(open_files_);
 }
 
 Save::~Save() = default;

@@ -150,7 +150,7 @@ def _save(original: Callable[..., None], pickling: Pickling, f: Any, how: _How, 
         late = f"a file that cannot be replaced ({errno.errorcode[error.errno]})"
         return _write_over(by_torch, path, late, how)
     if reason:
-        if not can_replace():
+        if not can_replace(path):
             return _write_over(by_torch, path, reason, how)
         count_left(_CALL, reason)
         by_name = pickling.new_format and path.isascii()
@@ -168,7 +168,7 @@ def _write_new(pickling: Pickling, path: str, how: _How, began: float) -> str | 
     try:
         if planned is not None:
             _write(path, skeleton, planned, how, began)
-        elif how.engine is None and not progress_wanted(how.progress) and can_replace():
+        elif how.engine is None and not progress_wanted(how.progress) and can_replace(path):
             replace_by_bytes(skeleton, path, how.durable, how.keep_cached)
             keep_stats(_stats_of(nbytes, time.perf_counter() - began), _CALL, path)
         else:

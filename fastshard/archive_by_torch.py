@@ -11,25 +11,28 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import secrets
 import stat
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from .archive_errors import archive_error, archive_errors, why_torch_failed
+from .archive_errors import archive_error, archive_errors, of_writing, why_torch_failed
 from .archive_skeleton import named_like
+from .errors import ArchiveError
 
 _NO_NAMELESS: Final = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS)
 _DESCRIPTORS: Final = "/proc/self/fd"
 
 
-def can_replace() -> bool:
-    """Whether a file can be opened by its descriptor."""
-    try:
-        os.stat(_DESCRIPTORS)
-    except FileNotFoundError:
-        return False
+def can_replace(path: str) -> bool:
+    """Whether a file can be opened by its descriptor. Raises :class:`ArchiveError` where that cannot be told."""
+    with archive_errors(path):
+        try:
+            os.stat(_DESCRIPTORS)
+        except FileNotFoundError:
+            return False
     return True
 
 
@@ -41,18 +44,36 @@ def replace_by_torch(
     ``by_name``: it is given a path that it opens itself, as the name goes into what it writes.
     """
     with _staged(path) as staged:
+        raw = None
         try:
             if by_name:
                 write(named_like(path, staged.descriptor))
             else:
-                with open(staged.descriptor, "wb", closefd=False) as file:
+                raw = _Noting(staged.descriptor, "wb", closefd=False)
+                with io.BufferedWriter(raw) as file:
                     write(file)
         except Exception as error:
-            failed = why_torch_failed(error, staged.descriptor, path)
+            if raw is not None and error is raw.failed and error.errno is not None:
+                failed = of_writing(error.errno, path)
+            else:
+                failed = why_torch_failed(error, staged.descriptor, path)
             if failed is None:
                 raise
             raise failed from error
         _publish(staged, path, durable, keep_cached)
+
+
+class _Noting(io.FileIO):
+    """Tells its own errors from those of pickling."""
+
+    failed: OSError | None = None
+
+    def write(self, data: Any, /) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failed = error
+            raise
 
 
 def replace_by_bytes(data: bytes, path: str, durable: bool, keep_cached: bool) -> None:
@@ -71,8 +92,14 @@ def _staged(path: str) -> Iterator[_Staged]:
         staged = _Staged(path)
     try:
         yield staged
-    finally:
+    except BaseException:
+        with contextlib.suppress(OSError):
+            staged.close()
+        raise
+    try:
         staged.close()
+    except OSError as error:  # some filesystems tell only now that they could not store it
+        raise _in_place(error, path) from None
 
 
 def _publish(staged: _Staged, path: str, durable: bool, keep_cached: bool) -> None:
@@ -95,8 +122,12 @@ def sync_folder(folder: bytes, path: str) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        text = f"{error.strerror}; the new file is in place, but not known to be on stable storage"
-        raise archive_error(error.errno or errno.EIO, text, path, published=True) from None
+        raise _in_place(error, path) from None
+
+
+def _in_place(error: OSError, path: str) -> ArchiveError:
+    text = f"{error.strerror}; the new file is in place, but not known to be on stable storage"
+    return archive_error(error.errno or errno.EIO, text, path, published=True)
 
 
 class _Staged:
@@ -126,7 +157,8 @@ class _Staged:
             if self._mode is not None:
                 _native.adopt_attributes(self.descriptor, self.target)
         except BaseException:
-            self.close()
+            with contextlib.suppress(OSError):
+                self.close()
             raise
 
     def publish(self) -> None:
@@ -143,15 +175,17 @@ class _Staged:
 
     def close(self) -> None:
         """Removes it, unless it has its name."""
-        if self._hidden is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._hidden)
-            self._hidden = None
-        if not self._published:
-            with contextlib.suppress(OSError):
-                # Torch's own opening of it lives as long as the exception that has ended the save.
-                os.ftruncate(self.descriptor, 0)
-        os.close(self.descriptor)
+        try:
+            if self._hidden is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._hidden)
+                self._hidden = None
+            if not self._published:
+                with contextlib.suppress(OSError):
+                    # Torch's own opening of it lives as long as the exception that has ended the save.
+                    os.ftruncate(self.descriptor, 0)
+        finally:
+            os.close(self.descriptor)
 
     def _take_name(self, make: Callable[[bytes], None]) -> bytes:
         """One of the target's hidden names, or any where others have put something there."""

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 from .errors import ArchiveError
 
@@ -20,6 +22,13 @@ _OF_TORCH_WRITING = (
     "open file failed",
 )
 """In the texts of torch's errors when it cannot write a file."""
+_BY_DESCRIPTOR: Final = re.compile(r"write\(\): fd (\d+) failed with (.+)")
+"""How torch's old format says which descriptor and why."""
+_NUMBERS: Final = {os.strerror(number): number for number in errno.errorcode}
+_OF_WRITES: Final = frozenset(
+    (errno.EIO, errno.EFBIG, errno.ENOMEM, errno.EROFS, errno.EPERM, errno.ESTALE, errno.ENXIO, *NO_SPACE)
+)
+"""Of writing to a file that is open."""
 _classes: dict[type[OSError], type[ArchiveError]] = {}
 
 
@@ -76,8 +85,9 @@ def no_space(number: int, path: str, needed: int | None) -> ArchiveError:
 
 
 def why_torch_failed(error: Exception, descriptor: int, path: str, skipped: int = 0) -> ArchiveError | None:
-    """What the file says when torch could not write it: torch does not tell, or not the name. ``None``: it was
-    something else, pickling perhaps. ``skipped``: bytes that torch has left out."""
+    """Why torch could not write the file, which it does not tell, or not with the name. ``None``: it was something
+    else, pickling perhaps. ``skipped``: bytes that torch has left out."""
+    left = _errno_left()
     if isinstance(error, OSError):
         known = error.filename is None
     else:
@@ -89,8 +99,27 @@ def why_torch_failed(error: Exception, descriptor: int, path: str, skipped: int 
         os.pwrite(descriptor, bytes(1 << 16), size + skipped)
         os.ftruncate(descriptor, size)
     except OSError as again:
-        number = again.errno or errno.EIO
-        if number in NO_SPACE:
-            return no_space(number, path, None)
-        return archive_error(number, os.strerror(number), path)
-    return None
+        return of_writing(again.errno or errno.EIO, path)
+    if isinstance(error, OSError):
+        return None
+    # It could be written to again: what failed has passed.
+    if said := _BY_DESCRIPTOR.search(str(error)):
+        if int(said[1]) != descriptor:
+            return None
+        return of_writing(_NUMBERS.get(said[2], errno.EIO), path)
+    return of_writing(left if left in _OF_WRITES else errno.EIO, path)
+
+
+def of_writing(number: int, path: str) -> ArchiveError:
+    return no_space(number, path, None) if number in NO_SPACE else archive_error(number, os.strerror(number), path)
+
+
+def _errno_left() -> int:
+    """By the last system call of this thread that failed: torch's streams do not keep it."""
+    try:
+        location = ctypes.CDLL(None).__errno_location
+    except AttributeError:
+        return 0
+    location.restype = ctypes.POINTER(ctypes.c_int)
+    number: int = location()[0]
+    return number

@@ -9,6 +9,7 @@ middle of it writes what it would write at any time.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -19,7 +20,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import torch
 
 from . import tensors as _tensors
-from .archive_errors import archive_errors, why_torch_failed
+from .archive_errors import archive_error, archive_errors, why_torch_failed
 from .engine import Amend
 from .errors import ArchiveError
 from .plan import FETCHED, HOST, TensorView
@@ -134,6 +135,10 @@ class _Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # The end of the process if torch's writer goes before it has ended and cannot write.
+        with contextlib.suppress(Exception):
+            self.end()
+        self._writer = None  # has the memory open, and who catches the error may keep this
         if self.memory >= 0:
             os.close(self.memory)
 
@@ -153,13 +158,17 @@ class _Writer:
         return self._make_hole(name, data, nbytes)
 
     def end(self) -> None:
-        self._opened.__exit__(None, None, None)
+        opened, self._opened = self._opened, None
+        if opened is not None:
+            opened.__exit__(None, None, None)
 
     def why_failed(self, error: Exception) -> ArchiveError | None:
         """``None``: what the error says."""
         if self.memory < 0:
             return None
         skipped = sum(len(held) if isinstance(held, bytes) else held.nbytes() for held in self.holes.values())
+        if isinstance(error, OSError) and error.filename is None and error.errno is not None:
+            return archive_error(error.errno, os.strerror(error.errno), self._path)
         return why_torch_failed(error, self.memory, self._path, skipped)
 
     def _begin(self, storages: Any, nbytes: int) -> None:
@@ -173,10 +182,10 @@ class _Writer:
         with archive_errors(self._path):
             self.memory = os.memfd_create("fastshard")
         try:
-            self._opened = torch.serialization._open_zipfile_writer(named_like(self._path, self.memory))
+            opened = torch.serialization._open_zipfile_writer(named_like(self._path, self.memory))
         except RuntimeError as error:
             raise NotByEngine("no /proc to open files by") from error
-        self._writer = self._opened.__enter__()
+        self._opened, self._writer = opened, opened.__enter__()
 
     def _make_hole(self, name: str, held: Held, nbytes: int) -> None:
         self._writer.write_record_metadata(name, nbytes)

@@ -7,6 +7,7 @@ index and headers must agree, tensor by tensor. Links are followed: the hub's ca
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -125,12 +126,23 @@ def is_folder(path: str) -> bool:
         return False
 
 
+def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether both lead to the same file or folder. What cannot be looked at is an ``OSError``."""
+    try:
+        return os.path.samestat(os.stat(one), os.stat(other))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def open_file(path: str) -> BinaryIO:
     """A regular file, to be read. Raises ``OSError``, and ``ValueError`` naming what is none; does not hang on a pipe."""
     file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")  # noqa: SIM115 - returned
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise ValueError(f"{path!r} is not a regular file")
+    if not file.seekable():  # a regular file always is: Python has swallowed why its position could not be told
+        file.close()
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
     return file
 
 

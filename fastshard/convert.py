@@ -21,9 +21,11 @@ from .checkpoint import (
     WEIGHTS_SUFFIX,
     exists,
     is_folder,
+    open_file,
     other_files,
     read_checkpoint,
     read_text,
+    same_file,
     weight_map,
 )
 from .directory import replacing
@@ -33,12 +35,14 @@ from .mapped import load_mapped
 from .saving import save_file
 from .sharing import by_storage, shared_names
 from .tensors import check_dtype
-from .whatis import FOLDER, INDEX, SAFETENSORS, TORCH, format_of_name, what_is
+from .whatis import FOLDER, INDEX, SAFETENSORS, TORCH, format_of_name, what_is, why_unread
 
 Dtype = torch.dtype | str | None
 
 _MOST_NAMED = 5
 _EARLIER: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_FAILED_CALL: Final = re.compile(r"unable to (?:open|mmap|stat)\b[^\n]*\((\d+)\)")
+"""How torch says why it could not map a file."""
 _EXPANDED_NBYTES: Final = 1 << 30
 
 
@@ -142,7 +146,7 @@ def convert_folder(
                 progress=progress,
             )
         nbytes = sum(entry.stat().st_size for entry in os.scandir(staging))
-        if folder is not None and os.path.realpath(folder) != os.path.realpath(destination):
+        if folder is not None and not same_file(folder, destination):
             for name in other_files(folder):
                 shutil.copyfile(os.path.join(folder, name), os.path.join(staging, name))
     return Converted(len(tensors), nbytes, dropped)
@@ -158,9 +162,7 @@ def _load_all(
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[str, str] | None = None
     for path, names in _files_of(source).items():
-        found, told = _load(
-            path, key, mapped=into is None or os.path.realpath(into) != os.path.realpath(path)
-        )
+        found, told = _load(path, key, mapped=into is None or not same_file(into, path))
         if names is not None and names != found.keys():
             different = _listed(sorted(names ^ found.keys()))
             raise ValueError(f"{path}: its tensors are not those of the index: {different}")
@@ -224,7 +226,7 @@ def _load(path: str, key: str | None, mapped: bool) -> tuple[dict[str, torch.Ten
             raise ValueError(f"{path}: {error}") from None
     if key is not None:
         raise ValueError(f"{path}: a safetensors file has no entries for --key to name")
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         try:
             metadata = read_header(file, os.fstat(file.fileno()).st_size).metadata
         except ValueError as error:
@@ -233,13 +235,24 @@ def _load(path: str, key: str | None, mapped: bool) -> tuple[dict[str, torch.Ten
     return (found if mapped else {name: t.clone() for name, t in found.items()}), metadata or {}
 
 
+@contextlib.contextmanager
+def _read_errors(path: str) -> Iterator[None]:
+    """Failed system calls with the name of the file and an errno, which Python leaves out where a position fails."""
+    try:
+        yield
+    except OSError as error:
+        number = error.errno if error.errno is not None else errno.EIO
+        raise OSError(number, os.strerror(number), path) from error
+
+
 def _load_archive(path: str, mapped: bool) -> object:
     if mapped:
-        _check_records(path)
+        with _read_errors(path):
+            _check_records(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about TypedStorage, in the middle of torch
-            with open(path, "rb") as file:
+            with _read_errors(path), open_file(path) as file:
                 # Under a name without suffix: torch reads what is called .safetensors in another way.
                 name = f"/proc/self/fd/{file.fileno()}" if path.endswith(WEIGHTS_SUFFIX) else path
                 return torch.load(name, map_location="cpu", weights_only=True, mmap=mapped)
@@ -247,6 +260,9 @@ def _load_archive(path: str, mapped: bool) -> object:
         raise
     except Exception as error:  # of any kind, if it is no checkpoint at all
         text = str(error).strip()
+        if failed := _FAILED_CALL.search(text):
+            number = int(failed[1])
+            raise OSError(number, os.strerror(number), path) from None
         unsafe = re.search(r"(?:GLOBAL|class) ([\w.]+)", text)
         if unsafe:
             reason = f"there is a {unsafe[1]} in it, not only tensors"
@@ -258,8 +274,13 @@ def _load_archive(path: str, mapped: bool) -> object:
 def _check_records(path: str) -> None:
     """Records of ``torch.save`` lie in the file as they are, one behind the other: what is compressed, or lies there for
     several at once, could grow to anything."""
-    with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except zipfile.BadZipFile as error:
+        if unread := why_unread(error):
+            raise unread from None
+        raise ValueError(str(error)) from None
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise ValueError("its records are compressed, which torch.save never does")
     if sum(record.file_size for record in records) > os.stat(path).st_size:

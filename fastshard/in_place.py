@@ -110,23 +110,18 @@ def _why_open(descriptor: int, info: os.stat_result, place: str) -> str | None:
 
     Not where it has mapped it: a mapped file that is cut kills who reads it.
     """
-    device, inode = info.st_dev, info.st_ino
-    try:
-        names = os.listdir("/proc/self/fd")
-    except FileNotFoundError:  # no /proc here
+    from . import _native
+
+    holders = _native.holders_of(descriptor)
+    if holders is None:  # no /proc here
         return None
-    for name in names:
-        try:
-            found = os.fstat(int(name))
-        except OSError as error:
-            if error.errno != errno.EBADF:  # it cannot be told
-                return "a file that this process may hold open"
-            continue  # closed in the meantime
-        if found.st_ino != inode or found.st_dev != device or int(name) == descriptor:
-            continue
-        if not ((device, inode) in _made and _is_nameless(int(name))):  # else the engine's own
-            return None if _is_mapped(info, place) else "a file that this process holds open"
-    return None
+    found, certain = holders
+    if not certain:
+        return "a file that this process may hold open"
+    made = (info.st_dev, info.st_ino) in _made
+    if all(made and _is_nameless(other) for other in found):  # the engine's own
+        return None
+    return None if _is_mapped(info, place) else "a file that this process holds open"
 
 
 def _is_nameless(descriptor: int) -> bool:

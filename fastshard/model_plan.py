@@ -9,6 +9,7 @@ through transformers' own conversions to the parameter it becomes part of: Mixtr
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -160,7 +161,7 @@ class ModelPlan:
 
     def _check_heads(self, parameter: str, ranks: int) -> None:
         module = parameter.split(".")[-2:][0]
-        config = self._model.config.get_text_config()
+        config = _of_layer(self._model.config.get_text_config(), parameter)
         for projections, attribute, what in (
             (_KV_PROJECTIONS, "num_key_value_heads", "key and value heads"),
             (_Q_PROJECTIONS, "num_attention_heads", "attention heads"),
@@ -246,17 +247,53 @@ def _on_meta(folder: str) -> Iterator[Any]:
         mapped = mapping.get(type(config), ())
         classes += mapped if isinstance(mapped, (list, tuple)) else (mapped,)
     for name in config.architectures or ():
-        # By name, but nothing else that transformers may hold.
-        found: Any = getattr(transformers, name, None) if isinstance(name, str) else None
-        is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-        if is_model and (found in classes or isinstance(config, found.config_class or ())):
+        found = _class_named(name, config)
+        if found is not None and (found in classes or isinstance(config, found.config_class or ())):
             classes = [found]
             break
+    problem: ValueError | None = None
+    any_made = False
     for model in dict.fromkeys(classes):
         try:
             with torch.device("meta"):
                 made = model(config)
         except Exception as error:  # likewise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{folder!r}: transformers cannot make a {model.__name__}: {reason}") from None
+            text = f"{folder!r}: transformers cannot make a {model.__name__}: {reason}"
+            problem = problem or ValueError(text)
+            continue
+        any_made = True
         yield made
+    if problem is not None and not any_made:
+        raise problem
+
+
+def _class_named(name: object, config: Any) -> Any:
+    """A model's class by its name, but nothing else that transformers may hold; ``None``: it has none.
+
+    Models that are parts of others are not exported: they are in the module beside their configuration's.
+    """
+    import transformers
+
+    if not isinstance(name, str):
+        return None
+    found = getattr(transformers, name, None)
+    module = type(config).__module__
+    if found is None and module.startswith("transformers.models."):
+        try:
+            found = getattr(
+                importlib.import_module(module.replace(".configuration_", ".modeling_")), name, None
+            )
+        except ImportError:
+            return None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+
+
+def _of_layer(config: Any, parameter: str) -> Any:
+    """The configuration of the layer that a parameter belongs to, where the layers' are not alike; ``None``: of a layer
+    of which it says nothing, as those of another part of the model."""
+    if not getattr(config, "is_heterogeneous", False):
+        return config
+    layer = re.search(r"\.layers\.(\d+)\.", f".{parameter}")
+    layers = config.per_layer_config
+    return layers[int(layer[1])] if layer is not None and int(layer[1]) < len(layers) else None

@@ -24,6 +24,7 @@ not fit the installed version of its library.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import sys
@@ -178,8 +179,6 @@ def original_of(module: str, name: str) -> Function:
         return _replacements[id(function)].original
     known = _originals.get((module, name))
     if known is None or not is_own(known, module):
-        import gc
-
         # Its functions: each refers to the dict of its module.
         known = next(
             (f for f in gc.get_referrers(home) if is_own(f, module) and f.__qualname__ == name), None

@@ -41,6 +41,7 @@ from .checkpoint import (
     other_files,
     read_checkpoint,
     read_object,
+    same_file,
     write_text,
 )
 from .directory import creating, replacing
@@ -226,7 +227,7 @@ def reshard_checkpoint(
             places = {tensor: name for name, tensors in layout.items() for tensor in tensors}
             name = f"{_stem(checkpoint)}{INDEX_SUFFIX}"
             write_text(os.path.join(stage, name), make_index({**told, "total_size": total}, places))
-        if not _same_file(out, checkpoint.folder):
+        if not same_file(out, checkpoint.folder):
             _copy(checkpoint.others, checkpoint.folder, stage)
         _write(outputs(), stage, how, "Resharding")
 
@@ -286,7 +287,7 @@ def _batch(outputs: Iterator[_Output]) -> Iterator[_Output]:
 def _target(out: PathLike, src: str, force: bool, how: How, in_place: bool = False) -> Iterator[str]:
     """A hidden folder in ``out``; what is in it at the end stands in ``out``, all of it or nothing."""
     folder = os.fspath(out)
-    if _same_file(folder, src) and not in_place:
+    if same_file(folder, src) and not in_place:
         raise ValueError(f"{folder!r} is the source itself")
     try:
         names = os.listdir(folder)
@@ -391,7 +392,3 @@ def _index_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
 def _copy(names: Iterable[str], source: str, stage: str) -> None:
     for name in names:
         shutil.copyfile(os.path.join(source, name), os.path.join(stage, name))
-
-
-def _same_file(one: PathLike, other: PathLike) -> bool:
-    return os.path.realpath(one) == os.path.realpath(other)

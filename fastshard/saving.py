@@ -101,6 +101,10 @@ def save_file(
         SaveError: a system call failed; both a ``SafetensorError`` and an ``OSError``.
         SafetensorError: the header would be too long for readers.
     """
+    if not isinstance(tensors, Mapping):
+        lay_out(
+            tensors, None, allow_strided, dtype
+        )  # says what is wrong with them, also where a name was expected
     how = How(durable, keep_cached, progress, allow_strided, dtype, checksums, engine)
     _save({filename: tensors}, metadata, how)
 
@@ -124,6 +128,8 @@ def save_files(
     Should the machine stop in the moment between the first and the last rename, some files are new and some
     old, each of them complete.
     """
+    if not isinstance(files, Mapping):
+        raise ValueError(f"Expected a dict of [path, dict of tensors] but received {type(files)}")
     seen: dict[str, PathLike] = {}
     for filename in files:
         check_filename(filename)
@@ -249,7 +255,9 @@ def finish(
         os.fspath(filename): {entry.name: value for entry, value in zip(entries, values)}
         for (filename, entries), values in zip(files.items(), future.checksums())
     }
-    return keep_stats(dataclasses.replace(figures, checksums=checksums), call, next(iter(files), ""))
+    if checksums:
+        figures = dataclasses.replace(figures, checksums=checksums)
+    return keep_stats(figures, call, next(iter(files), ""))
 
 
 def keep_stats(figures: Stats, call: str, place: object) -> Stats:

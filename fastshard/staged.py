@@ -155,12 +155,13 @@ def save_alone(
     how: How,
     *,
     call: str,
+    listed: list[str] | None = None,
 ) -> bool:
     """Saves a checkpoint of one file, where nothing else is to change in the directory: it needs no stage then. Whether
-    it did."""
+    it did. ``listed``: the names in the directory, if they are known."""
     if os.path.dirname(name) or any(other != name for other in obsolete):
         return False
-    if was_left(directory, os.listdir(directory)):
+    if was_left(directory, os.listdir(directory) if listed is None else listed):
         return False
     began = time.perf_counter()
     path = os.path.join(directory, name)
@@ -236,10 +237,11 @@ def _held_back(loggers: tuple[str, ...], path: str, held: list[logging.LogRecord
         held.append(record)
         return False
 
-    for name in loggers:
-        logging.getLogger(name).addFilter(is_about_others)
+    found = [logging.getLogger(name) for name in loggers]
+    for logger in found:
+        logger.addFilter(is_about_others)
     try:
         yield
     finally:
-        for name in loggers:
-            logging.getLogger(name).removeFilter(is_about_others)
+        for logger in found:
+            logger.removeFilter(is_about_others)

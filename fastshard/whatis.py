@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import struct
@@ -189,11 +190,20 @@ def _of_json(data: bytes) -> What:
     return What(OTHER, "JSON, but not the index of a checkpoint")
 
 
+def why_unread(error: Exception) -> OSError | None:
+    """The failed system call that ``zipfile`` takes for an archive that is none."""
+    cause = error.__context__
+    known = isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL)
+    return cause if known and isinstance(cause, OSError) else None
+
+
 def _of_zip(file: BinaryIO, has_pickle: bool) -> What:
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError):
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError) as error:
+        if unread := why_unread(error):
+            raise unread from None
         kind, text = (TORCH, "an archive of torch.save") if has_pickle else (OTHER, "a zip archive")
         return What(kind, f"{text} that has been cut or is damaged", False)
     inner = {name.partition("/")[2] for name in names}

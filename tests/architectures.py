@@ -5,15 +5,19 @@
 (widths, layers, heads, experts, vocabulary), the model made with random weights, and saved as one file, in three shards and
 in bfloat16: by ``save_pretrained`` as it is and under ``fastshard.installed()``. Then ``fastshard shard --tp 2`` and
 ``fastshard merge``. All bytes of all files must be the same. Prints a line for each model type and the totals; exits 1
-at any difference, and where fewer models than known for this transformers could be compared.
+at any difference, and if a model type that is known to come out the same (``architectures.json``, by version of
+transformers) no longer does, or can no longer be made. ``--remember`` writes that file anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib
 import io
+import itertools
+import json
 import logging
 import os
 import shutil
@@ -24,6 +28,8 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -33,8 +39,9 @@ import transformers
 import fastshard
 from fastshard.reshard import merge_checkpoint, shard_checkpoint
 
-KNOWN: Final[dict[str, tuple[int, int]]] = {}
-"""Version of transformers -> how many models are saved the same, and how many come back from ``shard`` and ``merge``."""
+KNOWN: Final = Path(__file__).with_name("architectures.json")
+"""Version of transformers -> the model types that are saved the same, and those that come back from ``shard`` and
+``merge``, too: they must stay so."""
 
 MOST_PARAMETERS: Final = 40_000_000
 SECONDS: Final = 90
@@ -95,6 +102,7 @@ _WIDTHS += (
     "encoder_hidden_size",
     "decoder_hidden_size",
     "feature_size",
+    "emb_dim",
 )
 _WIDE = (
     "intermediate_size",
@@ -122,29 +130,50 @@ _POSITIONS = (
     "max_seq_len",
     "n_ctx",
 )
+_HEAD_SIZES = ("head_dim", "d_kv", "attention_head_dim", "kv_channels")
+_SCALED: Final = frozenset((*_WIDTHS, *_WIDE, *_HEAD_SIZES, "vocab_size"))
 _SMALL: Final[dict[str, int]] = {
     **dict.fromkeys(_LAYERS, 2),
     **dict.fromkeys(_HEADS, 4),
     **dict.fromkeys(_KV_HEADS, 2),
-    **dict.fromkeys(("head_dim", "d_kv", "attention_head_dim", "kv_channels"), 8),
+    **dict.fromkeys(_HEAD_SIZES, 8),
     **dict.fromkeys(_WIDTHS, 32),
     **dict.fromkeys(_WIDE, 48),
     **dict.fromkeys(_EXPERTS, 4),
     **dict.fromkeys(("num_experts_per_tok", "top_k", "moe_topk", "num_experts_per_token", "moe_k"), 2),
-    **dict.fromkeys(("vocab_size", "text_vocab_size", "vocab_size_per_layer_input"), 128),
+    **dict.fromkeys(
+        ("vocab_size", "text_vocab_size", "vocab_size_per_layer_input", "entity_vocab_size"), 128
+    ),
     **dict.fromkeys(_POSITIONS, 64),
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_ssm": 64,
 }
+_OPEN: Final = {
+    **{"head_dim": 8, "prediction_length": 4, "context_length": 8, "vocab_size": 128, "num_experts": 4},
+    **{
+        "num_key_value_heads": 4,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 48,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+    },
+}
+"""What some configurations leave open though their models need it: said if nothing works without."""
+_FACTORS: Final = {"width_coefficient": 0.25, "depth_coefficient": 0.25}
 _SETS: Final = (
-    frozenset(_SMALL),
-    frozenset(_SMALL) - {*_POSITIONS},
-    frozenset((*_LAYERS, *_WIDE, *_EXPERTS, "vocab_size")),
-    frozenset((*_LAYERS, *_EXPERTS, "vocab_size")),
-    frozenset((*_LAYERS, *_EXPERTS)),
-    frozenset(_LAYERS),
-    frozenset(("vocab_size",)),
-    frozenset(),
+    (frozenset(_SMALL), 1),
+    (frozenset(_SMALL), 4),
+    (frozenset(_SMALL) - {*_POSITIONS}, 1),
+    (frozenset(_SMALL) - {"head_dim"}, 2),
+    (frozenset((*_LAYERS, *_WIDE, *_EXPERTS, "vocab_size")), 1),
+    (frozenset((*_LAYERS, *_EXPERTS, "vocab_size")), 1),
+    (frozenset((*_LAYERS, *_EXPERTS)), 1),
+    (frozenset(_LAYERS), 1),
+    (frozenset(("vocab_size",)), 1),
+    (frozenset(), 1),
 )
-"""What is shrunk, in this order until a model can be made."""
+"""What is shrunk, and how many times the small widths it keeps, in this order until a model can be made."""
 
 
 class Outcome(NamedTuple):
@@ -157,6 +186,28 @@ class Outcome(NamedTuple):
         return "DIFFERENT" in self.saved or "DIFFERENT" in self.sharded
 
 
+def known() -> dict[str, list[str]]:
+    """``"saved"`` and ``"cut"``: what this version of transformers is known to do; nothing is known of others."""
+    found: dict[str, dict[str, list[str]]] = json.loads(KNOWN.read_text())
+    return found.get(minor(), {"saved": [], "cut": []})
+
+
+def _remember(same: dict[str, list[str]], of: set[str]) -> None:
+    """Writes down which of these model types are the same; what is known of others stays."""
+    before = known()
+    everything = json.loads(KNOWN.read_text())
+    everything[minor()] = {
+        what: sorted({*found, *(name for name in before[what] if name not in of)})
+        for what, found in same.items()
+    }
+    KNOWN.write_text(json.dumps(everything, indent=0) + "\n")
+
+
+def minor() -> str:
+    """Its version, as the file has it."""
+    return ".".join(transformers.__version__.split(".")[:2])
+
+
 def kinds() -> list[str]:
     """The model types that transformers knows."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -164,32 +215,55 @@ def kinds() -> list[str]:
     return sorted(CONFIG_MAPPING.keys())
 
 
-def _class_of(config: Any) -> Any:
+def _classes_of(config: Any) -> list[Any]:
+    """The classes that may take the configuration, those with a head first."""
+    classes: list[Any] = []
     for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModel"):
         mapping = getattr(getattr(transformers, name, None), "_model_mapping", {})
         if type(config) in mapping:
             found = mapping[type(config)]
-            return found[0] if isinstance(found, (list, tuple)) else found
-    module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+            classes += [found[0] if isinstance(found, (list, tuple)) else found]
+    try:
+        module = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    except ImportError:
+        return classes
     for name, found in sorted(vars(module).items(), reverse=True):
         is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
         if is_model and found.config_class is type(config) and not name.endswith("PreTrainedModel"):
-            return found
-    raise LookupError("no class for its configuration")
+            classes.append(found)
+            break
+    return list(dict.fromkeys(classes))
 
 
-def _shrink(config: Any, names: frozenset[str]) -> None:
-    layers_before = getattr(config, "num_hidden_layers", None)
-    for name in list(vars(config)):
-        value = getattr(config, name)
+def _said(config: Any, name: str) -> Any:
+    """By that name or the one that the configuration has for it; of all layers, if they are not alike."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return vars(config).get(name)
+
+
+def _shrink(config: Any, names: frozenset[str], times: int, complete: bool) -> None:
+    values = dict(vars(config))
+    layers_before = _said(config, "num_hidden_layers")
+    small = {name: size * (times if name in _SCALED else 1) for name, size in _SMALL.items() if name in names}
+    if "num_attention_heads" in small:
+        alike = [name for name in _KV_HEADS if values.get(name) == values.get("num_attention_heads")]
+        small.update(dict.fromkeys(alike, small["num_attention_heads"]))
+    for name, value in values.items():
         if isinstance(value, transformers.PretrainedConfig):
-            _shrink(value, names)
-        elif name in names and type(value) is int and value > _SMALL[name]:
-            setattr(config, name, _SMALL[name])
-    layers = getattr(config, "num_hidden_layers", None)
-    vocabulary = getattr(config, "vocab_size", None)
-    for name in list(vars(config)):
-        value = getattr(config, name)
+            _shrink(value, names, times, complete)
+        elif name in small and type(value) is int and value > small[name]:
+            setattr(config, name, small[name])
+        elif name in _KV_HEADS and value == 1 and names:
+            setattr(config, name, 2)  # a single one cannot be cut
+        elif complete and name in _OPEN and value is None:
+            setattr(config, name, small.get(name, _OPEN[name]))
+        elif name in _FACTORS and names:
+            setattr(config, name, _FACTORS[name])
+    values = dict(vars(config))
+    layers, vocabulary = _said(config, "num_hidden_layers"), _said(config, "vocab_size")
+    for name, value in values.items():
         if isinstance(value, list) and value and len(value) == layers_before != layers:
             with contextlib.suppress(Exception):
                 setattr(config, name, value[:layers])
@@ -200,27 +274,77 @@ def _shrink(config: Any, names: frozenset[str]) -> None:
             and value >= vocabulary
         ):
             setattr(config, name, 0)
+    _shorten(config, layers_before, layers, small)
+
+
+def _shorten(config: Any, before: object, layers: object, small: dict[str, int]) -> None:
+    """What a configuration says of each of its layers, where there are fewer now."""
+    values = vars(config)
+    if type(before) is not int or type(layers) is not int:
+        return
+    stages = values.get("stage_names")
+    if isinstance(stages, list) and len(stages) == before + 1:
+        values.update(stage_names=stages[: layers + 1], _out_features=[stages[layers]], _out_indices=[layers])
+    overrides = getattr(values.get("_heterogeneity_spec"), "per_layer_overrides", None)
+    if isinstance(overrides, dict):
+        kept = {layer: said for layer, said in overrides.items() if layer < layers}
+        overrides.clear()
+        for layer, said in kept.items():
+            overrides[layer] = {
+                name: min(value, small[name]) if name in small and type(value) is int else value
+                for name, value in said.items()
+            }
+
+
+def _is_read_again(config: Any) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            config.save_pretrained(folder)
+            transformers.AutoConfig.from_pretrained(folder)
+        except TimeoutError:
+            raise
+        except Exception:
+            return False
+    return True
 
 
 def make(kind: str) -> Any:
-    """A small model. Raises ``LookupError`` with the reason if none can be made."""
-    reason = "nothing worked"
-    for names in _SETS:
+    """A small model, if possible one whose configuration can be read again. Raises ``LookupError`` with the reason if
+    none can be made."""
+    reason = "no class for its configuration"
+    second = None
+    for complete, (names, times) in (
+        *itertools.product([False], _SETS),
+        *itertools.product([True], _SETS[:4]),
+    ):
         try:
             config = transformers.AutoConfig.for_model(kind)
-            _shrink(config, names)
-            cls = _class_of(config)
-            with torch.device("meta"):
-                count = sum(p.numel() for p in cls(config).parameters())
-            if count > MOST_PARAMETERS:
-                reason = f"{count / 1e6:.0f} million parameters"
-                continue
-            torch.manual_seed(0)
-            return cls(config).eval()
+            _shrink(config, names, times, complete)
+            classes = _classes_of(config)
         except TimeoutError:
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".partition("\n")[0][:90]
+            continue
+        for cls in classes:
+            try:
+                with torch.device("meta"):
+                    count = sum(p.numel() for p in cls(config).parameters())
+                if count > MOST_PARAMETERS:
+                    reason = f"{count / 1e6:.0f} million parameters"
+                    continue
+                torch.manual_seed(0)
+                if not _is_read_again(config):
+                    second = second or (cls, config)
+                    continue
+                return cls(config).eval()
+            except TimeoutError:
+                raise
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}".partition("\n")[0][:90]
+    if second is not None:
+        cls, config = second
+        return cls(config).eval()
     raise LookupError(reason)
 
 
@@ -251,12 +375,13 @@ def compare(kind: str, work: Path) -> Outcome:
     except LookupError as error:
         return Outcome(f"not made: {error}", "")
     nbytes = sum(t.nbytes for t in model.state_dict().values())
-    for variant, size in (("one", "50GB"), ("three", max(1, nbytes // 3 + 1)), ("bf16", "50GB")):
-        if variant == "bf16":
-            model = model.to(torch.bfloat16)
-        expected = _save(model, work / variant, size)
-        with fastshard.installed():
-            found = _save(model, work / f"{variant}.ours", size)
+    halved = copy.deepcopy(model).to(torch.bfloat16)
+    variants = (("one", model, "50GB"), ("three", model, max(1, nbytes // 3 + 1)), ("bf16", halved, "50GB"))
+    there = {variant: _save(one, work / variant, size) for variant, one, size in variants}
+    with fastshard.installed():
+        ours = {variant: _save(one, work / f"{variant}.ours", size) for variant, one, size in variants}
+    for variant, expected in there.items():
+        found = ours[variant]
         if isinstance(expected, str):
             if expected == found:
                 return Outcome(f"not saved by the original either: {expected}", "")
@@ -280,16 +405,18 @@ def _cut_and_merged(work: Path) -> str:
 
 @contextlib.contextmanager
 def _limited(seconds: int) -> Iterator[None]:
+    """Of the processors' time: a busy machine is no reason."""
+
     def stop(*_: object) -> None:
         raise TimeoutError(f"not done after {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def outcome_of(kind: str) -> Outcome:
@@ -307,6 +434,7 @@ def outcome_of(kind: str) -> Outcome:
 
 
 def quiet() -> None:
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
@@ -322,34 +450,46 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sample", type=int, metavar="N", help="only so many model types, evenly spread")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these model types")
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="at the same time (default: 2)")
+    parser.add_argument(
+        "--remember", action="store_true", help="write down which are the same, if none is different"
+    )
     given = parser.parse_args(arguments)
-    quiet()
     names = given.only or kinds()
     if given.sample is not None:
         names = sample(names, given.sample)
-    totals: Counter[str] = Counter()
-    wrong = []
     began = time.monotonic()
-    for name in names:
-        outcome = outcome_of(name)
-        totals[f"saved: {outcome.saved.partition(':')[0].partition(' (')[0]}"] += 1
-        if outcome.sharded:
-            totals[f"cut and merged: {outcome.sharded.partition(':')[0]}"] += 1
-        if outcome.is_wrong:
-            wrong.append(name)
-        print(f"{name:32} {outcome.saved:40} {outcome.sharded}".rstrip(), flush=True)
-    print(
-        f"\ntransformers {transformers.__version__}, {len(names)} model types, {time.monotonic() - began:.0f} s"
+    outcomes: dict[str, Outcome] = {}
+    with ProcessPoolExecutor(given.processes, get_context("spawn"), initializer=quiet) as pool:
+        for name, outcome in zip(names, pool.map(outcome_of, names)):
+            outcomes[name] = outcome
+            print(f"{name:32} {outcome.saved:40} {outcome.sharded}".rstrip(), flush=True)
+    seconds = time.monotonic() - began
+    print(f"\ntransformers {transformers.__version__}, {len(names)} model types, {seconds:.0f} s")
+    totals = Counter(
+        f"saved: {found.saved.partition(':')[0].partition(' (')[0]}" for found in outcomes.values()
+    )
+    totals += Counter(
+        f"cut and merged: {found.sharded.partition(':')[0]}" for found in outcomes.values() if found.sharded
     )
     for what, count in sorted(totals.items()):
         print(f"{count:5} {what}")
+    saved = [name for name, found in outcomes.items() if found.saved == "same"]
+    cut = [name for name, found in outcomes.items() if found.sharded == "same"]
+    wrong = [name for name, found in outcomes.items() if found.is_wrong]
+    lost = [
+        name
+        for what, found in (("saved", saved), ("cut", cut))
+        for name in known()[what]
+        if name in outcomes and name not in found
+    ]
     if wrong:
         print(f"DIFFERENT: {', '.join(wrong)}")
-    known = KNOWN.get(".".join(transformers.__version__.split(".")[:2]), (0, 0))
-    few = names == kinds() and (totals["saved: same"], totals["cut and merged: same"]) < known
-    if few:
-        print(f"fewer than the {known[0]} and {known[1]} that are known")
-    return int(bool(wrong) or few)
+    if lost:
+        print(f"the same before, and no longer: {', '.join(dict.fromkeys(lost))}")
+    if given.remember and not wrong:
+        _remember({"saved": saved, "cut": cut}, set(outcomes))
+    return int(bool(wrong or lost))
 
 
 if __name__ == "__main__":

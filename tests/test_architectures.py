@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 pytest.importorskip("transformers.core_model_loading")
 import architectures  # noqa: E402
 from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist, Transpose  # noqa: E402
 
-from fastshard.model_plan import _followed, _Place  # noqa: E402
+from fastshard.model_plan import _class_named, _followed, _of_layer, _on_meta, _Place  # noqa: E402
 from fastshard.tp_plan import Split, slices  # noqa: E402
+
+FEWEST = {"5.24": (360, 139)}
+"""Version of transformers -> model types known to be saved the same, and to come back from ``shard`` and ``merge``:
+neither may become fewer."""
 
 SAMPLE = {
     "llama": "same",
@@ -23,7 +29,31 @@ SAMPLE = {
     "qwen3_vl_moe": "same",  # transposed experts
     "gpt_oss": "same",
     "bert": "no plan",
+    "altclip_text_model": "no plan",  # its class is not exported
+    "gemma4_text": "same",  # its layers are not alike
 }
+KNOWN = architectures.known()
+NO_PLAN = [kind for kind in KNOWN["saved"] if kind not in KNOWN["cut"]]
+
+
+def test_no_fewer_than_before() -> None:
+    if not KNOWN["saved"]:
+        pytest.skip("nothing is known of this transformers")
+    saved, cut = FEWEST[architectures.minor()]
+    assert len(KNOWN["saved"]) >= saved
+    assert len(KNOWN["cut"]) >= cut
+    assert set(KNOWN["cut"]) <= set(KNOWN["saved"]) <= set(architectures.kinds())
+    for kind, sharded in SAMPLE.items():
+        assert kind in KNOWN["saved"]
+        assert (kind in KNOWN["cut"]) == (sharded == "same")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", architectures.sample(KNOWN["cut"], 8) + architectures.sample(NO_PLAN, 6))
+def test_known_to_be_the_same(kind: str) -> None:
+    found = architectures.outcome_of(kind)
+    assert found.saved == "same"
+    assert (found.sharded == "same") == (kind in KNOWN["cut"])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -87,6 +117,57 @@ def test_what_cannot_be_followed() -> None:
     assert _followed(Split(1), (4, 8, 8), _Place(("w",), (MergeModulelist(dim=0),)), (8, 9)) is None
     both = _Place(("w",), (MergeModulelist(dim=0), Concatenate(dim=1)))
     assert _followed(Split(1, 2), (4, 16, 8), both, (8, 8)) == Split(0)
+
+
+def folder_of(tmp_path: Path, config: object) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+
+def test_a_class_that_is_not_exported(tmp_path: Path) -> None:
+    """The parts of models have configurations and checkpoints of their own, but lie in no automatic class."""
+    config = {
+        "model_type": "altclip_text_model", "architectures": ["AltRobertaModel"],
+        "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9,
+    }  # fmt: skip
+    if "altclip_text_model" not in architectures.kinds():
+        pytest.skip("this transformers does not know it")
+    assert not hasattr(transformers, "AltRobertaModel")
+    assert [type(model).__name__ for model in _on_meta(folder_of(tmp_path, config))] == ["AltRobertaModel"]
+    found = transformers.LlamaConfig()
+    assert _class_named("LlamaModel", found) is transformers.LlamaModel
+    for name in ("os", "torch", "logger", "apply_rotary_pos_emb", "LlamaConfig", "NoSuchModel", 3, None):
+        assert _class_named(name, found) is None
+
+
+def test_a_class_that_cannot_be_made_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the configuration names no architecture, one of those it may be is enough."""
+    config = {
+        "model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 9,
+    }  # fmt: skip
+
+    def fails(self: object, config: object) -> None:
+        raise RuntimeError("not this one")
+
+    monkeypatch.setattr(transformers.LlamaModel, "__init__", fails)
+    with pytest.raises(ValueError, match="cannot make a LlamaModel: not this one"):
+        list(_on_meta(folder_of(tmp_path, {**config, "architectures": ["LlamaModel"]})))
+    monkeypatch.undo()
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "__init__", fails)
+    made = [type(model).__name__ for model in _on_meta(folder_of(tmp_path, config))]
+    assert made
+    assert "LlamaForCausalLM" not in made
+
+
+def test_heads_of_a_layer() -> None:
+    layers = [SimpleNamespace(num_key_value_heads=2), SimpleNamespace(num_key_value_heads=1)]
+    mixed = SimpleNamespace(is_heterogeneous=True, per_layer_config=layers)
+    assert _of_layer(mixed, "model.layers.1.self_attn.k_proj.weight") is layers[1]
+    assert _of_layer(mixed, "layers.0.self_attn.k_proj.weight") is layers[0]
+    assert _of_layer(mixed, "vision.layers.2.self_attn.k_proj.weight") is None
+    assert _of_layer(mixed, "vision.self_attn.k_proj.weight") is None
+    assert _of_layer(layers[0], "layers.1.self_attn.k_proj.weight") is layers[0]
 
 
 def test_the_sample_is_always_the_same() -> None:

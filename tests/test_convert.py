@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import zipfile
@@ -14,7 +16,7 @@ from helpers import DTYPES, FLOAT4, filled, names, saved_by_torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_model
 
-from fastshard import cli
+from fastshard import checkpoint, cli, convert, whatis
 
 STATE = {
     "embed": filled((50, 8)),
@@ -359,3 +361,66 @@ def test_an_index_that_does_not_fit_its_files(tmp_path: Path, capsys: pytest.Cap
     checkpoint_folder(tmp_path / "missing", c="pytorch_model-00003-of-00003.bin")
     assert cli.main(["convert", str(tmp_path / "missing"), str(tmp_path / "out")]) == 1
     assert names(tmp_path) == ["in", "missing"]
+
+
+def test_positions_that_cannot_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unseekable(io.FileIO):
+        def seekable(self) -> bool:
+            return False
+
+    (tmp_path / "m.pt").touch()
+    monkeypatch.setattr(checkpoint, "open", Unseekable, raising=False)
+    with pytest.raises(OSError) as info:
+        checkpoint.open_file(str(tmp_path / "m.pt"))
+    assert (info.value.errno, info.value.filename) == (errno.EIO, str(tmp_path / "m.pt"))
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (io.UnsupportedOperation("File or stream is not seekable."), errno.EIO),
+        (OSError(errno.EACCES, "no", "/proc/self/fd/3"), errno.EACCES),
+        (RuntimeError("unable to mmap 3000 bytes from file </m>: Cannot allocate memory (12)"), errno.ENOMEM),
+        (RuntimeError("unable to open file </m> in read-only mode: Input/output error (5)"), errno.EIO),
+    ],
+)
+def test_system_calls_that_fail_inside_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, number: int
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise error
+
+    torch.save(STATE, tmp_path / "m.pt")
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(OSError) as info:
+        convert.convert(str(tmp_path / "m.pt"), str(tmp_path / "m.safetensors"))
+    assert (info.value.errno, info.value.filename) == (number, str(tmp_path / "m.pt"))
+    assert info.value.strerror == os.strerror(number)
+
+
+def test_what_cannot_be_looked_at_is_no_absence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: object, *_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    absent = str(tmp_path / "absent")
+    assert not checkpoint.same_file(absent, absent)
+    monkeypatch.setattr(os, "stat", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        checkpoint.same_file(tmp_path, tmp_path)
+
+
+def test_a_zip_archive_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unreadable(io.BytesIO):
+        def read(self, *_: object) -> bytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    torch.save(STATE, tmp_path / "m.pt")
+    failing = Unreadable((tmp_path / "m.pt").read_bytes())
+    with pytest.raises(OSError) as info:
+        whatis._of_zip(failing, True)
+    assert info.value.errno == errno.EIO
+    opened = zipfile.ZipFile
+    monkeypatch.setattr(zipfile, "ZipFile", lambda path: opened(failing))
+    with pytest.raises(OSError) as info, convert._read_errors(str(tmp_path / "m.pt")):
+        convert._check_records(str(tmp_path / "m.pt"))
+    assert (info.value.errno, info.value.filename) == (errno.EIO, str(tmp_path / "m.pt"))

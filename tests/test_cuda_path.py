@@ -880,7 +880,8 @@ def test_slots_next_to_their_device(
     engine = new_engine(memory_budget=2 * MIB)
     files = {tmp_path / f"{i}.part": varied(sim, i % 2, seed=i) for i in range(4)}
     save(engine, files)
-    assert [engine._native.numa_node(ordinal) for ordinal in (0, 1)] == nodes
+    (native,) = engine._natives.values()
+    assert [native.numa_node(ordinal) for ordinal in (0, 1)] == nodes
 
 
 # Several devices, and memory of every origin.

@@ -5,15 +5,19 @@ refuses because torch.save does."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import gc
 import io
 import os
 import pickle
 import resource
+import signal
 import stat
 import subprocess
 import tempfile
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,8 +28,8 @@ import torch
 from conftest import assert_same
 from helpers import filled, names, run
 
-from fastshard import ArchiveError, activity, archive, in_place, torch_save
-from fastshard.archive_errors import archive_error
+from fastshard import ArchiveError, _native, activity, archive, archive_by_torch, in_place, torch_save
+from fastshard.archive_errors import archive_error, why_torch_failed
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 
@@ -102,6 +106,16 @@ def test_a_descriptor_of_any_kind(tmp_path: Path, flags: int) -> None:
     before = path.stat().st_ino
     torch_save(SMALL, path)  # nobody has it open any more
     assert path.stat().st_ino != before
+
+
+def test_descriptors_of_a_file(tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path / "m.pt", os.O_CREAT | os.O_RDWR)
+    others = [os.dup(descriptor), os.open(tmp_path / "m.pt", os.O_RDONLY), os.open(os.devnull, os.O_RDONLY)]
+    try:
+        assert _native.holders_of(descriptor) == (sorted(others[:2]), True)
+    finally:
+        for one in (descriptor, *others):
+            os.close(one)
 
 
 def test_the_old_format_held_open(tmp_path: Path) -> None:
@@ -545,3 +559,119 @@ def test_a_save_in_the_middle_of_a_save(tmp_path: Path, monkeypatch: pytest.Monk
     assert inner
     for name in ("theirs.pt", "ours.pt", "outer.pt"):
         assert_same((tmp_path / name).read_bytes(), bytes_of(obj, name))
+
+
+# What cannot be written.
+
+
+@both
+@pytest.mark.parametrize("limit", [100, 1000, 20_000])
+def test_memory_that_torch_cannot_write_to(tmp_path: Path, obj: object, limit: int) -> None:
+    obj = {"a": obj, "more": [torch.full((2000,), float(i)) for i in range(4)]}
+
+    def save() -> str:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        held = sorted(os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            torch_save(obj, tmp_path / "m.pt")
+        except ArchiveError as error:
+            said = f"{error.errno} {error.filename}"
+            traceback.clear_frames(error.__traceback__)
+            assert error.__cause__ is not None
+            traceback.clear_frames(error.__cause__.__traceback__)
+            del error
+        gc.collect()
+        assert sorted(os.listdir("/proc/self/fd")) == held
+        return said
+
+    assert in_child(save) == f"{errno.EFBIG} {tmp_path / 'm.pt'}"
+    assert names(tmp_path) == []
+
+
+def test_why_torch_failed_once(tmp_path: Path) -> None:
+    with (tmp_path / "m.pt").open("wb") as file:
+        fd = file.fileno()
+
+        def told(text: str) -> ArchiveError | None:
+            return why_torch_failed(RuntimeError(text), fd, "/m.pt")
+
+        full = told(f"write(): fd {fd} failed with {os.strerror(errno.ENOSPC)}")
+        assert full is not None and (full.errno, full.filename) == (errno.ENOSPC, "/m.pt")
+        assert told(f"write(): fd {fd + 1} failed with {os.strerror(errno.ENOSPC)}") is None
+        assert told("something else") is None
+        libc = ctypes.CDLL(None)
+        libc.write(-1, b"", 1)  # EBADF: not of a file that is open
+        lost = told("basic_ios::clear: iostream error")
+        assert lost is not None and (lost.errno, lost.filename) == (errno.EIO, "/m.pt")
+        location = libc.__errno_location
+        location.restype = ctypes.POINTER(ctypes.c_int)
+        location()[0] = errno.ENOSPC
+        full = told("basic_ios::clear: iostream error")
+        assert full is not None and full.errno == errno.ENOSPC
+
+
+def test_a_write_that_fails_once(tmp_path: Path) -> None:
+    path = str(tmp_path / "m.pt")
+
+    def write(file: Any) -> None:
+        kept = os.dup(file.fileno())
+        with open(os.devnull, "rb") as unwritable:
+            os.dup2(unwritable.fileno(), file.fileno())
+        try:
+            file.write(b"x")
+            file.flush()
+        finally:
+            os.dup2(kept, file.fileno())
+            os.close(kept)
+
+    with pytest.raises(ArchiveError) as info:
+        archive_by_torch.replace_by_torch(write, path, False, False, True)
+    assert (info.value.errno, info.value.filename) == (errno.EBADF, path)
+
+    def pickle_wrongly(file: Any) -> None:
+        raise own
+
+    own = OSError(errno.EIO, "of an object")
+    with pytest.raises(OSError) as raised:
+        archive_by_torch.replace_by_torch(pickle_wrongly, path, False, False, True)
+    assert raised.value is own and names(tmp_path) == []
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_a_close_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old_format: bool) -> None:
+    close = archive_by_torch._Staged.close
+
+    def fail(staged: Any) -> None:
+        close(staged)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(archive_by_torch._Staged, "close", fail)
+    with pytest.raises(ArchiveError, match="is in place") as info:
+        torch_save(SMALL, tmp_path / "m.pt", _use_new_zipfile_serialization=not old_format)
+    assert (info.value.errno, info.value.filename, info.value.published) == (
+        errno.EIO,
+        str(tmp_path / "m.pt"),
+        True,
+    )
+    assert torch.load(tmp_path / "m.pt", weights_only=True)["step"] == 3
+    # The first error is the one that is told.
+    with pytest.raises(ZeroDivisionError):
+        archive_by_torch.replace_by_torch(lambda file: 1 // 0, str(tmp_path / "m.pt"), False, False, True)
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_descriptors_that_cannot_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old_format: bool
+) -> None:
+    look = os.stat
+
+    def stat_of(path: Any, *more: Any, **keywords: Any) -> os.stat_result:
+        if path == "/proc/self/fd":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return look(path, *more, **keywords)
+
+    monkeypatch.setattr(os, "stat", stat_of)
+    with pytest.raises(ArchiveError) as info:
+        torch_save(SMALL, tmp_path / "m.pt", _use_new_zipfile_serialization=not old_format)
+    assert (info.value.errno, info.value.filename) == (errno.EIO, str(tmp_path / "m.pt"))

@@ -762,6 +762,23 @@ def test_what_are_no_options(options):
         Engine(options)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda path: fastshard.save_file(path, TENSORS),  # type: ignore[arg-type]
+        lambda path: fastshard.save_file([1], path),  # type: ignore[arg-type]
+        lambda path: fastshard.save_files(path),  # type: ignore[arg-type]
+        lambda path: fastshard.save_files([TENSORS]),  # type: ignore[arg-type]
+    ],
+)
+def test_arguments_in_the_wrong_place(tmp_path, call):
+    with pytest.raises(ValueError, match=r"Expected a dict of \[.*\] but received <class '(str|list)'>"):
+        call(str(tmp_path / "x"))
+    with pytest.raises(ValueError, match="Expected a dict of"):
+        reference.save_file(str(tmp_path / "x"), TENSORS)
+    assert snapshot(tmp_path) == {}
+
+
 def test_what_is_no_engine():
     with pytest.raises(TypeError, match="engine must be an Engine or Options, not str"):
         fastshard.save(TENSORS, engine="fast")

@@ -221,8 +221,9 @@ def run(versions: Versions, pythons: dict[str, str], source: Path, log: Path) ->
     tests = [f"tests/{name}" for name in (*ECOSYSTEM, *CHOSEN) if (source / "tests" / name).exists()]
     # Others' warnings are news only of the newest; ours have tests of their own.
     options = ["-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default", "--disable-warnings", "-rs"]
+    # Not by "python -m", which would look for fastshard in the source first.
     ended = call(
-        [python, "-m", "pytest", *options, f"--junitxml={report}", *tests], log, TEST_SECONDS, source
+        [place / "bin" / "pytest", *options, f"--junitxml={report}", *tests], log, TEST_SECONDS, source
     )
     if report.exists():
         read_report(report, outcome)
