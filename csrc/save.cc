@@ -114,10 +114,16 @@ void Save::write_share(size_t index) {
     wake();
     const Timer timer(progress_.sync_ns);
     file->end_writing();
-    if (must_sync() && !synced_together(*file)) file->sync();
+    if (must_sync() && !synced_together(*file)) sync(*file);
   });
   awake.reset();
   if (--unfinished_files_ == 0 && !await_amendment()) finish();
+}
+
+// An error of writeback that was asked for in the background is this file's, too, and fsync() may not repeat it.
+void Save::sync(OutputFile& file) {
+  resources_.write_behind.settle(&file);
+  file.sync();
 }
 
 // Direct writes are on the disk already, all but sizes and extents: synced one by one while others write, each would
@@ -225,7 +231,7 @@ void Save::finish() {
       for (OutputFile* file : open_files_) {
         if (!must_sync() || !synced_together(*file)) continue;
         const OutputFile::Awake awake(*file);
-        file->sync();
+        sync(*file);
       }
       publish(open_files_, intent_.durable);
       if (commit_) use.fallbacks = commit_();

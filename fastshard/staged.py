@@ -135,10 +135,15 @@ def staged(
         finally:
             _running.stage = outer
         names |= stage.weights()
+        preferred = _preferred(directory, names)
         stage.write()
     for record in held:
         logging.getLogger(record.name).handle(record)
-    _warn_of_preferred(directory, names)
+    for name in preferred:
+        _log.warning(
+            "%s is of an earlier save, and loaders look for it before the .bin files that were saved just now",
+            os.path.join(directory, name),
+        )
 
 
 def save_alone(
@@ -165,20 +170,25 @@ def save_alone(
     return True
 
 
-def _warn_of_preferred(directory: str, names: set[str]) -> None:
-    """Loaders look for safetensors files first: older ones hide the pickled ones that have just been saved. They may be
-    there on purpose, so they stay, and this tells of them."""
+def _preferred(directory: str, names: set[str]) -> list[str]:
+    """Loaders look for safetensors files first: older ones hide the pickled ones that are being saved. They may be
+    there on purpose, so they stay, and a warning tells of them."""
     stems = {match["stem"] for match in map(_WEIGHTS.fullmatch, names) if match and match["suffix"] == ".bin"}
     if not stems:
-        return
+        return []
     stems |= {stem.removeprefix("pytorch_") for stem in stems if stem.startswith("pytorch_model")}
-    for name in sorted(os.listdir(directory)):
-        found = _WEIGHTS.fullmatch(name) or _INDEX.fullmatch(name)
-        if found and found["suffix"] == ".safetensors" and found["stem"] in stems and name not in names:
-            _log.warning(
-                "%s is of an earlier save, and loaders look for it before the .bin files that were saved just now",
-                os.path.join(directory, name),
-            )
+    try:
+        there = os.listdir(directory)
+    except FileNotFoundError:  # the directory comes with the files
+        return []
+    return [
+        name
+        for name in sorted(there)
+        if (found := _WEIGHTS.fullmatch(name) or _INDEX.fullmatch(name))
+        and found["suffix"] == ".safetensors"
+        and found["stem"] in stems
+        and name not in names
+    ]
 
 
 def current() -> Stage | None:

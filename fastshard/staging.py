@@ -385,7 +385,8 @@ def adopt(parent: Folder, name: str, make: bool = False) -> Hidden | None:
                 return hidden
         except BaseException as error:
             if fresh and not isinstance(error, InUseError):
-                with contextlib.suppress(OSError):  # if it was taken over meanwhile it is not empty, or is made anew
+                # If another save has taken it over meanwhile, it is not empty, or is made anew.
+                with contextlib.suppress(OSError):
                     parent.rmdir(name)
             hidden.close()
             raise
