@@ -374,16 +374,16 @@ def test_a_checkpoint_that_fails_leaves_the_one_before(
     trainer._save_checkpoint(trainer.model, trial=None)
     before = files_of(tmp_path / "checkpoint-1")
     assert {"model.safetensors", "optimizer.pt"} < set(before)
-    publish = fastshard.archive.Replacement.publish
+    publish = fastshard.archive_by_torch._publish
 
-    def failing(new: Any) -> Any:
-        if new._path.endswith("optimizer.pt"):  # all of it is written, and so is the model
-            raise fastshard.ArchiveError(errno.EIO, os.strerror(errno.EIO), new._path)
-        return publish(new)
+    def failing(staged: Any, path: str, *how: Any) -> Any:
+        if path.endswith("optimizer.pt"):  # all of it is written, and so is the model
+            raise fastshard.ArchiveError(errno.EIO, os.strerror(errno.EIO), path)
+        return publish(staged, path, *how)
 
     trainer.state.global_step = 2
     with monkeypatch.context() as patch:
-        patch.setattr("fastshard.archive.Replacement.publish", failing)
+        patch.setattr("fastshard.archive_by_torch._publish", failing)
         with pytest.raises(RuntimeError, match="Input/output error"):
             trainer._save_checkpoint(trainer.model, trial=None)
     assert files_of(tmp_path / "checkpoint-1") == before
