@@ -258,9 +258,18 @@ def test_the_binder_takes_what_the_function_takes(signature):
 # The libraries that are here ----------------------------------------------------------------------------
 
 
-def test_the_installed_libraries_fit(caplog):
+def expected_of_the_installed() -> list[Entry]:
+    """The rows of the table that the installed versions should have, imported."""
     for row in patch_groups.TABLE:
+        importlib.import_module(row.library)
+    rows = patch_groups.expected(patch_groups.TABLE)
+    for row in rows:
         importlib.import_module(row.module)
+    return rows
+
+
+def test_the_installed_libraries_fit(caplog):
+    expected_of_the_installed()
     with fastshard.installed():
         assert [r for r in fastshard.status().replacements if not r.replaced] == []
     assert texts(caplog) == []
@@ -280,8 +289,9 @@ def test_the_installed_libraries_fit(caplog):
     ],
 )
 def test_a_version_without_one_part_is_left_as_it_is(monkeypatch, caplog, module, name, method):
-    for row in patch_groups.TABLE:
-        importlib.import_module(row.module)
+    rows = expected_of_the_installed()
+    if any((row.module, row.attribute) == (module, name) for row in set(patch_groups.TABLE) - set(rows)):
+        pytest.skip(f"the installed version has no {name} yet")
     import accelerate
     import huggingface_hub.serialization._torch as hub
     import transformers
@@ -304,6 +314,9 @@ def test_a_version_without_one_part_is_left_as_it_is(monkeypatch, caplog, module
     "name", ["safetensors.torch._remove_duplicate_names", "torch.serialization.skip_data"]
 )
 def test_private_names_of_others_break_no_import(name):
+    home, _, attribute = name.rpartition(".")
+    if not hasattr(importlib.import_module(home), attribute):
+        pytest.skip(f"the installed version has no {attribute}")
     script = f"""
         import importlib, sys, io
         import {name.rpartition(".")[0]} as home

@@ -19,7 +19,7 @@ import torch
 from helpers import names, release
 
 import fastshard
-import fastshard.archive
+from fastshard import archive_by_torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import accelerate  # noqa: E402
@@ -374,16 +374,16 @@ def test_a_checkpoint_that_fails_leaves_the_one_before(
     trainer._save_checkpoint(trainer.model, trial=None)
     before = files_of(tmp_path / "checkpoint-1")
     assert {"model.safetensors", "optimizer.pt"} < set(before)
-    publish = fastshard.archive_by_torch._publish
+    publish = archive_by_torch._Staged.publish
 
-    def failing(staged: Any, path: str, *how: Any) -> Any:
-        if path.endswith("optimizer.pt"):  # all of it is written, and so is the model
-            raise fastshard.ArchiveError(errno.EIO, os.strerror(errno.EIO), path)
-        return publish(staged, path, *how)
+    def failing(new: Any) -> None:
+        if new.target.endswith(b"optimizer.pt"):  # all of it is written, and so is the model
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        publish(new)
 
     trainer.state.global_step = 2
     with monkeypatch.context() as patch:
-        patch.setattr("fastshard.archive_by_torch._publish", failing)
+        patch.setattr(archive_by_torch._Staged, "publish", failing)
         with pytest.raises(RuntimeError, match="Input/output error"):
             trainer._save_checkpoint(trainer.model, trial=None)
     assert files_of(tmp_path / "checkpoint-1") == before

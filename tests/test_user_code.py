@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections
 import io
+import inspect
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ import transformers  # noqa: E402
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 FOUR = transformers.__version__.startswith("4.")
+COUNTS = "num_parameters" in inspect.getsource(transformers.PreTrainedModel.save_pretrained)
 
 
 class Config(transformers.PretrainedConfig):
@@ -222,6 +224,7 @@ def test_a_config_with_a_save_of_its_own(tmp_path):
     assert "Own.save_pretrained is not transformers' own" in left()
 
 
+@pytest.mark.skipif(not COUNTS, reason="this transformers calls no method after the shards")
 def test_a_method_that_is_called_after_the_shards(tmp_path):
     class Own(Model):
         def num_parameters(self, *args: Any, **kwargs: Any) -> int:
