@@ -83,7 +83,7 @@ void OutputFile::put_in_place(bool keep_old) {
     const auto name_it = [&](const std::string& name) {
       return linkat(AT_FDCWD, self.c_str(), AT_FDCWD, name.c_str(), AT_SYMLINK_FOLLOW) == 0 ? 0 : errno;
     };
-    const int error = name_it(target_.path);
+    const int error = target_.replaced ? EEXIST : name_it(target_.path);
     if (error == 0) {
       state_ = State::created;
       return;

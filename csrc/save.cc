@@ -6,6 +6,12 @@
 #include <set>
 
 namespace fastshard {
+namespace {
+
+// The write itself tells at once whether there is room for so little.
+constexpr uint64_t kUnasked = 256 << 10;
+
+}  // namespace
 
 Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams, const Intent& intent,
            std::function<std::vector<std::string>()> commit, Resources resources)
@@ -45,7 +51,7 @@ Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>&
   for (const auto& file : files_) {
     if (file != nullptr) open_files_.push_back(file.get());
   }
-  require_space(open_files_);
+  if (nbytes_ > kUnasked) require_space(open_files_);
 }
 
 Save::~Save() = default;
@@ -108,10 +114,16 @@ void Save::write_share(size_t index) {
     wake();
     const Timer timer(progress_.sync_ns);
     file->end_writing();
-    if (must_sync() && !synced_together(*file)) file->sync();
+    if (must_sync() && !synced_together(*file)) sync(*file);
   });
   awake.reset();
   if (--unfinished_files_ == 0 && !await_amendment()) finish();
+}
+
+// An error of writeback that was asked for in the background is this file's, too, and fsync() may not repeat it.
+void Save::sync(OutputFile& file) {
+  resources_.write_behind.settle(&file);
+  file.sync();
 }
 
 // Direct writes are on the disk already, all but sizes and extents: synced one by one while others write, each would
@@ -219,7 +231,7 @@ void Save::finish() {
       for (OutputFile* file : open_files_) {
         if (!must_sync() || !synced_together(*file)) continue;
         const OutputFile::Awake awake(*file);
-        file->sync();
+        sync(*file);
       }
       publish(open_files_, intent_.durable);
       if (commit_) use.fallbacks = commit_();

@@ -93,6 +93,7 @@ class Save : public std::enable_shared_from_this<Save> {
   void write(const Amendment& amendment);
   void take_checksums();
   bool synced_together(const OutputFile& file) const;
+  void sync(OutputFile& file);
   bool must_sync() const { return intent_.durable || !intent_.keep_cached; }
   template <typename Step>
   void attempt(const Step& step);

@@ -8,7 +8,9 @@
 #include <unistd.h>
 
 #include <array>
+#include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <ctime>
@@ -21,7 +23,7 @@ namespace {
 
 constexpr time_t kUntouchedSeconds = 3600;
 // Where another machine may be the one that serves the names, each question costs a round trip: it is enough that so
-// many names in a row are free.
+// many names in a row are free. So it is where the others were looked at in this second: they are taken in turn.
 constexpr unsigned kFreeInARow = 2;
 
 // FNV-1a: names of any length and alphabet become digits.
@@ -36,6 +38,25 @@ std::string hidden(const std::string& directory, uint64_t number, const std::str
   std::snprintf(digits.data(), digits.size(), "%016llx", static_cast<unsigned long long>(number));
   return directory + "/.fastshard-" + digits.data() + rest + ".tmp";
 }
+
+// Saves made by the thousand: whether what lies under a target's names has been looked for in this very second. Two
+// targets of one place in the table only make each other look once more.
+class Looked {
+ public:
+  explicit Looked(const Target& target) {
+    const uint64_t hash = hash_of(target.path);
+    const auto now = std::chrono::duration_cast<std::chrono::seconds>(std::chrono::steady_clock::now().time_since_epoch());
+    entry_ = &entries_[hash % entries_.size()];
+    value_ = (hash << 16) | (static_cast<uint64_t>(now.count()) & 0xffff);
+  }
+  bool just_now() const { return entry_->load(std::memory_order_relaxed) == value_; }
+  void note() { entry_->store(value_, std::memory_order_relaxed); }
+
+ private:
+  inline static std::array<std::atomic<uint64_t>, 64> entries_ = {};
+  std::atomic<uint64_t>* entry_;
+  uint64_t value_;
+};
 
 struct flock whole_file(int type) {
   struct flock lock = {};  // l_pid must be 0
@@ -130,6 +151,8 @@ std::vector<std::string> remove_leftovers(const Target& target, bool one_machine
     if (error == 0 || error == ENOENT) return;
     left.push_back("removing what a killed save has left refused: " + std::generic_category().message(error));
   };
+  Looked looked(target);
+  const bool all = one_machine && !looked.just_now();
   unsigned free = 0;
   for (unsigned number = 0; number < kTemporaryNames; ++number) {
     const std::string name = temporary_name(target.directory, target.name, number);
@@ -140,10 +163,11 @@ std::vector<std::string> remove_leftovers(const Target& target, bool one_machine
     } else if (errno != ENOENT) {
       note(errno);
       break;  // the save itself will tell more
-    } else if (++free == kFreeInARow && !one_machine) {
-      break;
+    } else if (++free == kFreeInARow && !all) {
+      return left;
     }
   }
+  looked.note();
   return left;
 }
 

@@ -133,6 +133,12 @@ void WriteBehind::forget(const OutputFile* file) {
   std::erase_if(ranges_, [&](const Range& range) { return range.file.get() == file; });
 }
 
+void WriteBehind::settle(const OutputFile* file) {
+  std::unique_lock lock(mutex_);
+  std::erase_if(ranges_, [&](const Range& range) { return range.file.get() == file; });
+  settled_.wait(lock, [&] { return followed_ != file; });
+}
+
 void WriteBehind::run() {
   std::unique_lock lock(mutex_);
   for (;;) {
@@ -140,8 +146,13 @@ void WriteBehind::run() {
     if (closing_) return;
     Range range = std::move(ranges_.front());
     ranges_.pop_front();
+    followed_ = range.file.get();
     lock.unlock();
     range.file->start_writeback(range.offset, range.nbytes);
+    lock.lock();
+    followed_ = nullptr;
+    settled_.notify_all();
+    lock.unlock();
     range.file.reset();  // the last reference may close the file: not under the lock
     lock.lock();
   }

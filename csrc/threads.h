@@ -58,6 +58,9 @@ class WriteBehind {
   void post(std::shared_ptr<OutputFile> file, uint64_t offset, uint64_t nbytes) noexcept;
   // Drops the hints for a finished file.
   void forget(const OutputFile* file);
+  // Drops them, and waits for the one that is being followed: what it fails with is known then. For a file that is to be
+  // synced, which waits for the same disk.
+  void settle(const OutputFile* file);
 
  private:
   struct Range {
@@ -69,7 +72,9 @@ class WriteBehind {
 
   std::mutex mutex_;
   std::condition_variable posted_;
+  std::condition_variable settled_;
   std::deque<Range> ranges_;
+  const OutputFile* followed_ = nullptr;  // the hint for it was taken, and has not been followed yet
   std::thread thread_;
   bool closing_ = false;
 };

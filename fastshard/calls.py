@@ -112,8 +112,18 @@ def _is_no_stricter(known: inspect.Parameter, there: inspect.Parameter | None) -
 
 def binder(signature: inspect.Signature) -> Function:
     """A function that takes what the signature takes, in a fraction of the time of its ``bind``."""
+    return _compiled(signature, "pass")
+
+
+def arguments_of(signature: inspect.Signature) -> Function:
+    """A function that takes what the signature takes, and gives a dict of all arguments, the defaults among them."""
+    return _compiled(signature, "return locals()")
+
+
+def _compiled(signature: inspect.Signature, body: str) -> Function:
     import inspect
 
+    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
     texts: list[str] = []
     previous = None
     for parameter in signature.parameters.values():
@@ -123,13 +133,18 @@ def binder(signature: inspect.Signature) -> Function:
         if kind is parameter.KEYWORD_ONLY and previous not in (kind, parameter.VAR_POSITIONAL):
             texts.append("*")
         stars = "*" * ((kind is parameter.VAR_POSITIONAL) + 2 * (kind is parameter.VAR_KEYWORD))
-        texts.append(stars + parameter.name + ("" if parameter.default is parameter.empty else "=None"))
+        texts.append(
+            stars
+            + parameter.name
+            + ("" if parameter.default is parameter.empty else f"=_defaults[{parameter.name!r}]")
+        )
         previous = kind
     if previous is inspect.Parameter.POSITIONAL_ONLY:
         texts.append("/")
-    made: dict[str, Function] = {}
-    exec(f"def takes({', '.join(texts)}): pass", made)
-    return made["takes"]
+    made: dict[str, Any] = {"_defaults": defaults}
+    exec(f"def takes({', '.join(texts)}): {body}", made)
+    takes: Function = made["takes"]
+    return takes
 
 
 def _takes_nothing(*args: Any, **kwargs: Any) -> None:

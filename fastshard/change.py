@@ -27,6 +27,9 @@ REFUSED: Final = frozenset(
 )
 """Of a way to change names that a filesystem does not have, or does not allow: there is another one."""
 
+_SMALL_TEXTS: Final = (".json", ".jinja", ".txt", ".md")
+_MOST_COMPARED: Final = 64 << 10
+
 Stale = Callable[[str], bool]
 
 
@@ -90,6 +93,10 @@ class Change:
         """Those for which there is none."""
         self.gone: list[str] = []
         """Names that are there, and will not be."""
+        self.left: list[str] | None = None
+        """All that is left in ``.new``, once that is known: small files."""
+        self._alike: dict[str, os.stat_result] = {}
+        """Files that have owner, mode and size of those they replace, small ones with no other name."""
 
     def close(self) -> None:
         self.places.close()
@@ -108,13 +115,14 @@ class Change:
             while name := os.path.dirname(name):
                 concerned.add(name)
         self.entries = {}
+        self._alike = {}
         for path in sorted(concerned):
             folder = self.places.find(path)
             if folder is not None:
                 self.entries[path] = dict(folder.entries())
         if must_be_empty and not all(map(STAGING.fullmatch, self.entries[""])):
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), self.folder.path)
-        found = {os.path.join(path, name): is_folder for path, name, is_folder in self.present()}
+        found = {f"{path}/{name}" if path else name: folder for path, name, folder in self.present()}
         self.kept = [name for name in self.files if name in found]
         self.fresh = [name for name in self.files if name not in found]
         self.gone = [
@@ -126,6 +134,31 @@ class Change:
             if found[name]:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self.folder.place(name))
             self._inherit(name)
+
+    def differing(self) -> list[str]:
+        """The new files, without those that are there already, to the byte: configurations, mostly. Of these nothing but the
+        time of the last change is to be seen. Weights count as new, as does what may not be on stable storage yet."""
+        if self.durable:
+            return self.files
+        kept = {*self.kept}
+        return [name for name in self.files if name not in kept or not self._is_there(name)]
+
+    def _is_there(self, name: str) -> bool:
+        old = self._alike.get(name)
+        if old is None or not name.endswith(_SMALL_TEXTS):
+            return False
+        folder, base = self.places.of(name)
+        try:
+            text = self.new.read(name, _MOST_COMPARED)
+            return len(text) == old.st_size and folder.read(base, _MOST_COMPARED) == text
+        except OSError:  # then it is replaced
+            return False
+
+    def touch(self, name: str) -> None:
+        """Of a file that is there already: it is of now, as if it had been replaced."""
+        folder, base = self.places.of(name)
+        with contextlib.suppress(OSError):
+            os.utime(base, dir_fd=folder.fd, follow_symlinks=False)
 
     def present(self) -> list[tuple[str, str, bool]]:
         """Each entry: the folder's path, its name, whether it is a folder."""
@@ -147,5 +180,8 @@ class Change:
                 with contextlib.suppress(PermissionError):
                     os.chown(name, old.st_uid, old.st_gid, dir_fd=self.new.fd, follow_symlinks=False)
             elif stat.S_IMODE(new.st_mode) == mode:
+                # With a second name it may be changed from elsewhere.
+                if old.st_size == new.st_size <= _MOST_COMPARED and old.st_nlink == 1:
+                    self._alike[name] = old
                 return
             os.chmod(name, mode, dir_fd=self.new.fd)

@@ -19,6 +19,7 @@ from ._native import Closing, close_later
 from .exchanging import make_beside, name_beside, real_place
 from .staging import (
     NEW,
+    SMALL_NBYTES,
     STAGING,
     Folder,
     Hidden,
@@ -164,7 +165,9 @@ class _Staging:
         if os.getpid() != self._process:  # forked in the block: it is the parent's
             return
         if not self.leads_here:
-            clear_away(self.hidden, self.held)
+            left = self._switch.change.left if self._switch is not None else None
+            if left is None or not self.hidden.remove_known(left):
+                clear_away(self.hidden, self.held)
         if self._switch is not None:
             self._switch.forget()
         self.held.append(self.hidden.give_away())
@@ -239,7 +242,7 @@ class _Staging:
 
 def was_left(directory: str, names: Iterable[str]) -> bool:
     """Whether hidden folders of other saves are in a directory that has these names, or above it."""
-    if any(map(STAGING.fullmatch, names)):
+    if any(name.startswith(".fastshard-") and STAGING.fullmatch(name) for name in names):
         return True
     return any(True for _ in _places_left(directory))
 
@@ -250,10 +253,11 @@ def _places_left(directory: str) -> Iterator[str]:
     above, base = real_place(directory)
     while base:
         with Named(directory):
-            there = _is_there(os.path.join(above, name_beside(base)))
-        if there:
+            while base and not _is_there(os.path.join(above, name_beside(base))):
+                above, base = os.path.split(above)
+        if base:
             yield above
-        above, base = os.path.split(above)
+            above, base = os.path.split(above)
 
 
 def _is_there(path: str) -> bool:
@@ -292,12 +296,17 @@ _freeing: list[_Freeing] = []
 
 
 def _let_go(descriptors: list[int]) -> None:
-    """Closes them on a thread of their own. With the last descriptor the kernel frees what has lost its name: on a
-    disk that is being written to a tenth of a second even for an empty directory (ext4 then waits for its journal)."""
+    """Closes them. With the last descriptor the kernel frees what has lost its name, which takes time where that is
+    large: on a thread of their own then."""
     nbytes = 0
     for fd in descriptors:
         with contextlib.suppress(OSError):
             nbytes += os.fstat(fd).st_blocks * 512
+    if nbytes <= SMALL_NBYTES:
+        while descriptors:
+            with contextlib.suppress(OSError):  # it is closed all the same
+                os.close(descriptors.pop())
+        return
     _freeing[:] = [going for going in _freeing if not going.closing.done()]
     _freeing.append(_Freeing(close_later(descriptors), nbytes))
 

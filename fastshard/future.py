@@ -117,8 +117,10 @@ class SaveFuture:
 
     def _wait(self) -> bool:
         """Whether the save is finished, after a while. Raises what it failed with."""
-        with save_errors():
+        try:
             return self._native.wait(_POLL_SECONDS)
+        except OSError as error:
+            raise rewritten(error, SaveError) from None
 
     def _serve(self) -> None:
         """Brings the bytes only Python can bring, and those that are known last."""

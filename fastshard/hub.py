@@ -146,7 +146,14 @@ def save_torch_state_dict(
         ((filename, names),) = split.filename_to_tensors.items()
         shard = {name: state_dict[name] for name in names}
         alone = save_alone(
-            shard, place.folder, place.inside(filename), in_file, obsolete, how, call="save_torch_state_dict"
+            shard,
+            place.folder,
+            place.inside(filename),
+            in_file,
+            obsolete,
+            how,
+            call="save_torch_state_dict",
+            listed=place.listed,
         )
     if not alone:
         with staged(place.folder, obsolete.__contains__, how, call="save_torch_state_dict") as stage:
@@ -192,8 +199,10 @@ class _Place:
                 raise ValueError(f"filename_pattern={pattern!r} leads out of the folder")
             inner = ""
             self._pattern = pattern
-        self.folder = os.path.join(directory, inner)
+        self.folder = os.path.join(directory, inner) if inner else directory
         self._inner = inner
+        self.listed: list[str] | None = None
+        """What :meth:`earlier` has seen in the folder."""
 
     def check(self, error: type[SaveError] | type[ArchiveError]) -> None:
         """Raises ``error`` where the pattern leads into a folder that is not there, as the saver of a file does."""
@@ -210,7 +219,8 @@ class _Place:
             return ()
         prefix, _, suffix = self._pattern.partition("{suffix}")
         name = re.compile(re.escape(prefix) + r"(-\d{5}-of-\d{5})?" + re.escape(suffix) + r"(\.index\.json)?")
-        return {found: None for found in os.listdir(self.folder) if name.fullmatch(found)}.keys()
+        self.listed = os.listdir(self.folder)
+        return {found: None for found in self.listed if name.fullmatch(found)}.keys()
 
     def inside(self, filename: str) -> str:
         """What a file is called in the folder."""

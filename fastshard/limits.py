@@ -39,7 +39,10 @@ class Room(NamedTuple):
 def require_room(files: Sequence[FilePlan], copies: int = 1) -> None:
     """Raises ``SaveError`` with ``errno.ENOMEM`` where the files are to lie in memory and exceed what the process may
     take. ``copies``: of each of them."""
-    there = [file for file in files if isinstance(file.target, bytes) and _may_be_in_memory(_folder(file))]
+    there = [file for file in files if isinstance(file.target, bytes)]
+    if copies * sum(file.nbytes for file in there) < LEAST_NBYTES:
+        return
+    there = [file for file in there if _may_be_in_memory(_folder(file))]
     if copies * sum(file.nbytes for file in there) < LEAST_NBYTES:
         return
     kinds = {folder: _type_of(folder) for folder in {_folder(file) for file in there}}

@@ -299,7 +299,7 @@ def _target(out: PathLike, src: str, force: bool, how: How, in_place: bool = Fal
     old = _checkpoint_in(folder) if present else []
     target = (
         replacing(folder, obsolete=old, create=True, durable=how.durable)
-        if names or _is_mount(folder)
+        if names
         else creating(folder, durable=how.durable)
     )
     with target as stage:

@@ -255,7 +255,9 @@ def finish(
         os.fspath(filename): {entry.name: value for entry, value in zip(entries, values)}
         for (filename, entries), values in zip(files.items(), future.checksums())
     }
-    return keep_stats(dataclasses.replace(figures, checksums=checksums), call, next(iter(files), ""))
+    if checksums:
+        figures = dataclasses.replace(figures, checksums=checksums)
+    return keep_stats(figures, call, next(iter(files), ""))
 
 
 def keep_stats(figures: Stats, call: str, place: object) -> Stats:

@@ -135,10 +135,15 @@ def staged(
         finally:
             _running.stage = outer
         names |= stage.weights()
+        preferred = _preferred(directory, names)
         stage.write()
     for record in held:
         logging.getLogger(record.name).handle(record)
-    _warn_of_preferred(directory, names)
+    for name in preferred:
+        _log.warning(
+            "%s is of an earlier save, and loaders look for it before the .bin files that were saved just now",
+            os.path.join(directory, name),
+        )
 
 
 def save_alone(
@@ -150,12 +155,13 @@ def save_alone(
     how: How,
     *,
     call: str,
+    listed: list[str] | None = None,
 ) -> bool:
     """Saves a checkpoint of one file, where nothing else is to change in the directory: it needs no stage then. Whether
-    it did."""
+    it did. ``listed``: the names in the directory, if they are known."""
     if os.path.dirname(name) or any(other != name for other in obsolete):
         return False
-    if was_left(directory, os.listdir(directory)):
+    if was_left(directory, os.listdir(directory) if listed is None else listed):
         return False
     began = time.perf_counter()
     path = os.path.join(directory, name)
@@ -164,20 +170,25 @@ def save_alone(
     return True
 
 
-def _warn_of_preferred(directory: str, names: set[str]) -> None:
-    """Loaders look for safetensors files first: older ones hide the pickled ones that have just been saved. They may be
-    there on purpose, so they stay, and this tells of them."""
+def _preferred(directory: str, names: set[str]) -> list[str]:
+    """Loaders look for safetensors files first: older ones hide the pickled ones that are being saved. They may be
+    there on purpose, so they stay, and a warning tells of them."""
     stems = {match["stem"] for match in map(_WEIGHTS.fullmatch, names) if match and match["suffix"] == ".bin"}
     if not stems:
-        return
+        return []
     stems |= {stem.removeprefix("pytorch_") for stem in stems if stem.startswith("pytorch_model")}
-    for name in sorted(os.listdir(directory)):
-        found = _WEIGHTS.fullmatch(name) or _INDEX.fullmatch(name)
-        if found and found["suffix"] == ".safetensors" and found["stem"] in stems and name not in names:
-            _log.warning(
-                "%s is of an earlier save, and loaders look for it before the .bin files that were saved just now",
-                os.path.join(directory, name),
-            )
+    try:
+        there = os.listdir(directory)
+    except FileNotFoundError:  # the directory comes with the files
+        return []
+    return [
+        name
+        for name in sorted(there)
+        if (found := _WEIGHTS.fullmatch(name) or _INDEX.fullmatch(name))
+        and found["suffix"] == ".safetensors"
+        and found["stem"] in stems
+        and name not in names
+    ]
 
 
 def current() -> Stage | None:
@@ -226,10 +237,11 @@ def _held_back(loggers: tuple[str, ...], path: str, held: list[logging.LogRecord
         held.append(record)
         return False
 
-    for name in loggers:
-        logging.getLogger(name).addFilter(is_about_others)
+    found = [logging.getLogger(name) for name in loggers]
+    for logger in found:
+        logger.addFilter(is_about_others)
     try:
         yield
     finally:
-        for name in loggers:
-            logging.getLogger(name).removeFilter(is_about_others)
+        for logger in found:
+            logger.removeFilter(is_about_others)

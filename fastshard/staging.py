@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import TracebackType
 from typing import Final
 
@@ -36,6 +36,8 @@ _NO_LOCKS: Final = frozenset((errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno
 _MOST_SLOTS: Final = 200
 _log: Final = logging.getLogger("fastshard")
 _MOST_HELD: Final = 256
+SMALL_NBYTES: Final = 1 << 20
+"""What takes so little room is freed by the thread that saves: to start another one takes longer."""
 
 Identity = tuple[int, int]
 Scan = Iterator["os.DirEntry[str]"]
@@ -72,6 +74,7 @@ class Folder:
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
         self.fd = fd
+        self._identity: Identity | None = None
 
     def __enter__(self) -> Folder:
         return self
@@ -120,8 +123,22 @@ class Folder:
 
     def identity(self, name: str = "") -> Identity | None:
         """What tells it, or what has the name in it, from all others."""
+        if not name and self._identity is not None:
+            return self._identity  # an open folder keeps it
         found = self.stat(name) if name else self.status()
-        return None if found is None else (found.st_dev, found.st_ino)
+        identity = None if found is None else (found.st_dev, found.st_ino)
+        if not name:
+            self._identity = identity
+        return identity
+
+    def read(self, name: str, most: int) -> bytes:
+        """The first bytes of a file, which is no link."""
+        with Named(name, self):
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self.fd)
+            try:
+                return os.read(fd, most)
+            finally:
+                os.close(fd)
 
     def readlink(self, name: str) -> str | None:
         """What a link says; ``None`` if it is none."""
@@ -189,7 +206,7 @@ class Folder:
         """Paths of all files and of all folders in it, relative to it."""
         files, folders = [], []
         for name, is_folder in self.entries():
-            path = os.path.join(top, name)
+            path = f"{top}/{name}" if top else name
             if is_folder:
                 folders.append(path)
                 with self.open(name) as inner:
@@ -201,7 +218,8 @@ class Folder:
         return files, folders
 
     def clear(self, held: list[int]) -> None:
-        """Removes everything in it. ``held`` gets descriptors of what has lost its last name: to free it takes time."""
+        """Removes everything in it. ``held`` gets descriptors of folders and large files that have lost their last name:
+        to free these takes time."""
         for name, is_folder in self.entries():
             if is_folder:
                 inner = self.open(name)
@@ -213,7 +231,9 @@ class Folder:
             else:
                 if len(held) < _MOST_HELD:
                     with contextlib.suppress(OSError):  # then it is freed at once
-                        held.append(os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd))
+                        if os.lstat(name, dir_fd=self.fd).st_blocks * 512 > SMALL_NBYTES:
+                            flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+                            held.append(os.open(name, flags, dir_fd=self.fd))
                 self.unlink(name)
 
 
@@ -253,6 +273,19 @@ class Hidden(Folder):
 
     def is_called(self, name: str) -> None:
         self.name, self.path = name, self.parent.place(name)
+
+    def remove_known(self, names: Collection[str]) -> bool:
+        """Removes it where it holds nothing but small files of these names in ``.new``. Whether it did; if not,
+        :meth:`remove` has to look what there is."""
+        try:
+            for name in names:
+                os.unlink(f"{NEW}/{name}", dir_fd=self.fd)
+            os.rmdir(NEW, dir_fd=self.fd)
+            if self.is_in_place():
+                self.parent.rmdir(self.name)
+        except OSError:
+            return False
+        return True
 
     def remove(self, held: list[int]) -> None:
         """With all that is in it. Whatever fails is tried once more."""
@@ -352,7 +385,8 @@ def adopt(parent: Folder, name: str, make: bool = False) -> Hidden | None:
                 return hidden
         except BaseException as error:
             if fresh and not isinstance(error, InUseError):
-                with contextlib.suppress(OSError):  # if it was taken over meanwhile it is not empty, or is made anew
+                # If another save has taken it over meanwhile, it is not empty, or is made anew.
+                with contextlib.suppress(OSError):
                     parent.rmdir(name)
             hidden.close()
             raise

@@ -3,7 +3,7 @@
 
 No filesystem renames several files in one step. What is done depends on what changes:
 
-- one file comes, and nothing goes: it is renamed;
+- one file comes, and nothing goes: it is renamed; so is the only one that is not there already, to the byte;
 - names come or go: the folder is exchanged for one made beside it (:mod:`fastshard.exchanging`);
 - names stay, or the folder cannot be exchanged: a symbolic link decides for all (:mod:`fastshard.linking`);
 - links are refused (FAT, some network mounts): files are renamed one by one, those that make others visible last.
@@ -70,7 +70,8 @@ class Switch:
         if len(change.files) == 1:
             self._compare(stale, obsolete, must_be_empty)
             if not change.gone:
-                _rename_one(change)
+                _rename_one(change, change.files[0])
+                change.left = None if change.folders else []
                 return
         self.complete = functools.partial(self._change_names, stale, obsolete, must_be_empty)
         self._take_turn()
@@ -81,6 +82,11 @@ class Switch:
         self._compare(stale, obsolete, must_be_empty)
         if not change.files and not change.gone:
             return
+        differing = change.files if change.fresh or change.gone else change.differing()
+        if len(differing) < 2 and differing is not change.files:
+            self.complete = functools.partial(self._rename_last, differing)
+            self._rename_last(differing)
+            return
         if change.fresh or change.gone:
             self.complete = self._refuse
             if exchange(change):
@@ -90,6 +96,18 @@ class Switch:
         if not linking.run():
             self.complete = self._refuse
             _one_by_one(change)
+
+    def _rename_last(self, names: list[str]) -> None:
+        """Where at most one of the files is not there already."""
+        change = self.change
+        if names and change.new.stat(names[0]) is not None:
+            _rename_one(change, names[0])
+        change.published = True
+        same = [name for name in change.files if name not in names]
+        for name in same:
+            change.touch(name)
+        if not change.folders:
+            change.left = same
 
     def _refuse(self) -> None:
         raise OSError(
@@ -196,8 +214,7 @@ def _end_interrupted(folder: Folder, name: str) -> bool:
     return False
 
 
-def _rename_one(change: Change) -> None:
-    name = change.files[0]
+def _rename_one(change: Change, name: str) -> None:
     while os.path.dirname(name) and change.places.find(os.path.dirname(name)) is None:
         name = os.path.dirname(name)  # with the folder that is missing
     folder, base = change.places.of(name)

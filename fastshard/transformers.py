@@ -17,6 +17,7 @@ import torch
 
 from .activity import count_left
 from .borrowed import is_traceable_wrapper_subclass
+from .calls import arguments_of
 from .offload import follow_weights, held_elsewhere, held_in_memory, offloaded_tensor
 from .overrides import bound, is_of_a_library, overridden, wrapped
 from .saving import How
@@ -39,9 +40,7 @@ def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwar
     """
     from transformers.utils import logging
 
-    given = _signature(original).bind(model, *args, **kwargs)
-    given.apply_defaults()
-    arguments = given.arguments
+    arguments = _arguments(original)(model, *args, **kwargs)
     directory = arguments["save_directory"]
     reason = _why_left(original, model, arguments)
     if reason is not None or os.path.isfile(directory):
@@ -58,8 +57,11 @@ def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwar
         stage.at_once = _changes_between_shards(model, state_dict)
         given_apart = _storages(state_dict.values()) if state_dict and not stage.at_once else set()
         stage.lasting = functools.partial(_lasting, model, given_apart)
-        arguments["save_directory"] = stage.path
-        result = original(*given.args, **given.kwargs)
+        if "save_directory" in kwargs:
+            kwargs["save_directory"] = stage.path
+        else:  # always the first
+            args = (stage.path, *args[1:])
+        result = original(model, *args, **kwargs)
     if hasattr(model, "hf_device_map"):
         follow_weights(model, directory)
     # The original waits for the writing rank before there is anything: once more.
@@ -69,7 +71,10 @@ def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwar
     return result
 
 
-_signature: Final = functools.cache(inspect.signature)
+@functools.cache
+def _arguments(function: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    """What gives the arguments of a call by name."""
+    return arguments_of(inspect.signature(function))
 
 
 def _why_left(original: Callable[..., Any], model: Any, arguments: Mapping[str, Any]) -> str | None:

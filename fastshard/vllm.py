@@ -381,7 +381,8 @@ def _save(model: torch.nn.Module, loaded: _Loaded, request: Request) -> tuple[st
             "the names of sharded state tell ranks of tensor and pipeline parallelism apart, no others: "
             "ranks of data or context parallelism would overwrite each other's files"
         )
-    os.stat(request.path)  # not to be made: the command that made it may have been killed, and cleaned up after
+    # Not to be made: the command that made it may have been killed, and the next one has cleaned up after it.
+    os.stat(request.path)
     manifest = save_sharded_state(
         model,
         request.path,

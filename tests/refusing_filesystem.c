@@ -3,7 +3,7 @@
 // "tmpfile fallocate exchange link unlink rename fsync range xattr chmod locks direct pwrite io_uring"; each makes that
 // call fail with ENOTSUP, or with the number behind a colon ("rename:5"); with 999 the process is killed there.
 // "rename@2" refuses the second call only. "short" refuses nothing: pwrite then writes half of what it is given and a
-// piece of a block. `refused_calls` counts.
+// piece of a block. "late": what "range" refuses takes half a second. `refused_calls` counts.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -75,7 +75,14 @@ int unlink(const char* path) {
 
 int sync_file_range(int fd, off_t offset, off_t nbytes, unsigned flags) {
   static int calls;
-  return refused("range", &calls) ? -1 : REAL(sync_file_range)(fd, offset, nbytes, flags);
+  static int late_calls;
+  if (refused("range", &calls)) {
+    const int error = errno;
+    if (refused("late", &late_calls)) usleep(500000);
+    errno = error;
+    return -1;
+  }
+  return REAL(sync_file_range)(fd, offset, nbytes, flags);
 }
 
 int fsetxattr(int fd, const char* name, const void* value, size_t nbytes, int flags) {

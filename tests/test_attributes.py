@@ -156,8 +156,10 @@ def test_a_mode_that_cannot_be_stored_is_an_error(tmp_path: Path, preloaded: Pat
     path = tmp_path / "m"
     path.write_bytes(b"old")
     path.chmod(0o640)
-    done = run_engine("print(save(sys.argv[1]).fallbacks)", path, env=preload(preloaded, f"chmod:{errno.EIO}"))
-    assert f"{os.strerror(errno.EIO)} (os error {errno.EIO}): \"{path}\"" in done.stderr
+    done = run_engine(
+        "print(save(sys.argv[1]).fallbacks)", path, env=preload(preloaded, f"chmod:{errno.EIO}")
+    )
+    assert f'{os.strerror(errno.EIO)} (os error {errno.EIO}): "{path}"' in done.stderr
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["m"]
 

@@ -210,8 +210,12 @@ def test_failed_writeback_fails_the_save(
     assert written(tmp_path) == {"m": OLD} and hidden(tmp_path) == []
 
 
-def test_failed_writeback_behind_the_writers_fails_a_durable_save(tmp_path: Path, preloaded: Path) -> None:
-    """The thread that starts writeback is told of an error that nobody else will hear of."""
+@pytest.mark.parametrize("refuse", ["range:5", "range:5 late"])
+def test_failed_writeback_behind_the_writers_fails_a_durable_save(
+    tmp_path: Path, preloaded: Path, refuse: str
+) -> None:
+    """The thread that starts writeback is told of an error that nobody else will hear of; late: when fsync() has
+    succeeded already."""
     path = tmp_path / "m"
     path.write_bytes(OLD)
     script = """
@@ -228,7 +232,7 @@ def test_failed_writeback_behind_the_writers_fails_a_durable_save(tmp_path: Path
     except SaveError as error:
         print(error.errno, error.filename)
     """
-    done = run_engine(script, path, env=preload(preloaded, "range:5"))
+    done = run_engine(script, path, env=preload(preloaded, refuse))
     assert done.stdout.split() == ["5", str(path)], done.stderr
     assert written(tmp_path) == {"m": OLD} and hidden(tmp_path) == []
 

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of small saves: that it runs both ways, compares and reports. Never how fast anything is."""
+"""Small saves: what they ask of the kernel, and that their benchmark runs both ways, compares and reports. Never how fast
+anything is."""
 
+import contextlib
 import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import fastshard
+from fastshard import directory
 from fastshard.bench import save, small_saves
 from fastshard.bench.small_saves import Measured
 
@@ -48,3 +55,92 @@ def test_other_files_are_told(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="x: the files are not the same"):
         small_saves.measure("x", other, tmp_path, 1)
+
+
+_CALLS = (
+    "open close stat lstat fstat listdir scandir mkdir rmdir rename link unlink symlink readlink utime chmod"
+).split()
+
+
+@contextlib.contextmanager
+def _counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """Calls that go to the kernel, and threads that are started to close files."""
+    counts: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return count
+
+    with monkeypatch.context() as patch:
+        for name in _CALLS:
+            patch.setattr(os, name, counted(name, getattr(os, name)))
+        patch.setattr(directory, "close_later", counted("close_later", directory.close_later))
+        yield counts
+
+
+def _save_checkpoint(folder: Path, config: str, weights: str) -> None:
+    with directory.replacing(str(folder)) as stage:
+        Path(stage, "config.json").write_text(config)
+        Path(stage, "generation_config.json").write_text("{}")
+        Path(stage, "model.safetensors").write_text(weights)
+
+
+def test_one_small_file_takes_few_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("fastshard.hub")
+    tensors = {"a": torch.ones(4)}
+    hub.save_torch_state_dict(tensors, tmp_path)
+    with _counted(monkeypatch) as counts:
+        hub.save_torch_state_dict(tensors, tmp_path)
+    # One look for what is there, and one in each folder above for what killed saves have left.
+    assert counts.pop("lstat") <= 1 + len(tmp_path.parents)
+    assert counts == {"listdir": 1}
+
+
+def test_a_checkpoint_whose_configuration_stays_takes_few_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _save_checkpoint(tmp_path, "{}", "old")
+    before = (tmp_path / "config.json").stat()
+    os.utime(tmp_path / "config.json", (1, 1))
+    with _counted(monkeypatch) as counts:
+        _save_checkpoint(tmp_path, "{}", "new")
+    assert (tmp_path / "model.safetensors").read_text() == "new"
+    after = (tmp_path / "config.json").stat()
+    assert after.st_ino == before.st_ino and after.st_mtime >= before.st_mtime
+    assert len(list(tmp_path.iterdir())) == 3
+    assert counts.keys().isdisjoint({"symlink", "link", "close_later"})
+    assert counts["rename"] == 2  # its turn, and the file
+    assert counts.total() - counts["lstat"] <= 60, counts
+
+
+@pytest.mark.parametrize("linked", (False, True))
+def test_what_differs_is_replaced(tmp_path: Path, linked: bool) -> None:
+    (tmp_path / "folder").mkdir()
+    _save_checkpoint(tmp_path / "folder", "{}", "old")
+    if linked:  # then it may be changed from elsewhere
+        os.link(tmp_path / "folder" / "config.json", tmp_path / "other")
+    before = (tmp_path / "folder" / "config.json").stat().st_ino
+    _save_checkpoint(tmp_path / "folder", "{}" if linked else "[]", "new")
+    after = tmp_path / "folder" / "config.json"
+    assert after.stat().st_ino != before and after.read_text() == ("{}" if linked else "[]")
+    assert (tmp_path / "folder" / "model.safetensors").read_text() == "new"
+    assert len(list((tmp_path / "folder").iterdir())) == 3
+
+
+def test_many_small_files_are_let_go_by_the_thread_that_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _save_checkpoint(tmp_path, "{}", "old")
+    with _counted(monkeypatch) as counts:
+        _save_checkpoint(tmp_path, "[]", "new")
+    assert counts["symlink"] and not counts["close_later"]
+    large = "x" * (2 << 20)
+    _save_checkpoint(tmp_path, "[1]", large)
+    with _counted(monkeypatch) as counts:
+        _save_checkpoint(tmp_path, "[2]", large)
+    assert counts["close_later"] == 1
+    for going in directory._freeing:
+        going.closing.wait()

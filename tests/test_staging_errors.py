@@ -119,3 +119,27 @@ def test_metadata_that_cannot_be_looked_at_is_not_copied_as_something_else(
     with pytest.raises(OSError) as raised:
         copy_metadata(str(tmp_path / "model"), str(tmp_path / "copy"))
     assert raised.value.errno == errno.EIO
+
+
+def test_older_files_that_hide_the_new_ones_are_looked_for_while_nothing_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the new files stand there is nothing left to fail."""
+    (tmp_path / "model.safetensors").touch()
+    before = snapshot(tmp_path)
+    listed: list[object] = []
+
+    def last_fails(path: Any) -> list[str]:
+        listed.append(path)
+        if len(listed) == count:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return listdir(path)
+
+    listdir, count = os.listdir, 0
+    monkeypatch.setattr(os, "listdir", last_fails)
+    save_torch_state_dict({"a": torch.ones(2)}, tmp_path / "..", safe_serialization=False)
+    count, listed[:] = len(listed), []
+    with pytest.raises(OSError) as raised:
+        save_torch_state_dict({"a": torch.ones(2)}, tmp_path, safe_serialization=False)
+    assert raised.value.errno == errno.EIO
+    assert snapshot(tmp_path) == before

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import collections
-import io
 import inspect
+import io
 import json
 import logging
 import os
