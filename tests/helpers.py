@@ -88,7 +88,9 @@ def said_now(text: str) -> str:
         r'IoError\(Os \{ code: (\d+), .*, message: "(.*)" \}\)', r"I/O error: \2 (os error \1)", text
     )
     return re.sub(
-        r"IoError\(Error \{ kind: InvalidInput, .*\}\)", "I/O error: Invalid argument (os error 22)", text
+        r"IoError\(Error \{ kind: InvalidInput, .*\}\)|I/O error: file name contained an unexpected NUL byte$",
+        "I/O error: Invalid argument (os error 22)",
+        text,
     )
 
 

@@ -100,7 +100,6 @@ CHOSEN = (
     "test_sharded.py",
     "test_sources.py",
     "test_convert.py",
-    "test_files.py",
 )
 INSTALL_SECONDS, TEST_SECONDS = 900, 900
 
