@@ -140,7 +140,8 @@ class _Writer:
             self.end()
         self._writer = None  # has the memory open, and who catches the error may keep this
         if self.memory >= 0:
-            os.close(self.memory)
+            with contextlib.suppress(OSError):  # of memory: no disk is behind it, and the descriptor is gone
+                os.close(self.memory)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._writer, name)

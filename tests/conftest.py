@@ -43,6 +43,8 @@ _stderr: list[int] = []  # a copy made before pytest captures it
 
 
 def pytest_configure() -> None:
+    # What tests start must find the installed fastshard: ``python -c`` looks into the current folder first.
+    os.chdir(Path(__file__).parent)
     _stderr.append(os.dup(2))
     # One build for everybody, the simulator's own tests included; git ignores build/.
     os.environ.setdefault(CACHE_VARIABLE, str(Path(__file__).resolve().parents[1] / "build" / "simcuda"))
