@@ -164,12 +164,14 @@ void Save::amend(std::vector<Amendment> amendments) {
       throw std::invalid_argument("an amendment lies outside of its file");
     }
   }
+  // Before the save is this call's to end: without memory it stays the caller's, who cancels it.
+  const auto shared = std::make_shared<std::vector<Amendment>>(std::move(amendments));
   {
     const std::lock_guard lock(mutex_);
     if (amending_ != Amending::taken) return;
     amending_ = Amending::no;
   }
-  const auto end = [self = shared_from_this(), shared = std::make_shared<std::vector<Amendment>>(std::move(amendments))] {
+  const auto end = [self = shared_from_this(), shared] {
     self->attempt([&] {
       for (const Amendment& amendment : *shared) self->write(amendment);
     });
