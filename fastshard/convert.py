@@ -11,7 +11,7 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, BinaryIO, Final, NamedTuple, cast
 
 import torch
 
@@ -35,7 +35,7 @@ from .mapped import load_mapped
 from .saving import save_file
 from .sharing import by_storage, shared_names
 from .tensors import check_dtype
-from .whatis import FOLDER, INDEX, SAFETENSORS, TORCH, format_of_name, what_is, why_unread
+from .whatis import FOLDER, INDEX, SAFETENSORS, TORCH, Watched, format_of_name, what_is
 
 Dtype = torch.dtype | str | None
 
@@ -274,13 +274,15 @@ def _load_archive(path: str, mapped: bool) -> object:
 def _check_records(path: str) -> None:
     """Records of ``torch.save`` lie in the file as they are, one behind the other: what is compressed, or lies there for
     several at once, could grow to anything."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-    except zipfile.BadZipFile as error:
-        if unread := why_unread(error):
-            raise unread from None
-        raise ValueError(str(error)) from None
+    with open(path, "rb") as file:
+        watched = Watched(file)
+        try:
+            with zipfile.ZipFile(cast(BinaryIO, watched)) as archive:
+                records = archive.infolist()
+        except zipfile.BadZipFile as error:
+            if watched.error is not None:
+                raise watched.error from None
+            raise ValueError(str(error)) from None
     if any(record.compress_type != zipfile.ZIP_STORED for record in records):
         raise ValueError("its records are compressed, which torch.save never does")
     if sum(record.file_size for record in records) > os.stat(path).st_size:

@@ -8,7 +8,8 @@ import os
 import stat
 import struct
 import zipfile
-from typing import BinaryIO, Final, NamedTuple
+from collections.abc import Callable
+from typing import BinaryIO, Final, NamedTuple, cast
 
 from .checkpoint import INDEX_SUFFIX, RANK_MANIFEST, ROOT_MANIFEST, WEIGHTS_SUFFIX, open_file
 from .jsontext import read_json
@@ -190,20 +191,42 @@ def _of_json(data: bytes) -> What:
     return What(OTHER, "JSON, but not the index of a checkpoint")
 
 
-def why_unread(error: Exception) -> OSError | None:
-    """The failed system call that ``zipfile`` takes for an archive that is none."""
-    cause = error.__context__
-    known = isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL)
-    return cause if known and isinstance(cause, OSError) else None
+class Watched:
+    """A file that notes a failed system call, which ``zipfile`` takes for an archive that is none."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def read(self, *arguments: int) -> bytes:
+        return cast(bytes, self._noting(self._file.read, *arguments))
+
+    def seek(self, *arguments: int) -> int:
+        return cast(int, self._noting(self._file.seek, *arguments))
+
+    def tell(self) -> int:
+        return cast(int, self._noting(self._file.tell))
+
+    def seekable(self) -> bool:
+        return True
+
+    def _noting(self, call: Callable[..., object], *arguments: int) -> object:
+        try:
+            return call(*arguments)
+        except OSError as error:
+            if error.errno not in (None, errno.EINVAL):  # a place before the beginning is not the disk's fault
+                self.error = error
+            raise
 
 
 def _of_zip(file: BinaryIO, has_pickle: bool) -> What:
+    watched = Watched(file)
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(cast(BinaryIO, watched)) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError) as error:
-        if unread := why_unread(error):
-            raise unread from None
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError):
+        if watched.error is not None:
+            raise watched.error from None
         kind, text = (TORCH, "an archive of torch.save") if has_pickle else (OTHER, "a zip archive")
         return What(kind, f"{text} that has been cut or is damaged", False)
     inner = {name.partition("/")[2] for name in names}

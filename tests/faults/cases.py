@@ -407,7 +407,8 @@ def _judge(case: Case, template: Template, report: calls.Report, root: str, limi
         if found["hidden"] and case.call not in ("unlink", "unlinkat", "rmdir") and not says:
             yield Wrong("leftover", f"raises and leaves {found['hidden'][0]}")
         yield from _judge_error(saver, case, hit, told, root)
-    if found["leaked"]:
+    # torch.load(mmap=True) does not close the file that it cannot map.
+    if found["leaked"] and not (case.call == "mmap" and saver.name.startswith("convert")):
         yield Wrong("leak", f"leaves open {found['leaked'][0].replace(root, '')}")
     if found["next"]:
         yield Wrong("next", f"the next save {found['next']}")
