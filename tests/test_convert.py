@@ -409,18 +409,20 @@ def test_what_cannot_be_looked_at_is_no_absence(tmp_path: Path, monkeypatch: pyt
         checkpoint.same_file(tmp_path, tmp_path)
 
 
-def test_a_zip_archive_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Unreadable(io.BytesIO):
-        def read(self, *_: object) -> bytes:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+@pytest.mark.parametrize("call", ["read", "seek"])
+def test_a_zip_archive_that_cannot_be_read(
+    tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     torch.save(STATE, tmp_path / "m.pt")
-    failing = Unreadable((tmp_path / "m.pt").read_bytes())
+    data = (tmp_path / "m.pt").read_bytes()
+    unreadable = type("Unreadable", (io.BytesIO,), {call: fails})
     with pytest.raises(OSError) as info:
-        whatis._of_zip(failing, True)
+        whatis._of_zip(unreadable(data), True)
     assert info.value.errno == errno.EIO
-    opened = zipfile.ZipFile
-    monkeypatch.setattr(zipfile, "ZipFile", lambda path: opened(failing))
+    monkeypatch.setattr(convert, "open", lambda *_: unreadable(data), raising=False)
     with pytest.raises(OSError) as info, convert._read_errors(str(tmp_path / "m.pt")):
         convert._check_records(str(tmp_path / "m.pt"))
     assert (info.value.errno, info.value.filename) == (errno.EIO, str(tmp_path / "m.pt"))
