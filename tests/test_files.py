@@ -2,6 +2,7 @@
 """Files appear complete or not at all, whatever happens: faults, signals, kills, forks, odd filesystems."""
 
 import errno
+import gc
 import json
 import os
 import resource
@@ -474,6 +475,7 @@ def test_descriptors_do_not_leak(tmp_path: Path) -> None:
 
     save_file(TENSORS, tmp_path / "m.safetensors")
     with fastshard.Engine() as engine:
+        gc.collect()
         before = count()
         for _ in range(20):
             save_file(TENSORS, tmp_path / "m.safetensors", engine=engine)

@@ -589,6 +589,7 @@ def test_memory_that_torch_cannot_write_to(tmp_path: Path, obj: object, limit: i
 
     def save() -> str:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        gc.collect()  # what earlier tests have left is not to be closed in between
         held = sorted(os.listdir("/proc/self/fd"))
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         try:

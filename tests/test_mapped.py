@@ -74,6 +74,7 @@ def test_each_tensor_has_a_storage_of_its_own_and_the_mapping_goes_with_the_last
 
 
 def test_no_descriptor_is_kept(source: Path) -> None:
+    gc.collect()  # nothing of earlier tests is to be closed in between
     before = len(os.listdir("/proc/self/fd"))
     loaded = load_mapped(source)
     assert len(os.listdir("/proc/self/fd")) == before and loaded
