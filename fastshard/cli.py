@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from . import __version__, cli_checkpoints, cli_files, cli_run
+from .checkpoint import is_folder
 from .cli_text import fail, guarded, needs_torch, size
 from .engine import IO_URING_VARIABLE, Options, io_uring_allowed, usable_cpus
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _env(path: str) -> None:
     from . import _native
 
-    directory = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    directory = path if is_folder(path) else os.path.dirname(path) or "."
     options = Options()
     kind, write_path, reason = _native.filesystem(directory, writers=options.writers)
     _, durable_path, durable_reason = _native.filesystem(directory, durable=True, writers=options.writers)

@@ -105,6 +105,12 @@ def test_env_of_a_place_that_is_not_there(tmp_path: Path, capsys: pytest.Capture
     assert "No such file or directory" in capsys.readouterr().err
 
 
+def test_env_of_a_place_that_cannot_be_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = tmp_path / ("n" * 300)
+    assert cli.main(["env", str(long)]) == 1
+    assert "File name too long" in capsys.readouterr().err  # its parent is not what was asked for
+
+
 def test_command_is_installed_and_quick_to_start(tmp_path: Path) -> None:
     command = Path(sys.executable).with_name("fastshard")
     shown = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
