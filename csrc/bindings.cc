@@ -405,6 +405,9 @@ PYBIND11_MODULE(_native, module) {
       },
       "descriptors"_a);
 
+  module.def("close_soon", &close_soon, "descriptor"_a, py::call_guard<GilReleased>());
+  module.def("wait_for_closing", &wait_for_closing, py::call_guard<GilReleased>());
+
   // A writable buffer of the file's bytes; what is written to it stays in this process.
   py::class_<SourceFile>(module, "SourceFile", py::buffer_protocol())
       .def(py::init([](int fd, uint64_t nbytes, const py::bytes& path) {

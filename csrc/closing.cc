@@ -7,6 +7,7 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <deque>
 #include <mutex>
 #include <optional>
 #include <thread>
@@ -41,11 +42,24 @@ struct Closing::State {
 
 namespace {
 
+// More of them are closed by whoever brings them, so that saves in a row wait for the disk.
+constexpr size_t kMostWaiting = 32;
+// Saves by the thousand find the thread there.
+constexpr std::chrono::seconds kIdle(1);
+
+// What close_soon() was given, the one that is being closed first.
+struct Queue {
+  std::deque<File> files;
+  bool served = false;  // by a thread
+  std::condition_variable posted, empty;
+};
+
 // What is being closed now. The mutex guards what the states hold; it is never held while a descriptor is closed, so that
 // no fork waits for a disk. Never destroyed: a thread may outlive static objects.
 struct Registry {
   std::mutex mutex;
   Closing::State* first = nullptr;
+  Queue* queue = new Queue;
 
   void add(Closing::State& state) {
     state.next = first;
@@ -62,6 +76,11 @@ Registry* const registry = new Registry;
 // The thread that closes is the parent's. Whether the parent had closed the one in question is told by what it leads
 // to: its number may have been given to another file since.
 void close_in_child() {
+  for (size_t index = 0; index < registry->queue->files.size(); ++index) {
+    const File& file = registry->queue->files[index];
+    if (index > 0 || File::of(file.descriptor) == file) close(file.descriptor);
+  }
+  registry->queue = new Queue;  // the other one may be waited on, by threads that are not here
   for (Closing::State* state = registry->first; state != nullptr; state = state->next) {
     for (size_t index = state->closed; index < state->files.size(); ++index) {
       const File& file = state->files[index];
@@ -91,7 +110,57 @@ void close_all(const std::shared_ptr<Closing::State>& state) {
   state->changed.notify_all();
 }
 
+void serve(Queue& queue) {
+  step_back();
+  std::unique_lock lock(registry->mutex);
+  while (queue.posted.wait_for(lock, kIdle, [&] { return !queue.files.empty(); })) {
+    const int descriptor = queue.files.front().descriptor;
+    lock.unlock();
+    close(descriptor);
+    lock.lock();
+    queue.files.pop_front();
+    if (queue.files.empty()) queue.empty.notify_all();
+  }
+  queue.served = false;
+}
+
+// Whether a thread will close it.
+bool posted(const File& file) {
+  const std::lock_guard lock(registry->mutex);
+  Queue& queue = *registry->queue;
+  if (queue.files.size() >= kMostWaiting) return false;
+  queue.files.push_back(file);
+  if (!queue.served) {
+    try {
+      start_thread("fastshard-close", [&queue] { serve(queue); }).detach();
+    } catch (...) {
+      queue.files.pop_back();
+      throw;
+    }
+    queue.served = true;
+  }
+  queue.posted.notify_one();
+  return true;
+}
+
 }  // namespace
+
+void close_soon(int descriptor) noexcept {
+  try {
+    watch_forks();
+    if (const auto file = File::of(descriptor); file && posted(*file)) return;
+  } catch (const std::exception&) {  // no thread or no memory to be had
+  }
+  close(descriptor);
+}
+
+bool wait_for_closing() noexcept {
+  std::unique_lock lock(registry->mutex);
+  Queue& queue = *registry->queue;
+  if (queue.files.empty()) return false;
+  queue.empty.wait(lock, [&] { return queue.files.empty(); });
+  return true;
+}
 
 void Closing::start(const std::vector<int>& descriptors) noexcept {
   try {

@@ -25,4 +25,11 @@ class Closing {
   std::shared_ptr<State> state_;  // null: nothing is left to be closed
 };
 
+// For a descriptor that is the last one of a small file: closed by a thread that stays for a while, for the next one.
+// Where many wait already, or no thread is to be had, it is closed at once.
+void close_soon(int descriptor) noexcept;
+
+// Waits until all of these are closed. Whether there was anything to wait for.
+bool wait_for_closing() noexcept;
+
 }  // namespace fastshard

@@ -16,12 +16,16 @@
 #include <new>
 
 #include "attributes.h"
+#include "closing.h"
 #include "temporary.h"
 
 namespace fastshard {
 namespace {
 
 bool unsupported(int error) { return error == EOPNOTSUPP || error == ENOSYS || error == EINVAL; }
+
+// What files take up that saves before have replaced may still be on its way back.
+bool no_room(int error) { return error == ENOSPC || error == EDQUOT; }
 
 // Kernels and filesystems without O_TMPFILE take it for a directory to be opened.
 bool without_nameless_files(int error) { return unsupported(error) || error == EISDIR || error == ENOENT; }
@@ -175,7 +179,7 @@ void OutputFile::preallocate() {
   int result;
   do {
     result = fallocate(fd_.get(), 0, 0, static_cast<off_t>(round_up(nbytes_, block_nbytes_)));
-  } while (result != 0 && errno == EINTR);
+  } while (result != 0 && (errno == EINTR || (no_room(errno) && wait_for_closing())));
   preallocated_ = result == 0;
   if (preallocated_) return;
   if (!unsupported(errno)) fail("fallocate");

@@ -110,6 +110,7 @@ class OutputFile {
   void replace_target(bool keep_old);
   bool exchange_with_target();
   bool keep_old_by_link();
+  Descriptor held_old() const;
   void rename_to_target();
   void copy_to_target();
   int put_back() noexcept;

@@ -35,6 +35,8 @@ class Descriptor {
   // Closes it and returns what the filesystem has to say about that: 0, or an errno. Some tell only now that what was
   // written could not be stored (close(2)).
   int close() noexcept;
+  // Gives it away: it is closed by somebody else.
+  int release() noexcept { return std::exchange(fd_, -1); }
   explicit operator bool() const { return fd_ >= 0; }
 
  private:

@@ -11,11 +11,15 @@
 #include <utility>
 
 #include "attributes.h"
+#include "closing.h"
 #include "file.h"
 #include "temporary.h"
 
 namespace fastshard {
 namespace {
+
+// What is not worth waiting for when the disk turns out to be full.
+constexpr uint64_t kSmallNbytes = 1 << 20;
 
 bool unsupported(int error) { return error == EOPNOTSUPP || error == ENOSYS || error == EINVAL; }
 
@@ -148,7 +152,16 @@ bool OutputFile::keep_old_by_link() {
   return true;
 }
 
+// The old file where it is small, so that a rename does not free it: that waits for the disk while the file is still
+// being written back. Others' filesystems would keep its name for as long as it is open.
+Descriptor OutputFile::held_old() const {
+  const bool small = target_.replaced && static_cast<uint64_t>(target_.replaced->st_blocks) * 512 <= kSmallNbytes;
+  if (!small || memory_backed_ || !one_machine_) return Descriptor(-1);
+  return Descriptor(open(target_.path.c_str(), O_PATH | O_NOFOLLOW | O_CLOEXEC));
+}
+
 void OutputFile::rename_to_target() {
+  Descriptor old = held_old();
   if (rename(temporary_.c_str(), target_.path.c_str()) != 0) {
     const int error = errno;
     if (!unsupported(error) || target_.replaced) fail("rename", error);
@@ -158,6 +171,7 @@ void OutputFile::rename_to_target() {
   }
   temporary_.clear();
   state_ = State::replaced;
+  if (old) close_soon(old.release());
 }
 
 // Where nothing can be renamed (some object-store mounts) and nothing would be lost.

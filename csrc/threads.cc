@@ -2,6 +2,7 @@
 #include "threads.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 
 #include <algorithm>
@@ -25,6 +26,11 @@ std::thread start_thread(const char* name, std::function<void()> function) {
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
   pthread_setname_np(thread.native_handle(), name);
   return thread;
+}
+
+void step_back() noexcept {
+  const sched_param none = {};
+  pthread_setschedparam(pthread_self(), SCHED_BATCH, &none);
 }
 
 WorkerPool::~WorkerPool() {
@@ -140,6 +146,7 @@ void WriteBehind::settle(const OutputFile* file) {
 }
 
 void WriteBehind::run() {
+  step_back();
   std::unique_lock lock(mutex_);
   for (;;) {
     posted_.wait(lock, [&] { return closing_ || !ranges_.empty(); });

@@ -19,6 +19,9 @@ namespace fastshard {
 // be had; `function` has not run then.
 std::thread start_thread(const char* name, std::function<void()> function);
 
+// For a thread that nobody waits for: it does not take the processor from whoever wakes it up.
+void step_back() noexcept;
+
 // Runs posted tasks on at most `threads` threads, first come first served; threads start when needed.
 // Tasks must not throw. Thread-safe.
 class WorkerPool {

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
+import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Final, NamedTuple
 
-from ._native import Closing, close_later
+from ._native import Closing, close_later, close_soon
 from .exchanging import make_beside, name_beside, real_place
 from .staging import (
     NEW,
@@ -250,14 +252,21 @@ def was_left(directory: str, names: Iterable[str]) -> bool:
 def _places_left(directory: str) -> Iterator[str]:
     """Folders in which a killed save may have left what it made the directory in, or folders above it, or what it was
     to be exchanged with."""
-    above, base = real_place(directory)
-    while base:
+    for above, hidden in _beside(*real_place(directory), os.geteuid()):
         with Named(directory):
-            while base and not _is_there(os.path.join(above, name_beside(base))):
-                above, base = os.path.split(above)
-        if base:
+            found = _is_there(hidden)
+        if found:
             yield above
-            above, base = os.path.split(above)
+
+
+@functools.lru_cache(maxsize=256)
+def _beside(above: str, base: str, user: int) -> tuple[tuple[str, str], ...]:
+    """A folder above, and what is hidden there by saves of this user: of this folder and of all above it."""
+    found = []
+    while base:
+        found.append((above, os.path.join(above, name_beside(base))))
+        above, base = os.path.split(above)
+    return tuple(found)
 
 
 def _is_there(path: str) -> bool:
@@ -297,15 +306,20 @@ _freeing: list[_Freeing] = []
 
 def _let_go(descriptors: list[int]) -> None:
     """Closes them. With the last descriptor the kernel frees what has lost its name, which takes time where that is
-    large: on a thread of their own then."""
-    nbytes = 0
+    large: on a thread of their own then. A small file is only waited for while it is still being written back; a folder is
+    closed now, as its lock ends by that."""
+    nbytes, files = 0, set()
     for fd in descriptors:
         with contextlib.suppress(OSError):
-            nbytes += os.fstat(fd).st_blocks * 512
+            found = os.fstat(fd)
+            nbytes += found.st_blocks * 512
+            if not stat.S_ISDIR(found.st_mode):
+                files.add(fd)
     if nbytes <= SMALL_NBYTES:
         while descriptors:
+            fd = descriptors.pop()
             with contextlib.suppress(OSError):  # it is closed all the same
-                os.close(descriptors.pop())
+                close_soon(fd) if fd in files else os.close(fd)
         return
     _freeing[:] = [going for going in _freeing if not going.closing.done()]
     _freeing.append(_Freeing(close_later(descriptors), nbytes))

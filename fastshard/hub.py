@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import re
@@ -217,10 +218,9 @@ class _Place:
         that the pattern leads into."""
         if self._inner:
             return ()
-        prefix, _, suffix = self._pattern.partition("{suffix}")
-        name = re.compile(re.escape(prefix) + r"(-\d{5}-of-\d{5})?" + re.escape(suffix) + r"(\.index\.json)?")
+        is_of_it = _names_of(self._pattern).fullmatch
         self.listed = os.listdir(self.folder)
-        return {found: None for found in self.listed if name.fullmatch(found)}.keys()
+        return {found: None for found in self.listed if is_of_it(found)}.keys()
 
     def inside(self, filename: str) -> str:
         """What a file is called in the folder."""
@@ -237,12 +237,21 @@ class _Place:
         return path
 
 
+@functools.lru_cache(maxsize=64)
+def _names_of(pattern: str) -> re.Pattern[str]:
+    prefix, _, suffix = pattern.partition("{suffix}")
+    return re.compile(re.escape(prefix) + r"(-\d{5}-of-\d{5})?" + re.escape(suffix) + r"(\.index\.json)?")
+
+
 def _made_contiguous(
     state_dict: dict[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The tensors to be saved as contiguous ones, and what the split is to be made from: copies on the meta device,
     which have the sizes that copies would have. Only strided tensors with memory in common are copied, as nothing
     could be streamed from them twice."""
+    state_dict = dict(state_dict.items())
+    if all(tensor.is_contiguous() for tensor in state_dict.values()):
+        return state_dict, state_dict
     alone = {names[0] for names in by_storage(state_dict) if len(names) == 1}
     saved, sized = {}, {}
     for name, tensor in state_dict.items():

@@ -152,6 +152,15 @@ class Folder:
                 return None
             raise
 
+    def held(self, name: str) -> list[int]:
+        """A descriptor of what a rename is about to replace, so that it is not freed by that: it may have to be written
+        back first. On disks of this machine only, as others keep a name for what is open."""
+        identity = self.identity()
+        with contextlib.suppress(OSError):
+            if identity is not None and os.major(identity[0]):
+                return [os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)]
+        return []
+
     def mkdir(self, name: str, mode: int = 0o777) -> None:
         with Named(name, self):
             os.mkdir(name, mode, dir_fd=self.fd)

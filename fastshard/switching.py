@@ -218,7 +218,11 @@ def _rename_one(change: Change, name: str) -> None:
     while os.path.dirname(name) and change.places.find(os.path.dirname(name)) is None:
         name = os.path.dirname(name)  # with the folder that is missing
     folder, base = change.places.of(name)
-    change.new.rename(name, folder, base)
+    held = folder.held(base)
+    try:
+        change.new.rename(name, folder, base)
+    finally:
+        change.held += held
     change.published = True
     if change.durable:
         folder.sync()

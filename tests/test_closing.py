@@ -77,3 +77,52 @@ for call in range(1, int(child(work, kind, 0)) + 1):
         kind,
     )
     assert set(said.splitlines()) == {"returned 5"}
+
+
+def test_soon_is_closed_by_a_thread_that_stays(no_hang: None) -> None:
+    for _ in range(3):  # the thread is started by the first
+        descriptors = _open(100)  # more than may wait: the others are closed by the caller
+        for descriptor in descriptors:
+            _native.close_soon(descriptor)
+        _native.wait_for_closing()
+        assert not any(map(_is_open, descriptors))
+        assert not _native.wait_for_closing()
+
+
+def test_a_forked_child_keeps_none_that_are_to_be_closed_soon(no_hang: None) -> None:
+    for _ in range(50):
+        reader, writer = os.pipe()
+        inherited = _open(10)
+        for descriptor in (*inherited, writer):
+            _native.close_soon(descriptor)
+        pid = os.fork()
+        if pid == 0:
+            waited = _native.wait_for_closing()
+            own = os.open(os.devnull, os.O_RDONLY)
+            _native.close_soon(own)  # by a thread of the child's own
+            _native.wait_for_closing()
+            os._exit(waited or any(map(_is_open, [*inherited, writer, own])))
+        assert os.waitpid(pid, 0)[1] == 0
+        _native.wait_for_closing()
+        assert os.read(reader, 1) == b""
+        os.close(reader)
+
+
+@pytest.mark.parametrize("kind", ["thread", "memory"])
+def test_soon_without_a_thread_or_memory_is_now(kind: str) -> None:
+    said = refusals.run(
+        """
+kind = sys.argv[1].encode()
+def work():
+    fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(5)]
+    before = descriptors()
+    for fd in fds:
+        _native.close_soon(fd)
+    _native.wait_for_closing()
+    return before - descriptors()
+for call in range(1, int(child(work, kind, 0)) + 1):
+    print(child(work, kind, call))
+""",
+        kind,
+    )
+    assert set(said.splitlines()) == {"returned 5"}

@@ -24,7 +24,7 @@ from helpers import names, preload, run, run_engine, same
 from safetensors.torch import load_file
 
 import fastshard
-from fastshard import Options, SaveError, save_file, save_files
+from fastshard import Options, SaveError, _native, save_file, save_files
 
 TENSORS = {"a": torch.arange(1000, dtype=torch.float32), "b": torch.ones(3, 5, dtype=torch.bfloat16)}
 OTHERS = {"a": torch.full((1000,), 7.0), "c": torch.zeros(17, dtype=torch.int8)}
@@ -471,6 +471,7 @@ def test_durable_syncs_the_file_before_the_rename_and_the_directory_after(tmp_pa
 
 def test_descriptors_do_not_leak(tmp_path: Path) -> None:
     def count() -> int:
+        _native.wait_for_closing()
         return len(os.listdir("/proc/self/fd"))
 
     save_file(TENSORS, tmp_path / "m.safetensors")

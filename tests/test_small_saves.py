@@ -5,6 +5,9 @@ anything is."""
 import contextlib
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,6 +100,38 @@ def test_one_small_file_takes_few_calls(tmp_path: Path, monkeypatch: pytest.Monk
     # One look for what is there, and one in each folder above for what killed saves have left.
     assert counts.pop("lstat") <= 1 + len(tmp_path.parents)
     assert counts == {"listdir": 1}
+
+
+def test_a_warm_save_makes_few_system_calls_and_frees_nothing_itself(tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    if shutil.which("strace") is None:
+        pytest.skip("needs strace")
+    script = """
+import os, sys, torch
+from fastshard import _native
+from fastshard.hub import save_torch_state_dict
+for number in range(4):
+    if number == 3:
+        os.path.exists("/begin")
+    save_torch_state_dict({"a": torch.ones(4)}, sys.argv[1])
+    os.path.exists("/end")
+"""
+    folder, log = tmp_path / "folder", tmp_path / "log"
+    folder.mkdir()
+    command = ["strace", "-f", "-o", log, sys.executable, "-c", script, folder]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent)
+    text = log.read_text()
+    lines = text[text.index('"/begin"') :].splitlines()[1:]
+    lines = lines[: next(index for index, line in enumerate(lines) if '"/end"' in line)]
+    main = text.split(maxsplit=1)[0]
+    calls = [line.split(maxsplit=1)[1] for line in lines if line.split(maxsplit=1)[0] == main]
+    names = [name for call in calls if (name := call.split("(")[0]).isidentifier()]
+    # A folder more costs a look for what killed saves have left there.
+    assert len([name for name in names if name != "futex"]) - len(folder.parents) <= 36, names
+    assert sum(name.startswith("rename") for name in names) == 1
+    if os.major(folder.stat().st_dev):  # on a disk: the old file is held over the rename
+        rename = next(index for index, call in enumerate(calls) if call.startswith("rename"))
+        assert any("O_PATH" in call for call in calls[:rename])
 
 
 def test_a_checkpoint_whose_configuration_stays_takes_few_calls(
