@@ -5,6 +5,7 @@ anything is."""
 import contextlib
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import run
 
 import fastshard
 from fastshard import directory
@@ -79,6 +81,33 @@ def _counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
             patch.setattr(os, name, counted(name, getattr(os, name)))
         patch.setattr(directory, "close_later", counted("close_later", directory.close_later))
         yield counts
+
+
+def test_torch_save_takes_few_system_calls(tmp_path: Path) -> None:
+    """Of a file that is replaced. Descriptors of this process are looked at one by one."""
+    if shutil.which("strace") is None:
+        pytest.skip("no strace here")
+    script = """
+    obj = {"a": torch.ones(4)}
+    with installed():
+        for number in range(3):
+            os.path.exists(f"/before/{number}")
+            torch.save(obj, sys.argv[1])
+        os.path.exists("/before/end")
+        open_now = len(os.listdir("/proc/self/fd"))
+    print(open_now)
+    """
+    log = tmp_path / "log"
+    path = tmp_path / "folder" / "m.pt"
+    path.parent.mkdir()
+    done = run(script, path, traced=["strace", "-f", "-o", log])
+    assert done.returncode == 0, done.stderr
+    text = log.read_text()
+    warm = text[text.index("/before/2") : text.index("/before/end")].splitlines()[1:-1]
+    calls = [line.split(None, 1)[1].partition("(")[0] for line in warm]
+    kinds = Counter(calls)
+    assert kinds["rename"] == 1 and kinds["linkat"] == kinds["memfd_create"] == 0
+    assert len(calls) - int(done.stdout) <= 44, kinds
 
 
 def _save_checkpoint(folder: Path, config: str, weights: str) -> None:
