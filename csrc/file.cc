@@ -123,7 +123,7 @@ void OutputFile::note_fallback(const std::string& refused, int error) {
 }
 
 void OutputFile::open_temporary(bool at_once) {
-  // Where one is replaced the file needs a hidden name in any case, by a call that costs as much as all others together.
+  // Where one is replaced the file needs a hidden name in any case: given at once, it is one change of the folder less.
   const bool named = at_once && target_.replaced;
   if (!named && open_nameless()) return;
   const int error = take_name(

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that the engine does not write, put in the place of the old ones all at once: what ``torch.save`` writes
-itself, and what is so small that the engine's threads would only wake up for it.
+"""Files that torch writes and not the engine, put in the place of the old ones all at once.
 
-Their new file is one as the engine's are: nameless or hidden in the target's folder until it gets the target's name.
+The new file is one of the engine's kind: nameless or hidden in the target's folder until it gets the target's name.
 """
 
 from __future__ import annotations
