@@ -113,14 +113,4 @@ std::vector<std::string> adopt_attributes(int fd, const std::string& path, const
   return refused;
 }
 
-std::vector<std::string> adopt_attributes(int fd, const std::string& path) {
-  struct stat of;
-  if (lstat(path.c_str(), &of) != 0) {
-    if (errno == ENOENT) return {};
-    throw IoError(errno, path, "lstat");
-  }
-  if (!S_ISREG(of.st_mode)) return {};
-  return adopt_attributes(fd, path, of, path);
-}
-
 }  // namespace fastshard

@@ -18,7 +18,4 @@ namespace fastshard {
 std::vector<std::string> adopt_attributes(int fd, const std::string& path, const struct stat& of,
                                           const std::string& shown);
 
-// The same for whatever stands at `path`; nothing happens where nothing, or no regular file, does.
-std::vector<std::string> adopt_attributes(int fd, const std::string& path);
-
 }  // namespace fastshard

@@ -15,12 +15,13 @@
 #include <utility>
 #include <vector>
 
-#include "attributes.h"
 #include "closing.h"
 #include "cuda_info.h"
 #include "direct_io.h"
 #include "engine.h"
+#include "file.h"
 #include "holders.h"
+#include "in_place.h"
 #include "kernels/embedded.h"
 #include "probe.h"
 #include "source_file.h"
@@ -213,6 +214,46 @@ struct PreparedHandle {
   std::vector<std::shared_ptr<SavePlan>> plans;
   py::object bound_tag;
   std::weak_ptr<Save> newest;
+};
+
+// A file that others write, by its descriptor, until it is published or closed; both by the calling thread.
+struct NewFileHandle {
+  NewFileHandle(const std::string& path, bool keep_cached, bool at_once) {
+    const Intent intent{
+        .wanted = WritePath::buffered, .keep_cached = keep_cached, .at_once = at_once, .follow_links = true};
+    file = std::make_unique<OutputFile>(path, 0, intent);
+  }
+  NewFileHandle(const NewFileHandle&) = delete;
+  NewFileHandle& operator=(const NewFileHandle&) = delete;
+  ~NewFileHandle() { close(); }
+
+  OutputFile& open() const {
+    if (file == nullptr) throw std::invalid_argument("the file is closed");
+    return *file;
+  }
+  // Its size, and what the filesystem refused.
+  std::pair<uint64_t, std::vector<std::string>> publish(bool durable) {
+    struct stat info;
+    if (fstat(open().descriptor(), &info) != 0) throw IoError(errno, file->path(), "fstat");
+    const std::unique_ptr<OutputFile> published = std::move(file);
+    if (durable || !published->keep_cached()) published->sync();
+    OutputFile* const alone = published.get();
+    fastshard::publish({&alone, 1}, durable);
+    return {static_cast<uint64_t>(info.st_size), published->fallbacks()};
+  }
+  void close() {
+    if (file == nullptr) return;
+    if (getpid() != owner) {  // a forked child: the file is the parent's
+      static_cast<void>(file.release());
+      return;
+    }
+    // Torch's own opening of it lives as long as the exception that has ended the save.
+    if (ftruncate(file->descriptor(), 0) != 0) errno = 0;
+    file.reset();
+  }
+
+  const pid_t owner = getpid();
+  std::unique_ptr<OutputFile> file;
 };
 
 WritePath write_path_from(const std::string& name) {
@@ -467,14 +508,27 @@ PYBIND11_MODULE(_native, module) {
       },
       "directory"_a, "write_path"_a = "auto", "durable"_a = false, "keep_cached"_a = true, "from_device"_a = false,
       "nbytes"_a = uint64_t{1} << 30, "writers"_a = 1);
-  // For files that Python writes: what the native saves do by themselves. Paths are bytes.
+  // For files that the engine does not write. Paths are bytes.
+  py::class_<NewFileHandle>(module, "NewFile")
+      .def(py::init([](const std::string& path, bool keep_cached, bool at_once) {
+             const GilReleased released;
+             return std::make_unique<NewFileHandle>(path, keep_cached, at_once);
+           }),
+           "path"_a, "keep_cached"_a, "at_once"_a)
+      .def("descriptor", [](const NewFileHandle& handle) { return handle.open().descriptor(); })
+      .def("publish", &NewFileHandle::publish, "durable"_a, Released())
+      .def("close", &NewFileHandle::close, Released());
   module.def(
-      "adopt_attributes", [](int fd, const std::string& path) { return adopt_attributes(fd, path); }, "fd"_a, "path"_a,
-      Released());
-  module.def(
-      "find_target",
-      [](const std::string& path, bool follow_links) { return py::bytes(find_target(path, follow_links).path); },
-      "path"_a, "follow_links"_a);
+      "look_at_file",
+      [](const std::string& path) {
+        const Look found = [&] {
+          const GilReleased released;
+          return look_at_file(path);
+        }();
+        return std::pair(found.why_in_place, found.held);
+      },
+      "path"_a);
+  // What a target's hidden names are, and what is done about them, for the tests.
   module.def(
       "temporary_names",
       [](const std::string& path) {
@@ -493,7 +547,6 @@ PYBIND11_MODULE(_native, module) {
         return remove_leftovers(target, filesystem_of(target.directory, path).one_machine);
       },
       "path"_a, Released());
-  module.def("mark_in_use", &mark_in_use, "fd"_a);
   module.def(
       "holders_of",
       [](int fd) -> std::optional<std::tuple<std::vector<int>, bool>> {

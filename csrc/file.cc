@@ -91,10 +91,10 @@ OutputFile::OutputFile(const std::string& path, uint64_t nbytes, const Intent& i
   if (memory_backed_) keep_cached_ = true;  // its files are the page cache
   write_path_ = choose_write_path(filesystem, intent).path;
   fallbacks_ = remove_leftovers(target_, one_machine_);  // first, as it may take the room
-  open_temporary();
+  open_temporary(intent.at_once);
   try {
     if (write_path_ == WritePath::direct) try_direct();
-    preallocate();
+    if (nbytes_ != 0) preallocate();
   } catch (...) {
     discard();
     throw;
@@ -108,6 +108,7 @@ void OutputFile::fail(const char* action, int error) const { throw IoError(error
 // What a user needs to know of a file that does not fit.
 std::string OutputFile::room(int error) const {
   if (error != ENOSPC && error != EDQUOT && error != EFBIG) return {};
+  if (nbytes_ == 0) return {};  // somebody else writes it
   std::string text = in_words(nbytes_) + " needed";
   if (save_nbytes_ != nbytes_) text += " for this file (" + in_words(save_nbytes_) + " for all of the save)";
   if (error == EFBIG) return text + ", more than the filesystem or the process's limit allows a file to have";
@@ -125,19 +126,10 @@ void OutputFile::note_fallback(const std::string& refused, int error) {
   fallbacks_.push_back(refused + " refused: " + std::generic_category().message(error));
 }
 
-void OutputFile::open_temporary() {
-  // Of a new file the kernel makes the mode, by umask and the directory's default list.
-  const mode_t mode = target_.replaced ? kStagedMode : 0666;
-  fd_ = Descriptor(open(target_.directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, mode));
-  if (!fd_ && !without_nameless_files(errno)) fail("open");
-  // A nameless file can only be given a name through /proc.
-  if (fd_ && access(self_path(fd_.get()).c_str(), F_OK) == 0) {
-    mark_in_use(fd_.get());
-    return;
-  }
-  const int refusal = errno;
-  if (fd_ && refusal != ENOENT && refusal != ENOTDIR && refusal != EACCES) fail("access", refusal);
-  if (fd_ || refusal != ENOENT) note_fallback("O_TMPFILE", refusal);
+void OutputFile::open_temporary(bool at_once) {
+  // Where one is replaced the file needs a hidden name in any case: given at once, it is one change of the folder less.
+  const bool named = at_once && target_.replaced;
+  if (!named && open_nameless()) return;
   const int error = take_name(
       target_, path_, [&](const std::string& name) { return open_named(name); }, temporary_);
   if (error != 0) fail("open", error);
@@ -153,6 +145,23 @@ void OutputFile::open_temporary() {
   } else {
     note_fallback("fchmod");
   }
+}
+
+// Whether there is such a thing here.
+bool OutputFile::open_nameless() {
+  // Of a new file the kernel makes the mode, by umask and the directory's default list.
+  const mode_t mode = target_.replaced ? kStagedMode : 0666;
+  fd_ = Descriptor(open(target_.directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, mode));
+  if (!fd_ && !without_nameless_files(errno)) fail("open");
+  // A nameless file can only be given a name through /proc.
+  if (fd_ && access(self_path(fd_.get()).c_str(), F_OK) == 0) {
+    mark_in_use(fd_.get());
+    return true;
+  }
+  const int refusal = errno;
+  if (fd_ && refusal != ENOENT && refusal != ENOTDIR && refusal != EACCES) fail("access", refusal);
+  if (fd_ || refusal != ENOENT) note_fallback("O_TMPFILE", refusal);
+  return false;
 }
 
 // Makes the file under a hidden name. 0, or an errno.

@@ -29,7 +29,7 @@ inline constexpr mode_t kStagedMode = 0600;
 class OutputFile {
  public:
   // Checks the target, removes what killed saves of it have left, makes the temporary, which nobody may read who may
-  // not read the target, and preallocates `nbytes` where that is of use; a full disk is IoError(ENOSPC).
+  // not read the target, and preallocates `nbytes` where that is of use; a full disk is IoError(ENOSPC). 0: not known.
   OutputFile(const std::string& path, uint64_t nbytes, const Intent& intent);
   ~OutputFile();
   OutputFile(const OutputFile&) = delete;
@@ -100,7 +100,8 @@ class OutputFile {
     replaced,   // in place; the old file is gone
   };
 
-  void open_temporary();
+  void open_temporary(bool at_once);
+  bool open_nameless();
   int open_named(const std::string& name);
   void preallocate();
   void try_direct();

@@ -62,6 +62,7 @@ struct Intent {
   bool host_casts = false;    // some of it is cast by the CPU, which takes longer than writing it
   bool checksums = false;     // CRC-32 of each tensor, taken as it passes
   bool amended = false;       // some bytes follow when all chunks are written
+  bool at_once = false;       // written and published by the next few calls of this thread
   bool follow_links = false;  // the file that a symbolic link leads to is replaced, not the link itself
   uint64_t nbytes = 0;        // of all its files together
   size_t writers = 1;         // threads, for each file

@@ -52,16 +52,15 @@ class Search {
   struct stat wanted_;
 };
 
-void ask_listed(Search& search) {
-  const auto close = [](DIR* folder) { closedir(folder); };
-  const std::unique_ptr<DIR, decltype(close)> folder(opendir(kDescriptors), close);
-  if (folder == nullptr) throw IoError(errno, "", "opendir");
+void ask_listed(Search& search, DIR* folder) {
   for (;;) {
     errno = 0;
-    const dirent* const entry = readdir(folder.get());
+    const dirent* const entry = readdir(folder);
     if (entry == nullptr && errno != 0) throw IoError(errno, "", "readdir");
     if (entry == nullptr) return;
-    if (entry->d_name[0] != '.') search.ask(std::atoi(entry->d_name));
+    if (entry->d_name[0] == '.') continue;
+    const int descriptor = std::atoi(entry->d_name);
+    if (descriptor != dirfd(folder)) search.ask(descriptor);
   }
 }
 
@@ -69,14 +68,17 @@ void ask_listed(Search& search) {
 
 std::optional<Holders> holders_of(int fd) {
   Search search(fd);
-  struct stat listed;
-  if (stat(kDescriptors, &listed) != 0) {
+  const auto close = [](DIR* folder) { closedir(folder); };
+  const std::unique_ptr<DIR, decltype(close)> folder(opendir(kDescriptors), close);
+  if (folder == nullptr) {
     if (errno == ENOENT) return std::nullopt;
-    throw IoError(errno, "", "stat");
+    throw IoError(errno, "", "opendir");
   }
+  struct stat listed;
+  if (fstat(dirfd(folder.get()), &listed) != 0) throw IoError(errno, "", "fstat");
   // Since Linux 6.2 the size is the number of open ones, which only chooses the way here: it may change meanwhile.
   if (listed.st_size < kManyOpen) {
-    ask_listed(search);
+    ask_listed(search, folder.get());
   } else {
     const int size = size_of_table();
     for (int descriptor = 0; descriptor < size; ++descriptor) search.ask(descriptor);

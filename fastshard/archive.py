@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import pickle
 import stat
 import time
-from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 
 from . import tensors as _tensors
 from .activity import count_left
-from .archive_by_torch import can_replace, replace_by_bytes, replace_by_torch, sync_folder
+from .archive_by_torch import can_replace, new_file, replace_by_torch, sync_folder
 from .archive_errors import NO_SPACE, archive_error, archive_errors, no_space
 from .archive_skeleton import NotByEngine, Pickling, Plan, Skeleton, make_skeleton, plan, stem_in_archive
 from .engine import Engine, Options, Stats, engine_for, progress_wanted
@@ -31,6 +32,9 @@ from .patching import original_of
 from .plan import FilePlan
 from .planning import encoded_path
 from .saving import keep_stats
+
+if TYPE_CHECKING:
+    from . import _native
 
 _CALL: Final = "torch.save"
 _PROTOCOL: Final = torch.serialization.DEFAULT_PROTOCOL
@@ -41,6 +45,9 @@ class _How(NamedTuple):
     keep_cached: bool = True
     progress: bool | None = None
     engine: Engine | Options | None = None
+
+
+_AS_TORCH: Final = _How()
 
 
 def torch_save(
@@ -104,7 +111,7 @@ def in_the_place_of_torch(
     pickling = Pickling(
         obj, pickle_module, pickle_protocol, _use_new_zipfile_serialization, _disable_byteorder_record
     )
-    _save(original, pickling, f, _How(), False)
+    _save(original, pickling, f, _AS_TORCH, False)
 
 
 def _save(original: Callable[..., None], pickling: Pickling, f: Any, how: _How, in_place: bool) -> None:
@@ -159,29 +166,38 @@ def _save(original: Callable[..., None], pickling: Pickling, f: Any, how: _How, 
 
 def _write_new(pickling: Pickling, path: str, how: _How, began: float) -> str | None:
     """By the engine, or, if it is small, at once. Why it cannot be; ``None``: it stands."""
+    at_once = how.engine is None and not progress_wanted(how.progress)
+    small = functools.partial(new_file, path, how.keep_cached, True) if at_once else None
+    needed = None
     try:
-        skeleton = make_skeleton(pickling, path)
-        planned = None if isinstance(skeleton, bytes) else plan(skeleton)
+        made = make_skeleton(pickling, path, small)
+        if isinstance(made, Skeleton):
+            planned = plan(made)
+            needed = made.nbytes
+            _write(path, made, planned, how, began)
+        else:
+            _publish(made, path, how, began)
     except NotByEngine as why:
         return str(why)
-    nbytes = len(skeleton) if isinstance(skeleton, bytes) else skeleton.nbytes
-    try:
-        if planned is not None:
-            _write(path, skeleton, planned, how, began)
-        elif how.engine is None and not progress_wanted(how.progress) and can_replace(path):
-            replace_by_bytes(skeleton, path, how.durable, how.keep_cached)
-            keep_stats(_stats_of(nbytes, time.perf_counter() - began), _CALL, path)
-        else:
-            _write(path, skeleton, None, how, began)
     except OSError as error:
-        if error.errno in NO_SPACE and not getattr(error, "published", False):
-            raise no_space(error.errno, path, nbytes) from None
+        if error.errno in NO_SPACE and error.filename == path and not getattr(error, "published", False):
+            raise no_space(error.errno, path, needed) from None
         raise
     return None
 
 
-def _stats_of(nbytes: int, seconds: float) -> Stats:
-    """Of a file that torch has written."""
+def _publish(made: _native.NewFile, path: str, how: _How, began: float) -> None:
+    """A small archive that torch has written."""
+    try:
+        with archive_errors(path):
+            nbytes, refused = made.publish(how.durable)
+    finally:
+        made.close()
+    keep_stats(_stats_of(nbytes, time.perf_counter() - began, refused), _CALL, path)
+
+
+def _stats_of(nbytes: int, seconds: float, refused: Sequence[str]) -> Stats:
+    """Of a file that this thread has written at once."""
     return Stats(
         files=1,
         nbytes=nbytes,
@@ -194,14 +210,12 @@ def _stats_of(nbytes: int, seconds: float) -> Stats:
         staging="none",
         staging_nbytes=0,
         device_scratch_nbytes=0,
-        fallbacks=(),
+        fallbacks=tuple(refused),
     )
 
 
-def _write(path: str, skeleton: Skeleton | bytes, planned: Plan | None, how: _How, began: float) -> None:
-    """By the engine; without a plan the bytes as they are."""
-    place = encoded_path(path)
-    file = FilePlan(place, skeleton, []) if planned is None else FilePlan(place, b"", planned.items)
+def _write(path: str, skeleton: Skeleton, planned: Plan, how: _How, began: float) -> None:
+    file = FilePlan(encoded_path(path), b"", planned.items)
     with archive_errors(path):
         future = engine_for(how.engine).submit(
             [file],
@@ -209,10 +223,10 @@ def _write(path: str, skeleton: Skeleton | bytes, planned: Plan | None, how: _Ho
             streams=_tensors.current_streams(view.device for view in file.items),
             durable=how.durable,
             keep_cached=how.keep_cached,
-            checksums=planned is not None and planned.amend is not None,
+            checksums=planned.amend is not None,
             follow_links=True,
-            fetch=planned and planned.fetch,
-            amend=planned and planned.amend,
+            fetch=planned.fetch,
+            amend=planned.amend,
             plan_seconds=time.perf_counter() - began,
             description=os.path.basename(path),
         )

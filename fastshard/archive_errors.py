@@ -8,7 +8,7 @@ import ctypes
 import errno
 import os
 import re
-from collections.abc import Iterator
+from types import TracebackType
 from typing import Any, Final
 
 from .errors import ArchiveError
@@ -59,15 +59,25 @@ def _restored(number: int, text: str, path: Any, attributes: dict[str, Any]) -> 
     return error
 
 
-@contextlib.contextmanager
-def archive_errors(path: str) -> Iterator[None]:
+class archive_errors:  # noqa: N801 (used as a function is)
     """Failed system calls as :class:`ArchiveError`. Not to be used around pickling, which raises as it likes."""
-    try:
-        yield
-    except OSError as error:
-        published = getattr(error, "published", False)
-        number = error.errno if error.errno is not None else errno.EIO
-        raise archive_error(number, error.strerror or str(error), path, published=published) from None
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, OSError):
+            published = getattr(error, "published", False)
+            number = error.errno if error.errno is not None else errno.EIO
+            text = error.strerror or str(error)
+            raise archive_error(number, text, self._path, published=published) from None
 
 
 def no_space(number: int, path: str, needed: int | None) -> ArchiveError:
@@ -111,7 +121,11 @@ def why_torch_failed(error: Exception, descriptor: int, path: str, skipped: int 
 
 
 def of_writing(number: int, path: str) -> ArchiveError:
-    return no_space(number, path, None) if number in NO_SPACE else archive_error(number, os.strerror(number), path)
+    return (
+        no_space(number, path, None)
+        if number in NO_SPACE
+        else archive_error(number, os.strerror(number), path)
+    )
 
 
 def _errno_left() -> int:

@@ -15,7 +15,7 @@ import mmap
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import torch
 
@@ -26,6 +26,9 @@ from .errors import ArchiveError
 from .plan import FETCHED, HOST, TensorView
 from .records import Archive, UnknownLayout
 
+if TYPE_CHECKING:
+    from . import _native
+
 Held: TypeAlias = Any
 """What a hole is for: an ``UntypedStorage``, or the ``bytes`` of a pickle."""
 
@@ -34,7 +37,7 @@ _LARGE: Final = 64 << 10
 _MOST_INSIDE: Final = 1 << 20
 """Bytes of storages that are no holes, all together."""
 _SMALL: Final = 256 << 10
-"""Bytes that torch has written before the engine's threads would have woken up."""
+"""Bytes that torch has written before the engine would have made its plan."""
 
 
 class NotByEngine(Exception):
@@ -68,8 +71,10 @@ class Plan(NamedTuple):
     amend: Amend | None
 
 
-def make_skeleton(pickling: Pickling, path: str) -> Skeleton | bytes:
-    """A small archive has no holes: its bytes.
+def make_skeleton(
+    pickling: Pickling, path: str, small: Callable[[], _native.NewFile] | None = None
+) -> Skeleton | _native.NewFile:
+    """``small``: makes a file for an archive that is so small that it has no holes; it is to be published and closed.
 
     Raises :class:`NotByEngine`, what pickling raises, and :class:`ArchiveError` where there is no memory.
     """
@@ -78,7 +83,7 @@ def make_skeleton(pickling: Pickling, path: str) -> Skeleton | bytes:
     if getattr(getattr(torch.serialization, "_serialization_tls", None), "skip_data", False):
         raise NotByEngine("an active skip_data()")
     torch.serialization._check_dill_version(pickling.module)
-    with _Writer(path) as writer:
+    with _Writer(path, small) as writer:
         try:
             torch.serialization._save(
                 pickling.obj, writer, pickling.module, pickling.protocol, pickling.no_byteorder
@@ -89,9 +94,10 @@ def make_skeleton(pickling: Pickling, path: str) -> Skeleton | bytes:
             if failed is None:
                 raise
             raise failed from error
+        if writer.small_file is not None:
+            made, writer.small_file = writer.small_file, None
+            return made
         with archive_errors(path):
-            if writer.is_small:
-                return os.pread(writer.memory, os.fstat(writer.memory).st_size, 0)
             return Skeleton(mmap.mmap(writer.memory, 0), writer.holes)
 
 
@@ -122,13 +128,14 @@ def stem_in_archive(path: str) -> str:
 class _Writer:
     """Stands for torch's zip writer, which it makes when pickling has ended and the first record comes."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, small: Callable[[], _native.NewFile] | None) -> None:
         self._path = path
+        self._small = small
         self._opened: Any = None
         self._writer: Any = None
         self._left = _MOST_INSIDE
         self.memory = -1
-        self.is_small = False
+        self.small_file: _native.NewFile | None = None
         self.holes: dict[str, Held] = {}
 
     def __enter__(self) -> _Writer:
@@ -138,7 +145,10 @@ class _Writer:
         # The end of the process if torch's writer goes before it has ended and cannot write.
         with contextlib.suppress(Exception):
             self.end()
-        self._writer = None  # has the memory open, and who catches the error may keep this
+        self._writer = None  # has the file open, and who catches the error may keep this
+        vars(self).pop("write_record", None)
+        if self.small_file is not None:
+            self.small_file.close()
         if self.memory >= 0:
             with contextlib.suppress(OSError):  # of memory: no disk is behind it, and the descriptor is gone
                 os.close(self.memory)
@@ -149,9 +159,11 @@ class _Writer:
     def write_record(self, name: str, data: Any, nbytes: int) -> None:
         if self._writer is None:
             self._begin(sys._getframe(1).f_locals.get("serialized_storages"), nbytes)
+            if self.small_file is not None:
+                return self._writer.write_record(name, data, nbytes)
         if isinstance(data, _Elsewhere):
             return self._make_hole(name, data.storage, nbytes)
-        if self.is_small or not isinstance(data, (torch.UntypedStorage, bytes)):
+        if not isinstance(data, (torch.UntypedStorage, bytes)):
             return self._writer.write_record(name, data, nbytes)
         if nbytes < _LARGE and nbytes <= self._left:
             self._left -= nbytes
@@ -165,28 +177,43 @@ class _Writer:
 
     def why_failed(self, error: Exception) -> ArchiveError | None:
         """``None``: what the error says."""
-        if self.memory < 0:
+        descriptor = self.memory if self.small_file is None else self.small_file.descriptor()
+        if descriptor < 0:
             return None
         skipped = sum(len(held) if isinstance(held, bytes) else held.nbytes() for held in self.holes.values())
         if isinstance(error, OSError) and error.filename is None and error.errno is not None:
             return archive_error(error.errno, os.strerror(error.errno), self._path)
-        return why_torch_failed(error, self.memory, self._path, skipped)
+        return why_torch_failed(error, descriptor, self._path, skipped)
 
     def _begin(self, storages: Any, nbytes: int) -> None:
         if not isinstance(storages, dict):
             raise NotByEngine("a torch that keeps its storages elsewhere")
         # What is on a device torch would copy to the host as a whole.
-        elsewhere = {key: _Elsewhere(held) for key, held in storages.items() if _is_elsewhere(held)}
+        elsewhere: dict[str, _Elsewhere] = {}
+        for key, held in storages.items():
+            nbytes += held.nbytes()
+            if _is_elsewhere(held):
+                elsewhere[key] = _Elsewhere(held)
         storages.update(elsewhere)
-        if not elsewhere:
-            self.is_small = nbytes + sum(storage.nbytes() for storage in storages.values()) < _SMALL
+        if self._small is not None and not elsewhere and nbytes < _SMALL:
+            self.small_file = self._small()
+            try:
+                return self._open(self.small_file.descriptor())
+            except RuntimeError:  # by a umask that allows nobody to write, for instance
+                self.small_file.close()
+                self.small_file = None
         with archive_errors(self._path):
             self.memory = os.memfd_create("fastshard")
         try:
-            opened = torch.serialization._open_zipfile_writer(named_like(self._path, self.memory))
+            self._open(self.memory)
         except RuntimeError as error:
             raise NotByEngine("no /proc to open files by") from error
+
+    def _open(self, descriptor: int) -> None:
+        opened = torch.serialization._open_zipfile_writer(named_like(self._path, descriptor))
         self._opened, self._writer = opened, opened.__enter__()
+        if self.small_file is not None:
+            self.write_record = self._writer.write_record  # type: ignore[method-assign]
 
     def _make_hole(self, name: str, held: Held, nbytes: int) -> None:
         self._writer.write_record_metadata(name, nbytes)

@@ -214,7 +214,10 @@ class Watched:
         try:
             return call(*arguments)
         except OSError as error:
-            if error.errno not in (None, errno.EINVAL):  # a place before the beginning is not the disk's fault
+            if error.errno not in (
+                None,
+                errno.EINVAL,
+            ):  # a place before the beginning is not the disk's fault
                 self.error = error
             raise
 

@@ -105,10 +105,11 @@ def run(script: str, *arguments: object, **options: object) -> subprocess.Comple
 
 
 def run_bare(script: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """As :func:`run`, with nothing imported before the script's first line."""
+    """As :func:`run`, with nothing imported before the script's first line. ``traced``: the command that runs it."""
     # Not from the checkout's top: its package would come before the installed one.
     options = {"capture_output": True, "text": True, "timeout": 120, "cwd": Path(__file__).parent, **options}
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)], **options)  # type: ignore[call-overload]
+    command = [*options.pop("traced", ()), sys.executable]  # type: ignore[misc]
+    return subprocess.run([*command, "-c", textwrap.dedent(script), *map(str, arguments)], **options)  # type: ignore[call-overload]
 
 
 ENGINE = """

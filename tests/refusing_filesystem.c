@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // LD_PRELOAD for tests: a filesystem that refuses what some mounts refuse. REFUSE holds words such as
-// "tmpfile fallocate exchange link unlink rename fsync range xattr chmod locks direct pwrite io_uring"; each makes that
+// "tmpfile fallocate exchange link unlink rename fsync range xattr chmod locks direct pwrite statx io_uring"; each makes that
 // call fail with ENOTSUP, or with the number behind a colon ("rename:5"); with 999 the process is killed there.
 // "rename@2" refuses the second call only. "short" refuses nothing: pwrite then writes half of what it is given and a
 // piece of a block. "late": what "range" refuses takes half a second. `refused_calls` counts.
@@ -98,6 +98,11 @@ int fchmod(int fd, mode_t mode) {
 int rename(const char* from, const char* to) {
   static int calls;
   return refused("rename", &calls) ? -1 : REAL(rename)(from, to);
+}
+
+int statx(int folder, const char* path, int flags, unsigned mask, struct statx* found) {
+  static int calls;
+  return refused("statx", &calls) ? -1 : REAL(statx)(folder, path, flags, mask, found);
 }
 
 int fsync(int fd) {

@@ -18,8 +18,8 @@ kernels/table.h kernels/table.cc kernels/memory.cuh kernels/elements.cuh kernels
 kernels/pack.cu kernels/embedded.h kernels/embedded.cc host_device.cc numa.h numa.cc cuda_driver.h cuda_driver.cc
 cuda_info.h cuda_info.cc cuda_context.h cuda_scratch.h cuda_scratch.cc cuda_device.cc ring.h filesystem.h
 filesystem.cc attributes.h attributes.cc target.h target.cc temporary.h temporary.cc probe.h probe.cc mapping.h
-mapping.cc file.h threads.h threads.cc closing.h closing.cc file.cc publish.cc suspended.cc holders.h holders.cc direct_io.h direct_io.cc
-standing.h standing.cc crc32.h crc32.cc source_file.h source_file.cc
+mapping.cc file.h threads.h threads.cc closing.h closing.cc file.cc publish.cc suspended.cc holders.h holders.cc in_place.h in_place.cc
+direct_io.h direct_io.cc standing.h standing.cc crc32.h crc32.cc source_file.h source_file.cc
 writer.h writer.cc
 fetch.h save.h save.cc engine.h engine.cc bindings.cc
 """.split()

@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import preload, run_engine
 
-from fastshard import _native, prepare, save_file, save_files
+from fastshard import prepare, save_file, save_files
 from fastshard.engine import engine_for
 from fastshard.plan import FETCHED, FilePlan, TensorView
 
@@ -199,17 +199,3 @@ def test_root_keeps_everything(tmp_path: Path) -> None:
     save_file(TENSORS, path)
     found = path.stat()
     assert (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid) == (0o6755, 1234, 5678)
-
-
-def test_for_files_that_python_writes(tmp_path: Path) -> None:
-    old, new = tmp_path / "old", tmp_path / "new"
-    for path in (old, new):
-        path.write_bytes(b"x")
-    old.chmod(0o604)
-    with new.open("rb") as file:
-        assert _native.adopt_attributes(file.fileno(), os.fsencode(old)) == []
-        assert stat.S_IMODE(new.stat().st_mode) == 0o604
-        assert _native.adopt_attributes(file.fileno(), os.fsencode(tmp_path / "missing")) == []
-        with pytest.raises(NotADirectoryError) as raised:
-            _native.adopt_attributes(file.fileno(), os.fsencode(old / "below"))
-        assert raised.value.filename == str(old / "below")

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
 from fastshard.bench import budget, build, gpu
 from fastshard.bench.brief import MOST_LINES, brief
 

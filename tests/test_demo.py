@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-
 from fastshard.bench import demo
+from safetensors.torch import save_file
 
 
 def test_demo_compares_and_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

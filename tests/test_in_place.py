@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_same
-from helpers import filled, names, run, run_bare
+from helpers import filled, names, preload, run, run_bare
 
 from fastshard import ArchiveError, _native, activity, archive, archive_by_torch, in_place, torch_save
 from fastshard.archive_errors import archive_error, why_torch_failed
@@ -237,10 +237,21 @@ def test_a_mounted_file(tmp_path: Path, obj: object, reasons: list[str]) -> None
     assert reasons == ["a file that is a mount point"] and names(tmp_path) == ["host.pt", "m.pt"]
 
 
-def test_a_mount_is_known_without_statx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_place, "_libc", object)
-    (tmp_path / "m.pt").touch()
-    assert in_place.why_in_place(str(tmp_path / "m.pt")) is None
+@pytest.mark.parametrize("mounted", [False, True])
+def test_a_mount_is_known_without_statx(tmp_path: Path, preloaded: Path, mounted: bool) -> None:
+    for name in ("host.pt", "m.pt"):
+        (tmp_path / name).touch()
+    mount = ["mount", "--bind", tmp_path / "host.pt", tmp_path / "m.pt"]
+    if mounted and subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file is not allowed here")
+    script = "from fastshard import _native; print(_native.look_at_file(os.fsencode(sys.argv[1])))"
+    try:
+        done = run(script, tmp_path / "m.pt", env=preload(preloaded, "statx"))
+    finally:
+        if mounted:
+            subprocess.run(["umount", tmp_path / "m.pt"], check=True)
+    expected = ("a file that is a mount point" if mounted else None, False)
+    assert done.stdout.strip() == str(expected), done.stderr
 
 
 @both
@@ -252,7 +263,7 @@ def test_what_shows_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obj: o
         raise ArchiveError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(archive, "_write", fail)
-    monkeypatch.setattr(archive, "replace_by_bytes", fail)
+    monkeypatch.setattr(archive, "new_file", fail)
     with pytest.raises(ArchiveError):
         torch_save(obj, path)  # there is none that could be written over
     assert names(tmp_path) == []
@@ -417,38 +428,63 @@ def test_attributes_are_carried_over(tmp_path: Path, obj: object, new_format: bo
 @pytest.mark.parametrize("how", ["nameless", "named"])
 @both
 def test_what_a_kill_leaves_the_next_save_removes(
-    tmp_path: Path, obj: object, format_: str, how: str
+    tmp_path: Path, preloaded: Path, obj: object, format_: str, how: str
 ) -> None:
     path = tmp_path / "m.pt"
     path.write_bytes(b"old")
-
-    def killed() -> None:
-        os.rename = lambda *_, **__: os.kill(os.getpid(), 9)  # type: ignore[assignment]
-        if how == "named":
-            os.O_TMPFILE = os.O_DIRECTORY | os.O_WRONLY  # type: ignore[misc]
-        torch_save(SMALL, path, _use_new_zipfile_serialization=format_ == "new")
-
-    assert in_child(killed) == ""
+    script = """
+    obj = {"a": torch.arange(20.0), "step": 3}
+    torch_save(obj, sys.argv[1], _use_new_zipfile_serialization=sys.argv[2] == "new")
+    """
+    refuse = "rename:999" + (" tmpfile" if how == "named" else "")
+    assert run(script, path, format_, env=preload(preloaded, refuse)).returncode == -9
     assert path.read_bytes() == b"old" and len(names(tmp_path)) == 2
     torch_save(obj, path)
     assert names(tmp_path) == ["m.pt"]
 
 
-def test_an_error_after_publication_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.fsync
+@pytest.mark.parametrize("options", ["", "_use_new_zipfile_serialization=False", "in_place=True"])
+def test_an_error_after_publication_says_so(tmp_path: Path, preloaded: Path, options: str) -> None:
+    script = f"""
+    try:
+        torch_save({{"a": 3}}, sys.argv[1], durable=True, {options})
+    except ArchiveError as error:
+        print(error.errno, error.published, error.filename, error.strerror)
+    """
+    # Written over by torch, whose bytes Python syncs.
+    env = preload(preloaded, f"fsync@2:{errno.EIO}")
+    said = run(script, tmp_path / "m.pt", env=env).stdout
+    assert said.startswith(f"{errno.EIO} True {tmp_path / 'm.pt'} Input/output error; "), said
+    assert "in place, but not known to be on stable storage" in said
+    assert torch.load(tmp_path / "m.pt", weights_only=True)["a"] == 3
 
-    def fail(descriptor: int) -> None:
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        real(descriptor)
 
-    monkeypatch.setattr(os, "fsync", fail)
-    for save in (dict, lambda: {"_use_new_zipfile_serialization": False}, lambda: {"in_place": True}):
-        with pytest.raises(ArchiveError, match="in place, but not known to be on stable storage") as raised:
-            torch_save(SMALL, tmp_path / "m.pt", durable=True, **save())
-        assert raised.value.published and raised.value.errno == errno.EIO
-        assert torch.load(tmp_path / "m.pt", weights_only=True)["step"] == 3
-        os.unlink(tmp_path / "m.pt")
+def test_a_forked_child_leaves_the_parents_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    path.write_bytes(b"old")
+    new = archive_by_torch.new_file(str(path), True, at_once=True)
+    os.pwrite(new.descriptor(), b"new", 0)
+    assert in_child(new.close) == "None" and len(names(tmp_path)) == 2
+    assert new.publish(False) == (3, [])
+    assert names(tmp_path) == ["m.pt"] and path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_umask_that_lets_nobody_write(shared: Path, reasons: list[str], there: bool) -> None:
+    """Torch opens the file by name, which its maker then may not."""
+    given_away(shared / "own", 0o755)
+    path = shared / "own" / "m.pt"
+    if there:
+        given_away(path, 0o640)
+
+    def work() -> str:
+        os.umask(0o277)
+        return save_as_another(path, "new")
+
+    assert in_child(work) == "saved: "
+    assert stat.S_IMODE(path.stat().st_mode) == (0o640 if there else 0o400)
+    assert_same(path.read_bytes(), bytes_of({"a": torch.ones(5)}, path))
+    assert names(shared / "own") == ["m.pt"]
 
 
 @pytest.mark.parametrize("count", [40_000, 400_000])
@@ -657,32 +693,13 @@ def test_a_write_that_fails_once(tmp_path: Path) -> None:
     assert raised.value is own and names(tmp_path) == []
 
 
-@pytest.mark.parametrize("old_format", [False, True])
-def test_a_close_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old_format: bool) -> None:
-    close = archive_by_torch._Staged.close
-
-    def fail(staged: Any) -> None:
-        close(staged)
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(archive_by_torch._Staged, "close", fail)
-    with pytest.raises(ArchiveError, match="is in place") as info:
-        torch_save(SMALL, tmp_path / "m.pt", _use_new_zipfile_serialization=not old_format)
-    assert (info.value.errno, info.value.filename, info.value.published) == (
-        errno.EIO,
-        str(tmp_path / "m.pt"),
-        True,
-    )
-    assert torch.load(tmp_path / "m.pt", weights_only=True)["step"] == 3
-    # The first error is the one that is told.
+def test_the_first_error_is_the_one_that_is_told(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         archive_by_torch.replace_by_torch(lambda file: 1 // 0, str(tmp_path / "m.pt"), False, False, True)
+    assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("old_format", [False, True])
-def test_descriptors_that_cannot_be_looked_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old_format: bool
-) -> None:
+def test_descriptors_that_cannot_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     look = os.stat
 
     def stat_of(path: Any, *more: Any, **keywords: Any) -> os.stat_result:
@@ -692,5 +709,5 @@ def test_descriptors_that_cannot_be_looked_at(
 
     monkeypatch.setattr(os, "stat", stat_of)
     with pytest.raises(ArchiveError) as info:
-        torch_save(SMALL, tmp_path / "m.pt", _use_new_zipfile_serialization=not old_format)
+        torch_save(SMALL, tmp_path / "m.pt", _use_new_zipfile_serialization=False)
     assert (info.value.errno, info.value.filename) == (errno.EIO, str(tmp_path / "m.pt"))

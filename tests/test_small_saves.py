@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from fastshard.bench import save, small_saves
+from fastshard.bench.small_saves import Measured
+from helpers import run
 
 import fastshard
 from fastshard import directory
-from fastshard.bench import save, small_saves
-from fastshard.bench.small_saves import Measured
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -84,6 +83,56 @@ def _counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         yield counts
 
 
+def _traced(save: str, place: Path, log: Path) -> tuple[list[str], int]:
+    """System calls of the thread that saves, in its third save to a place; and descriptors that are open."""
+    if shutil.which("strace") is None:
+        pytest.skip("no strace here")
+    script = f"""
+    import huggingface_hub
+    tensors = {{"a": torch.ones(4)}}
+    place = sys.argv[1]
+    with installed():
+        for number in range(3):
+            os.path.exists(f"/before/{{number}}")
+            {save}
+        os.path.exists("/before/end")
+        print(len(os.listdir("/proc/self/fd")))
+    """
+    done = run(script, place, traced=["strace", "-f", "-o", log])
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(None, 1) for line in log.read_text().splitlines()]
+    saving = next(thread for thread, call in lines if "/before/2" in call)
+    calls = [call for thread, call in lines if thread == saving]
+    begin, end = (
+        next(i for i, call in enumerate(calls) if mark in call) for mark in ("/before/2", "/before/end")
+    )
+    return [call for call in calls[begin + 1 : end] if call.partition("(")[0].isidentifier()], int(
+        done.stdout
+    )
+
+
+def _kinds(calls: list[str]) -> Counter[str]:
+    return Counter(call.partition("(")[0] for call in calls)
+
+
+def _holds_the_old_file(calls: list[str], folder: Path) -> bool:
+    """Over the rename, which would wait for the disk to free it; in memory there is nothing to wait for."""
+    rename = next(index for index, call in enumerate(calls) if call.startswith("rename"))
+    held = any("O_PATH" in call for call in calls[:rename])
+    return held or not os.major(folder.stat().st_dev)
+
+
+def test_torch_save_takes_few_system_calls(tmp_path: Path) -> None:
+    """Of a file that is replaced. Descriptors of this process are looked at one by one."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    calls, descriptors = _traced("torch.save(tensors, place)", folder / "m.pt", tmp_path / "log")
+    kinds = _kinds(calls)
+    assert kinds["rename"] == 1 and kinds["linkat"] == kinds["memfd_create"] == 0
+    assert kinds.total() - kinds["futex"] - descriptors <= 44, kinds
+    assert _holds_the_old_file(calls, folder)
+
+
 def _save_checkpoint(folder: Path, config: str, weights: str) -> None:
     with directory.replacing(str(folder)) as stage:
         Path(stage, "config.json").write_text(config)
@@ -102,36 +151,16 @@ def test_one_small_file_takes_few_calls(tmp_path: Path, monkeypatch: pytest.Monk
     assert counts == {"listdir": 1}
 
 
-def test_a_warm_save_makes_few_system_calls_and_frees_nothing_itself(tmp_path: Path) -> None:
+def test_hubs_save_takes_few_system_calls(tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
-    if shutil.which("strace") is None:
-        pytest.skip("needs strace")
-    script = """
-import os, sys, torch
-from fastshard import _native
-from fastshard.hub import save_torch_state_dict
-for number in range(4):
-    if number == 3:
-        os.path.exists("/begin")
-    save_torch_state_dict({"a": torch.ones(4)}, sys.argv[1])
-    os.path.exists("/end")
-"""
-    folder, log = tmp_path / "folder", tmp_path / "log"
+    folder = tmp_path / "folder"
     folder.mkdir()
-    command = ["strace", "-f", "-o", log, sys.executable, "-c", script, folder]
-    subprocess.run(command, check=True, cwd=Path(__file__).parent)
-    text = log.read_text()
-    lines = text[text.index('"/begin"') :].splitlines()[1:]
-    lines = lines[: next(index for index, line in enumerate(lines) if '"/end"' in line)]
-    main = text.split(maxsplit=1)[0]
-    calls = [line.split(maxsplit=1)[1] for line in lines if line.split(maxsplit=1)[0] == main]
-    names = [name for call in calls if (name := call.split("(")[0]).isidentifier()]
+    calls, _ = _traced("huggingface_hub.save_torch_state_dict(tensors, place)", folder, tmp_path / "log")
+    kinds = _kinds(calls)
     # A folder more costs a look for what killed saves have left there.
-    assert len([name for name in names if name != "futex"]) - len(folder.parents) <= 36, names
-    assert sum(name.startswith("rename") for name in names) == 1
-    if os.major(folder.stat().st_dev):  # on a disk: the old file is held over the rename
-        rename = next(index for index, call in enumerate(calls) if call.startswith("rename"))
-        assert any("O_PATH" in call for call in calls[:rename])
+    assert kinds.total() - kinds["futex"] - len(folder.parents) <= 36, kinds
+    assert kinds["rename"] + kinds["renameat"] + kinds["renameat2"] == 1
+    assert _holds_the_old_file(calls, folder)
 
 
 def test_a_checkpoint_whose_configuration_stays_takes_few_calls(

@@ -19,7 +19,8 @@ import torch
 from helpers import names, release
 
 import fastshard
-from fastshard import archive_by_torch
+from fastshard import archive
+from fastshard.archive_errors import archive_error
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import accelerate  # noqa: E402
@@ -374,16 +375,17 @@ def test_a_checkpoint_that_fails_leaves_the_one_before(
     trainer._save_checkpoint(trainer.model, trial=None)
     before = files_of(tmp_path / "checkpoint-1")
     assert {"model.safetensors", "optimizer.pt"} < set(before)
-    publish = archive_by_torch._Staged.publish
+    publish = archive._publish
 
-    def failing(new: Any) -> None:
-        if new.target.endswith(b"optimizer.pt"):  # all of it is written, and so is the model
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        publish(new)
+    def failing(made: Any, path: str, *more: Any) -> None:
+        if path.endswith("optimizer.pt"):  # all of it is written, and so is the model
+            made.close()
+            raise archive_error(errno.EIO, os.strerror(errno.EIO), path)
+        publish(made, path, *more)
 
     trainer.state.global_step = 2
     with monkeypatch.context() as patch:
-        patch.setattr(archive_by_torch._Staged, "publish", failing)
+        patch.setattr(archive, "_publish", failing)
         with pytest.raises(RuntimeError, match="Input/output error"):
             trainer._save_checkpoint(trainer.model, trial=None)
     assert files_of(tmp_path / "checkpoint-1") == before
