@@ -15,6 +15,7 @@ from typing import Any
 from . import _native
 from .archive_errors import archive_error, archive_errors, of_writing, why_torch_failed
 from .archive_skeleton import named_like
+from .errors import ArchiveError
 
 
 def can_replace(path: str) -> bool:
@@ -54,7 +55,7 @@ def replace_by_torch(
                     write(file)
         except Exception as error:
             if raw is not None and error is raw.failed and error.errno is not None:
-                failed = of_writing(error.errno, path)
+                failed: ArchiveError | None = of_writing(error.errno, path)
             else:
                 failed = why_torch_failed(error, descriptor, path)
             if failed is None:
@@ -71,7 +72,7 @@ class _Noting(io.FileIO):
 
     failed: OSError | None = None
 
-    def write(self, data: Any, /) -> int | None:
+    def write(self, data: Any, /) -> int | None:  # type: ignore[override]
         try:
             return super().write(data)
         except OSError as error:

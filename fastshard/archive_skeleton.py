@@ -85,7 +85,7 @@ def make_skeleton(
     torch.serialization._check_dill_version(pickling.module)
     with _Writer(path, small) as writer:
         try:
-            torch.serialization._save(
+            torch.serialization._save(  # type: ignore[no-untyped-call]
                 pickling.obj, writer, pickling.module, pickling.protocol, pickling.no_byteorder
             )
             writer.end()
@@ -159,16 +159,17 @@ class _Writer:
     def write_record(self, name: str, data: Any, nbytes: int) -> None:
         if self._writer is None:
             self._begin(sys._getframe(1).f_locals.get("serialized_storages"), nbytes)
-            if self.small_file is not None:
-                return self._writer.write_record(name, data, nbytes)
-        if isinstance(data, _Elsewhere):
-            return self._make_hole(name, data.storage, nbytes)
-        if not isinstance(data, (torch.UntypedStorage, bytes)):
-            return self._writer.write_record(name, data, nbytes)
-        if nbytes < _LARGE and nbytes <= self._left:
+        if self.small_file is not None:
+            self._writer.write_record(name, data, nbytes)
+        elif isinstance(data, _Elsewhere):
+            self._make_hole(name, data.storage, nbytes)
+        elif not isinstance(data, (torch.UntypedStorage, bytes)):
+            self._writer.write_record(name, data, nbytes)
+        elif nbytes < _LARGE and nbytes <= self._left:
             self._left -= nbytes
-            return self._writer.write_record(name, data, nbytes)
-        return self._make_hole(name, data, nbytes)
+            self._writer.write_record(name, data, nbytes)
+        else:
+            self._make_hole(name, data, nbytes)
 
     def end(self) -> None:
         opened, self._opened = self._opened, None
@@ -211,7 +212,7 @@ class _Writer:
 
     def _open(self, descriptor: int) -> None:
         opened = torch.serialization._open_zipfile_writer(named_like(self._path, descriptor))
-        self._opened, self._writer = opened, opened.__enter__()
+        self._opened, self._writer = opened, opened.__enter__()  # type: ignore[no-untyped-call]
         if self.small_file is not None:
             self.write_record = self._writer.write_record  # type: ignore[method-assign]
 
@@ -284,7 +285,8 @@ def _fetcher(held: Sequence[Held]) -> Callable[[int, int, int, int, int], None]:
 def view_of(held: Held) -> TensorView | None:
     """All of its bytes; ``None``: it has no memory."""
     if isinstance(held, bytes):
-        return TensorView(ctypes.cast(held, ctypes.c_void_p).value or 0, len(held), HOST)
+        address = ctypes.cast(held, ctypes.c_void_p).value  # type: ignore[arg-type]
+        return TensorView(address or 0, len(held), HOST)
     device, nbytes = held.device, held.nbytes()
     number = _tensors.device_number(device)
     if number == FETCHED and device.type != "meta":

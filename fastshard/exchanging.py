@@ -154,7 +154,7 @@ def _exchange(change: Change, parent: Folder, base: str, beside: Hidden, linked:
         raise
     finally:
         for _, scan in scans:
-            scan.close()  # type: ignore[attr-defined]
+            scan.close()
 
 
 def _follow(change: Change, scans: list[tuple[str, Scan]], linked: dict[str, Identity | None]) -> None:

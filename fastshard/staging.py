@@ -20,9 +20,9 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from types import TracebackType
-from typing import Final
+from typing import Final, TypeAlias
 
 STAGING: Final = re.compile(r"\.fastshard-[0-9a-f]{16}\.staging")
 NEW: Final = ".new"
@@ -40,7 +40,7 @@ SMALL_NBYTES: Final = 1 << 20
 """What takes so little room is freed by the thread that saves: to start another one takes longer."""
 
 Identity = tuple[int, int]
-Scan = Iterator["os.DirEntry[str]"]
+Scan: TypeAlias = "os._ScandirIterator[str]"
 
 
 def final_places(text: str) -> str:
