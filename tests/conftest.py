@@ -45,9 +45,11 @@ _LEAKS = ("streams", "events", "modules", "registrations", "contexts", "register
 _stderr: list[int] = []  # a copy made before pytest captures it
 
 
-def pytest_configure() -> None:
-    # What tests start must find the installed fastshard: ``python -c`` looks into the current folder first.
-    os.chdir(Path(__file__).parent)
+def pytest_configure(config: pytest.Config) -> None:
+    # What tests start must find the installed fastshard: ``python -c`` looks into the current folder first. pytest-xdist's
+    # own process runs no test, and its workers take the paths they are given from where it is.
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        os.chdir(Path(__file__).parent)
     _stderr.append(os.dup(2))
     # One build for everybody, the simulator's own tests included; git ignores build/.
     os.environ.setdefault(CACHE_VARIABLE, str(Path(__file__).resolve().parents[1] / "build" / "simcuda"))
