@@ -16,7 +16,7 @@ demo: torch
 # Installed, not linked, and run without the checkout on the path: what is tested is what a user gets.
 test: torch
 	$(BIN)/pip install -q '.[test]'
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
 # Each system call of each saver fails once, and a kill at each change of a file; power cuts too, with root. ARGS="--saver NAME"
 # for a part of it (an hour or more for all). Status 77: this machine cannot watch calls.

@@ -370,7 +370,8 @@ def run_case(
         contest.disturbances()
     del contest
     ceilings.forget()
-    gc.collect()
+    if nbytes >= 16 * MIB:
+        gc.collect()
     if machine.device_kind(settings.device) != CPU:
         torch.cuda.empty_cache()
     for name in names if case.memory else ():

@@ -13,11 +13,13 @@ real GPU never meet in one process:
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import functools
 import gc
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,13 +40,16 @@ BUDGET = 1 << 20
 SLOT = 256 << 10
 """Their size."""
 HANG_SECONDS = 60
+PROTECTED = Path("/proc/sys/fs/protected_symlinks")
 _LEAKS = ("streams", "events", "modules", "registrations", "contexts", "registered_bytes")
 _stderr: list[int] = []  # a copy made before pytest captures it
 
 
-def pytest_configure() -> None:
-    # What tests start must find the installed fastshard: ``python -c`` looks into the current folder first.
-    os.chdir(Path(__file__).parent)
+def pytest_configure(config: pytest.Config) -> None:
+    # What tests start must find the installed fastshard: ``python -c`` looks into the current folder first. pytest-xdist's
+    # own process runs no test, and its workers take the paths they are given from where it is.
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        os.chdir(Path(__file__).parent)
     _stderr.append(os.dup(2))
     # One build for everybody, the simulator's own tests included; git ignores build/.
     os.environ.setdefault(CACHE_VARIABLE, str(Path(__file__).resolve().parents[1] / "build" / "simcuda"))
@@ -72,6 +77,14 @@ def assert_same(found: bytes, expected: bytes) -> None:
 def path(tmp_path: Path) -> Path:
     """Of a file to be saved, alone in its folder."""
     return tmp_path / "weights"
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """As ``tmp_path``, where other users' processes may pass: pytest keeps its folders to its own user."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
 
 
 @pytest.fixture
@@ -170,6 +183,25 @@ def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = Path(__file__).with_name("refusing_filesystem.c")
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
     return library
+
+
+@pytest.fixture
+def sticky(tmp_path: Path) -> Iterator[Path]:
+    """A folder as /tmp, while the kernel does not follow other users' links in there."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can make another user's link")
+    with PROTECTED.open() as setting:
+        fcntl.flock(setting, fcntl.LOCK_EX)  # it is the whole machine's: tests beside this one change it, too
+        before = setting.read()
+        try:
+            PROTECTED.write_text("1")
+        except OSError as error:
+            pytest.skip(f"{PROTECTED}: {error.strerror}")
+        folder = tmp_path / "shared"
+        folder.mkdir()
+        folder.chmod(0o1777)
+        yield folder
+        PROTECTED.write_text(before)
 
 
 @pytest.fixture(params=["tmpfs", "ext4"])

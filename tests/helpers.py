@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import forked
 import torch
 from safetensors.torch import _SIZE, load_file
 
@@ -98,14 +99,17 @@ def names(directory: Path) -> list[str]:
     return sorted(os.listdir(directory))
 
 
-def run(script: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+PRELUDE = "import sys, os, torch, fastshard\nfrom fastshard import *\n"
+
+
+def run(script: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Runs a Python script in a process of its own; its last line of output is what it found."""
-    prelude = "import sys, os, torch, fastshard\nfrom fastshard import *\n"
-    return run_bare(prelude + textwrap.dedent(script), *arguments, **options)
+    return forked.run(PRELUDE + textwrap.dedent(script), *arguments, **options)
 
 
 def run_bare(script: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """As :func:`run`, with nothing imported before the script's first line. ``traced``: the command that runs it."""
+    """As :func:`run`, in a process that starts with the script's first line: nothing is imported before. ``traced``: the
+    command that runs it."""
     # Not from the checkout's top: its package would come before the installed one.
     options = {"capture_output": True, "text": True, "timeout": 120, "cwd": Path(__file__).parent, **options}
     command = [*options.pop("traced", ()), sys.executable]  # type: ignore[misc]

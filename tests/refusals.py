@@ -6,9 +6,10 @@ from __future__ import annotations
 import functools
 import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
+
+import forked
 
 TESTS = Path(__file__).resolve().parent
 
@@ -67,12 +68,7 @@ def _library() -> Path:
 
 def run(script: str, *arguments: object, timeout: float = 300) -> str:
     """What a script says in which ``library`` refuses and ``child(work, kind, call)`` tries it."""
-    found = subprocess.run(
-        [sys.executable, "-c", PRELUDE + script, *map(str, arguments)],
-        env={**os.environ, "LD_PRELOAD": str(_library())},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    environment = {**os.environ, "LD_PRELOAD": str(_library())}
+    found = forked.run(PRELUDE + script, *arguments, env=environment, timeout=timeout)
     assert found.returncode == 0, found.stdout + found.stderr
     return found.stdout

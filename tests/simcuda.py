@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import enum
+import fcntl
 import os
 import shutil
 import subprocess
@@ -96,7 +97,13 @@ def cuda_include() -> Path | None:
 def build(directory: str | os.PathLike[str]) -> Path:
     """Compiles the driver into `directory` unless it is up to date there, and returns its path."""
     directory = Path(directory)
-    library = directory / "libsimcuda.so"
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever runs tests beside this process waits for one build
+        return _built(directory / "libsimcuda.so")
+
+
+def _built(library: Path) -> Path:
     ours = [_CSRC / name for name in ("plan.cc", "cast.cc", "pack.cc", "kernels/table.cc")]
     sources = [*sorted(_SOURCES.glob("*.cc")), *ours]
     inputs = [*sources, *_SOURCES.glob("*.h"), *_CSRC.glob("*.h"), *_CSRC.glob("kernels/*")]
@@ -108,8 +115,7 @@ def build(directory: str | os.PathLike[str]) -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or "g++"
     flags = ["-std=c++20", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-pthread"]
     flags.append("-Wno-unknown-pragmas")  # of nvcc's
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
 
         def compile_one(source: Path) -> str:
             target = os.path.join(scratch, f"{source.parent.name}.{source.stem}.o")

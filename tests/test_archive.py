@@ -15,8 +15,6 @@ import os
 import pickle
 import random
 import stat
-import subprocess
-import sys
 import threading
 import types
 import weakref
@@ -27,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -592,8 +591,7 @@ def test_killed_leaves_nothing(tmp_path: Path) -> None:
         "fastshard.torch_save({'a': torch.ones(1 << 20)}, sys.argv[1])"
     )
     path = tmp_path / "m.pt"
-    killed = subprocess.run([sys.executable, "-c", script, path], cwd=Path(__file__).parent)
-    assert killed.returncode == -9 and names(tmp_path) == []
+    assert forked.run(script, path).returncode == -9 and names(tmp_path) == []
 
 
 @by_the_engine

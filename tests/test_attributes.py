@@ -168,10 +168,8 @@ def test_a_mode_that_cannot_be_stored_is_an_error(tmp_path: Path, preloaded: Pat
 @pytest.mark.parametrize(
     ("mode", "becomes"), [(0o4755, 0o755), (0o2755, 0o755), (0o660, 0o600), (0o664, 0o644), (0o640, 0o600)]
 )
-def test_rights_of_another_owner_and_group_are_left_out(tmp_path: Path, mode: int, becomes: int) -> None:
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
-    folder = tmp_path / "open"
+def test_rights_of_another_owner_and_group_are_left_out(public: Path, mode: int, becomes: int) -> None:
+    folder = public / "open"
     folder.mkdir()
     folder.chmod(0o777)
     path = folder / "m"

@@ -50,6 +50,13 @@ def test_a_command_and_its_output(tmp_path):
     assert "seen" in log.read_text() and "again" in log.read_text()
 
 
+def _runs(state: Path) -> bool:
+    try:
+        return state.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_a_command_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
     code = (
         "import subprocess, sys, time; "
@@ -62,7 +69,9 @@ def test_a_command_that_takes_too_long_is_ended_with_all_it_started(tmp_path):
     assert time.monotonic() - began < budget.GRACE_SECONDS + 5
     grandchild = int(done.output.split()[0])
     state = Path(f"/proc/{grandchild}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    while _runs(state):  # a kill takes its time where others want the core
+        assert time.monotonic() - began < 30
+        time.sleep(0.01)
 
 
 def test_a_command_that_does_not_listen_is_ended_all_the_same(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 HOOKS = {
@@ -26,7 +27,8 @@ HOOKS = {
     "excepthook": "sys.excepthook = lambda *_: last()\nends = lambda: 1 / 0",
 }
 SCRIPT = """
-import sys
+import gc, sys
+gc.unfreeze()  # all goes at the end
 import torch, fastshard
 from safetensors.torch import load_file
 folder, first = sys.argv[1], sys.argv[2]
@@ -73,12 +75,7 @@ def test_the_last_save(tmp_path: Path, hook: str, first: str, installed: str) ->
     if hook == "__del__" and (first == "none" or installed == "installed"):
         pytest.skip("when objects of modules go, nothing can be imported any more, by the original neither")
     script = SCRIPT.format(hook=HOOKS[hook])
-    found = subprocess.run(
-        [sys.executable, "-c", script, tmp_path, first, installed, hook],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    found = forked.run(script, tmp_path, first, installed, hook, timeout=60)
     assert found.returncode == (1 if hook == "excepthook" else 0), found.stderr
     assert found.stdout == "saved\n", found.stderr
     import torch
@@ -132,8 +129,6 @@ atexit.register(last)
 fastshard.save({"a": torch.ones(3)})
 engine.close()
 """
-    found = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "file"], capture_output=True, text=True, timeout=60
-    )
+    found = forked.run(script, tmp_path / "file", timeout=60)
     assert found.stdout == "the engine is closed\n", found.stderr
     assert not (tmp_path / "file").exists()

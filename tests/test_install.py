@@ -785,7 +785,8 @@ def test_threads_install_uninstall_import_and_save(tmp_path, monkeypatch, no_han
 def test_forks(tmp_path):
     """Children of a process whose other thread keeps installing and uninstalling."""
     script = """
-        import threading
+        import gc, threading
+        gc.unfreeze()  # installing looks for referrers
         import safetensors.torch as st
         original, stop = st.save_file, threading.Event()
         def toggle():

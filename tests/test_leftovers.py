@@ -174,9 +174,9 @@ def test_where_locks_are_refused_everything_stays(tmp_path: Path, preloaded: Pat
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can plant another user's files")
-def test_names_that_others_have_taken(tmp_path: Path, preloaded: Path) -> None:
+def test_names_that_others_have_taken(public: Path, preloaded: Path) -> None:
     """In a folder as /tmp nobody can remove them: other names are taken."""
-    folder = tmp_path / "shared"
+    folder = public / "shared"
     folder.mkdir()
     path = folder / "m.safetensors"
     path.write_bytes(b"old")
@@ -185,8 +185,6 @@ def test_names_that_others_have_taken(tmp_path: Path, preloaded: Path) -> None:
     planted = hidden(folder)
     os.chown(path, 65534, 65534)
     folder.chmod(0o1777)
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
     script = """
     os.setgid(65534)
     os.setuid(65534)
@@ -201,16 +199,14 @@ def test_names_that_others_have_taken(tmp_path: Path, preloaded: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user who may not list a folder")
-def test_the_folder_need_not_be_listed(tmp_path: Path, preloaded: Path) -> None:
-    folder = tmp_path / "dark"
+def test_the_folder_need_not_be_listed(public: Path, preloaded: Path) -> None:
+    folder = public / "dark"
     folder.mkdir()
     path = folder / "m.safetensors"
     kill_while_writing(path, preloaded)
     for name in (folder, *hidden(folder)):
         os.chown(name, 65534, 65534)
     folder.chmod(0o300)
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
     script = """
     os.setgid(65534)
     os.setuid(65534)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,6 @@ from fastshard.engine import engine_for
 from fastshard.plan import FilePlan
 
 TENSORS = {"a": torch.arange(1000, dtype=torch.float32)}
-PROTECTED = Path("/proc/sys/fs/protected_symlinks")
 
 
 def save_prepared(path: Path) -> None:
@@ -134,23 +133,6 @@ def test_what_cannot_be_followed(tmp_path: Path) -> None:
         assert names(tmp_path) == before and link.is_symlink()
     os.close(memory)
     assert (tmp_path / "file").read_bytes() == b"old"
-
-
-@pytest.fixture
-def sticky(tmp_path: Path) -> Iterator[Path]:
-    """A folder as /tmp, while the kernel does not follow other users' links in there."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can make another user's link")
-    before = PROTECTED.read_text()
-    try:
-        PROTECTED.write_text("1")
-    except OSError as error:
-        pytest.skip(f"{PROTECTED}: {error.strerror}")
-    folder = tmp_path / "shared"
-    folder.mkdir()
-    folder.chmod(0o1777)
-    yield folder
-    PROTECTED.write_text(before)
 
 
 @pytest.mark.parametrize("exists", [True, False])

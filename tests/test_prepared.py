@@ -8,8 +8,6 @@ import mmap
 import os
 import signal
 import stat
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -17,11 +15,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forked
 import pytest
 import safetensors.torch as reference
 import torch
 from conftest import BUDGET, SLOT, assert_same
-from helpers import crc32, filled, names, preload, run, same
+from helpers import PRELUDE, crc32, filled, names, preload, run, same
 from simcuda import Result, SimCuda
 from test_cuda_path import noise, on_device, on_host, varied
 
@@ -499,20 +498,16 @@ while True:
 @pytest.mark.parametrize("delay", [0.02, 0.05, 0.11, 0.17])
 def test_kill_leaves_a_complete_file_and_the_next_removes_the_rest(memory: Path, delay: float) -> None:
     path = memory / "m.safetensors"
-    code = "import sys, os, torch\nfrom fastshard import *\n" + LOOP
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, path], stdout=subprocess.PIPE, cwd=Path(__file__).parent
-    )
-    assert child.stdout is not None
-    child.stdout.readline()
-    with prepare(model(), memory / "other") as living:  # does not touch what a living process needs
+    with (
+        forked.started(PRELUDE + LOOP, path) as (child, output),
+        prepare(model(), memory / "other") as living,  # does not touch what a living process needs
+    ):
+        assert output.readline() == "ready\n"
         living.save()
         living.save()
         time.sleep(delay)
-        assert child.poll() is None
         child.send_signal(signal.SIGKILL)
-        child.wait()
-        child.stdout.close()
+        assert child.wait() == -signal.SIGKILL
         loaded = reference.load_file(path)
         assert len({float(part) for t in loaded.values() for part in (t.min(), t.max())}) == 1
         left = hidden(memory)
@@ -548,7 +543,7 @@ def test_forked_child_must_not_use_it(memory: Path) -> None:
     prepared.save()
     prepared.save()
     """
-    done = run(script, memory / "m.safetensors", env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    done = run(script, memory / "m.safetensors")
     assert done.stdout.splitlines() == ["this prepared save belongs to the parent process", "0"], done.stderr
     assert same(memory / "m.safetensors", {"a": torch.full((1000,), 2.0)})
     assert names(memory) == ["m.safetensors", "m.safetensors.child"]

@@ -4,10 +4,9 @@ the outer one. Both end, and both files are right."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 SCRIPT = """
@@ -74,6 +73,7 @@ def interrupted(at):
                 right(inner_file)
         return trace
     if handler == "replaced":
+        gc.unfreeze()  # installing looks for referrers
         fastshard.install()
     sys.settrace(trace)
     try:
@@ -128,12 +128,7 @@ for number in range(samples):
     ],
 )
 def test_a_save_at_any_bytecode_of_the_first_save(tmp_path: Path, scenario: str, handler: str) -> None:
-    found = subprocess.run(
-        [sys.executable, "-c", SCRIPT, scenario, handler, tmp_path, "25"],
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    found = forked.run(SCRIPT, scenario, handler, tmp_path, 25, timeout=400)
     assert found.returncode == 0, found.stderr
     assert found.stdout == ""
 
@@ -165,9 +160,7 @@ print(len(handled), sorted(os.listdir(folder)))
 
 
 def test_signals_that_save_while_saves_go_on(tmp_path: Path) -> None:
-    found = subprocess.run(
-        [sys.executable, "-c", SIGNALS, tmp_path], capture_output=True, text=True, timeout=120
-    )
+    found = forked.run(SIGNALS, tmp_path)
     assert found.stdout == "25 ['last.pt', 'last.safetensors', 'weights.pt', 'weights.safetensors']\n", (
         found.stderr
     )

@@ -15,7 +15,7 @@ import pytest
 import torch
 from fastshard.bench import save, small_saves
 from fastshard.bench.small_saves import Measured
-from helpers import run
+from helpers import PRELUDE, run_bare
 
 import fastshard
 from fastshard import directory
@@ -88,17 +88,17 @@ def _traced(save: str, place: Path, log: Path) -> tuple[list[str], int]:
     if shutil.which("strace") is None:
         pytest.skip("no strace here")
     script = f"""
-    import huggingface_hub
-    tensors = {{"a": torch.ones(4)}}
-    place = sys.argv[1]
-    with installed():
-        for number in range(3):
-            os.path.exists(f"/before/{{number}}")
-            {save}
-        os.path.exists("/before/end")
-        print(len(os.listdir("/proc/self/fd")))
-    """
-    done = run(script, place, traced=["strace", "-f", "-o", log])
+import huggingface_hub
+tensors = {{"a": torch.ones(4)}}
+place = sys.argv[1]
+with installed():
+    for number in range(3):
+        os.path.exists(f"/before/{{number}}")
+        {save}
+    os.path.exists("/before/end")
+    print(len(os.listdir("/proc/self/fd")))
+"""
+    done = run_bare(PRELUDE + script, place, traced=["strace", "-f", "-o", log])
     assert done.returncode == 0, done.stderr
     lines = [line.split(None, 1) for line in log.read_text().splitlines()]
     saving = next(thread for thread, call in lines if "/before/2" in call)

@@ -453,10 +453,11 @@ KILLED = """
             models[1].save_pretrained(directory, max_shard_size="20KB")
             os._exit(0)
         status = os.waitpid(pid, 0)[1]
-        print("killed" if os.WIFSIGNALED(status) else "ended", contents(), flush=True)
+        found = contents()
+        print("killed" if os.WIFSIGNALED(status) else "ended", found, flush=True)
         if not os.WIFSIGNALED(status):
             break
-        if contents() == 1.0:
+        if found == 1.0:
             models[0].save_pretrained(directory, max_shard_size="20KB")
             assert contents() == 0.0
 """
