@@ -355,9 +355,8 @@ def main() -> int:
     print(table(outcomes))
     for versions, outcome in zip(chosen, outcomes):
         if outcome.python.split()[0] != versions.pythons[0]:
-            print(
-                f"not tried: Python {versions.pythons[0]} ({versions.name}), which this machine neither has nor can get"
-            )
+            wanted = f"Python {versions.pythons[0]} ({versions.name})"
+            print(f"not tried: {wanted}, which is not to be had here: {WORK / versions.name}.log says why")
     totals = [sum(outcome.counts.get(kind, 0) for outcome in outcomes) for kind in ("passed", "failed")]
     print(f"{totals[0]} passed, {totals[1]} failed")
     return 0 if all(outcome.good for outcome in outcomes) else 1
