@@ -36,6 +36,6 @@ $(BIN)/pip:
 	$(BIN)/pip install -q --upgrade pip
 
 # In environments of their own, which are taken away again: the oldest, a middle and the newest versions of all that
-# fastshard works with; SETS="oldest" picks. Half an hour on two cores, and 6 GB of disk at a time.
+# fastshard works with; SETS="oldest" picks. Half an hour on two cores, and 7 GB of disk at a time.
 test-versions:
 	$(PYTHON) tests/versions.py $(SETS)

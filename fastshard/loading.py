@@ -36,7 +36,7 @@ def load(name: str) -> ModuleType:
     if module is None and sys.is_finalizing():
         module = _loaded.get(name)
     if module is not None and not getattr(module.__spec__, "_initializing", False):
-        _loaded[name] = module
+        _loaded[name] = module  # whoever imported it
         return module
     if not sys.is_finalizing() and _thread.get_ident() not in _loaders and not _is_importing():
         _load_apart(name)

@@ -5,7 +5,8 @@
 A source distribution is made first. Each set of versions gets a virtual environment of its own, in which fastshard is
 built from that, and which is taken away afterwards (torch's CUDA builds take 5 GB). In all of them the tests of the
 ecosystem run in full, of the rest a chosen part, out of the source distribution. A Python that the machine does not have
-is replaced by the nearest one that it has, which is said in the table.
+is brought by a Debian in a folder where that is possible (``debian_root``), and else replaced by the nearest one that the
+machine has, which is said under the table.
 
     python tests/versions.py [NAME ...]      sets by name, or all of them
 """
@@ -13,9 +14,12 @@ is replaced by the nearest one that it has, which is said in the table.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -25,8 +29,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import debian_root
+
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "versions"
+DEBIAN = WORK / "debian"
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,19 @@ CHOSEN = (
 INSTALL_SECONDS, TEST_SECONDS = 900, 900
 
 
+@dataclass(frozen=True)
+class Interpreter:
+    """A Python that runs here."""
+
+    version: str
+    path: str
+    entrance: tuple[object, ...] = ()
+    """What stands before each command that is to run where it is."""
+
+    def __str__(self) -> str:
+        return f"{self.version} (Debian's)" if self.entrance else self.version
+
+
 @dataclass
 class Outcome:
     """What became of one set."""
@@ -140,38 +160,56 @@ def interpreters() -> dict[str, str]:
     return found
 
 
+def candidates(versions: Versions, pythons: dict[str, str], log: Path) -> Iterator[Interpreter]:
+    """The interpreters that a set can run with, the best first."""
+    wanted = versions.pythons[0]
+    if wanted not in pythons and debian_root.make(DEBIAN, wanted, functools.partial(call, log=log)):
+        entrance = tuple(debian_root.entrance(DEBIAN, WORK))
+        yield Interpreter(wanted, f"/usr/bin/python{wanted}", entrance)
+    for version in versions.pythons:
+        if version in pythons:
+            yield Interpreter(version, pythons[version])
+
+
 def environment() -> dict[str, str]:
     """Of pip: no constraint of the machine keeps back what is tested."""
-    flags = os.environ.get("CMAKE_ARGS", "-DFASTSHARD_KERNELS=OFF")
-    if shutil.which("ccache") and "LAUNCHER" not in flags:
-        flags += " -DCMAKE_CXX_COMPILER_LAUNCHER=ccache"
     return {
         **os.environ,
+        "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin",
         "PIP_CONSTRAINT": os.devnull,
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "PIP_NO_CACHE_DIR": "1",
-        "CMAKE_ARGS": flags,
+        "PIP_NO_COMPILE": "1",
+        "CMAKE_ARGS": os.environ.get("CMAKE_ARGS", "-DFASTSHARD_KERNELS=OFF"),
     }
 
 
-def call(command: list[object], log: Path, seconds: float, folder: Path = ROOT) -> bool:
-    """Whether it ends well in time; what it says is added to the log."""
+def call(command: list[object], log: Path, seconds: float = INSTALL_SECONDS, folder: Path = WORK) -> bool:
+    """Whether it ends well in time; what it says is added to the log, and nothing that it started goes on."""
     with open(log, "a") as out:
         print("$", *command, file=out, flush=True)
         try:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 list(map(str, command)),
                 cwd=folder,
                 env=environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                timeout=seconds,
+                start_new_session=True,
             )
-        except subprocess.TimeoutExpired:
-            print(f"not done after {seconds} s", file=out)
+        except OSError as error:
+            print(error, file=out)
             return False
-    return done.returncode == 0
+        with process:
+            try:
+                return process.wait(seconds) == 0
+            except subprocess.TimeoutExpired:
+                print(f"not done after {seconds} s", file=out)
+                return False
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def make_source(python: str, log: Path) -> Path | None:
@@ -184,7 +222,7 @@ def make_source(python: str, log: Path) -> Path | None:
         [tools / "bin" / "python", "-m", "pip", "install", "-q", "build"],
         [tools / "bin" / "python", "-m", "build", "-q", "--sdist", "--outdir", made, ROOT],
     ]
-    if not all(call(step, log, INSTALL_SECONDS) for step in steps):
+    if not all(call(step, log) for step in steps):
         return None
     (archive,) = made.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
@@ -194,46 +232,58 @@ def make_source(python: str, log: Path) -> Path | None:
 
 
 def run(versions: Versions, pythons: dict[str, str], source: Path, log: Path) -> Outcome:
-    outcome = Outcome(versions.name)
-    version = next((python for python in versions.pythons if python in pythons), None)
-    if version is None:
-        outcome.trouble = f"needs Python {' or '.join(versions.pythons)}"
-        return outcome
-    outcome.python = version
+    outcome = Outcome(versions.name, trouble=f"needs Python {' or '.join(versions.pythons)}")
     place = WORK / versions.name
+    for interpreter in candidates(versions, pythons, log):
+        outcome.python = str(interpreter)
+        outcome.trouble = prepare(interpreter, versions, place, log)
+        if not outcome.trouble:
+            test(interpreter, place, source, log, outcome)
+            break
+    return outcome
+
+
+def prepare(interpreter: Interpreter, versions: Versions, place: Path, log: Path) -> str:
+    """Makes the environment; what could not be done, if anything."""
     shutil.rmtree(place, ignore_errors=True)
     python = place / "bin" / "python"
-    report = WORK / f"{versions.name}.xml"
-    report.unlink(missing_ok=True)
     steps: list[tuple[str, list[object]]] = [
-        ("make an environment", [pythons[version], "-m", "venv", place]),
+        ("make an environment", [interpreter.path, "-m", "venv", place]),
         ("update pip", [python, "-m", "pip", "install", "-q", "--upgrade", "pip"]),
         ("install the versions", [python, "-m", "pip", "install", "-q", *versions.requirements, *TOOLS]),
-        ("install fastshard", [python, "-m", "pip", "install", "-q", "--no-deps", source]),
     ]
     for what, command in steps:
-        if not call(command, log, INSTALL_SECONDS):
-            outcome.trouble = f"could not {what}"
-            return outcome
+        if not call([*interpreter.entrance, *command], log):
+            return f"could not {what}"
+    return ""
+
+
+def test(interpreter: Interpreter, place: Path, source: Path, log: Path, outcome: Outcome) -> None:
+    shutil.rmtree(source / "build", ignore_errors=True)  # made with another Python, maybe another compiler
+    report = WORK / f"{outcome.name}.xml"
+    report.unlink(missing_ok=True)
+    python = [*interpreter.entrance, place / "bin" / "python"]
+    if not call([*python, "-m", "pip", "install", "-q", "--no-deps", source], log):
+        outcome.trouble = "could not install fastshard"
+        return
     outcome.versions = installed(python)
     outcome.nbytes = sum(path.lstat().st_size for path in place.rglob("*"))
     tests = [f"tests/{name}" for name in (*ECOSYSTEM, *CHOSEN) if (source / "tests" / name).exists()]
     # Others' warnings are news only of the newest; ours have tests of their own.
     options = ["-q", "-p", "no:cacheprovider", "-o", "filterwarnings=default", "--disable-warnings", "-rs"]
     # Not by "python -m", which would look for fastshard in the source first.
-    ended = call(
-        [place / "bin" / "pytest", *options, f"--junitxml={report}", *tests], log, TEST_SECONDS, source
-    )
+    pytest = [*interpreter.entrance, place / "bin" / "pytest", *options, f"--junitxml={report}", *tests]
+    ended = call(pytest, log, TEST_SECONDS, source)
     if report.exists():
         read_report(report, outcome)
     if not ended and not outcome.failed:
         outcome.trouble = "the tests did not come to an end"
-    return outcome
 
 
-def installed(python: Path) -> dict[str, str]:
+def installed(python: list[object]) -> dict[str, str]:
     script = f"import importlib.metadata as m\nfor name in {SHOWN!r}: print(name, m.version(name))"
-    said = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True).stdout
+    command = [*map(str, python), "-c", script]
+    said = subprocess.run(command, cwd=WORK, capture_output=True, text=True, check=True).stdout
     return dict(line.split() for line in said.splitlines())
 
 
@@ -295,18 +345,18 @@ def main() -> int:
         outcome.seconds = time.monotonic() - began
         outcomes.append(outcome)
         if not arguments.keep:
-            shutil.rmtree(WORK / versions.name, ignore_errors=True)
+            for made in (WORK / versions.name, DEBIAN):
+                shutil.rmtree(made, ignore_errors=True)
         print(f"{outcome.name}: {'good' if outcome.good else outcome.trouble or 'tests failed'}", flush=True)
         for name in outcome.failed:
             print("  failed:", name)
         if outcome.trouble and log.exists():
             print(*log.read_text(errors="replace").splitlines()[-30:], sep="\n")
     print(table(outcomes))
-    for versions in chosen:
-        if versions.pythons[0] not in pythons:
-            print(
-                f"not tried: Python {versions.pythons[0]} ({versions.name}), which this machine does not have"
-            )
+    for versions, outcome in zip(chosen, outcomes):
+        if outcome.python.split()[0] != versions.pythons[0]:
+            wanted = f"Python {versions.pythons[0]} ({versions.name})"
+            print(f"not tried: {wanted}, which is not to be had here: {WORK / versions.name}.log says why")
     totals = [sum(outcome.counts.get(kind, 0) for outcome in outcomes) for kind in ("passed", "failed")]
     print(f"{totals[0]} passed, {totals[1]} failed")
     return 0 if all(outcome.good for outcome in outcomes) else 1

@@ -188,6 +188,7 @@ Fault run_pack_kernel(const std::vector<Window>& windows, const PackArguments& a
   block = &threads;
   gridDim.x = grid;
   for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) threads.run(arguments, backwards);
+  memory = nullptr;
   return checked.fault;
 }
 
