@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import io
 import os
 import pickle
@@ -166,11 +165,16 @@ def _save(original: Callable[..., None], pickling: Pickling, f: Any, how: _How, 
 
 def _write_new(pickling: Pickling, path: str, how: _How, began: float) -> str | None:
     """By the engine, or, if it is small, at once. Why it cannot be; ``None``: it stands."""
-    at_once = how.engine is None and not progress_wanted(how.progress)
-    small = functools.partial(new_file, path, how.keep_cached, True) if at_once else None
     needed = None
+
+    def small(nbytes: int) -> _native.NewFile:
+        nonlocal needed
+        needed = nbytes
+        return new_file(path, how.keep_cached, True)
+
+    at_once = how.engine is None and not progress_wanted(how.progress)
     try:
-        made = make_skeleton(pickling, path, small)
+        made = make_skeleton(pickling, path, small if at_once else None)
         if isinstance(made, Skeleton):
             planned = plan(made)
             needed = made.nbytes

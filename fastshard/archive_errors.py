@@ -81,8 +81,8 @@ class archive_errors:  # noqa: N801 (used as a function is)
 
 
 def no_space(number: int, path: str, needed: int | None) -> ArchiveError:
-    """Why there is none, and what can be done about it."""
-    said = [f"{needed:,} bytes are needed"] if needed is not None else []
+    """Why there is none, and what can be done about it. ``needed``: bytes of the records, or of all of the file."""
+    said = [f"at least {needed:,} bytes are needed"] if needed is not None else []
     folder = os.path.dirname(os.path.realpath(path))
     with contextlib.suppress(OSError):
         space = os.statvfs(folder)

@@ -72,9 +72,10 @@ class Plan(NamedTuple):
 
 
 def make_skeleton(
-    pickling: Pickling, path: str, small: Callable[[], _native.NewFile] | None = None
+    pickling: Pickling, path: str, small: Callable[[int], _native.NewFile] | None = None
 ) -> Skeleton | _native.NewFile:
-    """``small``: makes a file for an archive that is so small that it has no holes; it is to be published and closed.
+    """``small``: makes a file for an archive that is so small that it has no holes, given the bytes of its records; it is
+    to be published and closed.
 
     Raises :class:`NotByEngine`, what pickling raises, and :class:`ArchiveError` where there is no memory.
     """
@@ -128,7 +129,7 @@ def stem_in_archive(path: str) -> str:
 class _Writer:
     """Stands for torch's zip writer, which it makes when pickling has ended and the first record comes."""
 
-    def __init__(self, path: str, small: Callable[[], _native.NewFile] | None) -> None:
+    def __init__(self, path: str, small: Callable[[int], _native.NewFile] | None) -> None:
         self._path = path
         self._small = small
         self._opened: Any = None
@@ -197,7 +198,7 @@ class _Writer:
                 elsewhere[key] = _Elsewhere(held)
         storages.update(elsewhere)
         if self._small is not None and not elsewhere and nbytes < _SMALL:
-            self.small_file = self._small()
+            self.small_file = self._small(nbytes)
             try:
                 return self._open(self.small_file.descriptor())
             except RuntimeError:  # by a umask that allows nobody to write, for instance

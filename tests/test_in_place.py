@@ -401,6 +401,22 @@ def test_no_room_says_what_can_be_done(small_disk: Path) -> None:
     assert len(torch.load(small_disk / "m.pt", weights_only=True)) == 1 and names(small_disk)[-1] == "m.pt"
 
 
+def test_no_room_for_a_small_one_says_the_same(small_disk: Path) -> None:
+    obj = {"a": torch.zeros(200 << 8)}
+    torch_save(obj, small_disk / "m.pt")
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+        while filler.write(bytes(1 << 16)):
+            pass
+    before = (small_disk / "m.pt").read_bytes()
+    with pytest.raises(
+        ArchiveError, match=r"at least 20[45],\d+ bytes are needed, [\d,]+ bytes are free"
+    ) as raised:
+        torch_save([obj], small_disk / "m.pt")
+    assert raised.value.errno == errno.ENOSPC and "in_place=True" in str(raised.value)
+    assert (small_disk / "m.pt").read_bytes() == before
+    assert set(names(small_disk)) - {"lost+found"} == {"filler", "m.pt"}
+
+
 # The others take the old one's place, with all that it had.
 
 
