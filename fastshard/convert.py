@@ -274,7 +274,7 @@ def _load_archive(path: str, mapped: bool) -> object:
 def _check_records(path: str) -> None:
     """Records of ``torch.save`` lie in the file as they are, one behind the other: what is compressed, or lies there for
     several at once, could grow to anything."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         watched = Watched(file)
         try:
             with zipfile.ZipFile(cast(BinaryIO, watched)) as archive:

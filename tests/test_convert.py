@@ -370,9 +370,10 @@ def test_positions_that_cannot_be_told(tmp_path: Path, monkeypatch: pytest.Monke
 
     (tmp_path / "m.pt").touch()
     monkeypatch.setattr(checkpoint, "open", Unseekable, raising=False)
-    with pytest.raises(OSError) as info:
-        checkpoint.open_file(str(tmp_path / "m.pt"))
-    assert (info.value.errno, info.value.filename) == (errno.EIO, str(tmp_path / "m.pt"))
+    for opening in (checkpoint.open_file, convert._check_records):
+        with pytest.raises(OSError) as info:
+            opening(str(tmp_path / "m.pt"))
+        assert (info.value.errno, info.value.filename) == (errno.EIO, str(tmp_path / "m.pt"))
 
 
 @pytest.mark.parametrize(
@@ -422,7 +423,7 @@ def test_a_zip_archive_that_cannot_be_read(
     with pytest.raises(OSError) as info:
         whatis._of_zip(unreadable(data), True)
     assert info.value.errno == errno.EIO
-    monkeypatch.setattr(convert, "open", lambda *_: unreadable(data), raising=False)
+    monkeypatch.setattr(convert, "open_file", lambda *_: unreadable(data))
     with pytest.raises(OSError) as info, convert._read_errors(str(tmp_path / "m.pt")):
         convert._check_records(str(tmp_path / "m.pt"))
     assert (info.value.errno, info.value.filename) == (errno.EIO, str(tmp_path / "m.pt"))

@@ -391,10 +391,10 @@ class _Supervisor:
     def _close_in_child(self, identity: int, descriptor: int) -> None:
         """As a close() that fails closes all the same: what is left in its place leads to the null device."""
         null = os.open(os.devnull, os.O_RDONLY)
+        request = bytearray(struct.pack("=QIIII", identity, 1, null, descriptor, 0))
         try:
-            fcntl.ioctl(
-                self._fd, _ADD_DESCRIPTOR, bytearray(struct.pack("=QIIII", identity, 1, null, descriptor, 0))
-            )
+            with contextlib.suppress(FileNotFoundError):  # the call, or the process, has ended meanwhile
+                fcntl.ioctl(self._fd, _ADD_DESCRIPTOR, request)
         finally:
             os.close(null)
 
