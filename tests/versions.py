@@ -178,6 +178,7 @@ def environment() -> dict[str, str]:
         "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin",
         "PIP_CONSTRAINT": os.devnull,
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_RETRIES": "10",
         "PIP_NO_CACHE_DIR": "1",
         "PIP_NO_COMPILE": "1",
         "CMAKE_ARGS": os.environ.get("CMAKE_ARGS", "-DFASTSHARD_KERNELS=OFF"),
