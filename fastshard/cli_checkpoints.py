@@ -94,7 +94,11 @@ def _run(given: argparse.Namespace) -> int:
     else:
         reshard.reshard_checkpoint(given.src, given.output, given.max_shard_size, **how)
     if not given.quiet:
-        print(f"{_described(given.output)} in {time.monotonic() - began:.1f} s")
+        took = f"{time.monotonic() - began:.1f} s"
+        try:
+            print(f"{_described(given.output)} in {took}")
+        except OSError as error:  # it stands all the same
+            print(f"{printable(given.output)}: in place after {took}, not looked at again ({error.strerror})")
     return 0
 
 

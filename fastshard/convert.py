@@ -90,7 +90,7 @@ def convert(
             if kept in tensors and name not in tensors:
                 tensors[name] = tensors[kept]
         torch_save(_cast(tensors, target), destination, progress=progress)
-        return Converted(len(tensors), os.stat(destination).st_size, {})
+        return Converted(len(tensors), _size_of(destination), {})
     dropped = _separate(tensors)
     with _named(tensors, source):
         save_file(
@@ -101,7 +101,7 @@ def convert(
             allow_strided=True,
             progress=progress,
         )
-    return Converted(len(tensors), os.stat(destination).st_size, dropped)
+    return Converted(len(tensors), _size_of(destination), dropped)
 
 
 def convert_folder(
@@ -150,6 +150,16 @@ def convert_folder(
             for name in other_files(folder):
                 shutil.copyfile(os.path.join(folder, name), os.path.join(staging, name))
     return Converted(len(tensors), nbytes, dropped)
+
+
+def _size_of(path: str) -> int:
+    """Of the new file, which stands, whether or not it can be looked at."""
+    try:
+        return os.stat(path).st_size
+    except OSError as error:
+        failed = OSError(error.errno, f"{error.strerror}; the new file is in place", path)
+        failed.published = True  # type: ignore[attr-defined]
+        raise failed from None
 
 
 def _load_all(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line."""
 
+import errno
 import json
 import os
 import subprocess
@@ -150,3 +151,19 @@ def test_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
             cli.main(arguments)
         assert raised.value.code == 2
     capsys.readouterr()
+
+
+def test_a_new_checkpoint_that_cannot_be_looked_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: str) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    save_file(TENSORS, source / "model.safetensors", {"format": "pt"})
+    described = cli.cli_checkpoints._described
+    shown = lambda folder: fails(folder) if folder == str(out) else described(folder)  # noqa: E731
+    monkeypatch.setattr(cli.cli_checkpoints, "_described", shown)
+    assert cli.main(["reshard", str(source), "-o", str(out), "--max-shard-size", "1GB"]) == 0
+    assert "in place after" in capsys.readouterr().out and (out / "model.safetensors").exists()

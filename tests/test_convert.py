@@ -427,3 +427,13 @@ def test_a_zip_archive_that_cannot_be_read(
     with pytest.raises(OSError) as info, convert._read_errors(str(tmp_path / "m.pt")):
         convert._check_records(str(tmp_path / "m.pt"))
     assert (info.value.errno, info.value.filename) == (errno.EIO, str(tmp_path / "m.pt"))
+
+
+def test_a_new_file_that_cannot_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "stat", fails)
+    with pytest.raises(OSError, match="Input/output error; the new file is in place") as info:
+        convert._size_of(str(tmp_path))
+    assert info.value.errno == errno.EIO and info.value.published  # type: ignore[attr-defined]
