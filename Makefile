@@ -19,7 +19,7 @@ test: torch
 	$(BIN)/pytest -n auto --dist worksteal
 
 # Each system call of each saver fails once, and a kill at each change of a file; power cuts too, with root. ARGS="--saver NAME"
-# for a part of it (an hour or more for all). Status 77: this machine cannot watch calls.
+# for a part of it (half an hour for all). Status 77: this machine cannot watch calls.
 faults: torch
 	$(BIN)/pip install -q '.[test]'
 	$(BIN)/python tests/faults $(ARGS)

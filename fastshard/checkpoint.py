@@ -140,9 +140,8 @@ def open_file(path: str) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise ValueError(f"{path!r} is not a regular file")
-    if (
-        not file.seekable()
-    ):  # a regular file always is: Python has swallowed why its position could not be told
+    # A regular file always is seekable: else Python has swallowed why its position could not be told.
+    if not file.seekable():
         file.close()
         raise OSError(errno.EIO, os.strerror(errno.EIO), path)
     return file

@@ -214,10 +214,8 @@ class Watched:
         try:
             return call(*arguments)
         except OSError as error:
-            if error.errno not in (
-                None,
-                errno.EINVAL,
-            ):  # a place before the beginning is not the disk's fault
+            # A place before the beginning is not the disk's fault.
+            if error.errno not in (None, errno.EINVAL):
                 self.error = error
             raise
 
