@@ -370,9 +370,8 @@ def run_case(
         contest.disturbances()
     del contest
     ceilings.forget()
-    if (
-        nbytes >= 16 * MIB
-    ):  # less is not missed by the next case, and a collection takes longer than such a case
+    # Less is not missed by the next case, and a collection takes longer than such a case.
+    if nbytes >= 16 * MIB:
         gc.collect()
     if machine.device_kind(settings.device) != CPU:
         torch.cuda.empty_cache()
