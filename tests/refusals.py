@@ -51,6 +51,7 @@ def child(work, kind, call, limit=20.0):
         return answers.read() or "died"
 
 def descriptors():
+    _native.wait_for_closing()
     return len(os.listdir("/proc/self/fd"))
 """
 

@@ -2,7 +2,6 @@
 """Files appear complete or not at all, whatever happens: faults, signals, kills, forks, odd filesystems."""
 
 import errno
-import gc
 import json
 import os
 import resource
@@ -21,11 +20,11 @@ from typing import Any
 import forked
 import pytest
 import torch
-from helpers import PRELUDE, names, preload, run, run_engine, same
+from helpers import PRELUDE, names, open_descriptors, preload, run, run_engine, same
 from safetensors.torch import load_file
 
 import fastshard
-from fastshard import Options, SaveError, _native, save_file, save_files
+from fastshard import Options, SaveError, save_file, save_files
 
 TENSORS = {"a": torch.arange(1000, dtype=torch.float32), "b": torch.ones(3, 5, dtype=torch.bfloat16)}
 OTHERS = {"a": torch.full((1000,), 7.0), "c": torch.zeros(17, dtype=torch.int8)}
@@ -462,16 +461,11 @@ def test_durable_syncs_the_file_before_the_rename_and_the_directory_after(tmp_pa
 
 
 def test_descriptors_do_not_leak(tmp_path: Path) -> None:
-    def count() -> int:
-        _native.wait_for_closing()
-        return len(os.listdir("/proc/self/fd"))
-
     save_file(TENSORS, tmp_path / "m.safetensors")
     with fastshard.Engine() as engine:
-        gc.collect()
-        before = count()
+        before = open_descriptors()
         for _ in range(20):
             save_file(TENSORS, tmp_path / "m.safetensors", engine=engine)
             with pytest.raises(SaveError):
                 save_file(TENSORS, tmp_path / "no" / "m.safetensors", engine=engine)
-    assert count() <= before
+    assert len(open_descriptors()) <= len(before)

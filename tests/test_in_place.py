@@ -7,7 +7,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import gc
 import io
 import os
 import pickle
@@ -27,7 +26,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_same
-from helpers import filled, names, preload, run, run_bare
+from helpers import filled, names, open_descriptors, preload, run, run_bare
 
 from fastshard import ArchiveError, _native, activity, archive, archive_by_torch, in_place, torch_save
 from fastshard.archive_errors import archive_error, why_torch_failed
@@ -637,8 +636,7 @@ def test_memory_that_torch_cannot_write_to(tmp_path: Path, obj: object, limit: i
 
     def save() -> str:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        gc.collect()  # what earlier tests have left is not to be closed in between
-        held = sorted(os.listdir("/proc/self/fd"))
+        held = open_descriptors()
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         try:
             torch_save(obj, tmp_path / "m.pt")
@@ -648,8 +646,7 @@ def test_memory_that_torch_cannot_write_to(tmp_path: Path, obj: object, limit: i
             assert error.__cause__ is not None
             traceback.clear_frames(error.__cause__.__traceback__)
             del error
-        gc.collect()
-        assert sorted(os.listdir("/proc/self/fd")) == held
+        assert open_descriptors() == held
         return said
 
     assert in_child(save) == f"{errno.EFBIG} {tmp_path / 'm.pt'}"

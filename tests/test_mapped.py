@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import DTYPES, crc32, filled, names, run, same
+from helpers import DTYPES, crc32, filled, names, open_descriptors, run, same
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save_file as reference_save_file
@@ -74,10 +74,9 @@ def test_each_tensor_has_a_storage_of_its_own_and_the_mapping_goes_with_the_last
 
 
 def test_no_descriptor_is_kept(source: Path) -> None:
-    gc.collect()  # nothing of earlier tests is to be closed in between
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     loaded = load_mapped(source)
-    assert len(os.listdir("/proc/self/fd")) == before and loaded
+    assert open_descriptors() == before and loaded
 
 
 PATHS: dict[str, Callable[[dict[str, torch.Tensor], Path, Engine], None]] = {

@@ -22,6 +22,7 @@ MIB = 1 << 20
 
 ATTEMPT = """
 import json
+from fastshard import _native
 options = json.loads(sys.argv[1])
 threads = options.pop("threads", 1)
 prepared = options.pop("prepared", False)
@@ -36,6 +37,7 @@ try:
         found["fallbacks"] = save(*sys.argv[2:], **options).fallbacks
 except SaveError as error:
     found = {"errno": error.errno, "filename": error.filename, "published": error.published, "text": str(error)}
+_native.wait_for_closing()
 found["descriptors"] = [
     to for to in (os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
     if to.startswith(os.path.dirname(sys.argv[2]))
