@@ -184,7 +184,7 @@ def _fastshard_with(**options: Any) -> Prepare:
 
     def prepare(job: Job) -> Callable[[], None]:
         import fastshard
-        from fastshard.engine import engine_for
+        from fastshard.engine.engine import engine_for
 
         chosen = fastshard.Options(**_accepts(fastshard.Options, **options))
         try:

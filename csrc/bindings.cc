@@ -15,17 +15,17 @@
 #include <utility>
 #include <vector>
 
-#include "closing.h"
-#include "cuda_info.h"
-#include "direct_io.h"
-#include "engine.h"
-#include "file.h"
-#include "holders.h"
-#include "in_place.h"
-#include "kernels/embedded.h"
-#include "probe.h"
-#include "source_file.h"
-#include "temporary.h"
+#include "file/closing.h"
+#include "device/cuda_info.h"
+#include "file/direct_io.h"
+#include "save/engine.h"
+#include "file/file.h"
+#include "file/holders.h"
+#include "file/in_place.h"
+#include "device/kernels/embedded.h"
+#include "file/probe.h"
+#include "file/source_file.h"
+#include "file/temporary.h"
 
 namespace py = pybind11;
 using namespace py::literals;

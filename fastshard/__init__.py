@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .loading import load as _load
+from .base.loading import load as _load
 
 if TYPE_CHECKING:
     from safetensors import safe_open as safe_open
@@ -17,66 +17,66 @@ if TYPE_CHECKING:
     from safetensors.torch import load_file as load_file
     from safetensors.torch import load_model as load_model
 
-    from .archive import torch_save as torch_save
-    from .engine import Engine as Engine
-    from .engine import SaveFuture as SaveFuture
+    from .api.archive import torch_save as torch_save
+    from .api.hub import save_torch_model as save_torch_model
+    from .api.hub import save_torch_state_dict as save_torch_state_dict
+    from .api.prepared import PreparedSave as PreparedSave
+    from .api.prepared import prepare as prepare
+    from .api.saving import save as save
+    from .api.saving import save_file as save_file
+    from .api.saving import save_files as save_files
+    from .api.saving import save_model as save_model
+    from .api.sharded import load_sharded_state as load_sharded_state
+    from .api.sharded import save_sharded_state as save_sharded_state
+    from .engine.engine import Engine as Engine
+    from .engine.engine import SaveFuture as SaveFuture
+    from .engine.options import Options as Options
+    from .engine.options import Stats as Stats
+    from .engine.pipeline import stats as stats
     from .errors import ArchiveError as ArchiveError
     from .errors import SaveError as SaveError
-    from .hub import save_torch_model as save_torch_model
-    from .hub import save_torch_state_dict as save_torch_state_dict
-    from .options import Options as Options
-    from .options import Stats as Stats
-    from .patching import install as install
-    from .patching import installed as installed
-    from .patching import uninstall as uninstall
-    from .prepared import PreparedSave as PreparedSave
-    from .prepared import prepare as prepare
-    from .report import Status as Status
-    from .report import status as status
-    from .reshard import merge_checkpoint as merge_checkpoint
-    from .reshard import reshard_checkpoint as reshard_checkpoint
-    from .reshard import shard_checkpoint as shard_checkpoint
-    from .saving import save as save
-    from .saving import save_file as save_file
-    from .saving import save_files as save_files
-    from .saving import save_model as save_model
-    from .saving import stats as stats
-    from .sharded import load_sharded_state as load_sharded_state
-    from .sharded import save_sharded_state as save_sharded_state
+    from .integrations.patching import install as install
+    from .integrations.patching import installed as installed
+    from .integrations.patching import uninstall as uninstall
+    from .integrations.report import Status as Status
+    from .integrations.report import status as status
+    from .tools.reshard import merge_checkpoint as merge_checkpoint
+    from .tools.reshard import reshard_checkpoint as reshard_checkpoint
+    from .tools.reshard import shard_checkpoint as shard_checkpoint
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "ArchiveError": "fastshard.errors",
-    "Engine": "fastshard.engine",
-    "Options": "fastshard.options",
-    "PreparedSave": "fastshard.prepared",
+    "Engine": "fastshard.engine.engine",
+    "Options": "fastshard.engine.options",
+    "PreparedSave": "fastshard.api.prepared",
     "SaveError": "fastshard.errors",
-    "SaveFuture": "fastshard.engine",
-    "Stats": "fastshard.options",
-    "Status": "fastshard.report",
-    "install": "fastshard.patching",
-    "installed": "fastshard.patching",
+    "SaveFuture": "fastshard.engine.engine",
+    "Stats": "fastshard.engine.options",
+    "Status": "fastshard.integrations.report",
+    "install": "fastshard.integrations.patching",
+    "installed": "fastshard.integrations.patching",
     "load": "safetensors.torch",
     "load_file": "safetensors.torch",
     "load_model": "safetensors.torch",
-    "load_sharded_state": "fastshard.sharded",
-    "merge_checkpoint": "fastshard.reshard",
-    "prepare": "fastshard.prepared",
-    "reshard_checkpoint": "fastshard.reshard",
+    "load_sharded_state": "fastshard.api.sharded",
+    "merge_checkpoint": "fastshard.tools.reshard",
+    "prepare": "fastshard.api.prepared",
+    "reshard_checkpoint": "fastshard.tools.reshard",
     "safe_open": "safetensors",
-    "save": "fastshard.saving",
-    "save_file": "fastshard.saving",
-    "save_files": "fastshard.saving",
-    "save_model": "fastshard.saving",
-    "save_sharded_state": "fastshard.sharded",
-    "save_torch_model": "fastshard.hub",
-    "save_torch_state_dict": "fastshard.hub",
-    "shard_checkpoint": "fastshard.reshard",
-    "stats": "fastshard.saving",
-    "status": "fastshard.report",
-    "torch_save": "fastshard.archive",
-    "uninstall": "fastshard.patching",
+    "save": "fastshard.api.saving",
+    "save_file": "fastshard.api.saving",
+    "save_files": "fastshard.api.saving",
+    "save_model": "fastshard.api.saving",
+    "save_sharded_state": "fastshard.api.sharded",
+    "save_torch_model": "fastshard.api.hub",
+    "save_torch_state_dict": "fastshard.api.hub",
+    "shard_checkpoint": "fastshard.tools.reshard",
+    "stats": "fastshard.engine.pipeline",
+    "status": "fastshard.integrations.report",
+    "torch_save": "fastshard.api.archive",
+    "uninstall": "fastshard.integrations.patching",
 }
 
 __all__ = list(_HOMES)

@@ -3,7 +3,7 @@
 
 import sys
 
-from .cli import main
+from .cli.command import main
 
 if __name__ == "__main__":  # vLLM's workers import the program they are spawned from
     sys.exit(main())

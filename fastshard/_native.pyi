@@ -4,7 +4,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .plan import FilePlan
+from .engine.plan import FilePlan
 
 class Save:
     def wait(self, seconds: float) -> bool: ...

@@ -5,8 +5,8 @@ With ``FASTSHARD_AUTO=1`` in the environment every Python that fastshard is inst
 a line in any script: ``fastshard_auto.pth`` beside the package (setup.py) sees to it.
 """
 
-from .patching import DISABLE_VARIABLE, install
-from .settings import flag
+from .base.settings import flag
+from .integrations.patching import DISABLE_VARIABLE, install
 
 if not flag(DISABLE_VARIABLE):
     install()

@@ -37,7 +37,7 @@ import torch
 import transformers
 
 import fastshard
-from fastshard.reshard import merge_checkpoint, shard_checkpoint
+from fastshard.tools.reshard import merge_checkpoint, shard_checkpoint
 
 KNOWN: Final = Path(__file__).with_name("architectures.json")
 """Version of transformers -> the model types that are saved the same, and those that come back from ``shard`` and

@@ -30,7 +30,7 @@ import simcuda
 if TYPE_CHECKING:
     import torch
 
-    from fastshard.engine import Engine
+    from fastshard.engine.engine import Engine
 
 DRIVER_VARIABLE = "FASTSHARD_LIBCUDA"
 REQUIRE_VARIABLE = "FASTSHARD_REQUIRE_CUDA"
@@ -133,7 +133,7 @@ def sim(simulated_driver: simcuda.SimCuda, no_hang: None) -> Iterator[simcuda.Si
 @pytest.fixture
 def new_engine(request: pytest.FixtureRequest) -> Iterator[Callable[..., Engine]]:
     """Makes engines with the smallest budget, or other options, and closes them."""
-    from fastshard.engine import Engine, Options
+    from fastshard.engine.engine import Engine, Options
 
     if "sim" in request.fixturenames:
         request.getfixturevalue(

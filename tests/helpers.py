@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import _SIZE, load_file
 
 from fastshard import _native
-from fastshard.layout import CODES
+from fastshard.formats.safetensors import CODES
 
 DTYPES = [getattr(torch, name) for name in CODES if getattr(torch, name, None) in _SIZE]
 """All that this torch and this safetensors have of what the format can hold."""
@@ -128,9 +128,9 @@ def run_bare(script: str, *arguments: object, **options: object) -> subprocess.C
 
 ENGINE = """
 import os, sys
-from fastshard.engine import Engine
+from fastshard.engine.engine import Engine
 from fastshard.errors import SaveError
-from fastshard.plan import FETCHED, FilePlan, TensorView
+from fastshard.engine.plan import FETCHED, FilePlan, TensorView
 
 def save(*paths, **options):
     plans = [FilePlan(os.fsencode(path), b"new contents", []) for path in paths]

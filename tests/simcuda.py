@@ -107,9 +107,12 @@ def build(directory: str | os.PathLike[str]) -> Path:
 
 
 def _built(library: Path) -> Path:
-    ours = [_CSRC / name for name in ("plan.cc", "cast.cc", "pack.cc", "kernels/table.cc")]
+    ours = [
+        _CSRC / name
+        for name in ("plan/plan.cc", "device/cast.cc", "device/pack.cc", "device/kernels/table.cc")
+    ]
     sources = [*sorted(_SOURCES.glob("*.cc")), *ours]
-    inputs = [*sources, *_SOURCES.glob("*.h"), *_CSRC.glob("*.h"), *_CSRC.glob("kernels/*")]
+    inputs = [*sources, *_SOURCES.glob("*.h"), *_CSRC.rglob("*.h"), *_CSRC.glob("device/kernels/*")]
     if library.exists() and library.stat().st_mtime >= max(path.stat().st_mtime for path in inputs):
         return library
     include = cuda_include()
@@ -117,6 +120,7 @@ def _built(library: Path) -> Path:
         raise FileNotFoundError("cuda.h not found: set CUDA_HOME, or pip install nvidia-cuda-runtime")
     compiler = os.environ.get("CXX") or shutil.which("g++") or "g++"
     flags = ["-std=c++20", "-fPIC", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
+    flags.append(f"-I{_CSRC}")
     flags.append("-Wno-unknown-pragmas")  # of nvcc's
     if WARNINGS_ARE_ERRORS in os.environ.get("CMAKE_ARGS", "").split():
         flags.append("-Werror")

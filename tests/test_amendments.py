@@ -21,8 +21,8 @@ from test_direct import pages_cached
 from test_fetch import Library, fetched, noise, on_host
 
 from fastshard import _native
-from fastshard.engine import Amend, Engine, SaveFuture
-from fastshard.plan import FilePlan
+from fastshard.engine.engine import Amend, Engine, SaveFuture
+from fastshard.engine.plan import FilePlan
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 
@@ -196,7 +196,7 @@ def test_cancelled_before_and_while_it_is_asked(path: Path, new_engine: NewEngin
 
 def test_killed_while_it_is_asked(path: Path) -> None:
     script = (
-        "import os, sys\nfrom fastshard.engine import Engine\nfrom fastshard.plan import FilePlan\n"
+        "import os, sys\nfrom fastshard.engine.engine import Engine\nfrom fastshard.engine.plan import FilePlan\n"
         "plan = FilePlan(os.fsencode(sys.argv[1]), b'header', [])\n"
         "Engine().submit([plan], keep_alive=None, amend=lambda _: os.kill(os.getpid(), 9)).result()"
     )

@@ -38,11 +38,13 @@ from simcuda import SimCuda
 from test_cuda_path import on_device
 
 import fastshard
-from fastshard import ArchiveError, archive, archive_skeleton, stats, tensors, torch_save
-from fastshard.engine import Engine
-from fastshard.mapped import load_mapped
-from fastshard.plan import FETCHED, HOST
-from fastshard.records import Archive, UnknownLayout
+from fastshard import ArchiveError, stats, torch_save
+from fastshard.api import archive, archive_skeleton
+from fastshard.engine import tensors
+from fastshard.engine.engine import Engine
+from fastshard.engine.mapped import load_mapped
+from fastshard.engine.plan import FETCHED, HOST
+from fastshard.formats.torch_archive import Archive, UnknownLayout
 
 pytestmark = [
     pytest.mark.usefixtures("no_hang"),
@@ -470,7 +472,7 @@ def test_a_torch_that_leaves_no_holes(
 def test_an_unknown_layout_is_left_to_torch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_to_torch: list[str]
 ) -> None:
-    monkeypatch.setattr("fastshard.records._IDENTITY", "something else")
+    monkeypatch.setattr("fastshard.formats.torch_archive._IDENTITY", "something else")
     check({"a": BASE}, tmp_path)
     assert left_to_torch == ["an archive of another layout"]
 
@@ -586,7 +588,7 @@ def test_mode_and_links(tmp_path: Path, old_format: bool) -> None:
 @by_the_engine
 def test_killed_leaves_nothing(tmp_path: Path) -> None:
     script = (
-        "import os, sys, torch, fastshard\nfrom fastshard.records import Archive\n"
+        "import os, sys, torch, fastshard\nfrom fastshard.formats.torch_archive import Archive\n"
         "Archive.amendments = lambda *_: os.kill(os.getpid(), 9)\n"
         "fastshard.torch_save({'a': torch.ones(1 << 20)}, sys.argv[1])"
     )

@@ -16,8 +16,8 @@ import torch
 from helpers import preload, run_engine
 
 from fastshard import prepare, save_file, save_files
-from fastshard.engine import engine_for
-from fastshard.plan import FETCHED, FilePlan, TensorView
+from fastshard.engine.engine import engine_for
+from fastshard.engine.plan import FETCHED, FilePlan, TensorView
 
 ACL, DEFAULT_ACL = "system.posix_acl_access", "system.posix_acl_default"
 USER_OBJ, USER, GROUP_OBJ, MASK, OTHER = 1, 2, 4, 16, 32

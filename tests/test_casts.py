@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastshard
-from fastshard import Options, _native, tensors
-from fastshard.plan import CASTS, FETCHED, HOST, FilePlan, TensorView
+from fastshard import Options, _native
+from fastshard.engine import tensors
+from fastshard.engine.plan import CASTS, FETCHED, HOST, FilePlan, TensorView
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

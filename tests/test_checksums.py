@@ -19,9 +19,9 @@ from test_cuda_path import on_host, varied
 
 import fastshard
 from fastshard import Engine, Options, save_file, save_files, save_model, stats
-from fastshard.layout import read_header
-from fastshard.mapped import load_mapped
-from fastshard.plan import FilePlan
+from fastshard.engine.mapped import load_mapped
+from fastshard.engine.plan import FilePlan
+from fastshard.formats.safetensors import read_header
 
 NewEngine = Callable[..., Engine]
 MIB = 1 << 20

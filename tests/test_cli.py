@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastshard import __version__, cli, save_file
+from fastshard import __version__, save_file
+from fastshard.cli import command as cli
 
 TENSORS = {
     "wide": torch.zeros(300, 1000),

@@ -16,7 +16,10 @@ from helpers import DTYPES, FLOAT4, filled, names, saved_by_torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_model
 
-from fastshard import checkpoint, cli, convert, whatis
+from fastshard.cli import command as cli
+from fastshard.formats import file_kinds as whatis
+from fastshard.formats import hf_index as checkpoint
+from fastshard.tools import convert
 
 STATE = {
     "embed": filled((50, 8)),

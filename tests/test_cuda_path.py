@@ -40,8 +40,8 @@ from simcuda import Result, SimCuda
 
 import fastshard
 from fastshard import _native
-from fastshard.engine import Engine, Options, SaveFuture, Stats
-from fastshard.plan import CASTS, HOST, FilePlan, TensorView
+from fastshard.engine.engine import Engine, Options, SaveFuture, Stats
+from fastshard.engine.plan import CASTS, HOST, FilePlan, TensorView
 
 MIB = 1 << 20
 HEADER = b"a header"
@@ -611,8 +611,8 @@ WITHOUT_DRIVER = """
 import ctypes
 import sys
 from pathlib import Path
-from fastshard.engine import Engine
-from fastshard.plan import CASTS, HOST, FilePlan, TensorView
+from fastshard.engine.engine import Engine
+from fastshard.engine.plan import CASTS, HOST, FilePlan, TensorView
 path = Path(sys.argv[1])
 data = bytearray(b"from the host")
 address = ctypes.addressof(ctypes.c_char.from_buffer(data))
@@ -916,7 +916,7 @@ def test_memory_mapped_piece_by_piece(sim: SimCuda, new_engine: NewEngine, path:
 
 def test_nobody_asks_what_is_behind_an_address() -> None:
     """The driver's answers are wrong for such memory, and for what other allocators made."""
-    header = (HERE.parent / "csrc" / "cuda_driver.h").read_text()
+    header = (HERE.parent / "csrc" / "device" / "cuda_driver.h").read_text()
     assert "cuMemcpyDtoHAsync" in header
     assert "cuMemGetAddressRange" not in header
     assert "cuPointerGetAttribute" not in header

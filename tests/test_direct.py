@@ -25,8 +25,8 @@ from helpers import filled, names, open_descriptors, preload, run, same
 
 import fastshard
 from fastshard import Options, _native, save_file, save_files
-from fastshard.engine import IO_URING_VARIABLE, Engine
-from fastshard.plan import HOST, FilePlan, TensorView
+from fastshard.engine.engine import IO_URING_VARIABLE, Engine
+from fastshard.engine.plan import HOST, FilePlan, TensorView
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 

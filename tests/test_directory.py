@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from helpers import names, snapshot
 
-from fastshard import directory as directories
-from fastshard.directory import creating, replacing
+from fastshard.publish import directory as directories
+from fastshard.publish.directory import creating, replacing
 
 OPERATIONS = ("chmod", "link", "mkdir", "rename", "rmdir", "symlink", "unlink")
 
@@ -400,7 +400,7 @@ def test_without_links_files_are_renamed_one_by_one(
     rename = os.rename
     with monkeypatch.context() as patch:
         patch.setattr(os, refused, refuse)
-        patch.setattr("fastshard.exchanging._exchange_names", refuse)
+        patch.setattr("fastshard.publish.exchanging._exchange_names", refuse)
 
         def renaming(a: str, b: str, **at: int) -> None:
             renamed.append(os.path.basename(b))

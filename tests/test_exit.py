@@ -91,7 +91,7 @@ def test_the_last_save(tmp_path: Path, hook: str, first: str, installed: str) ->
 DAEMON = """
 import ctypes, os, sys, threading
 from fastshard import Engine
-from fastshard.plan import HOST, FilePlan, TensorView
+from fastshard.engine.plan import HOST, FilePlan, TensorView
 memory = ctypes.create_string_buffer(b"x" * 1_200_000, 1_200_000)
 plan = FilePlan(os.fsencode(sys.argv[1]), b"head", [TensorView(ctypes.addressof(memory), len(memory), HOST)])
 engine = Engine()

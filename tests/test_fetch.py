@@ -18,9 +18,10 @@ from conftest import BUDGET, SLOT, assert_same
 from helpers import DTYPES, filled
 
 import fastshard
-from fastshard import _native, tensors
-from fastshard.engine import Engine, SaveFuture
-from fastshard.plan import FETCHED, HOST, FilePlan, TensorView
+from fastshard import _native
+from fastshard.engine import tensors
+from fastshard.engine.engine import Engine, SaveFuture
+from fastshard.engine.plan import FETCHED, HOST, FilePlan, TensorView
 
 HEADER = b"a header"
 

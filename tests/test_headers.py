@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
-from fastshard.jsontext import read_json
-from fastshard.layout import BITS, parse_header
+from fastshard.formats.json_text import read_json
+from fastshard.formats.safetensors import BITS, parse_header
 
 Found = list[tuple[str, str, list[int], int]]
 
@@ -342,7 +342,7 @@ def test_thousands_of_changes() -> None:
 
 _BOMBS = r"""
 import io, resource, struct, sys
-from fastshard import jsontext, layout, checkpoint
+from fastshard.formats import json_text as jsontext, safetensors as layout, hf_index as checkpoint
 
 def one(shape, offsets=b"0,0", more=b""):
     return b'{"a":{%s"dtype":"F32","shape":[%s],"data_offsets":[%s]}}' % (more, shape, offsets)

@@ -19,7 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastshard
-from fastshard import SaveError, save_torch_model, save_torch_state_dict, staged
+from fastshard import SaveError, save_torch_model, save_torch_state_dict
+from fastshard.engine.pipeline import How
+from fastshard.integrations.adapters import _save_file as save_file_or_stage
+from fastshard.publish import staged
 
 
 def assert_same_files(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
@@ -293,11 +296,11 @@ def test_shards_are_written_by_one_save(tmp_path: Path) -> None:
 
 def test_only_files_of_the_stage_are_collected(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
-    with staged.staged(str(tmp_path / "checkpoint"), lambda name: False, fastshard.saving.How()) as stage:
-        staged.save_file(plain(), os.path.join(stage.path, "a.safetensors"))
-        staged.save_file(plain(), tmp_path / "b.safetensors")
+    with staged.staged(str(tmp_path / "checkpoint"), lambda name: False, How()) as stage:
+        save_file_or_stage(plain(), os.path.join(stage.path, "a.safetensors"))
+        save_file_or_stage(plain(), tmp_path / "b.safetensors")
         assert names(Path(stage.path)) == []
         assert names(tmp_path) == ["b.safetensors", "checkpoint"]
     assert names(tmp_path / "checkpoint") == ["a.safetensors"]
-    staged.save_file(plain(), tmp_path / "checkpoint" / "c.safetensors")
+    save_file_or_stage(plain(), tmp_path / "checkpoint" / "c.safetensors")
     assert names(tmp_path / "checkpoint") == ["a.safetensors", "c.safetensors"]

@@ -17,7 +17,7 @@ from helpers import filled
 from huggingface_hub.serialization import _torch as theirs
 
 import fastshard
-from fastshard import activity
+from fastshard.base import activity
 
 
 @pytest.fixture(autouse=True)

@@ -28,8 +28,11 @@ import torch
 from conftest import assert_same
 from helpers import filled, names, open_descriptors, preload, run, run_bare
 
-from fastshard import ArchiveError, _native, activity, archive, archive_by_torch, in_place, torch_save
-from fastshard.archive_errors import archive_error, why_torch_failed
+from fastshard import ArchiveError, _native, torch_save
+from fastshard.api import archive, archive_by_torch
+from fastshard.api.archive_errors import archive_error, why_torch_failed
+from fastshard.base import activity
+from fastshard.publish import in_place
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 
@@ -587,7 +590,7 @@ def test_another_librarys_function_hears_nothing_of_ours(tmp_path: Path, foreign
 @pytest.mark.parametrize("when", ["write_record", "_make_hole", "end"])
 def test_a_save_in_the_middle_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     """By a signal handler or a finalizer: it writes what it would write at any time."""
-    from fastshard.archive_skeleton import _Writer
+    from fastshard.api.archive_skeleton import _Writer
 
     obj = {"a": filled((1 << 20,), torch.uint8), "b": torch.ones(5)}
     real = getattr(_Writer, when)

@@ -24,10 +24,10 @@ import torch
 from helpers import filled, names, release, run, run_bare, said_now, same
 
 import fastshard
-import fastshard.adapters
-from fastshard import patching
-from fastshard.patch_groups import expected
-from fastshard.patching import Entry
+import fastshard.integrations.adapters
+from fastshard.integrations import patching
+from fastshard.integrations.patch_groups import expected
+from fastshard.integrations.patching import Entry
 
 
 def held(entry: Entry) -> Any:
@@ -165,7 +165,7 @@ def test_looks_like_the_original(entry):
     assert inspect.signature(function) == inspect.signature(original)
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         assert getattr(function, name) == getattr(original, name)
-    if not entry.implementation.startswith("fastshard.adapters:"):
+    if not entry.implementation.startswith("fastshard.integrations.adapters:"):
         return
     # What the adapter takes is what the original takes: nothing of ours leaks through the name.
     _, signature = patching._load(entry.implementation)

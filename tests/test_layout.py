@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastshard import layout
-from fastshard.layout import BITS, CODES, RANKS, HeaderTooLarge, header, quote, read_header
+from fastshard.formats import safetensors as layout
+from fastshard.formats.safetensors import BITS, CODES, RANKS, HeaderTooLarge, header, quote, read_header
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 DIMS = st.integers(0, 2**40)

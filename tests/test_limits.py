@@ -19,7 +19,8 @@ import torch
 from helpers import names
 
 import fastshard
-from fastshard import SaveError, limits
+from fastshard import SaveError
+from fastshard.engine import limits
 
 MIB = 1 << 20
 

@@ -13,8 +13,8 @@ import torch
 from helpers import names, preload, run_engine, same
 
 from fastshard import SaveError, prepare, save_file, save_files, save_model
-from fastshard.engine import engine_for
-from fastshard.plan import FilePlan
+from fastshard.engine.engine import engine_for
+from fastshard.engine.plan import FilePlan
 
 TENSORS = {"a": torch.arange(1000, dtype=torch.float32)}
 

@@ -17,7 +17,7 @@ from helpers import open_descriptors
 
 import fastshard
 from fastshard import Engine, Options, SaveError, _native
-from fastshard.plan import HOST, FilePlan, TensorView
+from fastshard.engine.plan import HOST, FilePlan, TensorView
 
 LIMIT = 100
 COUNT = 150

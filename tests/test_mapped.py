@@ -19,8 +19,8 @@ from safetensors.torch import save_file as reference_save_file
 
 import fastshard
 from fastshard import Engine, Options, SaveError, _native
-from fastshard.layout import CODES
-from fastshard.mapped import MappedFile, load_mapped, same_bytes
+from fastshard.engine.mapped import MappedFile, load_mapped, same_bytes
+from fastshard.formats.safetensors import CODES
 
 
 def several(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -192,7 +192,7 @@ def half_a_gib(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_memory_is_bounded(half_a_gib: Path, tmp_path: Path) -> None:
     code = """
         import json
-        from fastshard.mapped import load_mapped
+        from fastshard.engine.mapped import load_mapped
 
         def kib(field):
             lines = open("/proc/self/status").read().splitlines()
@@ -242,7 +242,7 @@ def test_a_file_that_was_cut(source: Path, tmp_path: Path) -> None:
     fastshard.save_file({"old": torch.ones(1)}, out)
     before = out.read_bytes()
     code = """
-        from fastshard.mapped import load_mapped, same_bytes
+        from fastshard.engine.mapped import load_mapped, same_bytes
         source, out = sys.argv[1:]
         large = load_mapped(source)["large"]
         copy = large.clone()

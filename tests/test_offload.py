@@ -19,7 +19,7 @@ from helpers import crc32, filled, run, snapshot
 
 import fastshard
 from fastshard import _native
-from fastshard.offload import offloaded_state_dict, offloaded_tensor
+from fastshard.integrations.offload import offloaded_state_dict, offloaded_tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:The following device_map keys:UserWarning")
 
@@ -232,7 +232,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     code = """
         from accelerate.hooks import attach_align_device_hook
         from accelerate.utils import OffloadedWeightsLoader
-        from fastshard.offload import offloaded_state_dict
+        from fastshard.integrations.offload import offloaded_state_dict
 
         def kib(field):
             lines = open("/proc/self/status").read().splitlines()

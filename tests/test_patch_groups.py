@@ -19,8 +19,9 @@ import torch
 from helpers import run_bare
 
 import fastshard
-from fastshard import activity, calls, patch_groups, patching
-from fastshard.patching import Entry
+from fastshard.base import activity
+from fastshard.integrations import calls, patch_groups, patching
+from fastshard.integrations.patching import Entry
 
 TENSORS = {"a": torch.arange(10.0)}
 

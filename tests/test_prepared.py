@@ -26,8 +26,8 @@ from test_cuda_path import noise, on_device, on_host, varied
 
 import fastshard
 from fastshard import SaveError, prepare
-from fastshard.engine import Engine
-from fastshard.plan import FilePlan
+from fastshard.engine.engine import Engine
+from fastshard.engine.plan import FilePlan
 
 MIB = 1 << 20
 NewEngine = Callable[..., Engine]
@@ -561,7 +561,7 @@ def test_a_failed_save_leaves_the_newest_and_can_be_repeated(
     memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bytes that Python brings fail in the middle of a generation."""
-    from fastshard import tensors as module
+    from fastshard.engine import tensors as module
 
     path, tensors = memory / "m.safetensors", model(1)
     monkeypatch.setattr(module, "device_number", lambda device: -2)

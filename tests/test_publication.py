@@ -29,7 +29,7 @@ prepared = options.pop("prepared", False)
 found = {}
 try:
     if prepared:
-        from fastshard.engine import Options
+        from fastshard.engine.engine import Options
         engine = Engine(Options(threads=threads))
         standing = engine.prepare(FilePlan(os.fsencode(sys.argv[2]), b"new contents", []), 2)
         engine.submit_prepared(standing, keep_alive=None, streams={}, fetch=None, description="", **options).result()
@@ -200,7 +200,7 @@ def test_failed_writeback_fails_the_save(
     script = f"""
     data = [TensorView(0, 16 << 20, FETCHED)] * 8
     plan = FilePlan(os.fsencode(sys.argv[1]), b"new", data)
-    from fastshard.engine import Options
+    from fastshard.engine.engine import Options
     try:
         engine = Engine(Options(write_path="buffered", threads=1, memory_budget=8 << 20))
         engine.submit([plan], keep_alive=None, fetch=lambda *_: None, keep_cached=False, durable={durable}).result()
@@ -222,7 +222,7 @@ def test_failed_writeback_behind_the_writers_fails_a_durable_save(
     path.write_bytes(OLD)
     script = """
     import ctypes, time
-    from fastshard.engine import Options
+    from fastshard.engine.engine import Options
     refused = ctypes.c_int.in_dll(ctypes.CDLL(None), "refused_calls")
     def fetch(file, item, first, nbytes, address):
         while item == 11 and refused.value == 0:  # until that thread has been told

@@ -31,7 +31,7 @@ def right(name):
 
 if scenario == "fetched":
     import ctypes
-    from fastshard.plan import FETCHED, FilePlan, TensorView
+    from fastshard.engine.plan import FETCHED, FilePlan, TensorView
 
 def fetched(path):
     engine = fastshard.Engine(fastshard.Options(threads=1, memory_budget=1 << 20))

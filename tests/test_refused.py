@@ -10,7 +10,7 @@ import pytest
 import refusals
 
 SCRIPT = """
-from fastshard.engine import Options
+from fastshard.engine.engine import Options
 folder, kind, write_path, save = sys.argv[1], sys.argv[2].encode(), sys.argv[3], sys.argv[4]
 path = f"{folder}/weights"
 old = {"a": torch.zeros(10)}
@@ -54,7 +54,7 @@ fresh()
 before = contents()
 saves[save]()
 after = contents()
-fastshard.engine._kept.clear()  # the engines, with their threads: the child makes them anew in any case
+fastshard.engine.engine._kept.clear()  # the engines, with their threads: the child makes them anew in any case
 
 def child_saves(call):
     fresh()

@@ -16,9 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fastshard import cli, merge_checkpoint, reshard, reshard_checkpoint, saving, shard_checkpoint
-from fastshard import parts as parts_module
-from fastshard.checkpoint import read_checkpoint
+from fastshard import merge_checkpoint, reshard_checkpoint, shard_checkpoint
+from fastshard.cli import command as cli
+from fastshard.engine import pipeline
+from fastshard.formats.hf_index import read_checkpoint
+from fastshard.tools import parts as parts_module
+from fastshard.tools import reshard
 
 RANKS = 2
 
@@ -150,7 +153,7 @@ def test_styles_split_as_in_transformers() -> None:
     fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
     from torch.distributed.tensor import Replicate, Shard
 
-    from fastshard.tp_plan import STYLES, Split, split_of
+    from fastshard.tools.tp_plan import STYLES, Split, split_of
 
     shapes = {"weight": [(8, 4), (3, 8, 4)], "bias": [(8,)]}
     torch.distributed.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=2)
@@ -178,7 +181,7 @@ def test_most_plans_of_transformers_are_known() -> None:
     pytest.importorskip("transformers")
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from fastshard.tp_plan import STYLES
+    from fastshard.tools.tp_plan import STYLES
 
     expert_parallel = {"ep_dispatch_experts", "grouped_gemm", "moe_topk", "moe_renormalize"}
     for kind in (
@@ -476,13 +479,13 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     source = simple(tmp_path / "source")
     shard_checkpoint(source, tmp_path / "parts", 2, plan=SIMPLE)
     before = tree(tmp_path / "parts")
-    finish = saving.finish
+    finish = pipeline.finish
 
     def fail(*what: object) -> None:
         finish(*what)
         raise OSError(5, "no more", "x")
 
-    monkeypatch.setattr("fastshard.saving.finish", fail)
+    monkeypatch.setattr("fastshard.engine.pipeline.finish", fail)
     for force, out in ((True, tmp_path / "parts"), (False, tmp_path / "new" / "deep")):
         with pytest.raises(OSError):
             shard_checkpoint(source, out, 4, plan={"up": "colwise"}, force=force)
@@ -501,7 +504,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     tensors = {f"w{i}.weight": torch.zeros(1024, 20480) for i in range(3)}
     source = checkpoint(tmp_path / "source", tensors)
     script = """
-        import fastshard.reshard
+        import fastshard.tools.reshard
         def kib(key):
             return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
         source, out = sys.argv[1:]

@@ -36,7 +36,7 @@ from safetensors import SafetensorError
 
 import fastshard
 from fastshard import Engine, Options, SaveError
-from fastshard.plan import HOST, FilePlan, TensorView
+from fastshard.engine.plan import HOST, FilePlan, TensorView
 
 MIB = 1 << 20
 TENSORS = {"a": filled((100,)), "b": filled((3, 5), torch.bfloat16, 1)}
@@ -826,7 +826,7 @@ def test_exit_of_the_interpreter_right_after_submit(tmp_path):
     script = """
 import ctypes, os, sys
 from fastshard import Engine
-from fastshard.plan import HOST, FilePlan, TensorView
+from fastshard.engine.plan import HOST, FilePlan, TensorView
 memory = ctypes.create_string_buffer(b"z" * (32 << 20), 32 << 20)
 engine = Engine()
 future = engine.submit(
@@ -912,7 +912,7 @@ def test_forked_child(tmp_path):
     """The default engine starts anew there; a save of the parent's is none of the child's."""
     script = """
 import ctypes, os, sys, torch, fastshard
-from fastshard.plan import FETCHED, FilePlan, TensorView
+from fastshard.engine.plan import FETCHED, FilePlan, TensorView
 os.chdir(sys.argv[1])
 tensors = {"a": torch.arange(1000.0)}
 fastshard.save_file(tensors, "parent")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastshard import _native
-from fastshard.plan import FETCHED, HOST, FilePlan, TensorView
+from fastshard.engine.plan import FETCHED, HOST, FilePlan, TensorView
 
 KIB = 1 << 10
 MIB = 1 << 20

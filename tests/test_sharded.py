@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_directory import killed_at
 
-from fastshard import SaveError, load_sharded_state, save_sharded_state, sharded, stats
-from fastshard.manifest import Names, Ranks, read_manifest
+from fastshard import SaveError, load_sharded_state, save_sharded_state, stats
+from fastshard.api import sharded
+from fastshard.formats.manifest import Names, Ranks, read_manifest
 
 State = dict[str, torch.Tensor]
 MANIFEST = "fastshard-model-rank-0.json"
@@ -340,7 +341,7 @@ def test_modules(tmp_path: Path) -> None:
 
 
 def test_large_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastshard import reading
+    from fastshard.engine import reading
 
     state = {**{f"small.{i}": filled((i % 7 + 1,), seed=i) for i in range(300)}, "large": filled((2000,))}
     save_sharded_state(state, tmp_path, max_size=4000)
@@ -743,7 +744,7 @@ def test_parameters_on_a_device(tmp_path: Path, real_cuda: torch.device) -> None
 def test_loading_waits_for_no_thread_that_never_comes(
     tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch, no_hang: None
 ) -> None:
-    from fastshard import reading
+    from fastshard.engine import reading
 
     def start(*_: object) -> int:
         if how == "refused":
@@ -762,7 +763,7 @@ def test_loading_waits_for_no_thread_that_never_comes(
 def test_loading_by_many_threads_raises_the_first_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_hang: None
 ) -> None:
-    from fastshard import reading
+    from fastshard.engine import reading
 
     state = {str(i): filled((100, i + 1), seed=i) for i in range(9)}
     save_sharded_state(state, tmp_path, max_size=1)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastshard
-from fastshard.sharing import by_storage, overlapping, shared_names
+from fastshard.engine.sharing import by_storage, overlapping, shared_names
 
 deterministic = settings(derandomize=True, deadline=None, max_examples=500)
 

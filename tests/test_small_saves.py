@@ -18,7 +18,7 @@ from fastshard.bench.small_saves import Measured
 from helpers import PRELUDE, run_bare
 
 import fastshard
-from fastshard import directory
+from fastshard.publish import directory
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -143,7 +143,7 @@ def _save_checkpoint(folder: Path, config: str, weights: str) -> None:
 
 
 def test_one_small_file_takes_few_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = pytest.importorskip("fastshard.hub")
+    hub = pytest.importorskip("fastshard.api.hub")
     tensors = {"a": torch.ones(4)}
     hub.save_torch_state_dict(tensors, tmp_path)
     with _counted(monkeypatch) as counts:

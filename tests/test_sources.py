@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 import fastshard
 from fastshard import PreparedSave, SaveError, prepare
-from fastshard.prepared import _Bound
+from fastshard.api.prepared import _Bound
 
 Tensors = dict[str, torch.Tensor]
 
@@ -466,7 +466,7 @@ def test_a_signal_handler_may_save_while_the_engine_writes(
     tmp_path: Path, no_hang: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Right after the engine has begun, where Python does not yet know it."""
-    from fastshard.engine import Engine
+    from fastshard.engine.engine import Engine
 
     path, mine, others = tmp_path / "m", filled_with(1), filled_with(2)
     with prepare(mine, path) as prepared:
@@ -488,7 +488,7 @@ def test_a_signal_handler_may_save_while_the_engine_writes(
 def test_what_only_this_thread_can_bring_is_refused_in_a_handler(
     tmp_path: Path, no_hang: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastshard import tensors as module
+    from fastshard.engine import tensors as module
 
     path, mine, refused = tmp_path / "m", filled_with(1), []
     monkeypatch.setattr(module, "device_number", lambda device: -2)

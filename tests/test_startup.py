@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-import fastshard.sglang
-import fastshard.vllm
-from fastshard import cli, settings
+import fastshard.integrations.sglang
+import fastshard.integrations.vllm
+from fastshard.base import settings
+from fastshard.cli import command as cli
 
 ROOT = Path(__file__).parent.parent
 YES = ["1", "true", "Yes", " on ", "2", "y"]
@@ -142,7 +143,7 @@ def test_setup_puts_the_line_beside_the_package(tmp_path, command):
 def run_command(*arguments: object, path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("FASTSHARD_")}
     # PYTHONPATH is on sys.path, but not a folder whose .pth files are run: the child's own `site` line does that.
-    script = "import sys; from fastshard.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = "import sys; from fastshard.cli.command import main; sys.exit(main(sys.argv[1:]))"
     return subprocess.run(
         [sys.executable, "-c", script, "run", *map(str, arguments)],
         capture_output=True,
@@ -209,8 +210,8 @@ def test_env_tells_what_is_replaced(capsys):
 def test_operators_switch_reaches_the_plugins(monkeypatch, value, active):
     monkeypatch.setenv("FASTSHARD_DISABLE", value)
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
-    fastshard.vllm.register()
-    assert (fastshard.vllm._finder in sys.meta_path) == active
+    fastshard.integrations.vllm.register()
+    assert (fastshard.integrations.vllm._finder in sys.meta_path) == active
     registered = []
     registry = types.ModuleType("sglang.srt.plugins.hook_registry")
     registry.HookType = types.SimpleNamespace(REPLACE="replace")
@@ -218,5 +219,5 @@ def test_operators_switch_reaches_the_plugins(monkeypatch, value, active):
     for name in ("sglang", "sglang.srt", "sglang.srt.plugins"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, registry.__name__, registry)
-    fastshard.sglang.register()
+    fastshard.integrations.sglang.register()
     assert bool(registered) == active

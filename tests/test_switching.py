@@ -16,8 +16,8 @@ from helpers import names
 from safetensors import safe_open
 from test_directory import killed_at, write
 
-from fastshard import exchanging, staging
-from fastshard.directory import replacing
+from fastshard.publish import exchanging, staging
+from fastshard.publish.directory import replacing
 
 Files = dict[str, str]
 OLD = {f"part-{i}.safetensors": f"old {i}" for i in range(4)} | {"manifest": "old"}
@@ -328,7 +328,7 @@ def test_hidden_folders_that_others_plant_are_left_alone(public: Path, kind: str
     write(home, {"key": "secret"})
     folder = os.open(shared, os.O_RDONLY)
     opened = staging.Folder(str(shared), folder)
-    from fastshard.switching import turn_names
+    from fastshard.publish.switching import turn_names
 
     wanted = [
         *itertools.islice(turn_names(opened), 2),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastshard.tp_plan import STYLES, Split, read_plan, slices, split_of, splits_of, style_of
+from fastshard.tools.tp_plan import STYLES, Split, read_plan, slices, split_of, splits_of, style_of
 
 PLAN = {
     "layers.*.self_attn.q_proj": "colwise",

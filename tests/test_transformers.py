@@ -19,8 +19,8 @@ import torch
 from helpers import names, release
 
 import fastshard
-from fastshard import archive
-from fastshard.archive_errors import archive_error
+from fastshard.api import archive
+from fastshard.api.archive_errors import archive_error
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import accelerate  # noqa: E402
@@ -165,7 +165,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastshard.saving.write_files", full)
+        patch.setattr("fastshard.publish.staged.write_files", full)
         with pytest.raises(OSError, match="No space"):
             other.save_pretrained(tmp_path, max_shard_size="10KB")
     assert files_of(tmp_path) == before

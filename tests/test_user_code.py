@@ -20,7 +20,7 @@ from helpers import names
 from safetensors.torch import load_file
 
 import fastshard
-from fastshard import activity
+from fastshard.base import activity
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import accelerate  # noqa: E402
@@ -192,12 +192,12 @@ def saved_by_both(tmp_path: Path, save: Callable[[Path, list[Any]], None]) -> li
         folder.mkdir()
         (folder / "before.txt").write_text("of somebody")
         if which == "plain":
-            entered = fastshard.patching._state.blocks
-            fastshard.patching._state.blocks = 0
+            entered = fastshard.integrations.patching._state.blocks
+            fastshard.integrations.patching._state.blocks = 0
             try:
                 save(folder, seen[which])
             finally:
-                fastshard.patching._state.blocks = entered
+                fastshard.integrations.patching._state.blocks = entered
         else:
             save(folder, seen[which])
     text = [str(seen[which]).replace(str(tmp_path / which), "FOLDER") for which in ("plain", "ours")]

@@ -19,9 +19,11 @@ import torch
 from helpers import names, run, same, snapshot
 from safetensors.torch import load_file, save_file
 
-from fastshard import cli, settings, sglang, vllm, vllm_save
-from fastshard.manifest import read_manifest
-from fastshard.vllm_save import check_engine, copy_metadata
+from fastshard.base import settings
+from fastshard.cli import command as cli
+from fastshard.formats.manifest import read_manifest
+from fastshard.integrations import sglang, vllm, vllm_save
+from fastshard.integrations.vllm_save import check_engine, copy_metadata
 
 PART = "model-rank-0-part-0.safetensors"
 MANIFEST = "fastshard-model-rank-0.json"
@@ -56,7 +58,7 @@ def test_the_entry_points_lead_to_functions() -> None:
 def test_importing_fastshard_imports_no_engine() -> None:
     done = run(
         """
-        import fastshard.vllm, fastshard.sglang, fastshard.vllm_save
+        import fastshard.integrations.vllm, fastshard.integrations.sglang, fastshard.integrations.vllm_save
         print([name for name in sys.modules if name.split(".")[0] in ("vllm", "sglang")])
         """
     )
@@ -114,7 +116,7 @@ def test_loaders_are_hooked_when_they_are_imported(tmp_path: Path) -> None:
     done = run(
         """
         sys.path.insert(0, sys.argv[1])
-        import fastshard.vllm as plugin
+        import fastshard.integrations.vllm as plugin
         plugin.register(), plugin.register()
         print([name for name in sys.modules if name.startswith("vllm")])
         from vllm.model_executor.model_loader import base_loader, sharded_state_loader
@@ -289,7 +291,7 @@ RANKS = """
 import torch.distributed as dist
 sys.path.insert(0, sys.argv[3])
 import fake_vllm
-from fastshard import vllm
+from fastshard.integrations import vllm
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(folder + ".store", 2))

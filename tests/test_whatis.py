@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastshard import cli, save_file
-from fastshard.whatis import what_is
+from fastshard import save_file
+from fastshard.cli import command as cli
+from fastshard.formats.file_kinds import what_is
 
 STATE = {"a": torch.ones(300, 300), "b": torch.zeros(3)}
 
@@ -216,7 +217,7 @@ class Block:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in BLOCKED: raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Block())
-from fastshard import cli
+from fastshard.cli import command as cli
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -272,6 +273,6 @@ def test_an_interrupt_is_no_traceback(
         raise KeyboardInterrupt
 
     save_file(STATE, tmp_path / "m.safetensors")
-    monkeypatch.setattr("fastshard.cli_files.read_header", interrupted)
+    monkeypatch.setattr("fastshard.cli.files.read_header", interrupted)
     assert cli.main(["inspect", str(tmp_path / "m.safetensors")]) == 130
     assert capsys.readouterr().err == "fastshard: interrupted\n"

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 import fastshard
-from fastshard import cli
+from fastshard.cli import command as cli
 
 State = dict[str, "bytes | None"]
 """Of each file that is not hidden, by its path below ``root``, the contents; ``None``: the name leads

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from fastshard import sglang as ours
-from fastshard.manifest import read_manifest
+from fastshard.formats.manifest import read_manifest
+from fastshard.integrations import sglang as ours
 
 LOADER = "sglang.srt.model_loader.loader"
 RANKS = types.SimpleNamespace(tp_rank=1, tp_size=2, pp_size=1)

@@ -92,7 +92,7 @@ void store(std::byte* address, T value) {
 
 }  // namespace fastshard::global
 
-#include "../../csrc/kernels/pack.cu"
+#include "device/kernels/pack.cu"
 
 namespace simulated {
 namespace {

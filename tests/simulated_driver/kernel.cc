@@ -2,7 +2,7 @@
 // Modules, and launches of the pack kernel: device.cc runs its source, and here is what it may touch.
 #include <cstring>
 
-#include "../../csrc/kernels/table.h"
+#include "device/kernels/table.h"
 #include "call.h"
 #include "device.h"
 

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // The pack kernel by itself, without streams: what tests/test_kernels.py calls.
-#include "../../csrc/pack.h"
+#include "device/pack.h"
 
 #include <cstring>
 #include <exception>
 #include <span>
 #include <string>
 
-#include "../../csrc/kernels/table.h"
+#include "device/kernels/table.h"
 #include "device.h"
 
 #define SIM_EXPORT extern "C" __attribute__((visibility("default")))

@@ -417,7 +417,7 @@ COPY, GATHER, TILES = range(3)
 
 
 def pack_entry(source: int, out: int, count: int, unit: int, kind: int = COPY, dims: int = 0) -> bytes:
-    """An entry of csrc/kernels/table.h; tests/test_kernels.py has all kinds of them."""
+    """An entry of csrc/device/kernels/table.h; tests/test_kernels.py has all kinds of them."""
     return struct.pack(
         "<QIIIHBBBBBBB??B", source, out, 0, count, 0, dims, kind, unit, 0, 0, 1, 1, False, False, 0
     )

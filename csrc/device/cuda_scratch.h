@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// A little memory of a device, in which gathers are put together before the copy engine takes them to the host:
+// blocks of equal size, shared by all saves of an engine.
+//
+// A block is leased only while work on it is enqueued. What orders that work is on the device: packing waits for
+// `drained`, the copy out of the block for `packed`. So whoever waits for a lease waits for a thread that holds
+// one, waits for nothing, and soon gives it back.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+
+#include "device/cuda_context.h"
+
+namespace fastshard {
+
+// Thread-safe.
+class Scratch {
+ public:
+  struct Block {
+    CUdeviceptr memory;
+    Event packed;   // the kernel has filled it
+    Event drained;  // it has been copied out of it
+  };
+
+  // Move-only lease of one block, or of none; the destructor gives it back.
+  class Lease {
+   public:
+    Lease(Scratch* scratch, Block* block) : scratch_(scratch), block_(block) {}
+    Lease(Lease&& other) noexcept : scratch_(other.scratch_), block_(std::exchange(other.block_, nullptr)) {}
+    Lease& operator=(Lease&&) = delete;
+    ~Lease() {
+      if (block_ != nullptr) scratch_->give_back(block_);
+    }
+    explicit operator bool() const { return block_ != nullptr; }
+    Block* operator->() const { return block_; }
+
+   private:
+    Scratch* scratch_;
+    Block* block_;
+  };
+
+  // At most `nbytes` in blocks of at most `block_nbytes`; at least two, so that one is packed beside the copy of
+  // another. Too little for that is as good as nothing.
+  Scratch(std::shared_ptr<Context> context, uint64_t nbytes, uint64_t block_nbytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  // Of its context, which is current. A block that is free on the device, too, or else a new one, or else the one
+  // whose copy began first. None when the device has no memory left for the first.
+  Lease acquire();
+  // After a refusal: a later save may have more luck.
+  void ask_again();
+
+  uint64_t block_nbytes() const { return block_nbytes_; }
+  bool enabled() const { return limit_ != 0; }
+
+ private:
+  Block* make();
+  void give_back(Block* block);
+
+  const std::shared_ptr<Context> context_;
+  const uint64_t block_nbytes_;
+  const size_t limit_;
+  std::mutex mutex_;
+  std::condition_variable returned_;
+  std::deque<std::unique_ptr<Block>> blocks_;
+  std::deque<Block*> free_;  // in the order of their copies
+  size_t promised_ = 0;      // blocks that exist or are being made
+  bool refused_ = false;
+};
+
+}  // namespace fastshard

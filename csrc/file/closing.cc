@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "file/closing.h"
+
+#include <pthread.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <optional>
+#include <thread>
+
+#include "file/threads.h"
+
+namespace fastshard {
+namespace {
+
+struct File {
+  int descriptor;
+  dev_t device;
+  ino_t inode;
+
+  static std::optional<File> of(int descriptor) {
+    struct stat info;
+    if (fstat(descriptor, &info) != 0) return std::nullopt;
+    return File{descriptor, info.st_dev, info.st_ino};
+  }
+  bool operator==(const File&) const = default;
+};
+
+}  // namespace
+
+struct Closing::State {
+  std::vector<File> files;
+  size_t closed = 0;  // so many of them are; the next one may be
+  bool done = false;
+  std::condition_variable changed;
+  State* next = nullptr;  // of the registry
+};
+
+namespace {
+
+// More of them are closed by whoever brings them, so that saves in a row wait for the disk.
+constexpr size_t kMostWaiting = 32;
+// Saves by the thousand find the thread there.
+constexpr std::chrono::seconds kIdle(1);
+
+// What close_soon() was given, the one that is being closed first.
+struct Queue {
+  std::deque<File> files;
+  bool served = false;  // by a thread
+  std::condition_variable posted, empty;
+};
+
+// What is being closed now. The mutex guards what the states hold; it is never held while a descriptor is closed, so that
+// no fork waits for a disk. Never destroyed: a thread may outlive static objects.
+struct Registry {
+  std::mutex mutex;
+  Closing::State* first = nullptr;
+  Queue* queue = new Queue;
+
+  void add(Closing::State& state) {
+    state.next = first;
+    first = &state;
+  }
+  void remove(const Closing::State& state) {
+    Closing::State** link = &first;
+    while (*link != nullptr && *link != &state) link = &(*link)->next;
+    if (*link != nullptr) *link = state.next;
+  }
+};
+Registry* const registry = new Registry;
+
+// The thread that closes is the parent's. Whether the parent had closed the one in question is told by what it leads
+// to: its number may have been given to another file since.
+void close_in_child() {
+  for (size_t index = 0; index < registry->queue->files.size(); ++index) {
+    const File& file = registry->queue->files[index];
+    if (index > 0 || File::of(file.descriptor) == file) close(file.descriptor);
+  }
+  registry->queue = new Queue;  // the other one may be waited on, by threads that are not here
+  for (Closing::State* state = registry->first; state != nullptr; state = state->next) {
+    for (size_t index = state->closed; index < state->files.size(); ++index) {
+      const File& file = state->files[index];
+      if (index > state->closed || File::of(file.descriptor) == file) close(file.descriptor);
+    }
+    state->done = true;
+  }
+  registry->first = nullptr;
+  registry->mutex.unlock();
+}
+
+void watch_forks() {
+  static const int once = pthread_atfork([] { registry->mutex.lock(); }, [] { registry->mutex.unlock(); },
+                                         close_in_child);
+  static_cast<void>(once);
+}
+
+void close_all(const std::shared_ptr<Closing::State>& state) {
+  for (const File& file : state->files) {
+    close(file.descriptor);
+    const std::lock_guard lock(registry->mutex);
+    ++state->closed;
+  }
+  const std::lock_guard lock(registry->mutex);
+  registry->remove(*state);
+  state->done = true;
+  state->changed.notify_all();
+}
+
+void serve(Queue& queue) {
+  step_back();
+  std::unique_lock lock(registry->mutex);
+  while (queue.posted.wait_for(lock, kIdle, [&] { return !queue.files.empty(); })) {
+    const int descriptor = queue.files.front().descriptor;
+    lock.unlock();
+    close(descriptor);
+    lock.lock();
+    queue.files.pop_front();
+    if (queue.files.empty()) queue.empty.notify_all();
+  }
+  queue.served = false;
+}
+
+// Whether a thread will close it.
+bool posted(const File& file) {
+  const std::lock_guard lock(registry->mutex);
+  Queue& queue = *registry->queue;
+  if (queue.files.size() >= kMostWaiting) return false;
+  queue.files.push_back(file);
+  if (!queue.served) {
+    try {
+      start_thread("fastshard-close", [&queue] { serve(queue); }).detach();
+    } catch (...) {
+      queue.files.pop_back();
+      throw;
+    }
+    queue.served = true;
+  }
+  queue.posted.notify_one();
+  return true;
+}
+
+}  // namespace
+
+void close_soon(int descriptor) noexcept {
+  try {
+    watch_forks();
+    if (const auto file = File::of(descriptor); file && posted(*file)) return;
+  } catch (const std::exception&) {  // no thread or no memory to be had
+  }
+  close(descriptor);
+}
+
+bool wait_for_closing() noexcept {
+  std::unique_lock lock(registry->mutex);
+  Queue& queue = *registry->queue;
+  if (queue.files.empty()) return false;
+  queue.empty.wait(lock, [&] { return queue.files.empty(); });
+  return true;
+}
+
+void Closing::start(const std::vector<int>& descriptors) noexcept {
+  try {
+    watch_forks();
+    auto state = std::make_shared<State>();
+    state->files.reserve(descriptors.size());
+    for (const int descriptor : descriptors) {
+      if (const auto file = File::of(descriptor)) {
+        state->files.push_back(*file);
+      } else {
+        close(descriptor);
+      }
+    }
+    const std::lock_guard lock(registry->mutex);
+    start_thread("fastshard-close", [state] { close_all(state); }).detach();
+    registry->add(*state);
+    state_ = std::move(state);
+  } catch (const std::exception&) {  // no thread or no memory to be had
+    for (const int descriptor : descriptors) close(descriptor);
+  }
+}
+
+bool Closing::done() const {
+  const std::lock_guard lock(registry->mutex);
+  return state_ == nullptr || state_->done;
+}
+
+bool Closing::wait(double seconds) const {
+  std::unique_lock lock(registry->mutex);
+  if (state_ == nullptr) return true;
+  return state_->changed.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return state_->done; });
+}
+
+}  // namespace fastshard

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "file/filesystem.h"
+
+#include <linux/magic.h>
+#include <sys/statfs.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstdint>
+#include <cstdio>
+#include <iterator>
+#include <string_view>
+
+namespace fastshard {
+namespace {
+
+struct KnownType {
+  uint32_t magic;
+  const char* name;
+};
+
+// Smaller saves are over before direct writes could overlap.
+constexpr uint64_t kDirectNbytes = 16 << 20;
+// Durable saves of device memory: staged in any case, so that direct writes save them a copy. Not measured on a GPU
+// yet; from host memory it costs one, and gains nothing (DESIGN.md).
+constexpr bool kDirectFromDevice = true;
+
+// Magic numbers that linux/magic.h does not have are the filesystems' own (statfs(2)).
+constexpr KnownType kKnownTypes[] = {
+    {EXT4_SUPER_MAGIC, "ext4"}, {0x58465342, "xfs"},      {BTRFS_SUPER_MAGIC, "btrfs"},
+    {TMPFS_MAGIC, "tmpfs"},     {RAMFS_MAGIC, "ramfs"},   {OVERLAYFS_SUPER_MAGIC, "overlayfs"},
+    {NFS_SUPER_MAGIC, "nfs"},   {0x65735546, "fuse"},     {0x0BD00BD0, "lustre"},
+    {0x47504653, "gpfs"},       {0x2FC12FC1, "zfs"},      {F2FS_SUPER_MAGIC, "f2fs"},
+    {0xFF534D42, "cifs"},       {0xFE534D42, "smb2"},     {V9FS_MAGIC, "9p"},
+    {CEPH_SUPER_MAGIC, "ceph"}, {0x6A656A63, "virtiofs"}, {HUGETLBFS_MAGIC, "hugetlbfs"},
+    {0x19830326, "beegfs"},
+};
+
+// Populating pages costs a thread about twice the time of a write(2) into them, but any number of threads can do it
+// for one file, of which only one can write.
+constexpr size_t kMappingWriters = 4;
+
+// Filesystems of one machine: whoever has a file open is seen there.
+constexpr std::string_view kOneMachine[] = {"ext4", "xfs", "btrfs", "tmpfs", "ramfs", "overlayfs", "zfs", "f2fs"};
+
+}  // namespace
+
+Descriptor::~Descriptor() { close(); }
+
+int Descriptor::close() noexcept {
+  const int fd = std::exchange(fd_, -1);
+  // EINTR: it is closed all the same.
+  return fd < 0 || ::close(fd) == 0 || errno == EINTR ? 0 : errno;
+}
+
+const char* name_of(WritePath path) {
+  switch (path) {
+    case WritePath::automatic:
+      return "auto";
+    case WritePath::buffered:
+      return "buffered";
+    case WritePath::direct:
+      return "direct";
+    case WritePath::mapped:
+      return "mapped";
+    case WritePath::registered:
+      return "registered";
+  }
+  return "unknown";
+}
+
+FileSystem filesystem_of(const std::string& directory, const std::string& path) {
+  struct statfs info;
+  if (statfs(directory.c_str(), &info) != 0) throw IoError(errno, path, "statfs");
+  FileSystem found;
+  const auto magic = static_cast<uint32_t>(info.f_type);
+  for (const KnownType& known : kKnownTypes) {
+    if (known.magic == magic) found.type = known.name;
+  }
+  if (found.type.empty()) {
+    std::array<char, 16> text;
+    std::snprintf(text.data(), text.size(), "0x%x", magic);
+    found.type = text.data();
+  }
+  found.memory_backed = magic == TMPFS_MAGIC || magic == RAMFS_MAGIC;
+  found.one_machine = std::ranges::find(kOneMachine, found.type) != std::end(kOneMachine);
+  found.direct_io = found.type == "ext4" || found.type == "xfs";
+  return found;
+}
+
+Choice choose_write_path(const FileSystem& filesystem, const Intent& intent) {
+  if (intent.wanted != WritePath::automatic) return {intent.wanted, "asked for"};
+  if (filesystem.memory_backed && intent.writers >= (intent.host_casts ? 2 : kMappingWriters)) {
+    return {WritePath::mapped, "new file in memory, and threads enough for each to fill it in parallel"};
+  }
+  if (filesystem.memory_backed) {
+    return {WritePath::buffered, "new file in memory: write(2) fills fresh pages without a fault for each"};
+  }
+  const bool large = intent.nbytes >= kDirectNbytes;
+  if (!intent.keep_cached && large) return {WritePath::direct, "nothing is to stay in the page cache"};
+  if (intent.durable && large && filesystem.direct_io && intent.from_device && kDirectFromDevice) {
+    return {WritePath::direct, "waits for the disk anyway, and is staged anyway: past the page cache"};
+  }
+  return {WritePath::buffered,
+          "new file: preallocated, one writer of large pwrites a file, writeback started behind it"};
+}
+
+std::string self_path(int fd) { return "/proc/self/fd/" + std::to_string(fd); }
+
+}  // namespace fastshard

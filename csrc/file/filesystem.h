@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the filesystem of a directory can do, and which way of writing follows from it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "plan/error.h"
+
+namespace fastshard {
+
+enum class WritePath {
+  automatic,
+  buffered,    // pwrite into the page cache
+  direct,      // past the page cache, from staging slots
+  mapped,      // stores into the reserved file, mapped window by window
+  registered,  // as mapped; devices copy straight into the windows, page-locked for them one by one
+};
+const char* name_of(WritePath path);
+
+// Owns a file descriptor.
+class Descriptor {
+ public:
+  Descriptor() = default;
+  explicit Descriptor(int fd) : fd_(fd) {}
+  Descriptor(Descriptor&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  Descriptor& operator=(Descriptor&& other) noexcept {
+    std::swap(fd_, other.fd_);
+    return *this;
+  }
+  ~Descriptor();
+
+  int get() const { return fd_; }
+  // Closes it and returns what the filesystem has to say about that: 0, or an errno. Some tell only now that what was
+  // written could not be stored (close(2)).
+  int close() noexcept;
+  // Gives it away: it is closed by somebody else.
+  int release() noexcept { return std::exchange(fd_, -1); }
+  explicit operator bool() const { return fd_ >= 0; }
+
+ private:
+  int fd_ = -1;
+};
+
+struct FileSystem {
+  std::string type;            // "ext4", "tmpfs", ...; the magic in hex where it has no name here
+  bool memory_backed = false;  // no disk behind it: nothing to preallocate or to write back
+  bool direct_io = false;      // O_DIRECT is known to reach the disk, several writes at a time
+  bool one_machine = false;    // no other machine can have its files open
+};
+
+// Throws IoError, naming `path`, when the directory cannot be looked at.
+FileSystem filesystem_of(const std::string& directory, const std::string& path);
+
+// What a save asks of its files.
+struct Intent {
+  WritePath wanted = WritePath::automatic;
+  bool durable = false;       // on stable storage when the save returns
+  bool keep_cached = true;    // false: nothing left in the page cache when the save returns
+  bool from_device = false;   // some of it comes from a GPU
+  bool host_casts = false;    // some of it is cast by the CPU, which takes longer than writing it
+  bool checksums = false;     // CRC-32 of each tensor, taken as it passes
+  bool amended = false;       // some bytes follow when all chunks are written
+  bool at_once = false;       // written and published by the next few calls of this thread
+  bool follow_links = false;  // the file that a symbolic link leads to is replaced, not the link itself
+  uint64_t nbytes = 0;        // of all its files together
+  size_t writers = 1;         // threads, for each file
+};
+
+struct Choice {
+  WritePath path;
+  std::string reason;
+};
+// The write path for new files on `filesystem`; a wanted one wins where it is not automatic.
+Choice choose_write_path(const FileSystem& filesystem, const Intent& intent);
+
+// The file behind a descriptor as a path, through which it can be given a name; there where /proc is mounted.
+std::string self_path(int fd);
+
+}  // namespace fastshard

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "file/threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+
+namespace fastshard {
+
+// Signals are the interpreter's business: a thread of ours must not be the one that is interrupted.
+std::thread start_thread(const char* name, std::function<void()> function) {
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  std::thread thread;
+  try {
+    thread = std::thread(std::move(function));
+  } catch (...) {
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    throw;
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  pthread_setname_np(thread.native_handle(), name);
+  return thread;
+}
+
+void step_back() noexcept {
+  const sched_param none = {};
+  pthread_setschedparam(pthread_self(), SCHED_BATCH, &none);
+}
+
+WorkerPool::~WorkerPool() {
+  {
+    const std::lock_guard lock(mutex_);
+    closing_ = true;
+  }
+  posted_.notify_all();
+  for (std::thread& thread : running_) thread.join();
+}
+
+void WorkerPool::post(std::function<void()> task) {
+  {
+    const std::lock_guard lock(mutex_);
+    tasks_.push_back(std::move(task));
+    if (tasks_.size() > idle_ && running_.size() < threads_) {
+      try {
+        start_one();
+      } catch (const std::exception&) {
+        // No more threads to be had: those that run will do it, if there is one.
+        if (running_.empty()) {
+          tasks_.pop_back();
+          throw;
+        }
+      }
+    }
+  }
+  posted_.notify_one();
+}
+
+// Under the lock. The place in the list first: a thread that runs cannot be dropped any more.
+void WorkerPool::start_one() {
+  running_.emplace_back();
+  try {
+    running_.back() = start_thread("fastshard-write", [this] { run(); });
+  } catch (...) {
+    running_.pop_back();
+    throw;
+  }
+}
+
+void WorkerPool::run_all(size_t count, const std::function<void(size_t)>& work) {
+  // Shared, as a worker may come to its task when all is done.
+  struct Shared {
+    std::atomic<size_t> next = 0;
+    std::mutex mutex;
+    std::condition_variable all_done;
+    size_t done = 0;
+  };
+  const auto shared = std::make_shared<Shared>();
+  const auto take_part = [shared, count, &work] {
+    for (size_t index; (index = shared->next++) < count;) {
+      work(index);
+      const std::lock_guard lock(shared->mutex);
+      if (++shared->done == count) shared->all_done.notify_all();
+    }
+  };
+  try {
+    for (size_t helpers = std::min(count, threads_ + 1); helpers > 1; --helpers) post(take_part);
+  } catch (const std::exception&) {
+    // With those there are.
+  }
+  take_part();
+  std::unique_lock lock(shared->mutex);
+  shared->all_done.wait(lock, [&] { return shared->done == count; });
+}
+
+void WorkerPool::run() {
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    ++idle_;
+    posted_.wait(lock, [&] { return closing_ || !tasks_.empty(); });
+    --idle_;
+    if (tasks_.empty()) return;
+    const std::function<void()> task = std::move(tasks_.front());
+    tasks_.pop_front();
+    lock.unlock();
+    task();
+    lock.lock();
+  }
+}
+
+WriteBehind::~WriteBehind() {
+  {
+    const std::lock_guard lock(mutex_);
+    closing_ = true;
+    ranges_.clear();
+  }
+  posted_.notify_all();
+  if (thread_.joinable()) thread_.join();
+}
+
+void WriteBehind::post(std::shared_ptr<OutputFile> file, uint64_t offset, uint64_t nbytes) noexcept {
+  try {
+    const std::lock_guard lock(mutex_);
+    if (!thread_.joinable()) thread_ = start_thread("fastshard-flush", [this] { run(); });
+    ranges_.push_back({std::move(file), offset, nbytes});
+  } catch (const std::exception&) {
+    return;
+  }
+  posted_.notify_one();
+}
+
+void WriteBehind::forget(const OutputFile* file) {
+  const std::lock_guard lock(mutex_);
+  std::erase_if(ranges_, [&](const Range& range) { return range.file.get() == file; });
+}
+
+void WriteBehind::settle(const OutputFile* file) {
+  std::unique_lock lock(mutex_);
+  std::erase_if(ranges_, [&](const Range& range) { return range.file.get() == file; });
+  settled_.wait(lock, [&] { return followed_ != file; });
+}
+
+void WriteBehind::run() {
+  step_back();
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    posted_.wait(lock, [&] { return closing_ || !ranges_.empty(); });
+    if (closing_) return;
+    Range range = std::move(ranges_.front());
+    ranges_.pop_front();
+    followed_ = range.file.get();
+    lock.unlock();
+    range.file->start_writeback(range.offset, range.nbytes);
+    lock.lock();
+    followed_ = nullptr;
+    settled_.notify_all();
+    lock.unlock();
+    range.file.reset();  // the last reference may close the file: not under the lock
+    lock.lock();
+  }
+}
+
+}  // namespace fastshard

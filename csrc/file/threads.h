@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// The engine's threads: writers that run whatever is posted, and one that starts writeback behind them.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "file/file.h"
+
+namespace fastshard {
+
+// A thread that no signal of the process interrupts. Throws std::system_error or std::bad_alloc where there is none to
+// be had; `function` has not run then.
+std::thread start_thread(const char* name, std::function<void()> function);
+
+// For a thread that nobody waits for: it does not take the processor from whoever wakes it up.
+void step_back() noexcept;
+
+// Runs posted tasks on at most `threads` threads, first come first served; threads start when needed.
+// Tasks must not throw. Thread-safe.
+class WorkerPool {
+ public:
+  explicit WorkerPool(size_t threads) : threads_(threads) {}
+  ~WorkerPool();  // runs what was posted, then joins
+
+  // Throws std::system_error or std::bad_alloc where no thread runs and none is to be had, or memory for the task is
+  // not; then it was not posted.
+  void post(std::function<void()> task);
+  // Calls work(0) to work(count - 1) on the workers and the calling thread, which is enough where there are no workers
+  // to be had. Returns when all calls have; `work` must not throw.
+  void run_all(size_t count, const std::function<void(size_t)>& work);
+  size_t threads() const { return threads_; }
+
+ private:
+  void start_one();
+  void run();
+
+  const size_t threads_;
+  std::mutex mutex_;
+  std::condition_variable posted_;
+  std::deque<std::function<void()>> tasks_;
+  std::vector<std::thread> running_;
+  size_t idle_ = 0;
+  bool closing_ = false;
+};
+
+// Tells the kernel to start writing out what the writers have put into the page cache. sync_file_range can
+// block for as long as the disk is busy, so it must not run on a writer (DESIGN.md, "Write paths").
+// Thread-safe.
+class WriteBehind {
+ public:
+  ~WriteBehind();  // drops what has not been started
+
+  // A hint: dropped where there is no thread or no memory for it.
+  void post(std::shared_ptr<OutputFile> file, uint64_t offset, uint64_t nbytes) noexcept;
+  // Drops the hints for a finished file.
+  void forget(const OutputFile* file);
+  // Drops them, and waits for the one that is being followed: what it fails with is known then. For a file that is to be
+  // synced, which waits for the same disk.
+  void settle(const OutputFile* file);
+
+ private:
+  struct Range {
+    std::shared_ptr<OutputFile> file;
+    uint64_t offset;
+    uint64_t nbytes;
+  };
+  void run();
+
+  std::mutex mutex_;
+  std::condition_variable posted_;
+  std::condition_variable settled_;
+  std::deque<Range> ranges_;
+  const OutputFile* followed_ = nullptr;  // the hint for it was taken, and has not been followed yet
+  std::thread thread_;
+  bool closing_ = false;
+};
+
+}  // namespace fastshard

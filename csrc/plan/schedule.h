@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// SavePlan -> Schedule: which bytes travel together. A pure function; no thread, device or file is touched.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "plan/plan.h"
+
+namespace fastshard {
+
+// One gather: the (cast and) packed bytes [first_byte, first_byte + nbytes) of `source` go to `chunk_offset` of the
+// chunk.
+struct CopyOp {
+  const TensorView* source;
+  uint32_t item;  // index in FilePlan::items
+  uint32_t chunk_offset;
+  uint64_t first_byte;
+  uint64_t nbytes;
+};
+
+enum class Route : uint8_t {
+  in_place,  // host memory in long runs: written from where it lies, without staging
+  packed,    // host memory, gathered or cast by the CPU
+  device,    // through a staging slot; some of it comes from a device
+};
+
+// A range of one file that is written by one call.
+struct Chunk {
+  uint64_t file_offset;
+  uint64_t nbytes;
+  uint32_t first_op;
+  uint32_t op_count;
+  Route route;
+};
+
+// The chunks of one file in order; they tile [0, nbytes).
+struct FileSchedule {
+  std::vector<CopyOp> ops;
+  std::vector<Chunk> chunks;
+
+  std::span<const CopyOp> ops_of(const Chunk& chunk) const {
+    return std::span(ops).subspan(chunk.first_op, chunk.op_count);
+  }
+};
+
+struct ScheduleLimits {
+  uint64_t slot_nbytes = 16 << 20;      // a chunk with device memory in it
+  uint64_t packed_nbytes = 1 << 20;     // a chunk packed by the CPU: stays in its L2 cache until it is written
+  uint64_t in_place_nbytes = 16 << 20;  // a chunk written from its own memory
+  uint32_t max_ops = 1024;              // ops (staged) or runs (in place: IOV_MAX) in a chunk
+  bool in_place = true;                 // false: pack everything (the target is memory)
+  // Every chunk but the last ends on a multiple of this, a power of two (direct I/O): then a chunk may have as many ops
+  // more as end in its last block, and host and device memory share chunks. Needs in_place == false.
+  uint64_t block_nbytes = 1;
+};
+
+// Runs of at least this many bytes are handed to pwritev as they are; shorter ones are packed first.
+inline constexpr uint64_t kInPlaceRunNbytes = 4096;
+// Chunks end on multiples of this where they can: whole pages of the page cache, and items never split
+// inside an element.
+inline constexpr uint64_t kChunkAlignment = 4096;
+
+// `file` must outlive the schedule: ops point into it.
+FileSchedule make_schedule(const FilePlan& file, const ScheduleLimits& limits);
+
+}  // namespace fastshard

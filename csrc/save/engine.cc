@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "save/engine.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace fastshard {
+namespace {
+
+// Large slots cost nothing in throughput and fewer calls; eight of them keep several files busy.
+constexpr uint64_t kMaxBlockNbytes = 16 << 20;
+constexpr uint64_t kMinBudget = 1 << 20;
+constexpr uint64_t kPage = 4096;
+
+uint64_t slot_nbytes(const Options& options) {
+  if (options.memory_budget < kMinBudget) throw std::invalid_argument("memory_budget must be at least 1 MiB");
+  const uint64_t block = std::min(kMaxBlockNbytes, std::max(options.memory_budget / 8, kMinBudget / 2));
+  return (block - kScratchNbytes) / kPage * kPage;
+}
+
+// Saves that take less time than waking a writer up, and waiting for it.
+constexpr uint64_t kSmallNbytes = 256 << 10;
+
+bool is_small(const Save& save, const Intent& intent) {
+  return save.nbytes() <= kSmallNbytes && save.on_host() && !intent.durable && intent.keep_cached && !intent.amended;
+}
+
+size_t checked_threads(const Options& options) {
+  if (options.threads == 0) throw std::invalid_argument("threads must be at least 1");
+  return options.threads;
+}
+
+}  // namespace
+
+Engine::Engine(const Options& options)
+    : options_(options),
+      ring_(slot_nbytes(options), options.memory_budget / (slot_nbytes(options) + kScratchNbytes)),
+      workers_(checked_threads(options)) {}
+
+std::shared_ptr<Save> Engine::submit(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams,
+                                     Intent intent, std::function<std::vector<std::string>()> commit) {
+  check(*plan);
+  Resources resources{ring_, workers_, write_behind_, *host_, devices_of(*plan), io_uring_refused_};
+  intent.wanted = options_.write_path;
+  auto save = std::make_shared<Save>(std::move(plan), streams, intent, std::move(commit), std::move(resources));
+  save->start(is_small(*save, intent));
+  return save;
+}
+
+std::shared_ptr<Standing> Engine::stand(const SavePlan& plan, size_t generations) {
+  check(plan);
+  std::vector<Device*> devices;
+  for (const auto& [ordinal, device] : devices_of(plan)) devices.push_back(device);
+  const FilePlan& file = plan.files.at(0);
+  return std::make_shared<Standing>(file.path, file.nbytes, generations, std::move(devices), workers_);
+}
+
+std::map<int, Device*> Engine::devices_of(const SavePlan& plan) {
+  std::map<int, Device*> devices;
+  for (const FilePlan& file : plan.files) {
+    for (const WriteItem& item : file.items) {
+      const int ordinal = item.source.device;
+      if (ordinal >= 0 && !devices.contains(ordinal)) devices[ordinal] = &device(ordinal);
+    }
+  }
+  return devices;
+}
+
+Device& Engine::device(int ordinal) {
+  {
+    const std::lock_guard lock(mutex_);
+    const auto known = devices_.find(ordinal);
+    if (known != devices_.end()) return *known->second;
+  }
+  auto made = make_cuda_device(ordinal, options_.device_scratch,
+                               ring_.slot_nbytes());  // not under the lock: the driver may take its time
+  const std::lock_guard lock(mutex_);
+  return *devices_.try_emplace(ordinal, std::move(made)).first->second;
+}
+
+}  // namespace fastshard

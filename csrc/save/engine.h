@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// The conductor: owns what saves share - staging ring, writer threads, devices - and starts them.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "file/direct_io.h"
+#include "save/save.h"
+#include "file/standing.h"
+
+namespace fastshard {
+
+struct Options {
+  uint64_t memory_budget = 128 << 20;  // bytes of staging memory, all saves of the engine together
+  size_t threads = 1;                  // writers
+  WritePath write_path = WritePath::automatic;
+  uint64_t device_scratch = 64 << 20;  // bytes of each device's own memory, to pack in
+  bool io_uring = true;                // for direct writes, where the kernel allows it
+};
+
+// Thread-safe. Saves run on the engine's threads; the destructor waits for them.
+class Engine {
+ public:
+  // Throws std::invalid_argument for a budget below 1 MiB or no threads.
+  explicit Engine(const Options& options);
+
+  // Starts a save and returns while it runs; the write path it wants is the engine's. Throws what stops it before
+  // the first copy.
+  std::shared_ptr<Save> submit(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams,
+                               Intent intent, std::function<std::vector<std::string>()> commit = {});
+  // Makes the standing target of a prepared save, a plan of one file. The engine must outlive its use.
+  std::shared_ptr<Standing> stand(const SavePlan& plan, size_t generations);
+
+  // A CUDA device, opened by the first who asks and kept.
+  Device& device(int ordinal);
+
+ private:
+  std::map<int, Device*> devices_of(const SavePlan& plan);
+
+  const Options options_;
+  const int io_uring_refused_ = options_.io_uring ? io_uring_refusal() : EPERM;
+  const std::unique_ptr<Device> host_ = make_host_device();
+  std::mutex mutex_;
+  std::map<int, std::unique_ptr<Device>> devices_;
+  // Torn down from the last to the first: the workers finish before what they use goes.
+  Ring ring_;
+  WriteBehind write_behind_;
+  WorkerPool workers_;
+};
+
+}  // namespace fastshard

@@ -1,0 +1,345 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "save/save.h"
+
+#include <algorithm>
+#include <numeric>
+#include <set>
+
+namespace fastshard {
+namespace {
+
+// The write itself tells at once whether there is room for so little.
+constexpr uint64_t kUnasked = 256 << 10;
+
+}  // namespace
+
+Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams, const Intent& intent,
+           std::function<std::vector<std::string>()> commit, Resources resources)
+    : plan_(std::move(plan)),
+      intent_(intent),
+      commit_(std::move(commit)),
+      resources_(std::move(resources)),
+      fetches_([this] {
+        // Under the lock, so that it cannot fall between the waiter's look and its sleep.
+        const std::lock_guard lock(mutex_);
+        changed_.notify_all();
+      }) {
+  for (const auto& [ordinal, device] : resources_.devices) {
+    const auto stream = streams.find(ordinal);
+    streams_.emplace(ordinal, device->open(stream == streams.end() ? 0 : stream->second));
+  }
+  for (const FilePlan& file : plan_->files) nbytes_ += file.nbytes;
+  intent_.nbytes = nbytes_;
+  intent_.from_device = !resources_.devices.empty();
+  const auto any_source = [&](auto is) {
+    return std::ranges::any_of(plan_->files, [&](const FilePlan& file) {
+      return std::ranges::any_of(file.items, [&](const WriteItem& item) { return is(item.source); });
+    });
+  };
+  intent_.host_casts = any_source([](const TensorView& source) { return source.cast() && source.device == kHost; });
+  fetches_bytes_ = any_source([](const TensorView& source) { return source.device == kFetched; });
+  intent_.writers = resources_.workers.threads() / std::max<size_t>(1, plan_->files.size());
+  bounded_ = too_many_to_keep_open(plan_->files.size());
+  for (uint32_t index = 0; index < plan_->files.size(); ++index) {
+    const FilePlan& file = plan_->files[index];
+    files_.push_back(file.memory.bytes != nullptr ? nullptr
+                                                  : std::make_shared<OutputFile>(file.path, file.nbytes, intent_));
+    writers_.push_back(std::make_unique<FileWriter>(file, files_.back(), resources_, streams_, fetches_.stream(index),
+                                                    intent_.checksums, progress_));
+    if (bounded_ && files_.back() != nullptr) files_.back()->suspend();
+  }
+  for (const auto& file : files_) {
+    if (file != nullptr) open_files_.push_back(file.get());
+  }
+  if (nbytes_ > kUnasked) require_space(open_files_);
+}
+
+Save::~Save() = default;
+
+void Save::start(bool here) {
+  if (writers_.empty()) return finish();
+  // The largest first: the last writer to finish then has the least left.
+  std::vector<size_t> order(writers_.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::ranges::stable_sort(order, std::greater(), [&](size_t index) { return plan_->files[index].nbytes; });
+  unfinished_shares_ = std::vector<std::atomic<size_t>>(writers_.size());
+  unfinished_files_ = writers_.size();
+  for (const size_t index : order) unfinished_shares_[index] = writers_[index]->writers();
+  for (const size_t index : order) {
+    for (size_t share = writers_[index]->writers(); share > 0; --share) {
+      if (!here) {
+        try {
+          resources_.workers.post([self = shared_from_this(), index] { self->write_share(index); });
+          continue;
+        } catch (const std::system_error& error) {
+          // No thread: this one, unless it is the one that has to serve what it would wait for.
+          if (fetches()) fail(std::make_exception_ptr(IoError(error.code().value(), plan_->files[index].path, "thread")));
+        } catch (...) {
+          fail(std::current_exception());
+        }
+        here = true;
+      }
+      write_share(index);  // of a save that has failed: only counted
+    }
+  }
+}
+
+// Not by a std::function: a writer must not need memory to begin or to end.
+template <typename Step>
+void Save::attempt(const Step& step) {
+  if (progress_.stop) return;
+  try {
+    step();
+  } catch (...) {
+    fail(std::current_exception());
+  }
+}
+
+// The last writer of a file syncs it; the last file's publishes them all.
+void Save::write_share(size_t index) {
+  const std::shared_ptr<OutputFile>& file = files_[index];
+  std::optional<OutputFile::Awake> awake;
+  const auto wake = [&] {
+    if (bounded_ && file != nullptr && !awake) awake.emplace(*file);
+  };
+  attempt([&] {
+    wake();
+    writers_[index]->write_chunks();
+  });
+  // Before another writer can come to the end of the save, and of the file.
+  if (writers_[index]->writers() > 1) awake.reset();
+  if (--unfinished_shares_[index] != 0) return;
+  attempt([&] {
+    if (file == nullptr) return;
+    wake();
+    const Timer timer(progress_.sync_ns);
+    file->end_writing();
+    if (must_sync() && !synced_together(*file)) sync(*file);
+  });
+  awake.reset();
+  if (--unfinished_files_ == 0 && !await_amendment()) finish();
+}
+
+// An error of writeback that was asked for in the background is this file's, too, and fsync() may not repeat it.
+void Save::sync(OutputFile& file) {
+  resources_.write_behind.settle(&file);
+  file.sync();
+}
+
+// Direct writes are on the disk already, all but sizes and extents: synced one by one while others write, each would
+// wait for these to pause. What is to be amended is synced afterwards.
+bool Save::synced_together(const OutputFile& file) const {
+  return intent_.amended || (file.write_path() == WritePath::direct && !bounded_);
+}
+
+// Whether the save is not to be finished yet: Python has its say first, or whoever cancels.
+bool Save::await_amendment() {
+  if (!intent_.amended) return false;
+  {
+    const std::lock_guard lock(mutex_);
+    if (error_) return false;
+    try {
+      take_checksums();
+    } catch (...) {
+      error_ = std::current_exception();
+      return false;
+    }
+    amending_ = Amending::due;
+    changed_.notify_all();  // under the lock: a waiter that sees it may drop the save
+  }
+  return true;
+}
+
+bool Save::take_amendment() {
+  const std::lock_guard lock(mutex_);
+  if (amending_ != Amending::due) return false;
+  amending_ = Amending::taken;
+  return true;
+}
+
+void Save::amend(std::vector<Amendment> amendments) {
+  for (const Amendment& amendment : amendments) {
+    const uint64_t nbytes = amendment.file < plan_->files.size() ? plan_->files[amendment.file].nbytes : 0;
+    if (amendment.bytes.size() > nbytes || amendment.offset > nbytes - amendment.bytes.size()) {
+      throw std::invalid_argument("an amendment lies outside of its file");
+    }
+  }
+  // Before the save is this call's to end: without memory it stays the caller's, who cancels it.
+  const auto shared = std::make_shared<std::vector<Amendment>>(std::move(amendments));
+  {
+    const std::lock_guard lock(mutex_);
+    if (amending_ != Amending::taken) return;
+    amending_ = Amending::no;
+  }
+  const auto end = [self = shared_from_this(), shared] {
+    self->attempt([&] {
+      for (const Amendment& amendment : *shared) self->write(amendment);
+    });
+    self->finish();
+  };
+  try {
+    resources_.workers.post(end);
+  } catch (const std::exception&) {
+    end();  // no thread to be had
+  }
+}
+
+void Save::write(const Amendment& amendment) {
+  if (amendment.bytes.empty()) return;
+  const Timer timer(progress_.write_ns);
+  std::byte* const memory = plan_->files[amendment.file].memory.bytes;
+  if (memory != nullptr) {
+    std::ranges::copy(std::as_bytes(std::span(amendment.bytes)), memory + amendment.offset);
+  } else {
+    iovec part{const_cast<char*>(amendment.bytes.data()), amendment.bytes.size()};
+    const OutputFile::Awake awake(*files_[amendment.file]);
+    files_[amendment.file]->write({&part, 1}, amendment.offset);
+  }
+}
+
+void Save::take_checksums() {
+  if (!intent_.checksums || !checksums_.empty()) return;
+  for (const auto& writer : writers_) checksums_.push_back(writer->checksums());
+}
+
+void Save::fail(std::exception_ptr error) {
+  bool abandoned;  // no thread works on it that would come to its end
+  {
+    const std::lock_guard lock(mutex_);
+    if (ending_) return;
+    if (!error_) error_ = std::move(error);
+    abandoned = amending_ != Amending::no;
+    amending_ = Amending::no;
+  }
+  progress_.stop = true;
+  fetches_.abort();
+  if (abandoned) finish();
+}
+
+void Save::cancel() { fail(std::make_exception_ptr(Cancelled())); }
+
+// Never throws, whatever memory is refused: somebody waits for it.
+void Save::finish() {
+  DeviceUse use;
+  std::exception_ptr error;
+  {
+    const std::lock_guard lock(mutex_);
+    ending_ = true;
+    error = error_;
+  }
+  if (!error) {
+    try {
+      const Timer timer(progress_.sync_ns);
+      for (OutputFile* file : open_files_) {
+        if (!must_sync() || !synced_together(*file)) continue;
+        const OutputFile::Awake awake(*file);
+        sync(*file);
+      }
+      publish(open_files_, intent_.durable);
+      if (commit_) use.fallbacks = commit_();
+    } catch (...) {
+      error = std::current_exception();
+    }
+  }
+  for (OutputFile* file : open_files_) {
+    resources_.write_behind.forget(file);
+    file->discard();
+  }
+  describe_end(use);
+  streams_.clear();
+  commit_ = nullptr;  // and what it holds
+  // Whoever waits may count on the files being closed: a nameless one holds its space until then.
+  std::vector<std::shared_ptr<OutputFile>> closing;
+  {
+    const std::lock_guard lock(mutex_);
+    closing.swap(files_);
+    open_files_.clear();
+    if (error) checksums_.clear();
+  }
+  writers_.clear();
+  closing.clear();
+  const std::lock_guard lock(mutex_);
+  if (!error_) error_ = error;
+  final_.seconds = std::chrono::duration<double>(Clock::now() - started_).count();
+  finished_ = true;
+  changed_.notify_all();
+}
+
+// Figures, of which some are missing where there is no memory for them: the files stand.
+void Save::describe_end(const DeviceUse& committed) {
+  try {
+    DeviceUse use = committed;
+    for (const auto& [ordinal, stream] : streams_) stream->add_use(use);
+    const std::lock_guard lock(mutex_);
+    take_checksums();
+    describe_files(final_);
+    final_.device_scratch_nbytes = use.scratch_nbytes;
+    final_.fallbacks.insert(final_.fallbacks.end(), use.fallbacks.begin(), use.fallbacks.end());
+  } catch (const std::exception&) {
+  }
+}
+
+bool Save::wait(double seconds) {
+  std::unique_lock lock(mutex_);
+  changed_.wait_for(lock, std::chrono::duration<double>(seconds),
+                    [&] { return finished_ || amending_ == Amending::due || !fetches_.empty(); });
+  if (finished_ && error_) std::rethrow_exception(error_);
+  return finished_;
+}
+
+void Save::settle() {
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [&] { return finished_; });
+}
+
+std::vector<std::vector<uint32_t>> Save::checksums() const {
+  const std::lock_guard lock(mutex_);
+  return checksums_;
+}
+
+bool Save::finished() const {
+  const std::lock_guard lock(mutex_);
+  return finished_;
+}
+
+Stats Save::stats() const {
+  Stats stats;
+  {
+    const std::lock_guard lock(mutex_);
+    if (finished_) {
+      stats = final_;
+    } else {
+      describe_files(stats);
+      stats.seconds = std::chrono::duration<double>(Clock::now() - started_).count();
+    }
+  }
+  stats.files = plan_->files.size();
+  stats.nbytes = nbytes_;
+  stats.copy_seconds = 1e-9 * static_cast<double>(progress_.copy_ns);
+  stats.write_seconds = 1e-9 * static_cast<double>(progress_.write_ns);
+  stats.sync_seconds = 1e-9 * static_cast<double>(progress_.sync_ns);
+  stats.staging = progress_.staged_pinned     ? "pinned"
+                  : progress_.staged_pageable ? "pageable"
+                  : progress_.copied_in_place ? "in place"
+                                              : "none";
+  stats.staging_nbytes = progress_.peak_staged_nbytes;
+  return stats;
+}
+
+void Save::describe_files(Stats& stats) const {
+  std::set<std::string> paths, fallbacks;
+  for (size_t index = 0; index < files_.size(); ++index) {
+    const OutputFile* file = files_[index].get();
+    paths.insert(file != nullptr                        ? name_of(file->write_path())
+                 : plan_->files[index].memory.streaming ? "standing"
+                                                        : "memory");
+    if (file != nullptr) fallbacks.insert(file->fallbacks().begin(), file->fallbacks().end());
+  }
+  if (progress_.io_uring_refused != 0) {
+    fallbacks.insert("io_uring refused: " + std::generic_category().message(progress_.io_uring_refused));
+  }
+  for (const std::string& path : paths) stats.write_path += (stats.write_path.empty() ? "" : "+") + path;
+  stats.fallbacks.assign(fallbacks.begin(), fallbacks.end());
+}
+
+}  // namespace fastshard

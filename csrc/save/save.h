@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+// One save under way: its files, their chunks, and what the writers do with them.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "device/fetch.h"
+#include "save/writer.h"
+
+namespace fastshard {
+
+struct Stats {
+  uint64_t files = 0;
+  uint64_t nbytes = 0;                 // of the finished files
+  double seconds = 0;                  // from submit to finish
+  double copy_seconds = 0;             // thread-seconds spent packing or waiting for device copies
+  double write_seconds = 0;            // thread-seconds in pwrite (direct: waiting for writes; mapped: populating)
+  double sync_seconds = 0;             // thread-seconds in fsync
+  std::string write_path;              // name_of(WritePath), "standing" or "memory"; joined by "+" where files differ
+  std::string staging;                 // "none", "in place" (devices copied into the target), "pageable", "pinned"
+  uint64_t staging_nbytes = 0;         // peak of staged bytes held at once
+  uint64_t device_scratch_nbytes = 0;  // device memory that was packed in
+  std::vector<std::string> fallbacks;
+};
+
+// Bytes that are known only when all others are in place (checksums of them, say), and where they go.
+struct Amendment {
+  uint32_t file;
+  uint64_t offset;
+  std::string bytes;
+};
+
+// Thread-safe. Tensors must stay alive and unchanged until the save is finished.
+class Save : public std::enable_shared_from_this<Save> {
+ public:
+  // Orders the copies behind the caller's `streams` (by CUDA ordinal), makes and reserves every file. Throws
+  // with nothing left behind. `commit`, where given, runs when every byte is in its place: what makes targets
+  // that are memory visible; it returns fallbacks.
+  Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams, const Intent& intent,
+       std::function<std::vector<std::string>()> commit, Resources resources);
+  ~Save();
+
+  // Gives the work to the writers; once. What no thread is to be had for is done before it returns, and so is all of it
+  // with `here`.
+  void start(bool here);
+
+  // True when finished, false after `seconds`, when fetch() has something or an amendment is due. Throws what the
+  // save failed with.
+  bool wait(double seconds);
+  bool finished() const;
+  // Blocks until the save is finished, however it ends.
+  void settle();
+  // Stops as soon as the chunks under way are done; a save that is through with them stays as it is.
+  void cancel();
+  // What this thread, or anybody, took with fetch() will not be brought any more.
+  void disown_fetches(bool anybodys) { fetches_.disown(anybodys); }
+
+  std::optional<FetchRequest> fetch() { return fetches_.take(); }
+  void fetched(uint64_t id) { fetches_.complete(id); }
+
+  // With Intent::amended: true, once, when every chunk is written and checksums() are there. The save then waits,
+  // without a thread, for amend() or cancel().
+  bool take_amendment();
+  // What to write over before the files are synced and published. Nothing happens when the save has been stopped.
+  // Throws std::invalid_argument for what lies outside of a file.
+  void amend(std::vector<Amendment> amendments);
+
+  // Whether some of its bytes only Python can bring.
+  bool fetches() const { return fetches_bytes_; }
+  // Whether all of it lies in host memory.
+  bool on_host() const { return resources_.devices.empty() && !fetches_bytes_; }
+  uint64_t nbytes() const { return nbytes_; }
+  uint64_t nbytes_written() const { return progress_.nbytes_written.load(std::memory_order_relaxed); }
+  Stats stats() const;
+  // Of the items of each file, once finished or to be amended, if they were asked for.
+  std::vector<std::vector<uint32_t>> checksums() const;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  void write_share(size_t index);
+  bool await_amendment();
+  void write(const Amendment& amendment);
+  void take_checksums();
+  bool synced_together(const OutputFile& file) const;
+  void sync(OutputFile& file);
+  bool must_sync() const { return intent_.durable || !intent_.keep_cached; }
+  template <typename Step>
+  void attempt(const Step& step);
+  void describe_files(Stats& stats) const;
+  void describe_end(const DeviceUse& use);
+  void fail(std::exception_ptr error);
+  void finish();
+
+  const std::shared_ptr<const SavePlan> plan_;
+  Intent intent_;
+  std::function<std::vector<std::string>()> commit_;
+  const Resources resources_;
+  uint64_t nbytes_ = 0;
+  bool fetches_bytes_ = false;
+  const Clock::time_point started_ = Clock::now();
+  CopyStreams streams_;
+  FetchQueue fetches_;
+  Progress progress_;
+  // By index in the plan; null where the target is memory.
+  std::vector<std::shared_ptr<OutputFile>> files_;
+  std::vector<OutputFile*> open_files_;  // those there are
+  bool bounded_ = false;                 // they are open only while they are worked on
+  std::vector<std::unique_ptr<FileWriter>> writers_;
+  std::vector<std::atomic<size_t>> unfinished_shares_;  // of each file
+  std::atomic<size_t> unfinished_files_ = 0;
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::exception_ptr error_;
+  enum class Amending { no, due, taken } amending_ = Amending::no;
+  bool ending_ = false;  // all chunks are through: too late to fail or cancel
+  bool finished_ = false;
+  std::vector<std::vector<uint32_t>> checksums_;
+  Stats final_;  // what cannot be told any more once the files are closed
+};
+
+}  // namespace fastshard

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``torch.save``'s own archives, the storages streamed in by the engine.
+
+Torch writes everything but what is large: an archive in memory with holes (``archive_skeleton.py``). The engine puts
+it and the storages together, and what depends on the storages' CRC-32 is amended when their bytes have passed.
+Where a new file cannot take the place of the old one (``in_place.py``), torch writes over it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import pickle
+import stat
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import torch
+
+from ..base.activity import count_left
+from ..base.originals import original_of
+from ..engine import tensors as _tensors
+from ..engine.engine import Engine, Options, Stats, engine_for, progress_wanted
+from ..engine.pipeline import encoded_path, keep_stats
+from ..engine.plan import FilePlan
+from ..publish.in_place import LATE, note_made, why_in_place
+from .archive_by_torch import can_replace, new_file, replace_by_torch, sync_folder
+from .archive_errors import NO_SPACE, archive_error, archive_errors, no_space
+from .archive_skeleton import NotByEngine, Pickling, Plan, Skeleton, make_skeleton, plan, stem_in_archive
+
+if TYPE_CHECKING:
+    from .. import _native
+
+_CALL: Final = "torch.save"
+_PROTOCOL: Final = torch.serialization.DEFAULT_PROTOCOL
+
+
+class _How(NamedTuple):
+    durable: bool = False
+    keep_cached: bool = True
+    progress: bool | None = None
+    engine: Engine | Options | None = None
+
+
+_AS_TORCH: Final = _How()
+
+
+def torch_save(
+    obj: object,
+    f: Any,
+    pickle_module: Any = pickle,
+    pickle_protocol: int = _PROTOCOL,
+    _use_new_zipfile_serialization: bool = True,
+    _disable_byteorder_record: bool = False,
+    *,
+    in_place: bool = False,
+    durable: bool = False,
+    keep_cached: bool = True,
+    progress: bool | None = None,
+    engine: Engine | Options | None = None,
+) -> None:
+    """Saves any object as ``torch.save`` does: the same file, byte for byte, which ``torch.load`` reads.
+
+    The file appears under its name complete or not at all; its mode follows the umask, or is that of the file it
+    replaces, with owner, access list and extended attributes, and a symbolic link keeps pointing where it points.
+
+    Where a new file in the place of the old one would not be what others see, or cannot be made, torch writes over
+    the old one: another name of it (a hard link), a file that this process holds open and has not mapped, a path
+    through ``/proc``, a file that is a mount point or another user's, a folder that may not be written to. What the
+    engine cannot do is left to ``torch.save`` as well: a file-like object as ``f``, a device or a pipe, the old
+    format, an active ``skip_data()``, storages without memory, a torch before 2.6. ``fastshard.status()`` counts it.
+
+    Args:
+        obj: what to pickle. Storages are saved whole, shared ones once, from any device, behind what was enqueued
+            on its current stream before the call.
+        f: where to, a path; or, as there, an object with ``write``.
+        pickle_module: as there.
+        pickle_protocol: as there.
+        in_place: let torch write over the file that is there, as ``torch.save`` does: needs no room for a second
+            one, and leaves part of one if it fails. Needs a path.
+        durable, keep_cached, progress, engine: as for :func:`fastshard.save_file`; the first two need a path.
+
+    Raises:
+        ArchiveError: a system call failed; a ``RuntimeError``, as in ``torch.save``, and an ``OSError``, of the
+            class that ``open`` raises.
+        ValueError: ``in_place``, ``durable`` or ``keep_cached`` for what is not a path.
+        Exception: whatever pickling raises, unchanged.
+    """
+    pickling = Pickling(
+        obj, pickle_module, pickle_protocol, _use_new_zipfile_serialization, _disable_byteorder_record
+    )
+    _save(_original(), pickling, f, _How(durable, keep_cached, progress, engine), in_place)
+
+
+def in_the_place_of_torch(
+    original: Callable[..., None],
+    /,
+    obj: object,
+    f: Any,
+    pickle_module: Any = pickle,
+    pickle_protocol: int = _PROTOCOL,
+    _use_new_zipfile_serialization: bool = True,
+    _disable_byteorder_record: bool = False,
+) -> None:
+    """The same for callers of ``torch.save``, with the function that it was."""
+    pickling = Pickling(
+        obj, pickle_module, pickle_protocol, _use_new_zipfile_serialization, _disable_byteorder_record
+    )
+    _save(original, pickling, f, _AS_TORCH, False)
+
+
+def _save(original: Callable[..., None], pickling: Pickling, f: Any, how: _How, in_place: bool) -> None:
+    def by_torch(target: Any) -> None:
+        original(
+            pickling.obj,
+            target,
+            pickle_module=pickling.module,
+            pickle_protocol=pickling.protocol,
+            _use_new_zipfile_serialization=pickling.new_format,
+            _disable_byteorder_record=pickling.no_byteorder,
+        )
+
+    began = time.perf_counter()
+    path = os.fspath(f) if isinstance(f, (str, os.PathLike)) else None
+    if not isinstance(path, str):
+        if how.durable or not how.keep_cached or in_place:
+            raise ValueError(f"in_place, durable and keep_cached need a path, not {type(f).__name__}")
+        count_left(_CALL, _kind_of(f))
+        return by_torch(f)
+    if not stem_in_archive(path):
+        count_left(_CALL, "a path that torch takes for no file name")
+        return by_torch(path)
+    with archive_errors(path):
+        encoded_path(path)
+        try:
+            reason = why_in_place(path)
+        except (FileNotFoundError, NotADirectoryError):
+            _check_folder(path)
+            reason = None
+    if in_place:
+        reason = reason or "in_place=True"
+    if reason:
+        return _write_over(by_torch, path, reason, how)
+    try:
+        reason = _write_new(pickling, path, how, began) if pickling.new_format else "the old format"
+    except OSError as error:
+        if error.errno not in LATE or error.filename != path or getattr(error, "published", False):
+            raise
+        if not os.path.lexists(path):
+            raise
+        # Found out late: the file that is there can be opened, which has been tried.
+        late = f"a file that cannot be replaced ({errno.errorcode[error.errno]})"
+        return _write_over(by_torch, path, late, how)
+    if reason:
+        if not can_replace(path):
+            return _write_over(by_torch, path, reason, how)
+        count_left(_CALL, reason)
+        by_name = pickling.new_format and path.isascii()
+        replace_by_torch(by_torch, path, by_name, how.durable, how.keep_cached)
+
+
+def _write_new(pickling: Pickling, path: str, how: _How, began: float) -> str | None:
+    """By the engine, or, if it is small, at once. Why it cannot be; ``None``: it stands."""
+    needed = None
+
+    def small(nbytes: int) -> _native.NewFile:
+        nonlocal needed
+        needed = nbytes
+        return new_file(path, how.keep_cached, True)
+
+    at_once = how.engine is None and not progress_wanted(how.progress)
+    try:
+        made = make_skeleton(pickling, path, small if at_once else None)
+        if isinstance(made, Skeleton):
+            planned = plan(made)
+            needed = made.nbytes
+            _write(path, made, planned, how, began)
+        else:
+            _publish(made, path, how, began)
+    except NotByEngine as why:
+        return str(why)
+    except OSError as error:
+        if error.errno in NO_SPACE and error.filename == path and not getattr(error, "published", False):
+            raise no_space(error.errno, path, needed) from None
+        raise
+    return None
+
+
+def _publish(made: _native.NewFile, path: str, how: _How, began: float) -> None:
+    """A small archive that torch has written."""
+    try:
+        with archive_errors(path):
+            nbytes, refused = made.publish(how.durable)
+    finally:
+        made.close()
+    keep_stats(_stats_of(nbytes, time.perf_counter() - began, refused), _CALL, path)
+
+
+def _stats_of(nbytes: int, seconds: float, refused: Sequence[str]) -> Stats:
+    """Of a file that this thread has written at once."""
+    return Stats(
+        files=1,
+        nbytes=nbytes,
+        seconds=seconds,
+        plan_seconds=0.0,
+        copy_seconds=0.0,
+        write_seconds=seconds,
+        sync_seconds=0.0,
+        write_path="buffered",
+        staging="none",
+        staging_nbytes=0,
+        device_scratch_nbytes=0,
+        fallbacks=tuple(refused),
+    )
+
+
+def _write(path: str, skeleton: Skeleton, planned: Plan, how: _How, began: float) -> None:
+    file = FilePlan(encoded_path(path), b"", planned.items)
+    with archive_errors(path):
+        future = engine_for(how.engine).submit(
+            [file],
+            keep_alive=(planned, skeleton),
+            streams=_tensors.current_streams(view.device for view in file.items),
+            durable=how.durable,
+            keep_cached=how.keep_cached,
+            checksums=planned.amend is not None,
+            follow_links=True,
+            fetch=planned.fetch,
+            amend=planned.amend,
+            plan_seconds=time.perf_counter() - began,
+            description=os.path.basename(path),
+        )
+        keep_stats(future.result(progress_wanted(how.progress)), _CALL, path)
+    with contextlib.suppress(OSError):  # others may have moved it already
+        note_made(path)
+
+
+def _write_over(by_torch: Callable[[Any], None], path: str, reason: str, how: _How) -> None:
+    """As torch does, and leaves what it leaves."""
+    count_left(_CALL, reason)
+    by_torch(path)
+    if not how.durable and how.keep_cached:
+        return
+    with archive_errors(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return
+            os.fsync(descriptor)
+            if not how.keep_cached:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+    if how.durable:
+        sync_folder(os.fsencode(os.path.dirname(os.path.realpath(path))), path)
+
+
+def _kind_of(f: object) -> str:
+    """One of a few texts."""
+    if isinstance(f, io.BytesIO):
+        return "a BytesIO"
+    return "an open file" if hasattr(f, "fileno") else "a file-like object"
+
+
+def _original() -> Callable[..., None]:
+    """``torch.save`` itself, whoever has put what in its place."""
+    return original_of("torch.serialization", "save")
+
+
+def _check_folder(path: str) -> None:
+    """Raises where there is none, before anything is pickled, as torch does."""
+    folder = os.path.dirname(path)
+    try:
+        is_folder = not folder or stat.S_ISDIR(os.stat(folder).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_folder = False
+    if not is_folder:
+        raise archive_error(errno.ENOENT, f"Parent directory {folder} does not exist.", path)

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The savers of huggingface_hub: its names, split, index and metadata; all shards at once."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import re
+import stat
+from collections import OrderedDict
+from collections.abc import Collection
+from typing import Final
+
+import torch
+
+from ..engine.engine import Engine, Options
+from ..engine.pipeline import How
+from ..engine.sharing import by_storage
+from ..engine.tensors import check_dtype
+from ..errors import ArchiveError, SaveError
+from ..publish.staged import save_alone, staged
+from .archive import torch_save
+
+
+def save_torch_model(
+    model: torch.nn.Module,
+    save_directory: str | os.PathLike[str],
+    *,
+    filename_pattern: str | None = None,
+    force_contiguous: bool = True,
+    max_shard_size: int | str = "5GB",
+    metadata: dict[str, str] | None = None,
+    safe_serialization: bool = True,
+    is_main_process: bool = True,
+    shared_tensors_to_discard: list[str] | None = None,
+    durable: bool = False,
+    keep_cached: bool = True,
+    progress: bool | None = None,
+    dtype: torch.dtype | str | None = None,
+    engine: Engine | Options | None = None,
+) -> None:
+    """Saves a module's state dict; see :func:`save_torch_state_dict`."""
+    save_torch_state_dict(
+        model.state_dict(),
+        save_directory,
+        filename_pattern=filename_pattern,
+        force_contiguous=force_contiguous,
+        max_shard_size=max_shard_size,
+        metadata=metadata,
+        safe_serialization=safe_serialization,
+        is_main_process=is_main_process,
+        shared_tensors_to_discard=shared_tensors_to_discard,
+        durable=durable,
+        keep_cached=keep_cached,
+        progress=progress,
+        dtype=dtype,
+        engine=engine,
+    )
+
+
+def save_torch_state_dict(
+    state_dict: dict[str, torch.Tensor],
+    save_directory: str | os.PathLike[str],
+    *,
+    filename_pattern: str | None = None,
+    force_contiguous: bool = True,
+    max_shard_size: int | str = "5GB",
+    metadata: dict[str, str] | None = None,
+    safe_serialization: bool = True,
+    is_main_process: bool = True,
+    shared_tensors_to_discard: list[str] | None = None,
+    durable: bool = False,
+    keep_cached: bool = True,
+    progress: bool | None = None,
+    dtype: torch.dtype | str | None = None,
+    engine: Engine | Options | None = None,
+) -> None:
+    """Saves a state dict in shards with an index, to the byte the files of ``huggingface_hub.save_torch_state_dict``.
+
+    Shards are written in parallel, and the directory changes all at once: until every file stands, the checkpoint
+    that was there can be loaded (huggingface_hub deletes it first, so a failed save leaves none). There must be
+    room for both. Of shared tensors one is saved; as there, the others are deleted from ``state_dict``, and their
+    names are added to ``metadata``, both the caller's. Strided tensors are packed on the way into the file, not
+    copied first.
+
+    Args:
+        state_dict: name -> tensor on any device.
+        save_directory: an existing directory. Files in it that belong to an earlier save with the same
+            ``filename_pattern`` go, if ``is_main_process``; all others stay.
+        filename_pattern: of the shards, with ``{suffix}``; ``None``: ``model{suffix}.safetensors``, or
+            ``pytorch_model{suffix}.bin`` when ``safe_serialization`` is false (pickled then, by
+            :func:`fastshard.torch_save`).
+        force_contiguous: save strided tensors instead of refusing them.
+        max_shard_size: bytes, or as ``"5GB"`` (10^9). A larger tensor has a shard to itself.
+        metadata: goes into the file, or into the index if there is one.
+        is_main_process: whether to remove files of earlier saves. Every process that calls this writes all files.
+        shared_tensors_to_discard: names not to be kept if there are others for the same memory.
+        durable, keep_cached, progress, dtype, engine: as for :func:`fastshard.save_file`; pickled shards are not cast.
+
+    Raises:
+        FileNotFoundError: ``save_directory`` is missing.
+        What :func:`fastshard.save_file` raises.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.serialization import _torch as theirs
+
+    dtype = check_dtype(dtype)
+    if filename_pattern is None:
+        filename_pattern = (
+            constants.SAFETENSORS_WEIGHTS_FILE_PATTERN
+            if safe_serialization
+            else constants.PYTORCH_WEIGHTS_FILE_PATTERN
+        )
+    metadata = {} if metadata is None else metadata
+    sized = state_dict
+    comes_in_pieces = type(state_dict) not in (dict, OrderedDict)
+    if safe_serialization:
+        discarded = {}  # which huggingface_hub knows from 0.27 on
+        if shared_tensors_to_discard is not None:
+            discarded["shared_tensors_to_discard"] = shared_tensors_to_discard
+        state_dict = theirs._clean_state_dict_for_safetensors(
+            state_dict, metadata, force_contiguous=False, **discarded
+        )
+        sized = state_dict
+        if force_contiguous:
+            state_dict, sized = _made_contiguous(state_dict)
+        if dtype is not None:
+            sized = {
+                name: torch.empty_like(t, dtype=dtype, device="meta") if t.is_floating_point() else t
+                for name, t in sized.items()
+            }
+    else:
+        theirs.logger.warning(_UNSAFE)
+    split = theirs.split_torch_state_dict_into_shards(
+        sized, filename_pattern=filename_pattern, max_shard_size=max_shard_size
+    )
+    place = _Place(os.fspath(save_directory), filename_pattern)
+    place.check(SaveError if safe_serialization else ArchiveError)
+    obsolete = place.earlier() if is_main_process else frozenset()
+    how = How(durable, keep_cached, progress, force_contiguous, dtype, engine=engine)
+    in_file = {"format": "pt"} if split.is_sharded else {"format": "pt", **metadata}
+    index_name = filename_pattern.format(suffix="") + ".index.json"
+    alone = False
+    if safe_serialization and len(split.filename_to_tensors) == 1:
+        ((filename, names),) = split.filename_to_tensors.items()
+        shard = {name: state_dict[name] for name in names}
+        alone = save_alone(
+            shard,
+            place.folder,
+            place.inside(filename),
+            in_file,
+            obsolete,
+            how,
+            call="save_torch_state_dict",
+            listed=place.listed,
+        )
+    if not alone:
+        with staged(place.folder, obsolete.__contains__, how, call="save_torch_state_dict") as stage:
+            stage.at_once = comes_in_pieces
+            for filename, names in split.filename_to_tensors.items():
+                shard = {name: state_dict[name] for name in names}
+                path = place.staged(filename, stage.path)
+                if safe_serialization:
+                    stage.add(shard, path, in_file)
+                else:
+                    torch_save(shard, path, durable=durable, keep_cached=keep_cached, engine=engine)
+            if split.is_sharded:
+                index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
+                stage.write_text(place.staged(index_name, stage.path), json.dumps(index, indent=2))
+    for name in obsolete:
+        theirs.logger.debug(f"Removing existing file '{name}' from folder.")
+    for name in split.filename_to_tensors:
+        theirs.logger.debug(f"Shard saved to {name}")
+    if split.is_sharded:
+        theirs.logger.info(
+            f"The model is bigger than the maximum size per checkpoint ({max_shard_size}). "
+            f"Model weighs have been saved in {len(split.filename_to_tensors)} checkpoint shards. "
+            f"You can find where each parameters has been saved in the index located at {index_name}."
+        )
+    theirs.logger.info(f"Model weights successfully saved to {save_directory}!")
+
+
+_UNSAFE: Final = (
+    "You are using unsafe serialization. Due to security reasons, it is recommended not to load "
+    "pickled models from untrusted sources. If you intend to share your model, we strongly recommend "
+    "using safe serialization by installing `safetensors` with `pip install safetensors`."
+)
+"""huggingface_hub's own words, as all that its logger is told."""
+
+
+class _Place:
+    """Where the files of a pattern go, which may lead into a folder: ``"sub/w{suffix}.safetensors"``."""
+
+    def __init__(self, directory: str, pattern: str) -> None:
+        inner, self._pattern = os.path.split(pattern)
+        if "{" in inner:  # a folder for each file
+            if os.path.isabs(inner) or ".." in inner.split(os.sep):
+                raise ValueError(f"filename_pattern={pattern!r} leads out of the folder")
+            inner = ""
+            self._pattern = pattern
+        self.folder = os.path.join(directory, inner) if inner else directory
+        self._inner = inner
+        self.listed: list[str] | None = None
+        """What :meth:`earlier` has seen in the folder."""
+
+    def check(self, error: type[SaveError] | type[ArchiveError]) -> None:
+        """Raises ``error`` where the pattern leads into a folder that is not there, as the saver of a file does."""
+        if self._inner:
+            try:
+                os.stat(self.folder)
+            except (FileNotFoundError, NotADirectoryError) as found:
+                raise error(found.errno, found.strerror, self.folder) from None
+
+    def earlier(self) -> Collection[str]:
+        """Files of an earlier save with this pattern, in the order of the folder; as in huggingface_hub, none in a folder
+        that the pattern leads into."""
+        if self._inner:
+            return ()
+        is_of_it = _names_of(self._pattern).fullmatch
+        self.listed = os.listdir(self.folder)
+        return {found: None for found in self.listed if is_of_it(found)}.keys()
+
+    def inside(self, filename: str) -> str:
+        """What a file is called in the folder."""
+        return os.path.relpath(filename, self._inner) if self._inner else filename
+
+    def staged(self, filename: str, stage: str) -> str:
+        """Where a file is made."""
+        path = os.path.join(stage, self.inside(filename))
+        if os.sep in filename and not self._inner:
+            folder = os.path.join(self.folder, os.path.dirname(filename))
+            if not stat.S_ISDIR(os.stat(folder).st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        return path
+
+
+@functools.lru_cache(maxsize=64)
+def _names_of(pattern: str) -> re.Pattern[str]:
+    prefix, _, suffix = pattern.partition("{suffix}")
+    return re.compile(re.escape(prefix) + r"(-\d{5}-of-\d{5})?" + re.escape(suffix) + r"(\.index\.json)?")
+
+
+def _made_contiguous(
+    state_dict: dict[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The tensors to be saved as contiguous ones, and what the split is to be made from: copies on the meta device,
+    which have the sizes that copies would have. Only strided tensors with memory in common are copied, as nothing
+    could be streamed from them twice."""
+    state_dict = dict(state_dict.items())
+    if all(tensor.is_contiguous() for tensor in state_dict.values()):
+        return state_dict, state_dict
+    alone = {names[0] for names in by_storage(state_dict) if len(names) == 1}
+    saved, sized = {}, {}
+    for name, tensor in state_dict.items():
+        if tensor.is_contiguous():
+            saved[name] = sized[name] = tensor
+        elif name in alone:
+            saved[name] = tensor
+            sized[name] = torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format)
+        else:
+            saved[name] = sized[name] = tensor.contiguous()
+    return saved, sized

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prepared saves: planned, reserved, mapped and page-locked once; every save after that is copying."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import CancelledError
+from typing import Any, NamedTuple
+
+import torch
+
+from ..engine import tensors as _tensors
+from ..engine.engine import Engine, Options, Stats, engine_for
+from ..engine.pipeline import How, PathLike, StateDict, check_filename, encoded_path, finish, lay_out
+from ..engine.plan import FETCHED, FilePlan
+from .sources import Given, Source, source_of
+
+
+def prepare(
+    tensors: Given,
+    filename: PathLike,
+    metadata: dict[str, str] | None = None,
+    *,
+    generations: int = 2,
+    durable: bool = False,
+    allow_strided: bool = False,
+    dtype: torch.dtype | str | None = None,
+    checksums: bool = False,
+    engine: Engine | Options | None = None,
+) -> PreparedSave:
+    """Makes everything ready for saving these tensors to this file again and again.
+
+    For weights that go from a trainer to a server through ``/dev/shm``, and for frequent checkpoints::
+
+        with fastshard.prepare(model, "/dev/shm/model.safetensors") as prepared:
+            for step in ...:
+                train()
+                prepared.save()
+
+    ``generations`` buffers of the file's size are reserved beside it, mapped, populated, and on filesystems in
+    memory page-locked for the tensors' devices. Each save fills one that nobody is directed to, at the speed of
+    memory or of the link, and publishes it atomically under ``filename``: whoever opens the file finds a complete
+    save, and a crash at any moment leaves the newest one. Nothing stands under the name before the first save.
+
+    **How long a reader may take.** A buffer is filled again by the ``generations``-th save after the one that
+    published it. So with two generations, what a reader has open or mapped from a save stays as it is during the
+    next save and until the one after that *begins*; a reader that needs longer copies what it wants to keep, or
+    is given more generations.
+
+    Args:
+        tensors: what is read anew by every save:
+
+            - a module: its parameters and buffers, as :func:`fastshard.save_model` saves them. Of tied ones one is
+              kept, the names of the others go into the metadata; strided ones are packed. Parameters that are given
+              other memory (``.data =``, ``load_state_dict(assign=True)``, ``.to(device)``) are followed.
+            - a function without arguments that returns a dict as for :func:`fastshard.save_file`.
+            - such a dict. Its tensors may be replaced in it. The tensors of a module's ``state_dict()`` are *not* the
+              module's: they keep the memory that its parameters had. Where it can be told that nobody writes to that
+              any more, the save warns; a module cannot go wrong.
+
+            Names, shapes and dtypes must stay what they were. Tensors that have to be copied before they can be saved
+            (lazy conjugate or negative bits, more than 8 strided dimensions) are refused, as a copy would not follow
+            them.
+        filename, metadata, durable, allow_strided, dtype, checksums, engine: as for :func:`fastshard.save_file`.
+        generations: buffers; two at least.
+
+    Raises:
+        What :func:`fastshard.save_file` raises; a filesystem with no room for all buffers is ``SaveError`` with
+        ``errno.ENOSPC`` here, and never later; one in memory that has room, where the memory limit of a container
+        (control group) leaves less, is ``SaveError`` with ``errno.ENOMEM``.
+    """
+    how = How(durable=durable, allow_strided=allow_strided, dtype=dtype, checksums=checksums, engine=engine)
+    return PreparedSave(tensors, filename, metadata, generations, how)
+
+
+class PreparedSave:
+    """What :func:`prepare` returns. A context manager; its methods may be called from any thread, one save at a
+    time. Not to be used in a forked child.
+
+    A signal handler may save while a save of the same object is under way in its thread: its own file stands first,
+    then the interrupted save begins anew.
+    """
+
+    def __init__(
+        self,
+        tensors: Given,
+        filename: PathLike,
+        metadata: dict[str, str] | None,
+        generations: int,
+        how: How,
+    ) -> None:
+        self._source = source_of(tensors)
+        check_filename(filename)
+        if isinstance(generations, bool) or not isinstance(generations, int) or generations < 2:
+            raise ValueError(f"generations must be an integer of at least 2, not {generations!r}")
+        self.filename = filename
+        self.generations = generations
+        self._metadata = metadata
+        self._how = how
+        self._dtype = _tensors.check_dtype(how.dtype)
+        self._engine = engine_for(how.engine)
+        # Reentrant: see save(). It serves to make threads take turns.
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+        self._turn = 0
+        self._saves = 0
+        self._fetching = False
+        bound = self._planned(self._source, self._source.read())
+        self.nbytes = bound.file.nbytes
+        """Size of the file in bytes; the buffers take ``generations`` times as much."""
+        self._specs = bound.specs
+        self._header = bound.file.header
+        self._native: Any = self._engine.prepare(bound.file, generations, bound)
+
+    @property
+    def saves(self) -> int:
+        """How many have been made."""
+        return self._saves
+
+    @property
+    def closed(self) -> bool:
+        return self._native is None
+
+    def __repr__(self) -> str:
+        buffers = "closed" if self.closed else f"{self.generations} generations of {self.nbytes:,} bytes"
+        made = f"{self._saves} save" if self._saves == 1 else f"{self._saves} saves"
+        return f"<PreparedSave of {os.fspath(self.filename)!r}: {len(self._specs)} tensors, {buffers}, {made} made>"
+
+    def save(self, tensors: Given | None = None, *, progress: bool | None = None) -> Stats:
+        """Saves the tensors as they are now and returns when the file stands under its name.
+
+        What was enqueued on their devices' current streams before the call is in the file. ``tensors``: others,
+        bound first (:meth:`bind`). After an exception the file is as it was, and the next save may be tried.
+
+        Raises ``ValueError``, naming the tensor, for a name, shape or dtype that is not what it was, and
+        ``RuntimeError`` in a signal handler that has interrupted a save of tensors whose bytes Python brings.
+        """
+        self._open()
+        given = None if tensors is None else source_of(tensors)
+        with self._lock:
+            source = given or self._source
+            source.check()
+            figures = None
+            while figures is None:
+                figures = self._attempt(source, progress)
+            self._saves += 1
+            return figures
+
+    def bind(self, tensors: Given) -> None:
+        """From now on saves these tensors.
+
+        Raises ``ValueError``, naming the tensor, unless names, shapes and dtypes are those of the tensors before.
+        """
+        self._open()
+        source = source_of(tensors)
+        with self._lock:
+            self._bind(self._open(), source)
+
+    def close(self) -> None:
+        """Releases the buffers. The newest save stays under its name as an ordinary file. May be called twice."""
+        if os.getpid() != self._pid:
+            self._native = None
+            return
+        with self._lock:
+            native, self._native = self._native, None
+            if native is not None:
+                native.close()
+
+    def __enter__(self) -> PreparedSave:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self) -> Any:
+        """The native module's object. Raises ``RuntimeError`` where it may not be used."""
+        native = self._native
+        if os.getpid() != self._pid:
+            raise RuntimeError("this prepared save belongs to the parent process")
+        if native is None:
+            raise RuntimeError("the prepared save is closed")
+        return native
+
+    def _attempt(self, source: Source, progress: bool | None) -> Stats | None:
+        """One save, or ``None`` where a signal handler has used this object meanwhile.
+
+        A handler may call in anywhere in here. Nothing it finds is half done: what is bound and the tag that says so
+        change in one call, and the engine starts a save only of what has the tag that is expected. A save that the
+        handler finds under way is cancelled by its own, and started again by whoever was interrupted.
+        """
+        native = self._open()
+        if self._fetching:
+            raise RuntimeError(
+                f"a save of {os.fspath(self.filename)!r} is under way in this thread, and only this thread can bring"
+                " its bytes: a signal handler cannot save it at the same time"
+            )
+        if native.closed:
+            native = self._stand_again(native)
+        self._turn += 1
+        turn = self._turn
+        tensors, bound = self._bind(native, source)
+        ordered = [tensors[name] for name in bound.names]
+        future = self._engine.submit_prepared(
+            native,
+            keep_alive=ordered,
+            streams=_tensors.current_streams(bound.devices),
+            durable=self._how.durable,
+            checksums=self._how.checksums,
+            fetch=_fetcher(ordered, self._dtype),
+            description=os.path.basename(os.fspath(self.filename)),
+            tag=bound,
+        )
+        if future is None:
+            return None
+        self._fetching = FETCHED in bound.devices
+        try:
+            return finish(future, progress, {self.filename: bound.entries}, "PreparedSave.save")
+        except CancelledError:
+            if self._turn == turn:
+                raise
+            return None
+        finally:
+            self._fetching = False
+
+    def _stand_again(self, native: Any) -> Any:
+        """At the exit of Python engines release what they hold; a save that comes later makes it anew."""
+        bound: _Bound = native.tag
+        self._native = self._engine.prepare(bound.file, self.generations, bound)
+        return self._native
+
+    def _bind(self, native: Any, source: Source) -> tuple[StateDict, _Bound]:
+        """Reads the tensors, and tells the engine where they lie if that is not where they lay."""
+        tensors = source.read()
+        bound: _Bound = native.tag
+        if not bound.fits(tensors):
+            bound = self._planned(source, tensors)
+            self._require_same(bound)
+            native.bind(bound.file, bound)
+        self._source = source
+        return tensors, bound
+
+    def _planned(self, source: Source, tensors: StateDict) -> _Bound:
+        metadata = self._metadata
+        if source.tied and (metadata is None or isinstance(metadata, dict)):
+            metadata = {
+                **(metadata or {}),
+                **{n: k for n, k in source.tied.items() if n not in (metadata or {})},
+            }
+        strided = self._how.allow_strided or source.is_module
+        entries, header = lay_out(tensors, metadata, strided, self._dtype, self.filename)
+        for entry in entries:
+            if entry.tensor is not tensors[entry.name]:
+                raise ValueError(
+                    f"`{entry.name}` cannot be prepared: it has to be copied before it is saved (lazy conjugate or"
+                    " negative bit, or more than 8 strided dimensions). Prepare the copy, and fill it before each save."
+                )
+        return _Bound(
+            tensors, entries, FilePlan(encoded_path(self.filename), header, [entry.view for entry in entries])
+        )
+
+    def _require_same(self, bound: _Bound) -> None:
+        old, new = self._specs, bound.specs
+        for name in [*old, *(name for name in new if name not in old)]:
+            if name not in new:
+                raise ValueError(f"`{name}` is missing: the save was prepared with it")
+            if name not in old:
+                raise ValueError(f"`{name}` is unexpected: the save was prepared without it")
+            for what, before, after in zip(_Spec._fields, old[name], new[name]):
+                if before != after:
+                    raise ValueError(f"`{name}` has {what} {after}, but the save was prepared for {before}")
+        if bound.file.header != self._header:
+            raise ValueError("the save was prepared for other tied names")
+
+
+class _Spec(NamedTuple):
+    """What of a tensor must stay as it is."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class _Bound:
+    """Tensors as they were planned. It holds none of them: a module may give their memory back after a save."""
+
+    def __init__(self, tensors: StateDict, entries: list[_tensors.Entry], file: FilePlan) -> None:
+        self.file = file
+        self.names = [entry.name for entry in entries]
+        self.specs = {name: _Spec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        self.devices = {entry.view.device for entry in entries}
+        nothing = torch.empty(0, device="cpu")
+        self.entries = [entry._replace(tensor=nothing) for entry in entries]
+        self._keys, self._types = list(tensors), list(map(type, tensors.values()))
+        self._complex = any(spec.dtype.is_complex for spec in self.specs.values())
+        self._places = self._places_of(tensors)
+
+    def fits(self, tensors: StateDict) -> bool:
+        """Whether these lie where those were planned, in the same way."""
+        if list(tensors) != self._keys or list(map(type, tensors.values())) != self._types:
+            return False
+        return self._places_of(tensors) == self._places
+
+    def _places_of(self, tensors: StateDict) -> list[object]:
+        """Where and how each of them lies; all that a view says, and nothing that takes longer to ask for."""
+        rows: list[object] = [
+            (t.data_ptr(), t.dtype, t.shape, t.device, t.is_neg(), t.is_contiguous() or t.stride())
+            for t in tensors.values()
+        ]
+        if self._complex:
+            rows += [t.is_conj() for t in tensors.values()]
+        return rows
+
+
+def _fetcher(tensors: list[torch.Tensor], dtype: torch.dtype | None) -> Any:
+    """What brings the bytes only Python can bring."""
+
+    def fetch(file: int, item: int, first_byte: int, nbytes: int, address: int) -> None:
+        _tensors.fetch(tensors[item], first_byte, nbytes, address, dtype)
+
+    return fetch

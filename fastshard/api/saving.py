@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doors of safetensors.torch: describe the tensors, lay out the files, let the engine write them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+
+import torch
+
+from ..base.activity import one_save
+from ..base.loading import load
+from ..engine import tensors as _tensors
+from ..engine.engine import Engine, Options
+from ..engine.pipeline import (
+    How,
+    PathLike,
+    PlannedFile,
+    StateDict,
+    check_filename,
+    encoded_path,
+    lay_out,
+    plan_file,
+    write_files,
+)
+from ..engine.plan import FilePlan
+from ..engine.sharing import duplicates
+
+
+def save_file(
+    tensors: StateDict,
+    filename: PathLike,
+    metadata: dict[str, str] | None = None,
+    *,
+    durable: bool = False,
+    keep_cached: bool = True,
+    progress: bool | None = None,
+    allow_strided: bool = False,
+    dtype: torch.dtype | str | None = None,
+    checksums: bool = False,
+    engine: Engine | Options | None = None,
+) -> None:
+    """Saves a dict of tensors in safetensors format, byte for byte what ``safetensors.torch.save_file`` writes.
+
+    The file appears under its name complete or not at all; its mode follows the umask, or is that of the file it
+    replaces, as are access control list and extended attributes. A symbolic link is replaced by the file; what it
+    led to stays as it is.
+
+    Args:
+        tensors: name -> dense, contiguous tensor on any device, each with memory of its own. What was
+            enqueued on its device's current stream before the call is in the file.
+        filename: where to.
+        metadata: written into the header in this order.
+        durable: return when file and directory are on stable storage (fsync), not as soon as others can
+            read the file.
+        keep_cached: ``False``: nothing of the file is left in the page cache when the call returns, so that the
+            save pushes nothing else out of it (a live server's working set); the call then waits for the disk.
+            ``True`` promises nothing: durable saves from a device go past the page cache. A filesystem in
+            memory ignores it.
+        progress: show a tqdm bar; ``None``: if the environment variable ``FASTSHARD_PROGRESS`` says so.
+        allow_strided: pack non-contiguous tensors straight into the file instead of refusing them. Slices
+            of one tensor are fine as long as they have no element in common.
+        dtype: cast every floating-point tensor to this on its way into the file, as ``module.to(dtype)``
+            does, without a second copy in memory: ``torch.float32``, ``float16``, ``bfloat16``,
+            ``float8_e4m3fn`` or ``float8_e5m2``, or a name, as ``"bf16"``. The bytes are those of ``tensor.to(dtype)`` on the CPU,
+            except that a NaN saved as ``bfloat16`` is always 0x7fc0 (torch's depends on strides and length).
+        checksums: take the CRC-32 of each tensor's bytes (that of ``zlib.crc32``) as they pass; afterwards
+            ``stats().checksums`` holds them.
+        engine: an :class:`Engine`, or :class:`Options` (an engine is kept for them), or the default one.
+
+    Raises:
+        ValueError, RuntimeError, KeyError, NotImplementedError, TypeError: for tensors that cannot be
+            saved, as safetensors does; ``ValueError`` also for another ``dtype``.
+        SaveError: a system call failed; both a ``SafetensorError`` and an ``OSError``.
+        SafetensorError: the header would be too long for readers.
+    """
+    if not isinstance(tensors, Mapping):
+        lay_out(
+            tensors, None, allow_strided, dtype
+        )  # says what is wrong with them, also where a name was expected
+    how = How(durable, keep_cached, progress, allow_strided, dtype, checksums, engine)
+    _save({filename: tensors}, metadata, how)
+
+
+def save_files(
+    files: Mapping[PathLike, StateDict],
+    metadata: dict[str, str] | None = None,
+    *,
+    durable: bool = False,
+    keep_cached: bool = True,
+    progress: bool | None = None,
+    allow_strided: bool = False,
+    dtype: torch.dtype | str | None = None,
+    checksums: bool = False,
+    engine: Engine | Options | None = None,
+) -> None:
+    """Saves many files at once, in parallel: all of them become visible, or none.
+
+    ``files``: path -> tensors, each as for :func:`save_file`, as are the other arguments and the errors;
+    ``metadata`` goes into every file. Two paths that name the same file are a ``ValueError``.
+    Should the machine stop in the moment between the first and the last rename, some files are new and some
+    old, each of them complete.
+    """
+    if not isinstance(files, Mapping):
+        raise ValueError(f"Expected a dict of [path, dict of tensors] but received {type(files)}")
+    seen: dict[str, PathLike] = {}
+    for filename in files:
+        check_filename(filename)
+        encoded_path(filename)
+        folder, name = os.path.split(os.fspath(filename))
+        known = seen.setdefault(os.path.join(os.path.realpath(folder), name), filename)  # a link is replaced
+        if known is not filename:
+            raise ValueError(f"{filename!r} and {known!r} are the same file")
+    how = How(durable, keep_cached, progress, allow_strided, dtype, checksums, engine)
+    with one_save("save_files", os.path.dirname(next(iter(seen), "")) or "."):
+        _save(files, metadata, how)
+
+
+def save_model(
+    model: torch.nn.Module,
+    filename: PathLike,
+    metadata: dict[str, str] | None = None,
+    force_contiguous: bool = True,
+    *,
+    durable: bool = False,
+    keep_cached: bool = True,
+    progress: bool | None = None,
+    allow_strided: bool = False,
+    dtype: torch.dtype | str | None = None,
+    checksums: bool = False,
+    engine: Engine | Options | None = None,
+) -> None:
+    """Saves a module's parameters and buffers, of tied tensors only one; see ``safetensors.torch.save_model``.
+
+    The names left out are added to ``metadata`` (the caller's dict, as there), pointing to the one kept. A tensor that is
+    part of a larger storage is taken, other than there, if no other one has memory in common with it.
+    With ``force_contiguous`` strided tensors are packed straight into the file. The other arguments and the
+    errors are those of :func:`save_file`.
+    """
+    _tensors.check_dtype(dtype)
+    state_dict = model.state_dict()
+    for kept, removed in duplicates(state_dict).items():
+        metadata = {} if metadata is None else metadata
+        for name in removed:
+            metadata.setdefault(name, kept)
+            del state_dict[name]
+    if force_contiguous:
+        state_dict = dict(state_dict)  # there a new dict is made, whatever mapping the module returns
+    strided = allow_strided or force_contiguous
+    how = How(durable, keep_cached, progress, strided, dtype, checksums, engine)
+    try:
+        with one_save("save_model", filename):
+            _save({filename: state_dict}, metadata, how)
+    except ValueError as error:
+        hint = " Or use save_model(..., force_contiguous=True), read the docs for potential caveats."
+        raise ValueError(f"{error}{hint}") from None
+
+
+def save(
+    tensors: StateDict,
+    metadata: dict[str, str] | None = None,
+    *,
+    progress: bool | None = None,
+    allow_strided: bool = False,
+    dtype: torch.dtype | str | None = None,
+    engine: Engine | Options | None = None,
+) -> bytes:
+    """The bytes that :func:`save_file` would write. Arguments and errors are the same."""
+    began = time.perf_counter()
+    entries, head = lay_out(tensors, metadata, allow_strided, dtype)
+    data, address = load("fastshard._native").new_bytes(
+        len(head) + sum(entry.view.nbytes for entry in entries)
+    )
+    plan = FilePlan((address, len(data)), head, [entry.view for entry in entries])
+    how = How(progress=progress, dtype=dtype, engine=engine)
+    with one_save("save", "memory"):
+        write_files({"": PlannedFile(plan, entries)}, how, began, "Saving to memory")
+    return bytes(data)
+
+
+def _save(files: Mapping[PathLike, StateDict], metadata: dict[str, str] | None, how: How) -> None:
+    began = time.perf_counter()
+    plans = {filename: plan_file(tensors, filename, metadata, how) for filename, tensors in files.items()}
+    write_files(plans, how, began)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the tensors of a prepared save come from, read anew by each save: a dict, a module, or a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+
+from ..engine.pipeline import StateDict
+from ..engine.sharing import duplicates
+from .holders import Holders, held_elsewhere, warn_stale
+
+Given = StateDict | torch.nn.Module | Callable[[], StateDict]
+
+
+class Source(Protocol):
+    """What a prepared save asks for its tensors."""
+
+    is_module: bool
+    """Whether the file is the one of ``save_model``, which packs strided tensors."""
+    tied: dict[str, str]
+    """Names that are left out -> the name that is kept for them."""
+
+    def read(self) -> StateDict:
+        """The tensors as they are now."""
+
+    def check(self) -> None:
+        """Warns of tensors that cannot have changed since the last save."""
+
+
+def source_of(given: Given) -> Source:
+    """Raises ``ValueError`` for what tensors cannot be read from."""
+    if isinstance(given, torch.nn.Module):
+        return ModuleSource(given)
+    if isinstance(given, dict):
+        return DictSource(given)
+    if callable(given):
+        return FunctionSource(given)
+    swapped = "; the tensors come first, then the file" if isinstance(given, str) else ""
+    raise ValueError(
+        "Expected a dict of [str, torch.Tensor], a module, or a function that returns such a dict, but received"
+        f" {type(given)}{swapped}"
+    )
+
+
+class FunctionSource:
+    """A function that returns the dict."""
+
+    is_module = False
+
+    def __init__(self, function: Callable[[], StateDict]) -> None:
+        self._function = function
+        self.tied: dict[str, str] = {}
+
+    def read(self) -> StateDict:
+        tensors = self._function()
+        if not isinstance(tensors, dict):
+            raise ValueError(
+                f"Expected a function that returns a dict of [str, torch.Tensor], but it returned {type(tensors)}"
+            )
+        return tensors
+
+    def check(self) -> None:
+        """They are what the function says."""
+
+
+class ModuleSource:
+    """A module's ``state_dict()``; of tied tensors one is kept, as ``save_model`` does."""
+
+    is_module = True
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        # The parameters themselves where that is torch's own method: detaching each takes as long as all the rest.
+        self._keep_vars = type(module).state_dict is torch.nn.Module.state_dict
+        state = self._state()
+        if not all(isinstance(value, torch.Tensor) for value in state.values()):
+            state = {}  # refused when it is laid out
+        self.tied = {name: kept for kept, names in duplicates(state).items() for name in names}
+        self._ties = {name: _Tie.between(state[name], state[kept]) for name, kept in self.tied.items()}
+
+    def read(self) -> StateDict:
+        state = self._state()
+        for name, kept in self.tied.items():
+            for needed in (name, kept):
+                if needed not in state:
+                    raise ValueError(f"`{needed}` is missing: the save was prepared with it")
+            if _Tie.between(state[name], state[kept]) != self._ties[name]:
+                raise ValueError(
+                    f"`{name}` shared the memory of `{kept}` when the save was prepared, and does not any more"
+                )
+        for name in self.tied:
+            del state[name]
+        return state
+
+    def check(self) -> None:
+        """They are the module's own."""
+
+    def _state(self) -> StateDict:
+        return dict(self._module.state_dict(keep_vars=True) if self._keep_vars else self._module.state_dict())
+
+
+class _Tie(NamedTuple):
+    """How a tied tensor lies in the memory of the one that is kept."""
+
+    distance: int
+    shape: torch.Size
+    strides: tuple[int, ...]
+    same_dtype: bool
+
+    @classmethod
+    def between(cls, tensor: torch.Tensor, kept: torch.Tensor) -> _Tie:
+        distance = tensor.data_ptr() - kept.data_ptr()
+        return cls(distance, tensor.shape, tensor.stride(), tensor.dtype == kept.dtype)
+
+
+class DictSource:
+    """A dict; who fills it may replace its tensors, too."""
+
+    is_module = False
+
+    def __init__(self, tensors: StateDict) -> None:
+        self._tensors = tensors
+        self._holders = Holders(tensors)
+        self.tied: dict[str, str] = {}
+
+    def read(self) -> StateDict:
+        return self._tensors
+
+    def check(self) -> None:
+        """Of those that nobody but the dict has, where the dict is a module's or nobody else has it."""
+        (reachable,) = held_elsewhere([self._tensors], own=1)
+        names = self._holders.abandoned(self._tensors, reachable)
+        if names:
+            warn_stale(names)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastshard env [PATH]``, ``run COMMAND``, ``bench``, ``vllm-save``, and those of cli_files.py and
+cli_checkpoints.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from .. import __version__
+from ..engine.engine import IO_URING_VARIABLE, Options, io_uring_allowed, usable_cpus
+from ..formats.hf_index import is_folder
+from . import checkpoints as cli_checkpoints
+from . import files as cli_files
+from . import run as cli_run
+from .text import fail, guarded, needs_torch, size
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 1 (the input is bad), 2 (the arguments are)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["bench"]:  # its own parser, and its own dependencies
+        return _bench(arguments[1:])
+    if arguments[:1] == ["run"]:  # with another command's arguments
+        return cli_run.run(arguments[1:])
+    if arguments[:1] == ["vllm-save"]:  # with vLLM's arguments
+        return _vllm_save(arguments[1:])
+    parser = argparse.ArgumentParser(prog="fastshard", description="Fast, safe safetensors files.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    cli_files.add_parsers(commands)
+    env = commands.add_parser(
+        "env", help="what this machine and the filesystem of a path offer a save, what is replaced"
+    )
+    env.add_argument(
+        "path", nargs="?", default=".", help="an existing directory, or a file in one (default: .)"
+    )
+    cli_checkpoints.add_parsers(commands)
+    commands.add_parser(
+        "run", help="a command whose Pythons all start with fastshard (run torchrun train.py)"
+    )
+    commands.add_parser(
+        "bench", help="measure against safetensors, torch.save and DCP (--help for its options)"
+    )
+    commands.add_parser(
+        "vllm-save", help="a model folder with the weights as the ranks of vLLM want them (needs vLLM)"
+    )
+    given = parser.parse_args(arguments)
+    if given.command in cli_files.COMMANDS:
+        return cli_files.run(given)
+    if given.command in cli_checkpoints.COMMANDS:
+        return cli_checkpoints.run(given)
+    return guarded(lambda: _env(given.path), given.path)
+
+
+def _env(path: str) -> None:
+    from .. import _native
+
+    directory = path if is_folder(path) else os.path.dirname(path) or "."
+    options = Options()
+    kind, write_path, reason = _native.filesystem(directory, writers=options.writers)
+    _, durable_path, durable_reason = _native.filesystem(directory, durable=True, writers=options.writers)
+    rows = [
+        ("fastshard", __version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.release()}"),
+        *((name, _version(name)) for name in ("torch", "safetensors")),
+        ("CPUs", f"{usable_cpus()} usable, {options.writers} writer threads"),
+        ("staging memory", f"at most {size(options.memory_budget)}"),
+        (
+            "CUDA kernels",
+            "compiled in" if _native.kernels_compiled_in() else "not compiled in: copies by pitch",
+        ),
+        *_cuda(),
+        ("", ""),
+        ("filesystem", f"{kind} at {os.path.realpath(directory)}"),
+        ("free space", size(_free(directory))),
+        ("a save here", f"{write_path}: {reason}"),
+        ("a durable save here", f"{durable_path}: {durable_reason}"),
+        *_native.probe(directory),
+        ("asynchronous direct I/O (io_uring)", _io_uring()),
+        ("", ""),
+        *cli_run.replacements(),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name.ljust(width)}  {value}".rstrip())
+
+
+def _io_uring() -> str:
+    from .. import _native
+
+    if not io_uring_allowed():
+        return f"no: {IO_URING_VARIABLE}=0; threads instead"
+    refusal = _native.io_uring_refusal()
+    return f"no: {os.strerror(refusal)}; threads instead" if refusal else "yes"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cuda() -> list[tuple[str, str]]:
+    from .. import _native
+
+    try:
+        library, version = _native.cuda_driver_version()
+        devices = _native.cuda_devices()
+    except RuntimeError as error:
+        return [("CUDA driver", str(error))]
+    rows = [("CUDA driver", f"{library}, CUDA {version // 1000}.{version % 1000 // 10}")]
+    return rows + [(f"cuda:{i}", f"{name}, {size(nbytes)}") for i, (name, nbytes) in enumerate(devices)]
+
+
+def _free(directory: str) -> int:
+    space = os.statvfs(directory)
+    return space.f_bavail * space.f_frsize
+
+
+def _bench(arguments: list[str]) -> int:
+    if problem := needs_torch("bench"):
+        return fail(problem)
+    from ..bench.save import main as bench
+
+    return int(bench(arguments))
+
+
+def _vllm_save(arguments: list[str]) -> int:
+    if problem := needs_torch("vllm-save"):
+        return fail(problem)
+    from ..integrations.vllm_save import main as vllm_save
+
+    return vllm_save(arguments)

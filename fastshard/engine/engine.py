@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine as Python sees it, and the default engine of the functions.
+
+The native module is loaded by the first engine, never by an import. Torch is not needed here.
+
+No lock is taken here. Signal handlers, finalizers and weak references' callbacks run between any two steps, in the thread
+that they interrupt, and may save: what several calls share changes in steps that are the interpreter's own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from ..base.living import Living
+from ..base.loading import load
+from ..base.settings import flag
+from . import limits
+from .future import Amend as Amend
+from .future import SaveFuture as SaveFuture
+from .future import save_errors
+from .options import Options as Options
+from .options import Stats as Stats
+from .options import usable_cpus as usable_cpus
+from .plan import FilePlan
+
+if TYPE_CHECKING:
+    from .. import _native
+
+PROGRESS_VARIABLE: Final = "FASTSHARD_PROGRESS"
+IO_URING_VARIABLE: Final = "FASTSHARD_IO_URING"
+T = TypeVar("T")
+F = TypeVar("F", bound="SaveFuture | None")
+
+
+class Engine:
+    """Writer threads, staging memory and devices, shared by all saves given to it; thread-safe.
+
+    A context manager: leaving it waits for its saves. In a forked child an engine starts anew by itself.
+    Raises ``ValueError`` for options that cannot work.
+    """
+
+    def __init__(self, options: Options | None = None) -> None:
+        if options is not None and not isinstance(options, Options):
+            raise TypeError(f"options must be Options, not {type(options).__name__}")
+        self.options = options or Options()
+        self._closed = False
+        self._saves: Living[SaveFuture] = Living()
+        self._prepared: Living[_native.Prepared] = Living()
+        self._spares: Living[_native.Engine] = Living()
+        self._submitting: list[int] = []
+        """Threads that are about to have started a save."""
+        self._natives: dict[None, _native.Engine] = {None: self._start()}
+        """The one there is; none in a forked child and after :meth:`_rest`, until the next save."""
+        _engines.add(self)
+
+    def _start(self) -> _native.Engine:
+        options = self.options
+        native: _native.Engine = load("fastshard._native").Engine(
+            options.memory_budget,
+            options.writers,
+            options.write_path,
+            options.device_scratch,
+            io_uring_allowed(),
+        )
+        return native
+
+    def submit(
+        self,
+        files: Sequence[FilePlan],
+        *,
+        keep_alive: object,
+        streams: Mapping[int, int] | None = None,
+        durable: bool = False,
+        keep_cached: bool = True,
+        checksums: bool = False,
+        follow_links: bool = False,
+        fetch: Callable[[int, int, int, int, int], None] | None = None,
+        amend: Amend | None = None,
+        plan_seconds: float = 0.0,
+        description: str = "Saving",
+    ) -> SaveFuture:
+        """Starts a save of these files: all of them become visible, or none.
+
+        ``streams``: by CUDA ordinal, the stream behind whose present work the copies are ordered. ``fetch``:
+        called as ``fetch(file, item, first_byte, nbytes, address)`` by :meth:`SaveFuture.result` for views on
+        ``plan.FETCHED``; until then such a save occupies a writer. ``amend``: called by :meth:`SaveFuture.result`
+        with the checksums (of each file, of each view), once all is written; what it returns, ``(file, offset,
+        bytes)`` each, is written over that before the files are synced and appear. ``follow_links``: where a path
+        is a symbolic link, the file that it leads to is replaced, and not the link. Raises :class:`SaveError`
+        (no space, no directory, ...) before the first copy.
+        """
+        limits.require_room(files)
+
+        def start(native: _native.Engine) -> SaveFuture:
+            kept = [keep_alive, self, native]
+            save = native.submit(
+                list(files),
+                dict(streams or {}),
+                durable,
+                keep_cached,
+                checksums,
+                amend is not None,
+                kept,
+                follow_links,
+            )
+            return SaveFuture(
+                save,
+                kept=kept,
+                fetch=fetch,
+                amend=amend,
+                plan_seconds=plan_seconds,
+                description=description,
+                settled=_rest_at_exit,
+            )
+
+        return self._submit(start)
+
+    def prepare(self, file: FilePlan, generations: int, tag: object = None) -> _native.Prepared:
+        """Makes the standing files of a prepared save (:func:`fastshard.prepare`). Raises as :meth:`submit`,
+        and ``ValueError`` for less than two generations. ``tag``: of what is bound by that."""
+        limits.require_room([file], generations)
+        with save_errors():
+            prepared = self._with_native(lambda native: native.prepare(file, generations, tag))
+        self._prepared.add(prepared)
+        return prepared
+
+    def submit_prepared(
+        self,
+        prepared: _native.Prepared,
+        *,
+        keep_alive: object,
+        streams: Mapping[int, int],
+        durable: bool,
+        checksums: bool = False,
+        fetch: Callable[[int, int, int, int, int], None] | None,
+        description: str,
+        tag: object = None,
+    ) -> SaveFuture | None:
+        """Starts filling the next generation of a prepared save; as :meth:`submit`.
+
+        A save of it that is under way, interrupted by whoever calls this, is cancelled. ``None``, and nothing is done,
+        if what is bound has not this tag.
+        """
+
+        def start(native: _native.Engine) -> SaveFuture | None:
+            kept = [keep_alive, prepared, self, native]
+            save = prepared.submit(dict(streams), durable, checksums, kept, tag)
+            if save is None:
+                return None
+            return SaveFuture(
+                save, kept=kept, fetch=fetch, plan_seconds=0.0, description=description, settled=_rest_at_exit
+            )
+
+        return self._submit(start)
+
+    def _submit(self, start: Callable[[_native.Engine], F]) -> F:
+        thread = threading.get_ident()
+        interrupted = thread in self._submitting or any(save.needs(thread) for save in self._saves.all())
+        self._submitting.append(thread)
+        try:
+            with save_errors():
+                if interrupted:
+                    # This thread owes a save its bytes, which the writers wait for. Others, for this time.
+                    spare = self._start()
+                    self._spares.add(spare)
+                    future = start(spare)
+                else:
+                    future = self._with_native(start)
+            if future is not None:
+                self._saves.add(future)
+        finally:
+            self._submitting.remove(thread)
+        return future
+
+    def _with_native(self, call: Callable[[_native.Engine], T]) -> T:
+        while True:
+            if self._closed:
+                raise RuntimeError("the engine is closed")
+            native = self._natives.get(None) or self._natives.setdefault(None, self._start())
+            try:
+                return call(native)
+            except RuntimeError:
+                if self._closed or not native.closed:
+                    raise  # else it has been put to rest by another thread
+
+    def close(self) -> None:
+        """Waits for the saves under way and releases threads and staging memory. May be called twice."""
+        self._closed = True
+        self._rest()
+
+    def _rest(self) -> None:
+        """What :meth:`close` does, but that the next save wakes it up."""
+        for future in self._saves.all():
+            if not future.done():
+                with contextlib.suppress(Exception):
+                    future.result()
+        if any(not future.done() for future in self._saves.all()):
+            return  # one that this call has interrupted; what it uses goes with it
+        for prepared in self._prepared.all():
+            prepared.close()
+        native = self._natives.pop(None, None)
+        if native is not None:
+            native.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _abandon(self) -> None:
+        """In a forked child: the threads are the parent's, and so are the files they write."""
+        leak = load("fastshard._native").leak
+        for future in self._saves.all():
+            leak(future._native)
+        for native in (*self._prepared.all(), *self._spares.all(), *self._natives.values()):
+            leak(native)
+        self._saves, self._prepared, self._spares = Living(), Living(), Living()
+        self._submitting.clear()
+        self._natives.clear()
+
+
+_engines: Living[Engine] = Living()
+_kept: dict[object, Engine] = {}
+_exiting = False
+"""Whether the interpreter is about to end. Saves of exit hooks, finalizers and daemon threads go on, but nothing is kept
+for the next one."""
+
+
+def engine_for(engine: Engine | Options | None) -> Engine:
+    """The engine itself, or the one kept for these options; ``None`` stands for the default options."""
+    if isinstance(engine, Engine):
+        return engine
+    if engine is not None and not isinstance(engine, Options):
+        raise TypeError(f"engine must be an Engine or Options, not {type(engine).__name__}")
+    options = engine or _DEFAULT
+    # Should two calls make one at the same moment, both get the first; the other goes, having started nothing.
+    return _kept.get(options.key) or _kept.setdefault(options.key, Engine(options))
+
+
+_DEFAULT: Final = Options()
+
+
+def progress_wanted(progress: bool | None) -> bool:
+    """An argument that was given, else the environment's answer."""
+    if progress is None:
+        return flag(PROGRESS_VARIABLE)
+    return progress
+
+
+def io_uring_allowed() -> bool:
+    """Whether direct writes may use io_uring where the kernel lets them; ``FASTSHARD_IO_URING=0``: threads."""
+    return flag(IO_URING_VARIABLE, True)
+
+
+def _rest_at_exit() -> None:
+    if _exiting:
+        for engine in _engines.all():
+            engine._rest()
+
+
+@atexit.register
+def _at_exit() -> None:
+    global _exiting
+    _exiting = True
+    _rest_at_exit()
+
+
+def _after_fork() -> None:
+    for engine in _engines.all():
+        engine._abandon()
+
+
+os.register_at_fork(after_in_child=_after_fork)

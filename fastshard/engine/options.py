@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine is told, and what it tells of a save."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from ..base.settings import parse_size
+
+_WRITE_PATHS: Final = ("auto", "buffered", "direct", "mapped", "registered")
+_LEAST_BUDGET: Final = 1 << 20
+_MOST_NBYTES: Final = (1 << 63) - 1
+_MOST_THREADS: Final = 4096
+
+
+def usable_cpus() -> int:
+    """CPUs this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True, kw_only=True, init=False)
+class Options:
+    """Limits of an engine. Sizes are bytes, or texts as ``"1GB"`` and ``"64MiB"``.
+
+    Raises ``ValueError`` and ``TypeError``, naming the option, for what cannot work.
+    """
+
+    memory_budget: int = 128 << 20
+    """Bytes of staging memory, all saves of the engine together; at least 1 MiB. Contiguous host tensors
+    that are not cast need none of it."""
+    threads: int | None = None
+    """Writer threads; ``None``: one for each CPU this process may use, at most 16."""
+    write_path: str = "auto"
+    """``"buffered"`` (pwrite into the page cache), ``"direct"`` (past it, from staging memory), ``"mapped"``
+    (stores into the mapped file), ``"registered"`` (as mapped, with devices copying straight into page-locked
+    windows), or ``"auto"``: what suits save and filesystem (``fastshard env PATH`` tells)."""
+    device_scratch: int = 64 << 20
+    """Bytes of each CUDA device's memory that strided, cast and small tensors may be packed in on their way out;
+    taken when first needed, kept until the engine is closed. 0, or where the device has none to give: none."""
+
+    def __init__(
+        self,
+        *,
+        memory_budget: int | str = 128 << 20,
+        threads: int | None = None,
+        write_path: str = "auto",
+        device_scratch: int | str = 64 << 20,
+    ) -> None:
+        budget = _size("memory_budget", memory_budget)
+        if budget < _LEAST_BUDGET:
+            raise ValueError(f"memory_budget must be at least 1 MiB, not {memory_budget!r}")
+        if threads is not None:
+            threads = _integer("threads", threads)
+            if not 1 <= threads <= _MOST_THREADS:
+                raise ValueError(f"threads must be between 1 and {_MOST_THREADS}, or None, not {threads}")
+        if not isinstance(write_path, str):
+            raise TypeError(f"write_path must be a str, not {type(write_path).__name__}")
+        if write_path not in _WRITE_PATHS:
+            raise ValueError(f"write_path must be one of {', '.join(_WRITE_PATHS)}, not {write_path!r}")
+        for name, value in (
+            ("memory_budget", budget),
+            ("threads", threads),
+            ("write_path", str(write_path)),
+            ("device_scratch", _size("device_scratch", device_scratch)),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def writers(self) -> int:
+        """Writer threads, decided."""
+        return min(16, usable_cpus()) if self.threads is None else self.threads
+
+    @property
+    def key(self) -> tuple[int, int | None, str, int]:
+        """What tells options from others; compared without running any code of Python's."""
+        return self.memory_budget, self.threads, self.write_path, self.device_scratch
+
+
+def _size(option: str, size: object) -> int:
+    if isinstance(size, str):
+        if size.strip() == "0":
+            return 0
+        try:
+            nbytes = parse_size(size)
+        except ValueError as error:
+            raise ValueError(f"{option}: {error}") from None
+    else:
+        nbytes = _integer(option, size, " of bytes, or a text as '64MiB'")
+    if not 0 <= nbytes <= _MOST_NBYTES:
+        raise ValueError(f"{option} must not be negative, nor more than 2**63 - 1, not {nbytes}")
+    return nbytes
+
+
+def _integer(option: str, number: object, more: str = "") -> int:
+    if not isinstance(number, bool):
+        try:
+            return operator.index(number)  # type: ignore[arg-type]
+        except TypeError:
+            pass
+    raise TypeError(f"{option} must be a whole number{more}, not {number!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What one save did. ``*_seconds`` of the stages are thread-seconds: they add up over the writers."""
+
+    files: int
+    nbytes: int
+    """Bytes of the finished files."""
+    seconds: float
+    """From the call of the function to the finished files."""
+    plan_seconds: float
+    """Checking the tensors, laying out the files."""
+    copy_seconds: float
+    """Packing, and waiting for copies from devices."""
+    write_seconds: float
+    """In pwrite, waiting for direct writes, or populating mapped pages."""
+    sync_seconds: float
+    """In fsync and rename."""
+    write_path: str
+    """``"buffered"``, ``"direct"``, ``"mapped"``, ``"registered"``, ``"standing"`` (a prepared save) or
+    ``"memory"``."""
+    staging: str
+    """``"none"`` (written from the tensors' own memory), ``"in place"`` (devices copied into the target itself),
+    ``"pageable"`` or ``"pinned"``."""
+    staging_nbytes: int
+    """Most bytes staged at once."""
+    device_scratch_nbytes: int
+    """Device memory that tensors were packed in, all devices together."""
+    fallbacks: tuple[str, ...]
+    """What filesystem, kernel or a device refused; something else was done instead."""
+    checksums: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """File -> tensor -> CRC-32 of its bytes in the file, as ``zlib.crc32`` has it; empty unless asked for."""

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a public function is given -> what the engine is given, and the wait for what it makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+
+from ..base.activity import count_saved
+from ..errors import SaveError
+from ..formats.safetensors import HeaderTooLarge, header
+from . import tensors as _tensors
+from .engine import Engine, Options, SaveFuture, Stats, engine_for, progress_wanted
+from .plan import FilePlan
+
+PathLike = str | os.PathLike[str]
+StateDict = dict[str, torch.Tensor]
+Entries = list[_tensors.Entry]
+
+
+def lay_out(
+    tensors: StateDict,
+    metadata: dict[str, str] | None,
+    allow_strided: bool,
+    dtype: torch.dtype | str | None,
+    filename: object = "",
+) -> tuple[Entries, bytes]:
+    """The tensors in file order, and the header that goes before them."""
+    dtype = _tensors.check_dtype(dtype)
+    entries = _tensors.describe(tensors, allow_strided=allow_strided, dtype=dtype)
+    check_filename(filename)
+    _check_metadata(metadata)
+    _tensors.check_format(entries)
+    try:
+        head = header(((e.name, e.code, e.shape, e.view.nbytes) for e in entries), metadata)
+    except HeaderTooLarge:
+        raise SafetensorError("Error while serializing: header too large") from None
+    return entries, head
+
+
+def fetcher(
+    entries_of: list[Entries], dtype: torch.dtype | str | None
+) -> Callable[[int, int, int, int, int], None]:
+    """What brings the bytes only Python can bring, for the entries of each file."""
+    target = _tensors.check_dtype(dtype)
+
+    def fetch(file: int, item: int, first_byte: int, nbytes: int, address: int) -> None:
+        _tensors.fetch(entries_of[file][item].tensor, first_byte, nbytes, address, target)
+
+    return fetch
+
+
+def check_filename(filename: object) -> None:
+    path: Any = filename
+    if not isinstance(path, str):
+        try:
+            path = os.fspath(path)
+        except TypeError as error:
+            raise TypeError(f"argument 'filename': {error}") from None
+    if isinstance(path, bytes):
+        raise TypeError("argument 'filename': 'bytes' object is not an instance of 'str'")
+    os.fsencode(path)
+
+
+def _check_metadata(metadata: Any) -> None:
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict):
+        raise TypeError(
+            f"argument 'metadata': '{type(metadata).__name__}' object is not an instance of 'dict'"
+        )
+    for pair in metadata.items():
+        for text in pair:
+            if not isinstance(text, str):
+                raise TypeError(
+                    f"argument 'metadata': {_tensors.what_it_is(text)} is not an instance of 'str'"
+                )
+            text.encode()
+
+
+def encoded_path(filename: PathLike) -> bytes:
+    path = os.fsencode(filename)
+    if b"\0" in path:
+        raise SaveError(22, os.strerror(22), filename)
+    return path
+
+
+class _Newest:
+    """Figures of the newest save, of each thread and of them all."""
+
+    of_thread = threading.local()
+    of_all: Stats | None = None
+
+
+def stats() -> Stats | None:
+    """Figures of the newest save this thread has made. In a thread that has made none: of the newest that any thread of
+    this process has made; ``None`` before the first. A save counts when it is complete."""
+    found: Stats | None = getattr(_Newest.of_thread, "stats", None)
+    return _Newest.of_all if found is None else found
+
+
+class How(NamedTuple):
+    """The arguments that all doors have; :func:`save_file` describes them."""
+
+    durable: bool = False
+    keep_cached: bool = True
+    progress: bool | None = None
+    allow_strided: bool = False
+    dtype: torch.dtype | str | None = None
+    checksums: bool = False
+    engine: Engine | Options | None = None
+
+
+class PlannedFile(NamedTuple):
+    """What is to be written, and the tensors it points into."""
+
+    file: FilePlan
+    entries: Entries
+
+
+def plan_file(
+    tensors: StateDict, filename: PathLike, metadata: dict[str, str] | None, how: How
+) -> PlannedFile:
+    """One file of a save, checked and laid out. Raises as :func:`save_file`."""
+    entries, head = lay_out(tensors, metadata, how.allow_strided, how.dtype, filename)
+    return PlannedFile(FilePlan(encoded_path(filename), head, [entry.view for entry in entries]), entries)
+
+
+def write_files(
+    plans: Mapping[PathLike, PlannedFile], how: How, began: float, description: str | None = None
+) -> None:
+    """Writes them all, and waits. ``began``: when planning did, by ``time.perf_counter``."""
+    if description is None:
+        description = (
+            os.path.basename(os.fspath(next(iter(plans)))) if len(plans) == 1 else f"{len(plans)} files"
+        )
+    entries_of = [planned.entries for planned in plans.values()]
+    future = engine_for(how.engine).submit(
+        [planned.file for planned in plans.values()],
+        keep_alive=entries_of,
+        streams=_tensors.streams_for([entry for entries in entries_of for entry in entries]),
+        durable=how.durable,
+        keep_cached=how.keep_cached,
+        checksums=how.checksums,
+        fetch=fetcher(entries_of, how.dtype),
+        plan_seconds=time.perf_counter() - began,
+        description=description,
+    )
+    files = {name: planned.entries for name, planned in plans.items()}
+    finish(future, how.progress, files)
+
+
+def finish(
+    future: SaveFuture,
+    progress: bool | None,
+    files: Mapping[PathLike, Entries],
+    call: str = "save_file",
+) -> Stats:
+    """Waits for a save, and keeps its figures for :func:`stats`. ``call``: the public function."""
+    figures = future.result(progress_wanted(progress))
+    checksums = {
+        os.fspath(filename): {entry.name: value for entry, value in zip(entries, values)}
+        for (filename, entries), values in zip(files.items(), future.checksums())
+    }
+    if checksums:
+        figures = dataclasses.replace(figures, checksums=checksums)
+    return keep_stats(figures, call, next(iter(files), ""))
+
+
+def keep_stats(figures: Stats, call: str, place: object) -> Stats:
+    """Keeps them for :func:`stats`, and counts the save of the public function ``call``."""
+    _Newest.of_thread.stats = _Newest.of_all = figures
+    count_saved(call, place, figures.files, figures.nbytes, figures.seconds)
+    return figures

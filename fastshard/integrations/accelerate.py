@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``Accelerator.save_model``: accelerate's own code, run into a stage, so that every quirk is its own.
+
+:func:`fastshard.install` puts these functions in the place of accelerate's. Each gets the original first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+
+from ..base.activity import count_left
+from ..engine.pipeline import How
+from ..publish.staged import current, staged
+from .offload import offloaded_state_dict
+from .overrides import bound, overridden, wrapped
+
+_CALL: Final = "Accelerator.save_model"
+
+
+def save_model(
+    original: Callable[..., Any],
+    accelerator: Any,
+    model: torch.nn.Module,
+    save_directory: str | os.PathLike[str],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Saves shards and index as one: shards in parallel, and the directory all or nothing. Shards and indexes of an
+    earlier save go, if this is the main process."""
+    reason = _why_left(accelerator)
+    if reason is not None or os.path.isfile(save_directory):
+        if reason is not None:
+            count_left(_CALL, reason)
+        return original(accelerator, model, save_directory, *args, **kwargs)
+    stale = None if accelerator.is_main_process else _nothing
+    directory = os.fspath(save_directory)
+    with staged(
+        directory, stale, How(), call=_CALL, create=True, loggers=("accelerate.accelerator",)
+    ) as stage:
+        result = original(accelerator, model, stage.path, *args, **kwargs)
+        if not stage.weights():  # another process writes them, and with them the index that all have made
+            for name in os.listdir(stage.path):
+                os.unlink(os.path.join(stage.path, name))
+    return result
+
+
+def _why_left(accelerator: Any) -> str | None:
+    if wrapped(bound("accelerate.utils.other", "safe_save_file"), bound("torch", "save")):
+        return "somebody else's save_file or torch.save is in place"
+    own = overridden(accelerator, "save")
+    return f"{own} is not accelerate's own" if own else None
+
+
+def _nothing(name: str) -> bool:
+    return False
+
+
+def get_state_dict_offloaded_model(
+    original: Callable[..., Any], model: torch.nn.Module
+) -> dict[str, torch.Tensor]:
+    """While a model is saved, its offloaded weights are mapped from their files, not read into memory."""
+    stage = current()
+    return original(model) if stage is None else offloaded_state_dict(model, stage.scratch)

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that accelerate has offloaded to memory or to files: where they are, without loading them.
+
+Such a parameter is on the meta device, and a hook of its module (or of one around it) has a ``weights_map`` to load it
+from. What lies in files comes back as a tensor over the file (:mod:`fastshard.engine.mapped`), so a state dict of any size
+takes no memory. Formats and rules: accelerate.utils.offload, accelerate.hooks, transformers.integrations.accelerate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ..api.saving import save_file
+from ..engine.mapped import MappedFile, lies_in_file, same_bytes
+
+
+def offloaded_tensor(model: torch.nn.Module, name: str, scratch: str | None = None) -> torch.Tensor:
+    """The parameter or buffer of that name, which a hook of accelerate holds somewhere else.
+
+    Stands in for ``transformers.integrations.accelerate.load_offloaded_parameter``. What is held in memory is that
+    very tensor; what lies in a file a CPU tensor over the file (whatever device it is to be loaded to); from a mapping of
+    another kind comes what it gives. Where the index asks for another dtype than the one stored, it takes a copy: in
+    memory, or in a file in ``scratch``, a directory, that has no name any more. The innermost module that has a hook
+    with a ``weights_map`` decides, also where hooks were chained.
+
+    Raises ``ValueError`` where no hook holds it, ``KeyError`` where the hook does not know it, and what
+    :class:`fastshard.engine.mapped.MappedFile` raises, naming the file.
+    """
+    weights_map, key = _weights_map_of(model, name)
+    return _resolve(weights_map, key, scratch)
+
+
+def offloaded_state_dict(model: torch.nn.Module, scratch: str | None = None) -> dict[str, Any]:
+    """``model.state_dict()`` with everything that is offloaded in its place.
+
+    Stands in for ``accelerate.utils.modeling.get_state_dict_offloaded_model``, which leaves out what belongs to the
+    root module and loses ties. Names and their order are those of ``model.state_dict()``, and tied parameters are
+    one tensor under several names, so what is saved is what the same model would save if it were not offloaded. As
+    there, values have the dtypes of the model's parameters. What is not offloaded stays where it is. ``scratch``: as for
+    :func:`offloaded_tensor`.
+
+    Two weights in files that are said to be tied (by hooks of ``dispatch_model``, by transformers) are taken for one
+    only if their bytes agree. ``disk_offload`` of a plain module leaves no trace of its ties: both are saved.
+
+    Raises ``RuntimeError``, naming them, if there are tensors on the meta device that nobody holds: a model that lacks
+    them must not look saved. ``ValueError`` for a weight that has not the shape of its parameter.
+    """
+    values: dict[str, Any] = {}
+    lost: list[str] = []
+    state = _state_dict(model)
+    aliases = _same_objects(model)
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.device.type != "meta":
+            values[name] = tensor
+            continue
+        found = _first_held(model, [name, *aliases.get(name, ())], scratch)
+        if found is None:
+            lost.append(name)
+        elif found.shape != tensor.shape:
+            raise ValueError(
+                f"`{name}` has shape {tuple(tensor.shape)}, but what was offloaded has {tuple(found.shape)}"
+            )
+        else:
+            values[name] = _cast(found, tensor.dtype, scratch)
+    if lost:
+        raise RuntimeError(
+            f"You can't save the model since some parameters are on the meta device: {', '.join(lost)}"
+        )
+    for names in itertools.chain(aliases.values(), _said_to_be_tied(model)):
+        _tie(values, names)
+    return values
+
+
+def held_in_memory(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Offloaded weights that hooks of accelerate hold as tensors."""
+    for held in _holders(model):
+        tensors = getattr(held, "state_dict", held)
+        if isinstance(tensors, dict):
+            yield from tensors.values()
+
+
+def held_elsewhere(model: torch.nn.Module) -> bool:
+    """Whether hooks load weights from a mapping of a kind unknown here, which may give the same memory again and again."""
+    return any(
+        type(held) is not dict and not type(held).__module__.startswith("accelerate.")
+        for held in _holders(model)
+    )
+
+
+def follow_weights(model: torch.nn.Module, directory: str) -> None:
+    """Tells the hooks of accelerate where weights lie that have just been saved over the files they came from: in which
+    file of ``directory`` now, if they are no longer in theirs. Without it the model could not be used any more."""
+    places: dict[str, str] = {}
+    for held in _holders(model):
+        index = getattr(held, "index", None)
+        for key, entry in index.items() if isinstance(index, dict) else ():
+            path, name = entry.get("safetensors_file"), entry.get("weight_name", key)
+            if path is None or os.path.realpath(os.path.dirname(path)) != os.path.realpath(directory):
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                if name in MappedFile(path).names():
+                    continue
+            if not places:
+                files = (os.path.join(directory, file) for file in sorted(os.listdir(directory)))
+                weights = [MappedFile(file) for file in files if file.endswith(".safetensors")]
+                places = {name: file.path for file in weights for name in file.names()}
+            entry["safetensors_file"] = places.get(name, path)
+
+
+def _holders(model: torch.nn.Module) -> Iterator[Any]:
+    """What hooks of accelerate load weights from, each once."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for hook in _hooks(getattr(module, "_hf_hook", None)):
+            held = getattr(hook, "weights_map", None)
+            held = getattr(held, "dataset", held)
+            if held is not None and id(held) not in seen:
+                seen.add(id(held))
+                yield held
+
+
+class _NotHeldError(ValueError):
+    """No hook has the tensor."""
+
+
+def _hooks(hook: Any) -> Iterator[Any]:
+    """A hook, or those chained in a ``SequentialHook``."""
+    for part in getattr(hook, "hooks", None) or (hook,):
+        if part is hook:
+            yield hook
+        else:
+            yield from _hooks(part)
+
+
+def _weights_map_of(model: torch.nn.Module, name: str) -> tuple[Mapping[str, torch.Tensor], str]:
+    path = name.split(".")
+    for depth in range(len(path) - 1, -1, -1):
+        try:
+            parent = model.get_submodule(".".join(path[:depth]))
+        except AttributeError:  # a name that some module has made up
+            continue
+        for hook in _hooks(getattr(parent, "_hf_hook", None)):
+            weights_map = getattr(hook, "weights_map", None)
+            if weights_map is not None:
+                return weights_map, ".".join(path[depth:])
+    raise _NotHeldError(
+        f"{name} is on the meta device because it was offloaded, but we could not find the corresponding hook for it"
+    )
+
+
+def _resolve(weights_map: Any, key: str, scratch: str | None) -> torch.Tensor:
+    from accelerate.utils.offload import OffloadedWeightsLoader, PrefixedDataset
+
+    # Subclasses may have rules of their own.
+    while type(weights_map) is PrefixedDataset:
+        weights_map, key = weights_map.dataset, weights_map.prefix + key
+    if type(weights_map) is not OffloadedWeightsLoader:
+        held: torch.Tensor = weights_map[key]
+        return held
+    if key in weights_map.state_dict:
+        return _resolve(weights_map.state_dict, key, scratch)
+    entry = weights_map.index[key]
+    if entry.get("safetensors_file") is not None:
+        tensor = MappedFile(entry["safetensors_file"]).tensor(entry.get("weight_name", key))
+        return _cast(tensor, _dtype(entry["dtype"], key), scratch) if "dtype" in entry else tensor
+    # The bytes as they are, whatever numpy had to take them for; a scalar was saved as one element.
+    file = MappedFile(os.path.join(weights_map.save_folder, f"{key}.dat"))
+    return file.view(_dtype(entry["dtype"], key), tuple(entry["shape"]))
+
+
+def _dtype(name: str, key: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"the offload index gives `{key}` a dtype that torch does not have: {name!r}")
+    return dtype
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype, scratch: str | None) -> torch.Tensor:
+    """``tensor.to(dtype)``; of what lies in a file, in a file, as the engine casts without taking memory."""
+    if tensor.dtype == dtype or scratch is None or not tensor.is_floating_point() or not lies_in_file(tensor):
+        return tensor.to(dtype)
+    path = os.path.join(scratch, "cast")
+    try:
+        save_file({"": tensor}, path, dtype=dtype)
+        return MappedFile(path).tensor("")
+    except ValueError:  # no dtype that the engine casts to
+        return tensor.to(dtype)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def _first_held(model: torch.nn.Module, names: Iterable[str], scratch: str | None) -> torch.Tensor | None:
+    """What is held under the first of the names that is known; ``None`` if none is."""
+    for name in names:
+        with contextlib.suppress(_NotHeldError, KeyError):
+            return offloaded_tensor(model, name, scratch)
+    return None
+
+
+def _state_dict(model: torch.nn.Module) -> dict[str, Any]:
+    """``model.state_dict()``. Modules that make entries of their own of their weights (quantized ones) do so with the
+    weights loaded, which takes memory for these; entries that are not there without weights come last."""
+    state: dict[str, Any] = dict(model.state_dict())
+    for prefix, module in model.named_modules():
+        if type(module)._save_to_state_dict is torch.nn.Module._save_to_state_dict:
+            continue
+        for hook in _hooks(getattr(module, "_hf_hook", None)):
+            if getattr(hook, "offload", False):
+                with _loaded(module, hook):
+                    module._save_to_state_dict(state, f"{prefix}." if prefix else "", False)
+    return state
+
+
+@contextlib.contextmanager
+def _loaded(module: torch.nn.Module, hook: Any) -> Iterator[None]:
+    """Has a hook of accelerate load the module's weights for a while."""
+    device, hook.execution_device = hook.execution_device, "cpu"
+    try:
+        hook.pre_forward(module)
+        yield
+    finally:
+        hook.post_forward(module, None)
+        hook.execution_device = device
+
+
+def _same_objects(model: torch.nn.Module) -> dict[str, list[str]]:
+    """Name -> all names of the same parameter or buffer, for those that have several."""
+    named = itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    )
+    groups: dict[int, list[str]] = {}
+    for name, tensor in named:
+        groups.setdefault(id(tensor), []).append(name)
+    return {name: names for names in groups.values() if len(names) > 1 for name in names}
+
+
+def _said_to_be_tied(model: torch.nn.Module) -> Iterator[list[str]]:
+    """Names of which some may be tied, by those who knew the model before it was offloaded."""
+    by_source: dict[str, list[str]] = {}
+    keys = getattr(model, "all_tied_weights_keys", None)  # transformers: target -> source
+    if isinstance(keys, Mapping):
+        for target, source in keys.items():
+            by_source.setdefault(source, [source]).append(target)
+    yield from by_source.values()
+    by_map: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for hook in _hooks(getattr(module, "_hf_hook", None)):
+            for name in getattr(hook, "tied_params_names", ()):
+                by_map.setdefault(id(hook.tied_params_map), []).append(f"{prefix}.{name}" if prefix else name)
+    yield from by_map.values()
+
+
+def _tie(values: dict[str, Any], names: Iterable[str]) -> None:
+    """Gives names whose tensors are equal, byte for byte, the same one."""
+    kept: list[torch.Tensor] = []
+    for name in names:
+        tensor = values.get(name)
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        for other in kept:
+            if _equal(tensor, other):
+                values[name] = other
+                break
+        else:
+            kept.append(tensor)
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a is b:
+        return True
+    comparable = a.device.type == "cpu" and a.is_contiguous() and b.is_contiguous()
+    return comparable and (a.dtype, a.shape, a.device) == (b.dtype, b.shape, b.device) and same_bytes(a, b)

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What fastshard replaces, and whether that fits the libraries that are installed.
+
+To add a replacement: a row in :data:`TABLE` and its implementation. A row names the module that *defines* the function,
+the attribute in there (``"save_file"``; ``"PreTrainedModel.save_pretrained"`` for what a class holds, static and class
+methods included), and the implementation, which is imported by the first call. Rows that only hold together have a
+group: it is replaced whole or not at all. Rows without one are each their own.
+
+:func:`examine` looks at the installed library before anything is replaced: whether the functions are there, are still the
+library's own, and take the arguments that the implementation knows by their places, and whether what the
+implementation uses of the library (:data:`NEEDS`) is there. Nothing of a module runs for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, NamedTuple
+
+from ..base.originals import Function as Function
+from ..base.originals import is_own, namespace
+
+
+class Entry(NamedTuple):
+    """A function to be replaced: ``implementation`` as ``"module:function"``."""
+
+    module: str
+    attribute: str
+    implementation: str
+    parameters: str = ""
+    """Names of the parameters that the implementation takes by their places."""
+    group: str = ""
+    since: str = ""
+    """The version of the library that has brought the function; in older ones nothing is missing."""
+
+    @property
+    def call(self) -> str:
+        """What users call it."""
+        return "torch.save" if self.module == "torch.serialization" else self.attribute
+
+    @property
+    def library(self) -> str:
+        return self.module.partition(".")[0]
+
+    @property
+    def belongs_to(self) -> str:
+        """The name of its group."""
+        return self.group or f"{self.library}: {self.attribute}"
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.attribute}"
+
+
+_PRETRAINED: Final = "transformers: save_pretrained"
+_ACCELERATOR: Final = "accelerate: save_model"
+
+TABLE: tuple[Entry, ...] = (
+    Entry(
+        "torch.serialization",
+        "save",
+        "fastshard.integrations.adapters:torch_save",
+        "obj f pickle_module pickle_protocol _use_new_zipfile_serialization _disable_byteorder_record",
+    ),
+    Entry(
+        "safetensors.torch",
+        "save_file",
+        "fastshard.integrations.adapters:save_file",
+        "tensors filename metadata",
+    ),
+    Entry("safetensors.torch", "save", "fastshard.integrations.adapters:save", "tensors metadata"),
+    Entry(
+        "safetensors.torch",
+        "save_model",
+        "fastshard.integrations.adapters:save_model",
+        "model filename metadata force_contiguous",
+    ),
+    Entry(
+        "huggingface_hub.serialization._torch",
+        "save_torch_state_dict",
+        "fastshard.integrations.adapters:save_torch_state_dict",
+        "state_dict save_directory",
+    ),
+    Entry(
+        "transformers.modeling_utils",
+        "PreTrainedModel.save_pretrained",
+        "fastshard.integrations.transformers:save_pretrained",
+        "self save_directory",
+        _PRETRAINED,
+    ),
+    Entry(
+        "transformers.integrations.accelerate",
+        "load_offloaded_parameter",
+        "fastshard.integrations.transformers:load_offloaded_parameter",
+        "model param_name",
+        _PRETRAINED,
+        since="5",
+    ),
+    Entry(
+        "transformers.utils.logging",
+        "_tqdm_cls.__call__",
+        "fastshard.integrations.transformers:progress_bar",
+        "self",
+        _PRETRAINED,
+    ),
+    Entry(
+        "accelerate.accelerator",
+        "Accelerator.save_model",
+        "fastshard.integrations.accelerate:save_model",
+        "self model save_directory",
+        _ACCELERATOR,
+    ),
+    Entry(
+        "accelerate.utils.modeling",
+        "get_state_dict_offloaded_model",
+        "fastshard.integrations.accelerate:get_state_dict_offloaded_model",
+        "model",
+        _ACCELERATOR,
+    ),
+)
+
+NEEDS: Final[dict[str, tuple[str, ...]]] = {
+    "safetensors: save_model": ("safetensors.torch:_remove_duplicate_names",),
+    "huggingface_hub: save_torch_state_dict": (
+        "huggingface_hub.serialization._torch:_clean_state_dict_for_safetensors",
+        "huggingface_hub.serialization._torch:split_torch_state_dict_into_shards",
+        "huggingface_hub.serialization._torch:logger",
+        "huggingface_hub.constants:SAFETENSORS_WEIGHTS_FILE_PATTERN",
+        "huggingface_hub.constants:PYTORCH_WEIGHTS_FILE_PATTERN",
+    ),
+    _PRETRAINED: (
+        "transformers.utils.logging:EmptyTqdm",
+        "transformers.utils.logging:is_progress_bar_enabled",
+    ),
+    _ACCELERATOR: (
+        "accelerate.utils.offload:OffloadedWeightsLoader",
+        "accelerate.utils.offload:PrefixedDataset",
+    ),
+}
+"""Group -> what its implementations use of the library besides the functions they replace."""
+
+
+class Target(NamedTuple):
+    """A function in its place: a module's, or a class's, which may hold it as a static or a class method."""
+
+    entry: Entry
+    function: Function
+    owner: type | None
+    value: object
+    kind: type[staticmethod[..., Any]] | type[classmethod[Any, ..., Any]] | None
+
+
+class Found(NamedTuple):
+    """What :func:`examine` has found of a group."""
+
+    entries: tuple[Entry, ...]
+    """Those that the installed version should have."""
+    targets: tuple[Target, ...] = ()
+    """What is there to be replaced, if nothing speaks against it."""
+    awaited: str | None = None
+    """A module that has to be imported first."""
+    misfit: str | None = None
+    """Why the group does not fit the installed version."""
+    foreign: tuple[Entry, ...] = ()
+    """Those that somebody else has replaced."""
+
+
+def groups(table: Iterable[Entry]) -> dict[str, list[Entry]]:
+    """The rows of a table by the names of their groups, each in the order of the table."""
+    found: dict[str, list[Entry]] = {}
+    for entry in table:
+        found.setdefault(entry.belongs_to, []).append(entry)
+    return found
+
+
+def version_of(library: str) -> str:
+    """Of a library that is imported; an empty text where it does not say."""
+    said = namespace(sys.modules.get(library)).get("__version__")
+    if isinstance(said, str):
+        return said
+    return _installed_version(library) if library in sys.modules else ""
+
+
+@functools.cache
+def _installed_version(library: str) -> str:
+    """For those that have put something lazy in the place of their module."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def expected(entries: Iterable[Entry]) -> list[Entry]:
+    """Those of a group that the imported version of the library should have."""
+    return [
+        entry
+        for entry in entries
+        if not entry.since or _release(version_of(entry.library)) >= _release(entry.since)
+    ]
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with; what does not say is taken for new."""
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3]) or (
+        sys.maxsize,
+    )
+
+
+def bring(group: str, entries: Sequence[Entry], ready: Callable[[str], bool]) -> None:
+    """Imports what a group needs besides the module of its first row, once that is there: all of it belongs to the same
+    library, and most of it is imported with it."""
+    if ready(entries[0].module):
+        for module in _modules(group, expected(entries)):
+            if module not in sys.modules:
+                try:
+                    importlib.import_module(module)
+                except Exception:  # which `examine` will see
+                    continue
+
+
+def _modules(group: str, entries: Iterable[Entry]) -> list[str]:
+    needed = (need.partition(":")[0] for need in NEEDS.get(group, ()))
+    return list(dict.fromkeys((*(entry.module for entry in entries), *needed)))
+
+
+def examine(
+    group: str,
+    entries: Sequence[Entry],
+    ready: Callable[[str], bool],
+    is_ours: Callable[[object], bool],
+) -> Found:
+    """Whether a group can be replaced. ``ready``: whether a module's code has run; ``is_ours``: whether this is a
+    replacement that is in place already."""
+    if not ready(entries[0].module):
+        return Found(tuple(entries), awaited=entries[0].module)
+    wanted = tuple(expected(entries))
+    for module in _modules(group, wanted):
+        if module not in sys.modules:
+            return Found(wanted, misfit=f"there is no module {module}")
+        if not ready(module):
+            return Found(wanted, awaited=module)
+    missing = []
+    for need in NEEDS.get(group, ()):
+        module, _, name = need.partition(":")
+        if name not in namespace(sys.modules[module]):
+            missing.append(f"{module} has no {name}")
+    targets, foreign = [], []
+    for entry in wanted:
+        target = _target(entry)
+        if target is None:
+            missing.append(f"{entry.module} has no {entry.attribute}")
+        elif is_ours(target.function):
+            continue
+        elif not is_own(target.function, entry.module):
+            foreign.append(entry)
+        else:
+            targets.append(target)
+            if other := _other_parameters(target.function, entry.parameters.split()):
+                missing.append(f"{entry} {other}")
+    return Found(wanted, tuple(targets), None, "; ".join(missing) or None, tuple(foreign))
+
+
+def _target(entry: Entry) -> Target | None:
+    holder = namespace(sys.modules.get(entry.module))
+    *classes, name = entry.attribute.split(".")
+    owner = None
+    for part in classes:
+        owner = holder.get(part)
+        if not issubclass(type(owner), type):
+            return None
+        holder = dict(vars(owner))
+    if name not in holder:
+        return None
+    value = holder[name]
+    kind = type(value) if type(value) in (staticmethod, classmethod) else None
+    return Target(entry, value.__func__ if kind else value, owner, value, kind)
+
+
+def _other_parameters(function: Function, known: list[str]) -> str | None:
+    """How the parameters that can be given by their places differ from those that the implementation knows; more of
+    them, or fewer, do not: calls that it does not take are the original's."""
+    code = function.__code__
+    found = list(code.co_varnames[: code.co_argcount])
+    both = min(len(found), len(known))
+    if found[:both] == known[:both] or (not found and code.co_flags & 0x04):  # CO_VARARGS: a decorated one
+        return None
+    return f"takes ({', '.join(found)}), not ({', '.join(known)})"

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastshard.status()``: where the engine is in the way of this process's saves, and where it is not."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..base import activity
+from ..base.activity import Saved
+from . import patching
+from .patch_groups import version_of
+
+UNSEEN = (
+    "safetensors.serialize_file, safetensors.numpy.save_file and those of other frameworks (they call Rust directly)",
+    "writers of torch.distributed.checkpoint, but for what they give to torch.save",
+    "references to an original that were taken before install(): default arguments, functools.partial, closures",
+)
+"""Ways to the disk on which no function of ours stands: what is saved by them is not counted."""
+
+
+class Replacement(NamedTuple):
+    """Functions of a library that are replaced together or not at all."""
+
+    library: str
+    version: str
+    """Empty where it is not imported."""
+    functions: tuple[str, ...]
+    replaced: bool
+    why_not: str = ""
+
+
+class Status(NamedTuple):
+    """What :func:`status` tells; ``print`` it."""
+
+    version: str
+    installed: bool
+    replacements: tuple[Replacement, ...]
+    saved: dict[str, Saved]
+    """Public function -> what the engine has saved for it."""
+    left: dict[str, dict[str, int]]
+    """Public function -> reason -> how many calls were left to the original."""
+
+    def __str__(self) -> str:
+        state = "installed" if self.installed else "not installed: fastshard.install(), or FASTSHARD_AUTO=1"
+        lines = [f"fastshard {self.version}, {state}", *self.lines_of_replacements()]
+        lines += ["saved by the engine:"]
+        lines += [f"  {call}: {_described(total)}" for call, total in self.saved.items()] or ["  nothing yet"]
+        lines += ["left to the original:"]
+        lines += [
+            f"  {call}: {count}x {reason}"
+            for call, reasons in self.left.items()
+            for reason, count in reasons.items()
+        ] or ["  nothing yet"]
+        lines += ["not seen here, if it happens:", *(f"  {text}" for text in UNSEEN)]
+        return "\n".join(lines)
+
+    def lines_of_replacements(self) -> list[str]:
+        """What is replaced, and what is not and why."""
+        lines = []
+        for title, wanted in (("replaced:", True), ("not replaced:", False)):
+            found = [r for r in self.replacements if r.replaced is wanted]
+            lines += [title] if found else []
+            for r in found:
+                why = f" ({r.why_not})" if r.why_not else ""
+                lines.append(f"  {f'{r.library} {r.version}'.rstrip()}: {', '.join(r.functions)}{why}")
+        return lines
+
+
+def _described(total: Saved) -> str:
+    rate = total.nbytes / total.seconds / 2**30 if total.seconds else 0.0
+    return (
+        f"{total.saves} save(s), {total.files} file(s), {total.nbytes} bytes in {total.seconds:.3f} s "
+        f"({rate:.2f} GiB/s)"
+    )
+
+
+def status() -> Status:
+    """What is replaced in this process, what is not and why, what the engine has saved, and what was left to the
+    functions that it stands for. ``print(fastshard.status())`` shows it; ``fastshard env`` the first half for a machine."""
+    from .. import __version__
+
+    replacements = []
+    for found, replaced in patching.overview().values():
+        library = found.entries[0].library
+        why_not = ""
+        if replaced:
+            pass
+        elif found.awaited:
+            why_not = f"{found.awaited} is not imported"
+        elif found.misfit:
+            why_not = f"fastshard does not fit this version: {found.misfit}"
+        elif found.foreign:
+            why_not = f"somebody else has replaced {', '.join(map(str, found.foreign))} before"
+        else:
+            why_not = "fastshard is not installed"
+        functions = tuple(entry.call for entry in found.entries)
+        replacements.append(Replacement(library, version_of(library), functions, replaced, why_not))
+    return Status(__version__, patching.is_active(), tuple(replacements), activity.saved(), activity.left())

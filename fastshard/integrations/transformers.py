@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``PreTrainedModel.save_pretrained``: transformers' own code, run into a stage, so that every quirk is its own.
+
+:func:`fastshard.install` puts these functions in the place of transformers'. Each gets the original first.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Final
+
+import torch
+
+from ..base.activity import count_left
+from ..engine.borrowed import is_traceable_wrapper_subclass
+from ..engine.pipeline import How
+from ..engine.sharing import storage_of
+from ..publish.staged import current, staged
+from .calls import arguments_of
+from .offload import follow_weights, held_elsewhere, held_in_memory, offloaded_tensor
+from .overrides import bound, is_of_a_library, overridden, wrapped
+
+_CALL: Final = "PreTrainedModel.save_pretrained"
+_LOGGERS: Final = (
+    "transformers.modeling_utils",
+    "transformers.configuration_utils",
+    "transformers.generation.configuration_utils",
+)
+
+
+def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Saves configuration, shards and index as one: shards in parallel, and the directory all or nothing.
+
+    What is pushed to the hub, and distributed checkpoints, are written as transformers does, file by file; so is what
+    somebody else's code takes part in.
+    """
+    from transformers.utils import logging
+
+    arguments = _arguments(original)(model, *args, **kwargs)
+    directory = arguments["save_directory"]
+    reason = _why_left(original, model, arguments)
+    if reason is not None or os.path.isfile(directory):
+        if reason is not None:
+            count_left(_CALL, reason)
+        return original(model, *args, **kwargs)
+    directory = os.fspath(directory)
+    # In transformers 4 such a process writes its files and removes none; its old spelling of the argument, too.
+    is_main = arguments.get("is_main_process", True) and arguments.get("kwargs", {}).get("save_config", True)
+    how = How(progress=logging.is_progress_bar_enabled())
+    stale = None if is_main else _nothing
+    with staged(directory, stale, how, call=_CALL, create=True, loggers=_LOGGERS) as stage:
+        state_dict = arguments.get("state_dict")
+        stage.at_once = _changes_between_shards(model, state_dict)
+        given_apart = _storages(state_dict.values()) if state_dict and not stage.at_once else set()
+        stage.lasting = functools.partial(_lasting, model, given_apart)
+        if "save_directory" in kwargs:
+            kwargs["save_directory"] = stage.path
+        else:  # always the first
+            args = (stage.path, *args[1:])
+        result = original(model, *args, **kwargs)
+    if hasattr(model, "hf_device_map"):
+        follow_weights(model, directory)
+    # The original waits for the writing rank before there is anything: once more.
+    barrier = getattr(model, "barrier_after_gathered_checkpoint_save", None)
+    if barrier is not None:
+        barrier(getattr(model.config, "distributed_config", None))
+    return result
+
+
+@functools.cache
+def _arguments(function: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    """What gives the arguments of a call by name."""
+    return arguments_of(inspect.signature(function))
+
+
+def _why_left(original: Callable[..., Any], model: Any, arguments: Mapping[str, Any]) -> str | None:
+    """Why a call is transformers' own to do; ``None``: it is not."""
+    for option in ("push_to_hub", "distributed_checkpoint"):
+        if arguments.get(option):
+            return f"{option}=True"
+    if not arguments.get("safe_serialization", True):
+        function = arguments.get("save_function")
+        if wrapped(function) and not is_of_a_library(function):
+            return "a save_function of the caller's"
+    elif wrapped(bound("transformers.modeling_utils", "safe_save_file")):
+        return "somebody else's save_file is in place"
+    own = next(filter(None, _overridden(model)), None)
+    return f"{own} is not transformers' own" if own else None
+
+
+def _overridden(model: Any) -> Iterator[str | None]:
+    """Methods that the original calls with its directory, or when it has saved a file, and that are a user's."""
+    yield overridden(model, "num_parameters", "barrier_after_gathered_checkpoint_save")
+    for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
+        yield overridden(config, "save_pretrained", "to_json_file")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        for config in model.peft_config.values():
+            yield overridden(config, "save_pretrained")
+
+
+def _changes_between_shards(model: Any, state_dict: object) -> bool:
+    """Whether tensors come from somebody's code one shard after the other, so that memory may serve for several."""
+    return (
+        type(state_dict) not in (type(None), dict, OrderedDict)
+        or overridden(model, "state_dict") is not None
+        or (hasattr(model, "hf_device_map") and held_elsewhere(model))
+    )
+
+
+def _nothing(name: str) -> bool:
+    return False
+
+
+def load_offloaded_parameter(original: Callable[..., Any], model: Any, param_name: str) -> torch.Tensor:
+    """While a model is saved, its offloaded weights are mapped from their files, not read into memory."""
+    stage = current()
+    return (
+        original(model, param_name) if stage is None else offloaded_tensor(model, param_name, stage.scratch)
+    )
+
+
+def progress_bar(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """While a model is saved, the only bar is that of the bytes written; transformers' own would count shards that
+    are not written yet."""
+    if current() is None:
+        return original(*args, **kwargs)
+    from transformers.utils import logging
+
+    return logging.EmptyTqdm(*args[1:], **kwargs)  # type: ignore[no-untyped-call]
+
+
+def _lasting(model: Any, besides: set[int]) -> set[int]:
+    """What lives on when the model is saved: what it has, and what hooks of accelerate hold for it."""
+    held = held_in_memory(model) if hasattr(model, "hf_device_map") else ()
+    return besides | _storages(model.parameters(), model.buffers(), held)
+
+
+def _storages(*groups: Iterable[object]) -> set[int]:
+    """Addresses of the memory of these tensors."""
+    return {
+        found[0]
+        for group in groups
+        for value in group
+        if isinstance(value, torch.Tensor)
+        and not is_traceable_wrapper_subclass(value)
+        and (found := storage_of(value))
+    }

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fastshard vllm-save``: a model folder -> the same folder with the weights as vLLM's ranks want them.
+
+The flags are those of vLLM's ``examples/features/sharded_state/save_sharded_state_offline.py``: every engine argument,
+``--output``, ``--file-pattern``, ``--max-file-size``. The workers of a vLLM engine load the weights, and each saves its
+own in the moment when they are loaded but not yet rearranged (:mod:`fastshard.integrations.vllm`), into a hidden directory; what
+else the model folder has is copied there, and when all of it stands it becomes visible at once. No engine is started
+around the workers: no memory is profiled or set aside for a KV cache, nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Sequence
+from typing import Any, Final
+
+from ..base.settings import parse_size
+from ..publish.directory import replacing
+from .vllm import REQUEST, Outcome, Request, outcome, stale_names
+
+PLUGIN: Final = "fastshard"
+"""The name of the entry point in ``vllm.general_plugins``."""
+DEFAULT_MAX_FILE_SIZE: Final = 5 * 1024**3
+"""vLLM's."""
+
+_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_INDEXES: Final = tuple(f"{suffix}.index.json" for suffix in (".safetensors", ".bin"))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; returns the exit status: 0, 1 (it failed, and the output is as it was), 2 (wrong arguments)."""
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+    except ImportError as error:
+        print(f"fastshard: vllm-save needs vLLM: {error}", file=sys.stderr)
+        return 1
+    parser = EngineArgs.add_cli_args(
+        FlexibleArgumentParser(prog="fastshard vllm-save", description=(__doc__ or "").partition("\n\n")[0])
+    )
+    add_arguments(parser)
+    given = parser.parse_args(arguments)
+    try:
+        engine = EngineArgs.from_cli_args(given)
+        check_engine(engine)
+        nbytes = save(engine, given.output, given.file_pattern, given.max_file_size, durable=given.durable)
+    except Exception as error:
+        # Of workers that have failed vLLM has shown more than the error has here.
+        print(f"fastshard: {_text(error)}", file=sys.stderr)
+        return 1
+    print(f'{given.output}: {nbytes} bytes of weights, for load_format="sharded_state"')
+    return 0
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
+
+
+def add_arguments(parser: Any) -> None:
+    """Those that are not the engine's."""
+    group = parser.add_argument_group("sharded state")
+    group.add_argument("--output", "-o", required=True, help="the folder to be made or replaced in")
+    group.add_argument(
+        "--file-pattern", help="of the weights' names, with {rank} (or {tp_rank}), {pp_rank} and {part}"
+    )
+    group.add_argument(
+        "--max-file-size",
+        type=parse_size,
+        default=DEFAULT_MAX_FILE_SIZE,
+        help="of a part: bytes, or as 5GB or 5GiB (default: 5GiB)",
+    )
+    group.add_argument("--durable", action="store_true", help="return when all of it is on stable storage")
+
+
+def check_engine(engine: Any) -> None:
+    """Raises ``ValueError`` for engine arguments with which sharded state cannot be saved. ``engine``: vLLM's
+    ``EngineArgs``."""
+    if getattr(engine, "enable_lora", False):
+        raise ValueError(
+            "LoRA adapters cannot be saved as sharded state: leave --enable-lora out, and serve with it"
+        )
+    if getattr(engine, "speculative_config", None):
+        raise ValueError(
+            "a draft model cannot be saved as sharded state: leave --speculative-config out, and serve with it"
+        )
+    if getattr(engine, "data_parallel_size", 1) > 1:
+        raise ValueError(
+            "the names of sharded state have no rank of data parallelism: its ranks would overwrite each other's files"
+        )
+    if not stat.S_ISDIR(_mode(engine.model)):
+        raise ValueError(f"the model must be a local directory, which {engine.model!r} is not")
+
+
+def save(
+    engine: Any,
+    output: str,
+    pattern: str | None = None,
+    max_size: int | None = DEFAULT_MAX_FILE_SIZE,
+    *,
+    durable: bool = False,
+) -> int:
+    """What the command does. ``engine``: vLLM's ``EngineArgs``. Returns the bytes of weights.
+
+    Raises ``ValueError`` where the weights are not what ``load_format="sharded_state"`` expects or the arguments make
+    no sense, ``OSError`` for system calls, and what vLLM raises. The output is as it was then.
+    """
+    model = os.path.realpath(engine.model)
+    if os.path.realpath(output) == model:
+        raise ValueError(f"the output is the model's own folder {engine.model!r}")
+    with replacing(os.path.abspath(output), stale_names(pattern), create=True, durable=durable) as staging:
+        copy_metadata(model, staging, leave_out=os.path.realpath(output))
+        request = Request(staging, pattern, max_size, durable)
+        outcomes = _load_and_save(engine, request)
+        files = _checked(outcomes, staging)
+        if any(said is not None and said.untied for said in outcomes):
+            _untie(os.path.join(staging, "config.json"))
+        return sum(os.path.getsize(os.path.join(staging, name)) for name in files)
+
+
+def _load_and_save(engine: Any, request: Request) -> list[Outcome | None]:
+    """Starts the workers, which load and save; what each of them says of it."""
+    # As vLLM's own command does: its default, fork, is not for processes that have used CUDA.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.executor import Executor
+
+    config = engine.create_engine_config(usage_context=UsageContext.LLM_CLASS)
+    if not isinstance(config.additional_config, dict):
+        raise ValueError("--additional-config must be a JSON object")
+    config.additional_config = {**config.additional_config, REQUEST: request._asdict()}
+    executor = Executor.get_class(config)(config)
+    try:
+        outcomes: list[Outcome | None] = executor.collective_rpc(outcome)
+        return outcomes
+    finally:
+        executor.shutdown()
+
+
+def _checked(outcomes: Sequence[Outcome | None], staging: str) -> list[str]:
+    """The names of all ranks' files, if all have saved."""
+    for said in outcomes:
+        if said is None:
+            allowed = os.environ.get("VLLM_PLUGINS")
+            reason = "the weights were not loaded by vLLM's base loader, or fastshard's warnings say why"
+            if allowed is not None and PLUGIN not in allowed.split(","):
+                reason = f"VLLM_PLUGINS={allowed!r} leaves {PLUGIN!r} out"
+            raise ValueError(f"fastshard was not at work in vLLM's workers: {reason}")
+        if said.error is not None:
+            raise ValueError(f"{said.rank}: {said.error}")
+    files = [name for said in outcomes if said is not None for name in said.files]
+    missing = [name for name in files if not stat.S_ISREG(_mode(os.path.join(staging, name)))]
+    if missing or len(set(files)) != len(files):
+        raise ValueError(f"ranks have saved into other places, or into the same files: {missing or files}")
+    return files
+
+
+def copy_metadata(model: str, target: str, leave_out: str | None = None) -> None:
+    """Copies everything of a model folder but weights and their indexes, which describe files that are not there.
+
+    As vLLM's script does: folders in it are copied whole. Hidden entries and the folder ``leave_out`` are not. Links are
+    followed, as those of Hugging Face's cache lead elsewhere.
+    """
+
+    def left_out(folder: str, names: list[str]) -> list[str]:
+        return [
+            name
+            for name in names
+            if name.startswith(".") or os.path.realpath(os.path.join(folder, name)) == leave_out
+        ]
+
+    manifest = stale_names(None)
+    names = os.listdir(model)
+    for name in sorted(set(names) - set(left_out(model, names))):
+        path, place = os.path.join(model, name), os.path.join(target, name)
+        if stat.S_ISDIR(_mode(path)):
+            shutil.copytree(path, place, ignore=left_out)
+        elif not name.endswith((*_WEIGHTS, *_INDEXES)) and not manifest(name):
+            shutil.copy(path, place)
+
+
+def _mode(path: str) -> int:
+    """Of what is there; 0 where nothing is. What cannot be looked at is an ``OSError``, not an absence."""
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
+def _untie(path: str) -> None:
+    """Lets a config say what is so: embeddings and head are not the same."""
+    with open(path) as file:
+        config = json.load(file)
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and part.get("tie_word_embeddings", True):
+            part["tie_word_embeddings"] = False
+    with open(path, "w") as file:
+        json.dump(config, file, indent=2)

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A directory whose files change all at once: whoever looks finds the old checkpoint or the new one, never a mixture.
+
+New files are made in a hidden folder (:mod:`fastshard.publish.staging`): in the directory, or where that is missing, above the
+topmost missing one, which then appears by one rename with all that is in it. How files get to their places in a
+directory that is there says :mod:`fastshard.publish.switching`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import stat
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Final, NamedTuple
+
+from .._native import Closing, close_later, close_soon
+from .exchanging import make_beside, name_beside, real_place
+from .staging import (
+    NEW,
+    SMALL_NBYTES,
+    STAGING,
+    Folder,
+    Hidden,
+    Named,
+    clear_away,
+    final_places,
+    make_hidden,
+    open_folder,
+)
+from .switching import Switch, published, remove_left, turn_names, wait_for_turn
+
+__all__ = ["creating", "final_places", "replacing", "scratch_of", "sync", "was_left"]
+
+_WAIT_SECONDS: Final = 60.0
+_MOST_TRIES: Final = 20
+_APPEARED: Final = frozenset((errno.EEXIST, errno.ENOTEMPTY, errno.EBUSY, errno.ENOTDIR))
+
+
+@contextlib.contextmanager
+def replacing(
+    directory: str,
+    stale: Callable[[str], bool] = lambda name: False,
+    *,
+    obsolete: Iterable[str] = (),
+    create: bool = False,
+    durable: bool = False,
+) -> Iterator[str]:
+    """Gives a hidden directory to write files to. When the block ends they stand in ``directory``, all at once.
+
+    Files that stand there under the same names are replaced, and those for whose names ``stale`` holds and those of
+    ``obsolete``, paths relative to ``directory``, are removed, in the same moment; ``stale`` is asked, too, for files in
+    the folders that new files are for. Replaced files hand on their mode (and owner, where that is allowed); a symbolic
+    link is replaced itself. After an exception everything is as it was. ``create``: ``directory`` may be missing; it is
+    not there before the block ends. ``durable``: all of it is on stable storage when the block has ended.
+
+    Raises ``FileNotFoundError`` or ``NotADirectoryError`` for the directory, ``IsADirectoryError`` where one stands
+    in the place of a file, and other ``OSError``; their ``filename`` is that of the final place. One that has
+    ``published`` was raised when the new files stood.
+    """
+    with _staged(directory, create, durable) as staging:
+        with _nothing_stands():
+            yield staging.path
+        staging.publish(stale, frozenset(obsolete))
+
+
+@contextlib.contextmanager
+def creating(directory: str, *, durable: bool = False) -> Iterator[str]:
+    """As :func:`replacing`, for a ``directory`` that is missing or empty; folders in it may be, too."""
+    with _staged(os.path.realpath(directory), True, durable) as staging:
+        with _nothing_stands():
+            yield staging.path
+        staging.publish(lambda name: False, frozenset(), must_be_empty=True)
+
+
+def scratch_of(path: str) -> str:
+    """The hidden folder that :func:`replacing` gave ``path`` in: what is left in there goes, too."""
+    *_, found = STAGING.finditer(path)
+    return path[: found.end()]
+
+
+@contextlib.contextmanager
+def _nothing_stands() -> Iterator[None]:
+    """A file of the hidden directory may stand there when its save fails; nothing of it is in place."""
+    try:
+        yield
+    except OSError as error:
+        if getattr(error, "published", False):
+            error.published = False  # type: ignore[attr-defined]
+            if error.errno is not None:
+                error.strerror = os.strerror(error.errno)
+        raise
+
+
+@contextlib.contextmanager
+def _staged(directory: str, create: bool, durable: bool) -> Iterator[_Staging]:
+    """Errors in the block name final places."""
+    _wait_for_space(directory)
+    try:
+        staging = _Staging(directory, create, durable)
+        try:
+            yield staging
+        finally:
+            staging.close()
+    except OSError as error:
+        for attribute in ("filename", "filename2"):
+            path = getattr(error, attribute)
+            path = os.fspath(path) if isinstance(path, os.PathLike) else path
+            if isinstance(path, bytes):
+                setattr(error, attribute, os.fsencode(final_places(os.fsdecode(path))))
+            elif isinstance(path, str):
+                setattr(error, attribute, final_places(path))
+        if error.errno is not None and not isinstance(error.filename, (str, bytes, os.PathLike)):
+            error.filename = directory  # it was about an open file, which does not know its name
+        raise
+    except Exception as error:
+        error.args = tuple(final_places(said) if isinstance(said, str) else said for said in error.args)
+        raise
+
+
+class _Staging:
+    """Where the files of a save are made, and how they become visible."""
+
+    def __init__(self, directory: str, create: bool, durable: bool) -> None:
+        self.directory = directory
+        self.durable = durable
+        self.held: list[int] = []
+        self.missing: list[str] = []
+        """What is to be made: names, each in the one before."""
+        self.leads_here = False
+        self._process = os.getpid()
+        self._switch: Switch | None = None
+        while True:
+            try:
+                self.folder, self.hidden = self._in(directory)
+                break
+            except FileNotFoundError:
+                if not create:
+                    raise
+            above, self.missing = _missing(directory)
+            if self.missing:
+                self.folder = open_folder(above)
+                try:
+                    remove_left(self.folder, self.held)
+                    self.hidden = make_beside(self.folder, self.missing[0], self.held)
+                except BaseException:
+                    self.folder.close()
+                    raise
+                break
+            try:
+                os.stat(directory)  # others have made it meanwhile
+            except FileNotFoundError:  # a link that leads nowhere
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), directory) from None
+        try:
+            self.inner = os.path.join(*self.missing) if self.missing else NEW
+            self.hidden.mkdirs(self.inner)
+        except BaseException:
+            self.close()
+            raise
+        self.path = self.hidden.place(self.inner)
+
+    def close(self) -> None:
+        """Removes the hidden folder, unless names still lead into it: the next save ends that then."""
+        if os.getpid() != self._process:  # forked in the block: it is the parent's
+            return
+        if not self.leads_here:
+            left = self._switch.change.left if self._switch is not None else None
+            if left is None or not self.hidden.remove_known(left):
+                clear_away(self.hidden, self.held)
+        if self._switch is not None:
+            self._switch.forget()
+        self.held.append(self.hidden.give_away())
+        self.folder.close()
+        _let_go(self.held)
+
+    def publish(
+        self, stale: Callable[[str], bool], obsolete: Collection[str], must_be_empty: bool = False
+    ) -> None:
+        if self.missing:
+            self._publish_made(stale, obsolete, must_be_empty)
+            return
+        switch = self._switch = Switch(self.hidden, self.durable, self.held)
+        try:
+            switch.run(stale, obsolete, must_be_empty)
+        finally:
+            self.leads_here = switch.change.leads_here
+
+    def _publish_made(
+        self, stale: Callable[[str], bool], obsolete: Collection[str], must_be_empty: bool
+    ) -> None:
+        first = self.missing[0]
+        if self.durable:
+            with self.hidden.open(first) as made:
+                for name in (*(name for names in made.tree() for name in names), ""):
+                    made.sync(name)
+        try:
+            self.hidden.rename(first, self.folder, first)
+        except OSError as error:
+            if error.errno not in _APPEARED:
+                raise
+            # Others have made it meanwhile, and it is not empty.
+            with _staged(self.directory, True, self.durable) as other:
+                self.hidden.rename(self.inner, other.hidden, other.inner)
+                other.publish(stale, obsolete, must_be_empty)
+            return
+        if self.durable:
+            try:
+                self.folder.sync()
+            except OSError as error:
+                raise published(error, self.directory) from error
+
+    def _in(self, directory: str) -> tuple[Folder, Hidden]:
+        """The directory, and a hidden folder in it, after what a killed save has left has gone."""
+        for last in [False] * _MOST_TRIES + [True]:
+            folder = open_folder(directory)
+            hidden = None
+            try:
+                for above in _places_left(directory):
+                    with open_folder(above) as parent:
+                        remove_left(parent, self.held)
+                hidden = make_hidden(folder, "in", self.held)
+                # Who changes names here sees this hidden folder from now on, and does not exchange the directory.
+                turn = next(turn_names(folder))
+                if folder.stat(turn) is not None:
+                    wait_for_turn(folder, turn, self.held, time.monotonic() + _WAIT_SECONDS)
+                found = os.stat(directory)
+                if (found.st_dev, found.st_ino) == folder.identity() and hidden.is_in_place():
+                    return folder, hidden
+            except BaseException as error:
+                if hidden is not None:
+                    clear_away(hidden, self.held)
+                    hidden.close()
+                folder.close()
+                if last or not isinstance(error, FileNotFoundError):
+                    raise
+            else:  # it was exchanged meanwhile
+                hidden.close()
+                folder.close()
+        raise OSError(errno.EBUSY, "others keep exchanging it", directory)
+
+
+def was_left(directory: str, names: Iterable[str]) -> bool:
+    """Whether hidden folders of other saves are in a directory that has these names, or above it."""
+    if any(name.startswith(".fastshard-") and STAGING.fullmatch(name) for name in names):
+        return True
+    return any(True for _ in _places_left(directory))
+
+
+def _places_left(directory: str) -> Iterator[str]:
+    """Folders in which a killed save may have left what it made the directory in, or folders above it, or what it was
+    to be exchanged with."""
+    for above, hidden in _beside(*real_place(directory), os.geteuid()):
+        with Named(directory):
+            found = _is_there(hidden)
+        if found:
+            yield above
+
+
+@functools.lru_cache(maxsize=256)
+def _beside(above: str, base: str, user: int) -> tuple[tuple[str, str], ...]:
+    """A folder above, and what is hidden there by saves of this user: of this folder and of all above it."""
+    found = []
+    while base:
+        found.append((above, os.path.join(above, name_beside(base))))
+        above, base = os.path.split(above)
+    return tuple(found)
+
+
+def _is_there(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _missing(directory: str) -> tuple[str, list[str]]:
+    """What there is of a path, and the names that are to be made in it."""
+    path, names = directory, list[str]()
+    while path and not _is_there(path):
+        path, name = os.path.split(path.rstrip(os.sep))
+        names.insert(0, name)
+    made: list[str] = []
+    for name in names:
+        if name == os.pardir and made:
+            made.pop()
+        elif name == os.pardir:
+            path = os.path.join(path, name)
+        elif name not in ("", os.curdir):
+            made.append(name)
+    return path or os.curdir, made
+
+
+class _Freeing(NamedTuple):
+    """What has lost its name and is being freed."""
+
+    closing: Closing
+    nbytes: int
+
+
+_freeing: list[_Freeing] = []
+
+
+def _let_go(descriptors: list[int]) -> None:
+    """Closes them. With the last descriptor the kernel frees what has lost its name, which takes time where that is
+    large: on a thread of their own then. A small file is only waited for while it is still being written back; a folder is
+    closed now, as its lock ends by that."""
+    nbytes, files = 0, set()
+    for fd in descriptors:
+        with contextlib.suppress(OSError):
+            found = os.fstat(fd)
+            nbytes += found.st_blocks * 512
+            if not stat.S_ISDIR(found.st_mode):
+                files.add(fd)
+    if nbytes <= SMALL_NBYTES:
+        while descriptors:
+            fd = descriptors.pop()
+            with contextlib.suppress(OSError):  # it is closed all the same
+                close_soon(fd) if fd in files else os.close(fd)
+        return
+    _freeing[:] = [going for going in _freeing if not going.closing.done()]
+    _freeing.append(_Freeing(close_later(descriptors), nbytes))
+
+
+def _wait_for_space(directory: str) -> None:
+    """What was let go may be what the next save needs room for."""
+    going = [going for going in _freeing if not going.closing.done()]
+    if not going:
+        return
+    try:
+        room = os.statvfs(directory)
+        if sum(one.nbytes for one in going) < room.f_bavail * room.f_frsize:
+            return
+    except FileNotFoundError:
+        pass
+    for one in going:
+        one.closing.wait()
+
+
+def sync(path: str) -> None:
+    """Of a file or a directory: what it holds is on stable storage."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

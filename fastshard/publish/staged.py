@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of several files: shards are collected, written in parallel, and stand all at once.
+
+Other libraries call ``save_file`` once for each shard, then write an index. :func:`staged` gives them a hidden
+directory to do that in, and :func:`save_file`, which :func:`fastshard.install` puts in the place of safetensors',
+does not write there but collects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from typing import Final
+
+import torch
+
+from ..base.activity import one_save
+from ..engine.mapped import lies_in_file
+from ..engine.pipeline import How, PathLike, PlannedFile, StateDict, plan_file, write_files
+from ..engine.sharing import storage_of
+from .directory import final_places, replacing, scratch_of, was_left
+from .staging import Named
+
+DESCRIPTION: Final = "Saving checkpoint shards"
+"""Of the progress bar."""
+_TEMPORARY_NBYTES: Final = 128 << 20
+_log: Final = logging.getLogger("fastshard")
+
+_running = threading.local()
+
+
+class Stage:
+    """Files of one checkpoint that are not visible yet. For one thread."""
+
+    def __init__(self, path: str, how: How) -> None:
+        self.path = path
+        self.scratch = scratch_of(path)
+        """Hidden, too; what is left in there goes with the stage."""
+        self.lasting: Callable[[], set[int]] | None = None
+        """Gives addresses of storages that live on after the save in any case. If this is there, files are written as
+        soon as the others, kept alive by what was added, take too much memory together."""
+        self.at_once = False
+        """Write each file when it is added: between two of them somebody else's code may change the tensors."""
+        self._how = how
+        self._files: dict[PathLike, PlannedFile] = {}
+        self._unseen: list[torch.Tensor] = []
+        self._nbytes = 0
+        self._known: set[int] | None = None
+        self._temporary: dict[int, int] = {}
+        self._began: float | None = None
+
+    def add(self, tensors: StateDict, filename: PathLike, metadata: dict[str, str] | None) -> None:
+        """A file to be written. Its tensors stay alive until then. Raises what :func:`fastshard.save_file` raises
+        for them."""
+        if self._began is None:
+            self._began = time.perf_counter()
+        self._files[filename] = plan_file(tensors, filename, metadata, self._how)
+        if self.lasting is not None:
+            self._unseen += tensors.values()
+            self._nbytes += sum(tensor.nbytes for tensor in tensors.values())
+            if self._nbytes > _TEMPORARY_NBYTES:  # or nothing of it can be too much
+                self._look_at_storages(self.lasting)
+        if self.at_once or sum(self._temporary.values()) > _TEMPORARY_NBYTES:
+            self.write()
+
+    def _look_at_storages(self, lasting: Callable[[], set[int]]) -> None:
+        if self._known is None:
+            self._known = lasting()
+        for tensor in self._unseen:
+            address, nbytes = storage_of(tensor) or (0, 0)
+            if address and address not in self._known and not lies_in_file(tensor):
+                self._temporary[address] = nbytes
+        self._unseen = []
+
+    def write(self) -> None:
+        """Writes what was added, in parallel."""
+        if not self._files:
+            return
+        assert self._began is not None
+        files, began = self._files, self._began
+        self._files, self._temporary, self._began = {}, {}, None
+        self._unseen, self._nbytes = [], 0
+        write_files(files, self._how, began, DESCRIPTION)
+
+    def holds(self, filename: object) -> bool:
+        """Whether a file of this name belongs to the checkpoint."""
+        return isinstance(filename, (str, os.PathLike)) and os.fspath(filename).startswith(self.path + os.sep)
+
+    def write_text(self, path: str, text: str) -> None:
+        """Writes a small file of the stage at once. Errors name it, which an open file does not."""
+        with Named(path), open(path, "w") as file:
+            file.write(text)
+
+    def weights(self) -> set[str]:
+        """Names of the files of weights in it, added ones too."""
+        added = (os.path.basename(os.fspath(name)) for name in self._files)
+        return {name for name in (*os.listdir(self.path), *added) if _WEIGHTS.fullmatch(name)}
+
+
+@contextlib.contextmanager
+def staged(
+    directory: str,
+    stale: Callable[[str], bool] | None,
+    how: How,
+    *,
+    call: str = "save_files",
+    create: bool = False,
+    loggers: tuple[str, ...] = (),
+) -> Iterator[Stage]:
+    """A stage for a checkpoint in ``directory``: see :func:`fastshard.publish.directory.replacing`. When the block ends, what
+    was added is written, and then all files stand. Until then :func:`save_file` on this thread adds.
+
+    ``call``: the public function whose save it is. ``stale``: which files to remove; ``None``: other files of the weights that this save has. ``loggers``: names of
+    those whose messages are about files; these come when the files stand, and name the final places.
+    """
+    outer = current()
+    names: set[str] = set()
+    obsolete = stale or (lambda name: _other_files_of(names, name))
+    held: list[logging.LogRecord] = []
+    with (
+        one_save(call, directory),
+        replacing(directory, obsolete, create=create, durable=how.durable) as path,
+    ):
+        stage = _running.stage = Stage(path, how)
+        try:
+            with _held_back(loggers, path, held):
+                yield stage
+        finally:
+            _running.stage = outer
+        names |= stage.weights()
+        preferred = _preferred(directory, names)
+        stage.write()
+    for record in held:
+        logging.getLogger(record.name).handle(record)
+    for name in preferred:
+        _log.warning(
+            "%s is of an earlier save, and loaders look for it before the .bin files that were saved just now",
+            os.path.join(directory, name),
+        )
+
+
+def save_alone(
+    tensors: StateDict,
+    directory: str,
+    name: str,
+    metadata: dict[str, str] | None,
+    obsolete: Collection[str],
+    how: How,
+    *,
+    call: str,
+    listed: list[str] | None = None,
+) -> bool:
+    """Saves a checkpoint of one file, where nothing else is to change in the directory: it needs no stage then. Whether
+    it did. ``listed``: the names in the directory, if they are known."""
+    if os.path.dirname(name) or any(other != name for other in obsolete):
+        return False
+    if was_left(directory, os.listdir(directory) if listed is None else listed):
+        return False
+    began = time.perf_counter()
+    path = os.path.join(directory, name)
+    with one_save(call, directory):
+        write_files({path: plan_file(tensors, path, metadata, how)}, how, began, DESCRIPTION)
+    return True
+
+
+def _preferred(directory: str, names: set[str]) -> list[str]:
+    """Loaders look for safetensors files first: older ones hide the pickled ones that are being saved. They may be
+    there on purpose, so they stay, and a warning tells of them."""
+    stems = {match["stem"] for match in map(_WEIGHTS.fullmatch, names) if match and match["suffix"] == ".bin"}
+    if not stems:
+        return []
+    stems |= {stem.removeprefix("pytorch_") for stem in stems if stem.startswith("pytorch_model")}
+    try:
+        there = os.listdir(directory)
+    except FileNotFoundError:  # the directory comes with the files
+        return []
+    return [
+        name
+        for name in sorted(there)
+        if (found := _WEIGHTS.fullmatch(name) or _INDEX.fullmatch(name))
+        and found["suffix"] == ".safetensors"
+        and found["stem"] in stems
+        and name not in names
+    ]
+
+
+def current() -> Stage | None:
+    """The stage that this thread is in."""
+    return getattr(_running, "stage", None)
+
+
+_WEIGHTS: Final = re.compile(r"(?P<stem>.+?)(-\d{5}-of-\d{5})?(?P<suffix>\.safetensors|\.bin)")
+_INDEX: Final = re.compile(r"(?P<stem>.+)(?P<suffix>\.safetensors|\.bin)\.index(?P<variant>\..+)?\.json")
+
+
+def _other_files_of(names: set[str], name: str) -> bool:
+    """Whether this is a file of the same weights as ``names``: a shard, the only file, an index. A variant's are
+    ``model.fp16-00001-of-00002.safetensors`` and ``model.safetensors.index.fp16.json``."""
+    found = _WEIGHTS.fullmatch(name)
+    stem = found and found["stem"]
+    if found is None:
+        found = _INDEX.fullmatch(name)
+        stem = found and found["stem"] + (found["variant"] or "")
+    return found is not None and any(
+        match["stem"] == stem and match["suffix"] == found["suffix"]
+        for match in map(_WEIGHTS.fullmatch, names)
+        if match
+    )
+
+
+@contextlib.contextmanager
+def _held_back(loggers: tuple[str, ...], path: str, held: list[logging.LogRecord]) -> Iterator[None]:
+    """Messages about files in the stage wait until these stand, and name the final places: whoever reads of a file may
+    open it. After an exception they are about nothing."""
+
+    def is_about_others(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if path not in text:
+            return True
+        record.msg, record.args = final_places(text), None
+        held.append(record)
+        return False
+
+    found = [logging.getLogger(name) for name in loggers]
+    for logger in found:
+        logger.addFilter(is_about_others)
+    try:
+        yield
+    finally:
+        for logger in found:
+            logger.removeFilter(is_about_others)

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of a folder that change at once: before there are the old files, afterwards the new ones, never a mixture.
+
+No filesystem renames several files in one step. What is done depends on what changes:
+
+- one file comes, and nothing goes: it is renamed; so is the only one that is not there already, to the byte;
+- names come or go: the folder is exchanged for one made beside it (:mod:`fastshard.publish.exchanging`);
+- names stay, or the folder cannot be exchanged: a symbolic link decides for all (:mod:`fastshard.publish.linking`);
+- links are refused (FAT, some network mounts): files are renamed one by one, those that make others visible last.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from typing import Final
+
+from .change import Change, Stale
+from .exchanging import exchange
+from .linking import Linking, settle_left
+from .staging import STAGING, Folder, Hidden, InUseError, adopt, clear_away, turn_name
+
+_TURN_SECONDS: Final = 60.0
+"""To put files in place takes milliseconds; a process that takes longer has been stopped."""
+_MOST_NAMES: Final = 16
+_IN_THE_WAY: Final = frozenset((errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EACCES))
+
+
+class Switch:
+    """Puts in place what a hidden folder has in ``.new``."""
+
+    def __init__(self, hidden: Hidden, durable: bool, held: list[int]) -> None:
+        self.change = Change(hidden, durable, held)
+        self.thread = threading.get_ident()
+        self.complete: Callable[[], object] | None = None
+        """Does what is left to do, while this save has its turn."""
+        self.linking: Linking | None = None
+        self.interrupted = False
+        """Whether another save, in a signal's handler, has done what was left to do."""
+        _switches.append(self)
+
+    def run(self, stale: Stale, obsolete: Collection[str], must_be_empty: bool) -> None:
+        """Raises an error that has ``published`` when the new files stand nevertheless."""
+        try:
+            self._run(stale, obsolete, must_be_empty)
+        except OSError as error:
+            if self.interrupted:
+                return
+            if self.change.published:
+                raise published(error, self.change.folder.path) from error
+            raise
+        finally:
+            if not self.change.leads_here:
+                self.complete = _nothing
+            if self.linking is not None:
+                self.linking.close()
+            self.change.close()
+
+    def forget(self) -> None:
+        """When its hidden folder is gone."""
+        _switches.remove(self)
+
+    def _run(self, stale: Stale, obsolete: Collection[str], must_be_empty: bool) -> None:
+        change = self.change
+        change.read_new()
+        if len(change.files) == 1:
+            self._compare(stale, obsolete, must_be_empty)
+            if not change.gone:
+                _rename_one(change, change.files[0])
+                change.left = None if change.folders else []
+                return
+        self.complete = functools.partial(self._change_names, stale, obsolete, must_be_empty)
+        self._take_turn()
+        self._change_names(stale, obsolete, must_be_empty)
+
+    def _change_names(self, stale: Stale, obsolete: Collection[str], must_be_empty: bool) -> None:
+        change = self.change
+        self._compare(stale, obsolete, must_be_empty)
+        if not change.files and not change.gone:
+            return
+        differing = change.files if change.fresh or change.gone else change.differing()
+        if len(differing) < 2 and differing is not change.files:
+            self.complete = functools.partial(self._rename_last, differing)
+            self._rename_last(differing)
+            return
+        if change.fresh or change.gone:
+            self.complete = self._refuse
+            if exchange(change):
+                return
+        linking = self.linking = Linking(change)
+        self.complete = linking.repeat
+        if not linking.run():
+            self.complete = self._refuse
+            _one_by_one(change)
+
+    def _rename_last(self, names: list[str]) -> None:
+        """Where at most one of the files is not there already."""
+        change = self.change
+        if names and change.new.stat(names[0]) is not None:
+            _rename_one(change, names[0])
+        change.published = True
+        same = [name for name in change.files if name not in names]
+        for name in same:
+            change.touch(name)
+        if not change.folders:
+            change.left = same
+
+    def _refuse(self) -> None:
+        raise OSError(
+            errno.EDEADLK,
+            "a save that is being put in place was interrupted by this one",
+            self.change.folder.path,
+        )
+
+    def _compare(self, stale: Stale, obsolete: Collection[str], must_be_empty: bool) -> None:
+        """After what killed saves have left here has gone."""
+        change = self.change
+        change.compare(stale, obsolete, must_be_empty)
+        if any(STAGING.fullmatch(name) and name != change.hidden.name for name in change.entries[""]):
+            remove_left(change.folder, change.held, change.hidden.name)
+            change.compare(stale, obsolete, must_be_empty)
+
+    def _take_turn(self) -> None:
+        """One save at a time changes names here: the one whose hidden folder has a certain name."""
+        folder, hidden = self.change.folder, self.change.hidden
+        deadline = time.monotonic() + _TURN_SECONDS
+        for name in turn_names(folder):
+            while True:
+                try:
+                    hidden.move(name)
+                    return
+                except OSError as error:
+                    if error.errno not in _IN_THE_WAY or folder.stat(name) is None and not _is_race(error):
+                        raise
+                if not wait_for_turn(folder, name, self.change.held, deadline):
+                    break
+        raise OSError(errno.EBUSY, "hidden folders of others are in the way", folder.path)
+
+
+_switches: list[Switch] = []
+"""Under way in this process."""
+
+
+def _nothing() -> None:
+    """Is left to do."""
+
+
+def _is_race(error: OSError) -> bool:
+    """Whether what was in the way may just have gone."""
+    return error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+
+
+def turn_names(folder: Folder) -> Iterator[str]:
+    """A save takes its turn under the first one that others do not have there."""
+    return (turn_name(folder, slot) for slot in range(_MOST_NAMES))
+
+
+def wait_for_turn(folder: Folder, name: str, held: list[int], deadline: float) -> bool:
+    """Until no save changes names here under this name; what a killed one has begun is ended. False: it is others'."""
+    while True:
+        try:
+            left = adopt(folder, name)
+        except InUseError:
+            if not _end_interrupted(folder, name):
+                if time.monotonic() > deadline:
+                    reason = "another save has been putting files in place for too long"
+                    raise OSError(errno.EBUSY, reason, folder.path) from None
+                time.sleep(0.001)
+            continue
+        if left is not None:
+            recover(left, held)
+            return True
+        return folder.stat(name) is None
+
+
+def remove_left(folder: Folder, held: list[int], own: str = "") -> None:
+    """What killed saves of this user have left in a folder; what they have begun there is ended."""
+    for name, is_folder in folder.entries():
+        if is_folder and name != own and STAGING.fullmatch(name):
+            try:
+                left = adopt(folder, name)
+            except InUseError:
+                continue
+            if left is not None:
+                recover(left, held)
+
+
+def recover(hidden: Hidden, held: list[int]) -> None:
+    """Ends what a killed save has begun, or removes what it has left."""
+    try:
+        if hidden.name in turn_names(hidden.parent):
+            settle_left(hidden, hidden.parent)
+        hidden.remove(held)
+    finally:
+        hidden.close()
+
+
+def _end_interrupted(folder: Folder, name: str) -> bool:
+    """Whether a save of this very thread, in which a signal's handler saves, was in the way; it is ended then."""
+    for switch in _switches:
+        change = switch.change
+        if switch.complete is None or switch.interrupted or switch.thread != threading.get_ident():
+            continue
+        if change.hidden.identity() == folder.identity(name):
+            change.hidden.is_called(name)
+            switch.complete()
+            switch.interrupted = True
+            clear_away(change.hidden, change.held)
+            return True
+    return False
+
+
+def _rename_one(change: Change, name: str) -> None:
+    while os.path.dirname(name) and change.places.find(os.path.dirname(name)) is None:
+        name = os.path.dirname(name)  # with the folder that is missing
+    folder, base = change.places.of(name)
+    held = folder.held(base)
+    try:
+        change.new.rename(name, folder, base)
+    finally:
+        change.held += held
+    change.published = True
+    if change.durable:
+        folder.sync()
+
+
+def _one_by_one(change: Change) -> None:
+    for path in change.folders:
+        change.folder.mkdirs(path)
+    for name in sorted(change.files, key=_visibility):
+        change.new.rename(name, *change.places.of(name))
+    for name in change.gone:
+        folder, base = change.places.of(name)
+        folder.unlink(base)
+    change.published = True
+    if change.durable:
+        for path in {os.path.dirname(name) for name in (*change.files, *change.gone)}:
+            change.places.of(os.path.join(path, "x"))[0].sync()
+
+
+def _visibility(name: str) -> tuple[int, str]:
+    """An index or a manifest shows its shards, and a single file is looked for before an index: the last to come."""
+    base = os.path.basename(name)
+    shows = base.endswith(".index.json") or base.startswith("fastshard-")
+    return (2 if shows else 1 if name.endswith((".safetensors", ".bin")) else 0), name
+
+
+def published(error: OSError, path: str) -> OSError:
+    """The error of a save whose files stand nevertheless."""
+    reason = error.strerror or str(error)
+    text = f"{path} is in place, but not known to be on stable storage: {reason}"
+    said = OSError(error.errno or errno.EIO, text, error.filename or path)
+    said.published = True  # type: ignore[attr-defined]
+    return said
