@@ -341,7 +341,7 @@ PYBIND11_MODULE(_native, module) {
       .def(
           "finished", [](const SaveHandle& handle) { return handle.save->finished(); }, Released())
       .def(
-          "cancel", [](SaveHandle& handle) { handle.save->cancel(); }, Released())
+          "cancel", [](SaveHandle& handle) { return handle.save->cancel(); }, Released())
       .def(
           "disown_fetches", [](SaveHandle& handle) { handle.save->disown_fetches(false); }, Released())
       .def("fetch", &fetch)

@@ -36,7 +36,7 @@ PYTHON_LAYERS = {
     "base": "settings living loading activity originals",
     "formats": "json_text safetensors torch_archive manifest hf_index file_kinds",
     "engine": """
-        options plan limits borrowed mapped sharing tensors future engine pipeline reading
+        options plan limits borrowed mapped sharing tensors future progress engine pipeline reading
     """,
     "publish": "staging change linking exchanging switching directory in_place staged",
     "api": """

@@ -16,6 +16,9 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
+from safetensors.torch import save_file
+
+import fastshard
 from fastshard.bench import (
     cases,
     ceilings,
@@ -33,9 +36,6 @@ from fastshard.bench.ceilings import CEILINGS
 from fastshard.bench.harness import touch_and_free
 from fastshard.bench.machine import mount_of
 from fastshard.bench.samples import CaseResult, Memory, Row, ratio
-from safetensors.torch import save_file
-
-import fastshard
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--mib", "1", "--rounds", "1", "--no-memory", "--no-disturbance"]

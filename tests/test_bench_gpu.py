@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
 from fastshard.bench import budget, build, gpu
 from fastshard.bench.brief import MOST_LINES, brief
 

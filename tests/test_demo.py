@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastshard.bench import demo
 from safetensors.torch import save_file
+
+from fastshard.bench import demo
 
 
 def test_demo_compares_and_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

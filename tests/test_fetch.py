@@ -182,7 +182,8 @@ def test_pieces_are_brought_by_the_thread_that_waits(new_engine: NewEngine, path
         library(*request)
 
     library = Library([data])
-    future = submit(new_engine(), {path: [fetched(data)]}, fetch)
+    plan = FilePlan(os.fsencode(path), HEADER, [fetched(data)])
+    future = new_engine().submit([plan], keep_alive=None, fetch=fetch, serve=False)
     assert not future.done()
     assert threads == set()
     future.result()

@@ -597,7 +597,6 @@ def save_native(engine: Engine, prepared: object, streams: dict[int, int] | None
         streams=streams or {},
         durable=False,
         fetch=None,
-        description="",
     ).result()
 
 

@@ -32,7 +32,7 @@ try:
         from fastshard.engine.engine import Options
         engine = Engine(Options(threads=threads))
         standing = engine.prepare(FilePlan(os.fsencode(sys.argv[2]), b"new contents", []), 2)
-        engine.submit_prepared(standing, keep_alive=None, streams={}, fetch=None, description="", **options).result()
+        engine.submit_prepared(standing, keep_alive=None, streams={}, fetch=None, **options).result()
     else:
         found["fallbacks"] = save(*sys.argv[2:], **options).fallbacks
 except SaveError as error:
@@ -44,7 +44,7 @@ found["descriptors"] = [
 ]
 if prepared and "errno" in found:
     del os.environ["REFUSE"]
-    engine.submit_prepared(standing, keep_alive=None, streams={}, fetch=None, description="", **options).result()
+    engine.submit_prepared(standing, keep_alive=None, streams={}, fetch=None, **options).result()
     found["again"] = open(sys.argv[2], "rb").read().decode()
     engine.close()
 print(json.dumps(found))

@@ -37,6 +37,7 @@ from safetensors import SafetensorError
 import fastshard
 from fastshard import Engine, Options, SaveError
 from fastshard.engine.plan import HOST, FilePlan, TensorView
+from fastshard.engine.progress import wait_with_bar
 
 MIB = 1 << 20
 TENSORS = {"a": filled((100,)), "b": filled((3, 5), torch.bfloat16, 1)}
@@ -585,7 +586,7 @@ def test_the_bar_shows_the_rate_of_the_whole_save(tmp_path, new_engine, monkeypa
     memory = ctypes.create_string_buffer(MIB)
     future = new_engine().submit([plan_of(tmp_path / "model", memory)], keep_alive=memory)
     time.sleep(0.2)  # the bar comes late, and finds all of it done
-    future.result(progress=True)
+    wait_with_bar(future, "model")
     figures = shown[0]
     rate = figures["rate"] or (figures["n"] - figures["initial"]) / figures["elapsed"]
     assert figures["n"] == figures["total"] == MIB + 4
@@ -827,6 +828,7 @@ def test_exit_of_the_interpreter_right_after_submit(tmp_path):
 import ctypes, os, sys
 from fastshard import Engine
 from fastshard.engine.plan import HOST, FilePlan, TensorView
+from fastshard.engine.progress import wait_with_bar
 memory = ctypes.create_string_buffer(b"z" * (32 << 20), 32 << 20)
 engine = Engine()
 future = engine.submit(

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from fastshard.bench import save, small_saves
-from fastshard.bench.small_saves import Measured
 from helpers import PRELUDE, run_bare
 
 import fastshard
+from fastshard.bench import save, small_saves
+from fastshard.bench.small_saves import Measured
 from fastshard.publish import directory
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]

@@ -202,11 +202,12 @@ void Save::take_checksums() {
   for (const auto& writer : writers_) checksums_.push_back(writer->checksums());
 }
 
-void Save::fail(std::exception_ptr error) {
+// False when it is too late to fail.
+bool Save::fail(std::exception_ptr error) {
   bool abandoned;  // no thread works on it that would come to its end
   {
     const std::lock_guard lock(mutex_);
-    if (ending_) return;
+    if (ending_) return false;
     if (!error_) error_ = std::move(error);
     abandoned = amending_ != Amending::no;
     amending_ = Amending::no;
@@ -214,9 +215,10 @@ void Save::fail(std::exception_ptr error) {
   progress_.stop = true;
   fetches_.abort();
   if (abandoned) finish();
+  return true;
 }
 
-void Save::cancel() { fail(std::make_exception_ptr(Cancelled())); }
+bool Save::cancel() { return fail(std::make_exception_ptr(Cancelled())); }
 
 // Never throws, whatever memory is refused: somebody waits for it.
 void Save::finish() {

@@ -60,8 +60,8 @@ class Save : public std::enable_shared_from_this<Save> {
   bool finished() const;
   // Blocks until the save is finished, however it ends.
   void settle();
-  // Stops as soon as the chunks under way are done; a save that is through with them stays as it is.
-  void cancel();
+  // Stops as soon as the chunks under way are done; a save that is through with them stays as it is. Whether it stops.
+  bool cancel();
   // What this thread, or anybody, took with fetch() will not be brought any more.
   void disown_fetches(bool anybodys) { fetches_.disown(anybodys); }
 
@@ -99,7 +99,7 @@ class Save : public std::enable_shared_from_this<Save> {
   void attempt(const Step& step);
   void describe_files(Stats& stats) const;
   void describe_end(const DeviceUse& use);
-  void fail(std::exception_ptr error);
+  bool fail(std::exception_ptr error);
   void finish();
 
   const std::shared_ptr<const SavePlan> plan_;

@@ -24,7 +24,7 @@ from ..base.activity import count_left
 from ..base.originals import original_of
 from ..engine import tensors as _tensors
 from ..engine.engine import Engine, Options, Stats, engine_for, progress_wanted
-from ..engine.pipeline import encoded_path, keep_stats
+from ..engine.pipeline import counted, encoded_path, finish, keep_stats
 from ..engine.plan import FilePlan
 from ..publish.in_place import LATE, note_made, why_in_place
 from .archive_by_torch import can_replace, new_file, replace_by_torch, sync_folder
@@ -230,10 +230,11 @@ def _write(path: str, skeleton: Skeleton, planned: Plan, how: _How, began: float
             follow_links=True,
             fetch=planned.fetch,
             amend=planned.amend,
+            steps=[counted(_CALL, path)],
             plan_seconds=time.perf_counter() - began,
-            description=os.path.basename(path),
+            serve=False,
         )
-        keep_stats(future.result(progress_wanted(how.progress)), _CALL, path)
+        finish(future, how.progress, os.path.basename(path))
     with contextlib.suppress(OSError):  # others may have moved it already
         note_made(path)
 

@@ -12,7 +12,16 @@ import torch
 
 from ..engine import tensors as _tensors
 from ..engine.engine import Engine, Options, Stats, engine_for
-from ..engine.pipeline import How, PathLike, StateDict, check_filename, encoded_path, finish, lay_out
+from ..engine.pipeline import (
+    How,
+    PathLike,
+    StateDict,
+    check_filename,
+    encoded_path,
+    finish,
+    keep_stats,
+    lay_out,
+)
 from ..engine.plan import FETCHED, FilePlan
 from .sources import Given, Source, source_of
 
@@ -201,6 +210,7 @@ class PreparedSave:
         turn = self._turn
         tensors, bound = self._bind(native, source)
         ordered = [tensors[name] for name in bound.names]
+        filename = os.fspath(self.filename)
         future = self._engine.submit_prepared(
             native,
             keep_alive=ordered,
@@ -208,14 +218,16 @@ class PreparedSave:
             durable=self._how.durable,
             checksums=self._how.checksums,
             fetch=_fetcher(ordered, self._dtype),
-            description=os.path.basename(os.fspath(self.filename)),
+            tensor_names={filename: bound.names} if self._how.checksums else None,
             tag=bound,
         )
         if future is None:
             return None
         self._fetching = FETCHED in bound.devices
         try:
-            return finish(future, progress, {self.filename: bound.entries}, "PreparedSave.save")
+            figures = finish(future, progress, os.path.basename(filename))
+            keep_stats(figures, "PreparedSave.save", filename)
+            return figures
         except CancelledError:
             if self._turn == turn:
                 raise
@@ -288,8 +300,6 @@ class _Bound:
         self.names = [entry.name for entry in entries]
         self.specs = {name: _Spec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         self.devices = {entry.view.device for entry in entries}
-        nothing = torch.empty(0, device="cpu")
-        self.entries = [entry._replace(tensor=nothing) for entry in entries]
         self._keys, self._types = list(tensors), list(map(type, tensors.values()))
         self._complex = any(spec.dtype.is_complex for spec in self.specs.values())
         self._places = self._places_of(tensors)

@@ -21,6 +21,7 @@ from ..base.loading import load
 from ..base.settings import flag
 from . import limits
 from .future import Amend as Amend
+from .future import Fetch as Fetch
 from .future import SaveFuture as SaveFuture
 from .future import save_errors
 from .options import Options as Options
@@ -79,20 +80,27 @@ class Engine:
         keep_cached: bool = True,
         checksums: bool = False,
         follow_links: bool = False,
-        fetch: Callable[[int, int, int, int, int], None] | None = None,
+        fetch: Fetch | None = None,
         amend: Amend | None = None,
+        steps: Sequence[Callable[[SaveFuture], None]] = (),
+        undo: Callable[[], None] | None = None,
+        tensor_names: Mapping[str, Sequence[str]] | None = None,
         plan_seconds: float = 0.0,
-        description: str = "Saving",
+        serve: bool = True,
     ) -> SaveFuture:
         """Starts a save of these files: all of them become visible, or none.
 
         ``streams``: by CUDA ordinal, the stream behind whose present work the copies are ordered. ``fetch``:
-        called as ``fetch(file, item, first_byte, nbytes, address)`` by :meth:`SaveFuture.result` for views on
-        ``plan.FETCHED``; until then such a save occupies a writer. ``amend``: called by :meth:`SaveFuture.result`
-        with the checksums (of each file, of each view), once all is written; what it returns, ``(file, offset,
-        bytes)`` each, is written over that before the files are synced and appear. ``follow_links``: where a path
-        is a symbolic link, the file that it leads to is replaced, and not the link. Raises :class:`SaveError`
-        (no space, no directory, ...) before the first copy.
+        called as ``fetch(file, item, first_byte, nbytes, address)`` for views on ``plan.FETCHED``; until then such a
+        save occupies a writer. ``amend``: called with the checksums (of each file, of each view), once all is
+        written; what it returns, ``(file, offset, bytes)`` each, is written over that before the files are synced
+        and appear. ``steps``: called one after the other with the handle when the files stand, unless an earlier one
+        raised; the save ends with the last one. ``undo``: called at the end, however the save ends, if it was
+        started. ``tensor_names``: of each file, for ``Stats.checksums``. ``follow_links``: where a path is a symbolic
+        link, the file that it leads to is replaced, and not the link.
+
+        ``serve``: a thread of the engine calls these functions; without it whoever waits for the save does. Raises
+        :class:`SaveError` (no space, no directory, ...) before the first copy.
         """
         limits.require_room(files)
 
@@ -113,12 +121,17 @@ class Engine:
                 kept=kept,
                 fetch=fetch,
                 amend=amend,
+                steps=steps,
+                undo=undo,
+                tensor_names=tensor_names,
                 plan_seconds=plan_seconds,
-                description=description,
                 settled=_rest_at_exit,
             )
 
-        return self._submit(start)
+        future = self._submit(start)
+        if serve and (fetch or amend or steps or undo):
+            future.serve()
+        return future
 
     def prepare(self, file: FilePlan, generations: int, tag: object = None) -> _native.Prepared:
         """Makes the standing files of a prepared save (:func:`fastshard.prepare`). Raises as :meth:`submit`,
@@ -137,11 +150,11 @@ class Engine:
         streams: Mapping[int, int],
         durable: bool,
         checksums: bool = False,
-        fetch: Callable[[int, int, int, int, int], None] | None,
-        description: str,
+        fetch: Fetch | None,
+        tensor_names: Mapping[str, Sequence[str]] | None = None,
         tag: object = None,
     ) -> SaveFuture | None:
-        """Starts filling the next generation of a prepared save; as :meth:`submit`.
+        """Starts filling the next generation of a prepared save; as :meth:`submit`, and served by whoever waits.
 
         A save of it that is under way, interrupted by whoever calls this, is cancelled. ``None``, and nothing is done,
         if what is bound has not this tag.
@@ -152,9 +165,7 @@ class Engine:
             save = prepared.submit(dict(streams), durable, checksums, kept, tag)
             if save is None:
                 return None
-            return SaveFuture(
-                save, kept=kept, fetch=fetch, plan_seconds=0.0, description=description, settled=_rest_at_exit
-            )
+            return SaveFuture(save, kept=kept, fetch=fetch, tensor_names=tensor_names, settled=_rest_at_exit)
 
         return self._submit(start)
 
@@ -198,7 +209,7 @@ class Engine:
         for future in self._saves.all():
             if not future.done():
                 with contextlib.suppress(Exception):
-                    future.result()
+                    future.wait()
         if any(not future.done() for future in self._saves.all()):
             return  # one that this call has interrupted; what it uses goes with it
         for prepared in self._prepared.all():

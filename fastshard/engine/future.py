@@ -1,25 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A save under way, as whoever waits for it sees it."""
+"""The handle of a save: what everybody holds who has started one.
+
+A save is a list of steps. The native module copies and writes; where bytes can only come from Python, or are known only
+when all others are in place, it asks for them; then come the steps that its caller has given (names change in a folder, say).
+A thread of the engine serves all that, so that a save ends whether or not anybody waits for it. Whoever waits serves, too,
+and saves that are waited for at once need no thread: what the caller has for itself (its current stream, the signals that
+reach it) then is as in any other call.
+
+Nothing in here is under a lock that a signal handler, interrupting its holder, could wait for: each change is one step
+of the interpreter.
+"""
 
 from __future__ import annotations
 
+import _thread
+import collections
 import contextlib
+import copy
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ..base.loading import load
 from ..errors import SaveError, rewritten
 from .options import Stats
 
 if TYPE_CHECKING:
     from .. import _native
 
+Fetch = Callable[[int, int, int, int, int], None]
 Amend = Callable[[list[list[int]]], list[tuple[int, int, bytes]]]
 _POLL_SECONDS: Final = 0.1
-"""How long Ctrl-C or the progress bar may have to wait."""
+"""How long Ctrl-C may have to wait."""
+_START_SECONDS: Final = 1.0
+"""How long a thread may take to begin."""
+_log: Final = logging.getLogger("fastshard")
+
+
+class Progress(NamedTuple):
+    """How far a save has come, in bytes of its files."""
+
+    nbytes_written: int
+    nbytes: int
 
 
 @contextlib.contextmanager
@@ -32,69 +57,156 @@ def save_errors() -> Iterator[None]:
 
 
 class SaveFuture:
-    """A save under way. Keeps its tensors alive; whoever started it must not change them before the end."""
+    """A save under way, with the methods of ``concurrent.futures.Future``.
+
+    Keeps its tensors alive; whoever started it must not change them before the end. Any thread may use it.
+    """
 
     def __init__(
         self,
         native: _native.Save,
         *,
         kept: list[object],
-        fetch: Callable[[int, int, int, int, int], None] | None,
+        fetch: Fetch | None = None,
         amend: Amend | None = None,
-        plan_seconds: float,
-        description: str,
+        steps: Sequence[Callable[[SaveFuture], None]] = (),
+        undo: Callable[[], None] | None = None,
+        tensor_names: Mapping[str, Sequence[str]] | None = None,
+        plan_seconds: float = 0.0,
         settled: Callable[[], None] = lambda: None,
     ) -> None:
         self._native = native
         self._kept = kept
         self._fetch = fetch
         self._amend = amend
+        self._steps = collections.deque(steps)
+        self._undo = undo
+        self._names = tensor_names or {}
         self._plan_seconds = plan_seconds
-        self._description = description
         self._on_settled = settled
-        self._began = time.time() - plan_seconds
+        self._callbacks: list[Callable[[SaveFuture], object]] = []
+        self.began: Final = time.time() - plan_seconds
+        """When planning began, in seconds since the epoch."""
         self._pid = os.getpid()
-        self._thread = threading.get_ident()
-        self._serving: int | None = None
+        self._starter = threading.get_ident()
+        self._only_native = not steps and undo is None
+        self._serving: list[int] = []
+        """Threads that are in the middle of a step."""
+        self._claims: dict[str, object] = {}
+        """Who does what only one thread may do."""
+        self._served_from: float | None = None
+        """When a thread was started to serve this save."""
+        self._is_served = False
+        """Whether that thread has begun to."""
+        self._stopped = False
+        self._error: BaseException | None = None
         self._settled = False
+        # Free once the save is settled. Taken for no more than a moment then, so nobody is interrupted while holding it.
+        self._gate = _thread.allocate_lock()
+        self._gate.acquire()
 
     def done(self) -> bool:
-        """Whether the files stand, or the save has failed."""
-        return self._native.finished()
+        """Whether the save has ended: the files stand, or it has failed or was cancelled."""
+        return self._settled or (self._only_native and self._native.finished())
 
-    def cancel(self) -> None:
-        """Stops the save; :meth:`result` then raises ``concurrent.futures.CancelledError``."""
-        self._native.cancel()
+    def running(self) -> bool:
+        """Whether the save is under way."""
+        return not self.done()
 
-    def result(self, progress: bool = False) -> Stats:
-        """Waits until the files stand under their names and returns what was done.
+    def cancelled(self) -> bool:
+        """Whether the save was stopped by :meth:`cancel` or by an exception in a waiting thread."""
+        return self.done() and self.wait() and isinstance(self._error, CancelledError)
 
-        Raises :class:`SaveError` for a failed system call and ``RuntimeError`` for a failed device. An
-        exception that arrives meanwhile (Ctrl-C) stops the save, which leaves nothing behind.
+    def cancel(self) -> bool:
+        """Stops the save, which leaves everything as it was; :meth:`result` then raises ``CancelledError``.
+
+        Returns ``False`` where it comes too late: the save has ended, or its files are about to appear.
+        """
+        if self.done():
+            return False
+        stopped = self._native.cancel()
+        if not self._only_native and self._claims.get("end") is None:
+            self._stopped = stopped = True
+        return stopped
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits for the end of the save, ``timeout`` seconds at most, and returns whether it has ended.
+
+        An exception that arrives meanwhile (Ctrl-C) stops the save, which leaves nothing behind.
         """
         self._check_process()
-        if self._serving == threading.get_ident():
+        if threading.get_ident() in self._serving:
             raise RuntimeError("this save waits for the call that has been interrupted by this one")
-        bar: Any = self._bar() if progress else contextlib.nullcontext()
+        end = None if timeout is None else time.monotonic() + timeout
         try:
-            with bar:
-                while not self._wait():
-                    self._check_process()  # a handler may have forked
-                    self._serve()
-                    if progress:
-                        bar.update(self._native.nbytes_written - bar.n)
-                if progress:
-                    bar.update(self._native.nbytes - bar.n)
+            while not self._settled:
+                self._check_process()  # a handler may have forked
+                left = _POLL_SECONDS if end is None else min(_POLL_SECONDS, max(0.0, end - time.monotonic()))
+                self._pass(left)
+                if end is not None and time.monotonic() >= end:
+                    break
         except BaseException:
             if os.getpid() == self._pid:
                 self._stop()
             raise
+        return self._settled
+
+    def result(self, timeout: float | None = None) -> Stats:
+        """Waits until the files stand under their names and returns what was done.
+
+        Raises :class:`SaveError` for a failed system call, ``RuntimeError`` for a failed device,
+        ``concurrent.futures.CancelledError`` if the save was cancelled, ``TimeoutError`` if it has not ended after
+        ``timeout`` seconds (it goes on), and what a step of the save raised. An exception that arrives meanwhile
+        (Ctrl-C) stops the save.
+        """
+        if not self.wait(timeout):
+            raise TimeoutError(f"the save has not ended after {timeout} seconds")
+        error = self._handed_out()
+        try:
+            if error is not None:
+                raise error
         finally:
-            if os.getpid() == self._pid:
-                self._settled = True
-                self._kept.clear()
-                self._on_settled()
+            del error  # its traceback has this frame
         return self.stats
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Waits as :meth:`result` does, and returns what that would raise; ``None`` if the files stand.
+
+        Raises ``CancelledError`` and ``TimeoutError`` as :meth:`result` does.
+        """
+        if not self.wait(timeout):
+            raise TimeoutError(f"the save has not ended after {timeout} seconds")
+        error = self._handed_out()
+        try:
+            if isinstance(error, CancelledError):
+                raise error
+            return error
+        finally:
+            del error
+
+    def _handed_out(self) -> BaseException | None:
+        """The error, of which the handle keeps a copy without its traceback. The frames of that hold the handle, so that
+        only a garbage collection would give back what the frames of the failed call have."""
+        error = self._error
+        if error is not None:
+            try:
+                self._error = copy.copy(error)
+            except Exception:  # it cannot be made with the arguments that it has
+                self._error = RuntimeError(f"the save has failed: {error!r}")
+        return error
+
+    def add_done_callback(self, function: Callable[[SaveFuture], object]) -> None:
+        """Calls ``function(self)`` when the save has ended: in a thread of the engine or one that waits, or at once, here,
+        if it has ended. What it raises is logged."""
+        self._callbacks.append(function)
+        if self._settled:
+            self._call_back()
+        else:
+            self.serve()
+
+    def progress(self) -> Progress:
+        """How far the save has come."""
+        return Progress(self._native.nbytes_written, self._native.nbytes)
 
     def checksums(self) -> list[list[int]]:
         """Of each file, the CRC-32 of each tensor in file order; none unless asked for, or before all is written."""
@@ -105,26 +217,78 @@ class SaveFuture:
         """Figures of the save, final once it is done."""
         figures = self._native.stats()
         figures["seconds"] += self._plan_seconds
-        return Stats(plan_seconds=self._plan_seconds, **figures)
+        checksums = {
+            file: dict(zip(names, values))
+            for (file, names), values in zip(self._names.items(), self.checksums())
+        }
+        return Stats(plan_seconds=self._plan_seconds, checksums=checksums, **figures)
+
+    def serve(self) -> None:
+        """Lets a thread of the engine serve this save, so that it ends without anybody's waiting; once.
+
+        Where no thread is to be had, whoever waits serves it, as without this.
+        """
+        claim = object()
+        if self._claims.setdefault("thread", claim) is not claim:
+            return
+        self._served_from = time.monotonic()
+        try:
+            _thread.start_new_thread(self._serve_until_settled, ())
+        except RuntimeError as error:
+            self._served_from = None
+            _log.warning("a save has to be waited for, as no thread is to be had to serve it: %s", error)
+
+    def needs(self, thread: int) -> bool:
+        """Whether the save cannot end without that thread: it started it, and brings bytes."""
+        return (
+            self._starter == thread
+            and not self._is_served
+            and self._native.fetches
+            and not self._native.finished()
+        )
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise RuntimeError("this save belongs to the parent process")
 
-    def needs(self, thread: int) -> bool:
-        """Whether it cannot end without that thread, which started it and has to bring bytes."""
-        return self._thread == thread and self._native.fetches and not self._native.finished()
+    def _pass(self, seconds: float) -> None:
+        """What a waiting thread does for so long: it serves the save, unless a thread of the engine does."""
+        served = self._is_served
+        if not served and self._served_from is not None:  # the thread has had no memory for its first frame, perhaps
+            served = time.monotonic() < self._served_from + _START_SECONDS
+        if not served:
+            self._advance(seconds)
+        elif self._gate.acquire(timeout=seconds):
+            self._gate.release()
 
-    def _wait(self) -> bool:
-        """Whether the save is finished, after a while. Raises what it failed with."""
+    def _serve_until_settled(self) -> None:
+        self._is_served = True
+        while not self._settled:
+            with contextlib.suppress(BaseException):  # it is the save's, and kept for those who wait
+                self._advance(_POLL_SECONDS)
+
+    def _advance(self, seconds: float) -> None:
+        """Serves what the save asks for in the next ``seconds``, and ends it when all is written."""
+        error = None
         try:
-            return self._native.wait(_POLL_SECONDS)
-        except OSError as error:
-            raise rewritten(error, SaveError) from None
+            written = self._native.wait(seconds)
+        except Exception as raised:
+            if not self._native.finished():
+                raise  # a signal handler's
+            error, written = raised, True
+            if isinstance(error, OSError):
+                error = rewritten(error, SaveError)
+        if not written:
+            return self._bring()
+        try:
+            self._end(error, seconds)
+        finally:
+            del error  # its traceback has this frame
 
-    def _serve(self) -> None:
-        """Brings the bytes only Python can bring, and those that are known last."""
-        before, self._serving = self._serving, threading.get_ident()
+    def _bring(self) -> None:
+        """Brings the bytes that only Python can bring, and those that are known last."""
+        me = threading.get_ident()
+        self._serving.append(me)
         try:
             while request := self._native.fetch():
                 ticket, *what = request
@@ -133,27 +297,69 @@ class SaveFuture:
                 self._native.fetched(ticket)
             if self._amend is not None and self._native.take_amendment():
                 self._native.amend(self._amend(self.checksums()))
+        except BaseException as error:
+            self._error = self._error or error
+            self._native.cancel()
+            self._native.disown_fetches()  # of this thread: an exception has ended what it was bringing
         finally:
-            self._serving = before
+            self._serving.remove(me)
+
+    def _end(self, error: BaseException | None, seconds: float) -> None:
+        """Runs the steps that are left if all went well, and settles the save; or waits while another thread does."""
+        me = threading.get_ident()
+        self._serving.append(me)
+        try:
+            # A thread that finds its own claim was interrupted by an exception in here, and goes on.
+            if self._claims.setdefault("end", me) != me:
+                if self._gate.acquire(timeout=seconds):
+                    self._gate.release()
+                return
+            if self._settled:
+                return
+            self._error = self._error or error
+            try:
+                while self._steps and self._error is None:
+                    if self._stopped:
+                        raise CancelledError("the save was cancelled")
+                    self._steps[0](self)
+                    self._steps.popleft()
+            except BaseException as raised:
+                self._error = raised
+            undo, self._undo = self._undo, None
+            try:
+                if undo is not None:
+                    undo()
+            except BaseException as raised:
+                self._error = self._error or raised
+            self._kept.clear()
+            self._fetch = self._amend = None
+            self._settled = True
+            self._gate.release()
+        finally:
+            self._serving.remove(me)
+        self._on_settled()
+        self._call_back()
+
+    def _call_back(self) -> None:
+        while self._callbacks:
+            with contextlib.suppress(IndexError):  # another thread has taken it
+                function = self._callbacks.pop(0)
+                try:
+                    function(self)
+                except Exception:
+                    _log.exception("a callback of a save has failed")
 
     def _stop(self) -> None:
         """Cancels, and waits until nothing touches the tensors or the files any more."""
+        self._stopped = True
         self._native.cancel()
         self._native.disown_fetches()  # of this thread: an exception has ended what it was bringing
-        while not self._native.finished():
+        while not self._settled:
             with contextlib.suppress(BaseException):
-                self._native.wait(_POLL_SECONDS)
-
-    def _bar(self) -> Any:
-        # No smoothing: the rate is that of the whole save, which began before the bar.
-        bar = load("tqdm.auto").tqdm(
-            total=self._native.nbytes, unit="B", unit_scale=True, desc=self._description, smoothing=0
-        )
-        bar.start_t = self._began
-        return bar
+                self._pass(_POLL_SECONDS)
 
     def __del__(self) -> None:
         # Dropped without waiting: the tensors must not go while they are being read.
         if not getattr(self, "_settled", True) and os.getpid() == self._pid:
             with contextlib.suppress(BaseException):
-                self.result()
+                self.wait()

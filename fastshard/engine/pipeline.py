@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import threading
 import time
@@ -17,8 +16,9 @@ from ..base.activity import count_saved
 from ..errors import SaveError
 from ..formats.safetensors import HeaderTooLarge, header
 from . import tensors as _tensors
-from .engine import Engine, Options, SaveFuture, Stats, engine_for, progress_wanted
-from .plan import FilePlan
+from .engine import Engine, Fetch, Options, SaveFuture, Stats, engine_for, progress_wanted
+from .plan import FETCHED, FilePlan
+from .progress import wait_with_bar
 
 PathLike = str | os.PathLike[str]
 StateDict = dict[str, torch.Tensor]
@@ -45,14 +45,18 @@ def lay_out(
     return entries, head
 
 
-def fetcher(
-    entries_of: list[Entries], dtype: torch.dtype | str | None
-) -> Callable[[int, int, int, int, int], None]:
-    """What brings the bytes only Python can bring, for the entries of each file."""
+def fetcher(entries_of: list[Entries], dtype: torch.dtype | str | None) -> Fetch:
+    """What brings the bytes only Python can bring, for the entries of each file, from any thread: on the streams that are
+    current in this one."""
     target = _tensors.check_dtype(dtype)
+    on_streams = _tensors.on_current_streams(
+        entry.tensor for entries in entries_of for entry in entries if entry.view.device == FETCHED
+    )
 
     def fetch(file: int, item: int, first_byte: int, nbytes: int, address: int) -> None:
-        _tensors.fetch(entries_of[file][item].tensor, first_byte, nbytes, address, target)
+        tensor = entries_of[file][item].tensor
+        with on_streams(tensor):
+            _tensors.fetch(tensor, first_byte, nbytes, address, target)
 
     return fetch
 
@@ -93,21 +97,26 @@ def encoded_path(filename: PathLike) -> bytes:
 
 
 class _Newest:
-    """Figures of the newest save, of each thread and of them all."""
+    """Figures of the newest save: in a list for each thread, and of them all."""
 
     of_thread = threading.local()
     of_all: Stats | None = None
 
 
+def _of_this_thread() -> list[Stats]:
+    """Where the figures of this thread's newest save are kept."""
+    found: list[Stats] = _Newest.of_thread.__dict__.setdefault("newest", [])
+    return found
+
+
 def stats() -> Stats | None:
     """Figures of the newest save this thread has made. In a thread that has made none: of the newest that any thread of
     this process has made; ``None`` before the first. A save counts when it is complete."""
-    found: Stats | None = getattr(_Newest.of_thread, "stats", None)
-    return _Newest.of_all if found is None else found
+    return next(iter(_of_this_thread()), _Newest.of_all)
 
 
 class How(NamedTuple):
-    """The arguments that all doors have; :func:`save_file` describes them."""
+    """The arguments that all public functions have; :func:`save_file` describes them."""
 
     durable: bool = False
     keep_cached: bool = True
@@ -138,44 +147,62 @@ def write_files(
 ) -> None:
     """Writes them all, and waits. ``began``: when planning did, by ``time.perf_counter``."""
     if description is None:
-        description = (
-            os.path.basename(os.fspath(next(iter(plans)))) if len(plans) == 1 else f"{len(plans)} files"
-        )
+        one = os.path.basename(os.fspath(next(iter(plans)))) if len(plans) == 1 else None
+        description = f"{len(plans)} files" if one is None else one
+    finish(start(plans, how, began), how.progress, description)
+
+
+def start(
+    plans: Mapping[PathLike, PlannedFile],
+    how: How,
+    began: float,
+    *,
+    call: str = "save_file",
+    serve: bool = False,
+) -> SaveFuture:
+    """Starts writing them all. ``began``: when planning did, by ``time.perf_counter``; ``call``: the public function,
+    under which the save counts when it is complete; ``serve``: nobody may be going to wait for it."""
     entries_of = [planned.entries for planned in plans.values()]
-    future = engine_for(how.engine).submit(
+    devices = {entry.view.device for entries in entries_of for entry in entries}
+    names = {
+        os.fspath(filename): [entry.name for entry in planned.entries]
+        for filename, planned in plans.items()
+        if how.checksums
+    }
+    return engine_for(how.engine).submit(
         [planned.file for planned in plans.values()],
         keep_alive=entries_of,
-        streams=_tensors.streams_for([entry for entries in entries_of for entry in entries]),
+        streams=_tensors.current_streams(devices),
         durable=how.durable,
         keep_cached=how.keep_cached,
         checksums=how.checksums,
-        fetch=fetcher(entries_of, how.dtype),
+        fetch=fetcher(entries_of, how.dtype) if FETCHED in devices else None,
+        steps=[counted(call, next(iter(plans), ""))],
+        tensor_names=names,
         plan_seconds=time.perf_counter() - began,
-        description=description,
+        serve=serve,
     )
-    files = {name: planned.entries for name, planned in plans.items()}
-    finish(future, how.progress, files)
 
 
-def finish(
-    future: SaveFuture,
-    progress: bool | None,
-    files: Mapping[PathLike, Entries],
-    call: str = "save_file",
-) -> Stats:
-    """Waits for a save, and keeps its figures for :func:`stats`. ``call``: the public function."""
-    figures = future.result(progress_wanted(progress))
-    checksums = {
-        os.fspath(filename): {entry.name: value for entry, value in zip(entries, values)}
-        for (filename, entries), values in zip(files.items(), future.checksums())
-    }
-    if checksums:
-        figures = dataclasses.replace(figures, checksums=checksums)
-    return keep_stats(figures, call, next(iter(files), ""))
+def finish(future: SaveFuture, progress: bool | None, description: str) -> Stats:
+    """Waits for a save, with a bar if one is wanted, and returns its figures."""
+    if progress_wanted(progress):
+        wait_with_bar(future, description)
+    return future.result()
 
 
-def keep_stats(figures: Stats, call: str, place: object) -> Stats:
-    """Keeps them for :func:`stats`, and counts the save of the public function ``call``."""
-    _Newest.of_thread.stats = _Newest.of_all = figures
+def counted(call: str, place: object) -> Callable[[SaveFuture], None]:
+    """The last step of a save that this thread starts: it is counted as one of the public function ``call``."""
+    of_starter = _of_this_thread()
+    return lambda future: _keep(future.stats, call, place, of_starter)
+
+
+def keep_stats(figures: Stats, call: str, place: object) -> None:
+    """The same for a save that this thread has made itself."""
+    _keep(figures, call, place, _of_this_thread())
+
+
+def _keep(figures: Stats, call: str, place: object, of_starter: list[Stats]) -> None:
+    of_starter[:] = [figures]
+    _Newest.of_all = figures
     count_saved(call, place, figures.files, figures.nbytes, figures.seconds)
-    return figures

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -277,16 +277,12 @@ def check_format(entries: list[Entry]) -> None:
             )
 
 
-def streams_for(entries: list[Entry]) -> dict[int, int]:
-    """Handle of the current stream of every CUDA device in there: the copies run behind what it holds now.
+def current_streams(devices: Iterable[int]) -> dict[int, int]:
+    """Handle of the current stream of every CUDA device among these device numbers of views: the copies run behind what
+    it holds now.
 
     Raises ``RuntimeError`` while such a stream is being captured into a graph.
     """
-    return current_streams(entry.view.device for entry in entries)
-
-
-def current_streams(devices: Iterable[int]) -> dict[int, int]:
-    """The same for device numbers of views, of which only CUDA ordinals count."""
     streams = {}
     for ordinal in sorted({device for device in devices if device >= 0}):
         stream = torch.cuda.current_stream(ordinal)
@@ -297,6 +293,28 @@ def current_streams(devices: Iterable[int]) -> dict[int, int]:
                 )
         streams[ordinal] = stream.cuda_stream
     return streams
+
+
+def on_current_streams(
+    tensors: Iterable[torch.Tensor],
+) -> Callable[[torch.Tensor], contextlib.AbstractContextManager[object]]:
+    """Makes work on a tensor, in whatever thread, run on the stream that is current for its device in this thread, now:
+    behind what it holds. Devices without streams have nothing to wait for."""
+    streams: dict[torch.device, Any] = {}
+    for device in {tensor.device for tensor in tensors}:
+        backend = getattr(torch, device.type, None)
+        if backend is not None and hasattr(backend, "current_stream") and backend.is_available():
+            streams[device] = backend.stream, backend.current_stream(device)
+
+    def on_stream(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+        found = streams.get(tensor.device)
+        if found is None:
+            return contextlib.nullcontext()
+        enter, stream = found
+        context: contextlib.AbstractContextManager[object] = enter(stream)
+        return context
+
+    return on_stream
 
 
 def copy_from(tensor: torch.Tensor, packed: memoryview) -> None:

@@ -263,10 +263,11 @@ def _write(outputs: Iterable[_Output], stage: str, how: How, description: str) -
             durable=how.durable,
             keep_cached=how.keep_cached,
             fetch=fetch,
+            steps=[pipeline.counted("save_file", "")],
             plan_seconds=time.perf_counter() - began,
-            description=description,
+            serve=False,
         )
-        pipeline.finish(future, how.progress, {})
+        pipeline.finish(future, how.progress, description)
 
 
 def _batch(outputs: Iterator[_Output]) -> Iterator[_Output]:
