@@ -332,6 +332,23 @@ def test_ctrl_c_in_the_waiting_thread(new_engine: NewEngine, path: Path, gate: G
     assert path.read_bytes() == b"old" and names(path.parent) == [path.name]
 
 
+@pytest.mark.parametrize("serve", [False, True])
+def test_an_error_is_explained_before_anybody_sees_it(new_engine: NewEngine, path: Path, serve: bool) -> None:
+    def explain(error: BaseException) -> None:
+        error.args = ("explained",)
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a hidden name")
+
+    seen: list[object] = []
+    future = start(new_engine(), path, serve=serve, fetch=fail, explain=explain)
+    future.wait()
+    future.add_done_callback(lambda future: seen.append(str(future.exception())))
+    with pytest.raises(ZeroDivisionError, match="explained"):
+        future.result()
+    assert seen == ["explained"]
+
+
 # What is counted, and where Python's bytes come from ------------------------------------------------------
 
 
@@ -370,13 +387,12 @@ def test_pieces_are_brought_on_the_starters_stream(monkeypatch: pytest.MonkeyPat
         stream=stream,
     )
     monkeypatch.setattr(torch, "xpu", backend)
-    tensor: Any = types.SimpleNamespace(device=torch.device("xpu", 0))
-    on_host: Any = types.SimpleNamespace(device=torch.device("cpu"))
+    xpu, cpu = torch.device("xpu", 0), torch.device("cpu")
     current.stream = "the starter's"
-    on_streams = tensors.on_current_streams([tensor, on_host])
+    on_streams = tensors.on_current_streams([xpu, cpu])
 
     def elsewhere() -> None:
-        with on_streams(tensor), on_streams(on_host):
+        with on_streams(xpu), on_streams(cpu):
             pass
 
     thread = threading.Thread(target=elsewhere)

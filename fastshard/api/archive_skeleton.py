@@ -275,10 +275,17 @@ def plan(skeleton: Skeleton) -> Plan:
 
 
 def _fetcher(held: Sequence[Held]) -> Callable[[int, int, int, int, int], None]:
+    on_streams = _tensors.on_current_streams(
+        one.device
+        for one in held
+        if not isinstance(one, bytes) and _tensors.device_number(one.device) == FETCHED
+    )
+
     def fetch(file: int, item: int, first_byte: int, nbytes: int, address: int) -> None:
         storage = held[item // 2]
-        data = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-        _tensors.fetch(data, first_byte, nbytes, address)
+        with on_streams(storage.device):
+            data = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+            _tensors.fetch(data, first_byte, nbytes, address)
 
     return fetch
 

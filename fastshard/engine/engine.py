@@ -84,6 +84,7 @@ class Engine:
         amend: Amend | None = None,
         steps: Sequence[Callable[[SaveFuture], None]] = (),
         undo: Callable[[], None] | None = None,
+        explain: Callable[[BaseException], None] | None = None,
         tensor_names: Mapping[str, Sequence[str]] | None = None,
         plan_seconds: float = 0.0,
         serve: bool = True,
@@ -96,7 +97,8 @@ class Engine:
         written; what it returns, ``(file, offset, bytes)`` each, is written over that before the files are synced
         and appear. ``steps``: called one after the other with the handle when the files stand, unless an earlier one
         raised; the save ends with the last one. ``undo``: called at the end, however the save ends, if it was
-        started. ``tensor_names``: of each file, for ``Stats.checksums``. ``follow_links``: where a path is a symbolic
+        started. ``explain``: changes an error of the save, what it says or names, before anybody sees it.
+        ``tensor_names``: of each file, for ``Stats.checksums``. ``follow_links``: where a path is a symbolic
         link, the file that it leads to is replaced, and not the link.
 
         ``serve``: a thread of the engine calls these functions; without it whoever waits for the save does. Raises
@@ -123,6 +125,7 @@ class Engine:
                 amend=amend,
                 steps=steps,
                 undo=undo,
+                explain=explain,
                 tensor_names=tensor_names,
                 plan_seconds=plan_seconds,
                 settled=_rest_at_exit,

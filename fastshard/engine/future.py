@@ -71,6 +71,7 @@ class SaveFuture:
         amend: Amend | None = None,
         steps: Sequence[Callable[[SaveFuture], None]] = (),
         undo: Callable[[], None] | None = None,
+        explain: Callable[[BaseException], None] | None = None,
         tensor_names: Mapping[str, Sequence[str]] | None = None,
         plan_seconds: float = 0.0,
         settled: Callable[[], None] = lambda: None,
@@ -81,6 +82,7 @@ class SaveFuture:
         self._amend = amend
         self._steps = collections.deque(steps)
         self._undo = undo
+        self._explain = explain
         self._names = tensor_names or {}
         self._plan_seconds = plan_seconds
         self._on_settled = settled
@@ -254,7 +256,9 @@ class SaveFuture:
     def _pass(self, seconds: float) -> None:
         """What a waiting thread does for so long: it serves the save, unless a thread of the engine does."""
         served = self._is_served
-        if not served and self._served_from is not None:  # the thread has had no memory for its first frame, perhaps
+        if (
+            not served and self._served_from is not None
+        ):  # the thread has had no memory for its first frame, perhaps
             served = time.monotonic() < self._served_from + _START_SECONDS
         if not served:
             self._advance(seconds)
@@ -331,8 +335,10 @@ class SaveFuture:
                     undo()
             except BaseException as raised:
                 self._error = self._error or raised
+            if self._explain is not None and self._error is not None:
+                self._explain(self._error)
             self._kept.clear()
-            self._fetch = self._amend = None
+            self._fetch = self._amend = self._explain = None
             self._settled = True
             self._gate.release()
         finally:

@@ -50,12 +50,12 @@ def fetcher(entries_of: list[Entries], dtype: torch.dtype | str | None) -> Fetch
     current in this one."""
     target = _tensors.check_dtype(dtype)
     on_streams = _tensors.on_current_streams(
-        entry.tensor for entries in entries_of for entry in entries if entry.view.device == FETCHED
+        entry.tensor.device for entries in entries_of for entry in entries if entry.view.device == FETCHED
     )
 
     def fetch(file: int, item: int, first_byte: int, nbytes: int, address: int) -> None:
         tensor = entries_of[file][item].tensor
-        with on_streams(tensor):
+        with on_streams(tensor.device):
             _tensors.fetch(tensor, first_byte, nbytes, address, target)
 
     return fetch

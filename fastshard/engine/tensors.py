@@ -296,18 +296,18 @@ def current_streams(devices: Iterable[int]) -> dict[int, int]:
 
 
 def on_current_streams(
-    tensors: Iterable[torch.Tensor],
-) -> Callable[[torch.Tensor], contextlib.AbstractContextManager[object]]:
-    """Makes work on a tensor, in whatever thread, run on the stream that is current for its device in this thread, now:
-    behind what it holds. Devices without streams have nothing to wait for."""
+    devices: Iterable[torch.device],
+) -> Callable[[torch.device], contextlib.AbstractContextManager[object]]:
+    """Makes work on these devices, in whatever thread, run on the stream that is current for the device in this thread,
+    now: behind what it holds. Devices without streams have nothing to wait for."""
     streams: dict[torch.device, Any] = {}
-    for device in {tensor.device for tensor in tensors}:
+    for device in set(devices):
         backend = getattr(torch, device.type, None)
         if backend is not None and hasattr(backend, "current_stream") and backend.is_available():
             streams[device] = backend.stream, backend.current_stream(device)
 
-    def on_stream(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-        found = streams.get(tensor.device)
+    def on_stream(device: torch.device) -> contextlib.AbstractContextManager[object]:
+        found = streams.get(device)
         if found is None:
             return contextlib.nullcontext()
         enter, stream = found
