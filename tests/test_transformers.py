@@ -165,7 +165,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastshard.publish.staged.write_files", full)
+        patch.setattr("fastshard.publish.staged.start", full)
         with pytest.raises(OSError, match="No space"):
             other.save_pretrained(tmp_path, max_shard_size="10KB")
     assert files_of(tmp_path) == before

@@ -23,6 +23,7 @@ from . import limits
 from .future import Amend as Amend
 from .future import Fetch as Fetch
 from .future import SaveFuture as SaveFuture
+from .future import Step as Step
 from .future import save_errors
 from .options import Options as Options
 from .options import Stats as Stats
@@ -82,7 +83,7 @@ class Engine:
         follow_links: bool = False,
         fetch: Fetch | None = None,
         amend: Amend | None = None,
-        steps: Sequence[Callable[[SaveFuture], None]] = (),
+        steps: Sequence[Step] = (),
         undo: Callable[[], None] | None = None,
         explain: Callable[[BaseException], None] | None = None,
         tensor_names: Mapping[str, Sequence[str]] | None = None,

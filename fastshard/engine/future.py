@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Fetch = Callable[[int, int, int, int, int], None]
 Amend = Callable[[list[list[int]]], list[tuple[int, int, bytes]]]
+Step = Callable[["SaveFuture"], None]
 _POLL_SECONDS: Final = 0.1
 """How long Ctrl-C may have to wait."""
 _START_SECONDS: Final = 1.0
@@ -69,7 +70,7 @@ class SaveFuture:
         kept: list[object],
         fetch: Fetch | None = None,
         amend: Amend | None = None,
-        steps: Sequence[Callable[[SaveFuture], None]] = (),
+        steps: Sequence[Step] = (),
         undo: Callable[[], None] | None = None,
         explain: Callable[[BaseException], None] | None = None,
         tensor_names: Mapping[str, Sequence[str]] | None = None,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from ..base.activity import count_saved
 from ..errors import SaveError
 from ..formats.safetensors import HeaderTooLarge, header
 from . import tensors as _tensors
-from .engine import Engine, Fetch, Options, SaveFuture, Stats, engine_for, progress_wanted
+from .engine import Engine, Fetch, Options, SaveFuture, Stats, Step, engine_for, progress_wanted
 from .plan import FETCHED, FilePlan
 from .progress import wait_with_bar
 
@@ -158,10 +158,14 @@ def start(
     began: float,
     *,
     call: str = "save_file",
+    steps: Sequence[Step] = (),
+    undo: Callable[[], None] | None = None,
+    explain: Callable[[BaseException], None] | None = None,
     serve: bool = False,
 ) -> SaveFuture:
     """Starts writing them all. ``began``: when planning did, by ``time.perf_counter``; ``call``: the public function,
-    under which the save counts when it is complete; ``serve``: nobody may be going to wait for it."""
+    under which the save counts when it is complete; ``serve``: nobody may be going to wait for it. ``steps``, ``undo``
+    and ``explain``: as for :meth:`fastshard.Engine.submit`."""
     entries_of = [planned.entries for planned in plans.values()]
     devices = {entry.view.device for entries in entries_of for entry in entries}
     names = {
@@ -177,7 +181,9 @@ def start(
         keep_cached=how.keep_cached,
         checksums=how.checksums,
         fetch=fetcher(entries_of, how.dtype) if FETCHED in devices else None,
-        steps=[counted(call, next(iter(plans), ""))],
+        steps=[*steps, counted(call, next(iter(plans)))] if plans else steps,
+        undo=undo,
+        explain=explain,
         tensor_names=names,
         plan_seconds=time.perf_counter() - began,
         serve=serve,
@@ -186,12 +192,12 @@ def start(
 
 def finish(future: SaveFuture, progress: bool | None, description: str) -> Stats:
     """Waits for a save, with a bar if one is wanted, and returns its figures."""
-    if progress_wanted(progress):
+    if progress_wanted(progress) and future.progress().nbytes:
         wait_with_bar(future, description)
     return future.result()
 
 
-def counted(call: str, place: object) -> Callable[[SaveFuture], None]:
+def counted(call: str, place: object) -> Step:
     """The last step of a save that this thread starts: it is counted as one of the public function ``call``."""
     of_starter = _of_this_thread()
     return lambda future: _keep(future.stats, call, place, of_starter)

@@ -33,7 +33,7 @@ from .staging import (
 )
 from .switching import Switch, published, remove_left, turn_names, wait_for_turn
 
-__all__ = ["creating", "final_places", "replacing", "scratch_of", "sync", "was_left"]
+__all__ = ["Replacement", "creating", "final_places", "replacing", "scratch_of", "sync", "was_left"]
 
 _WAIT_SECONDS: Final = 60.0
 _MOST_TRIES: Final = 20
@@ -61,64 +61,94 @@ def replacing(
     in the place of a file, and other ``OSError``; their ``filename`` is that of the final place. One that has
     ``published`` was raised when the new files stood.
     """
-    with _staged(directory, create, durable) as staging:
-        with _nothing_stands():
-            yield staging.path
-        staging.publish(stale, frozenset(obsolete))
+    change = Replacement(directory, stale, obsolete=obsolete, create=create, durable=durable)
+    with change:
+        yield change.path
+        change.publish()
 
 
 @contextlib.contextmanager
 def creating(directory: str, *, durable: bool = False) -> Iterator[str]:
     """As :func:`replacing`, for a ``directory`` that is missing or empty; folders in it may be, too."""
-    with _staged(os.path.realpath(directory), True, durable) as staging:
-        with _nothing_stands():
-            yield staging.path
-        staging.publish(lambda name: False, frozenset(), must_be_empty=True)
+    change = Replacement(os.path.realpath(directory), create=True, durable=durable, must_be_empty=True)
+    with change:
+        yield change.path
+        change.publish()
+
+
+class Replacement:
+    """What :func:`replacing` does, step by step: files are made in the hidden directory :attr:`path`, :meth:`publish`
+    puts them in place, and :meth:`close` gives back what was needed, whether they were put in place or not.
+
+    As a context manager it closes, and explains what is raised. Raises as :func:`replacing`.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        stale: Callable[[str], bool] = lambda name: False,
+        *,
+        obsolete: Iterable[str] = (),
+        create: bool = False,
+        durable: bool = False,
+        must_be_empty: bool = False,
+    ) -> None:
+        self._directory = directory
+        self._what = stale, frozenset(obsolete), must_be_empty
+        self._publishing = False
+        try:
+            _wait_for_space(directory)
+            self._staging = _Staging(directory, create, durable)
+        except Exception as error:
+            self.explain(error)
+            raise
+        self.path: Final = self._staging.path
+
+    def publish(self) -> None:
+        """All files appear at once."""
+        self._publishing = True
+        self._staging.publish(*self._what)
+
+    def close(self) -> None:
+        """Removes what is hidden."""
+        self._staging.close()
+
+    def explain(self, error: BaseException) -> None:
+        """Lets an error name final places; and it says that files stand only if they do where they were to."""
+        if isinstance(error, OSError):
+            if getattr(error, "published", False) and not self._publishing:  # in the hidden directory
+                error.published = False  # type: ignore[attr-defined]
+                if error.errno is not None:
+                    error.strerror = os.strerror(error.errno)
+            for attribute in ("filename", "filename2"):
+                path = getattr(error, attribute)
+                path = os.fspath(path) if isinstance(path, os.PathLike) else path
+                if isinstance(path, bytes):
+                    setattr(error, attribute, os.fsencode(final_places(os.fsdecode(path))))
+                elif isinstance(path, str):
+                    setattr(error, attribute, final_places(path))
+            if error.errno is not None and not isinstance(error.filename, (str, bytes, os.PathLike)):
+                error.filename = self._directory  # it was about an open file, which does not know its name
+        elif isinstance(error, Exception):
+            error.args = tuple(final_places(said) if isinstance(said, str) else said for said in error.args)
+
+    def __enter__(self) -> Replacement:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self.explain(error)
+        try:
+            self.close()
+        except Exception as failed:
+            self.explain(failed)
+            raise
 
 
 def scratch_of(path: str) -> str:
     """The hidden folder that :func:`replacing` gave ``path`` in: what is left in there goes, too."""
     *_, found = STAGING.finditer(path)
     return path[: found.end()]
-
-
-@contextlib.contextmanager
-def _nothing_stands() -> Iterator[None]:
-    """A file of the hidden directory may stand there when its save fails; nothing of it is in place."""
-    try:
-        yield
-    except OSError as error:
-        if getattr(error, "published", False):
-            error.published = False  # type: ignore[attr-defined]
-            if error.errno is not None:
-                error.strerror = os.strerror(error.errno)
-        raise
-
-
-@contextlib.contextmanager
-def _staged(directory: str, create: bool, durable: bool) -> Iterator[_Staging]:
-    """Errors in the block name final places."""
-    _wait_for_space(directory)
-    try:
-        staging = _Staging(directory, create, durable)
-        try:
-            yield staging
-        finally:
-            staging.close()
-    except OSError as error:
-        for attribute in ("filename", "filename2"):
-            path = getattr(error, attribute)
-            path = os.fspath(path) if isinstance(path, os.PathLike) else path
-            if isinstance(path, bytes):
-                setattr(error, attribute, os.fsencode(final_places(os.fsdecode(path))))
-            elif isinstance(path, str):
-                setattr(error, attribute, final_places(path))
-        if error.errno is not None and not isinstance(error.filename, (str, bytes, os.PathLike)):
-            error.filename = directory  # it was about an open file, which does not know its name
-        raise
-    except Exception as error:
-        error.args = tuple(final_places(said) if isinstance(said, str) else said for said in error.args)
-        raise
 
 
 class _Staging:
@@ -202,9 +232,12 @@ class _Staging:
             if error.errno not in _APPEARED:
                 raise
             # Others have made it meanwhile, and it is not empty.
-            with _staged(self.directory, True, self.durable) as other:
+            other = _Staging(self.directory, True, self.durable)
+            try:
                 self.hidden.rename(self.inner, other.hidden, other.inner)
                 other.publish(stale, obsolete, must_be_empty)
+            finally:
+                other.close()
             return
         if self.durable:
             try:

@@ -15,15 +15,16 @@ import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from typing import Final
+from typing import Any, Final
 
 import torch
 
 from ..base.activity import one_save
+from ..engine.engine import SaveFuture
 from ..engine.mapped import lies_in_file
-from ..engine.pipeline import How, PathLike, PlannedFile, StateDict, plan_file, write_files
+from ..engine.pipeline import How, PathLike, PlannedFile, StateDict, finish, plan_file, start, write_files
 from ..engine.sharing import storage_of
-from .directory import final_places, replacing, scratch_of, was_left
+from .directory import Replacement, final_places, scratch_of, was_left
 from .staging import Named
 
 DESCRIPTION: Final = "Saving checkpoint shards"
@@ -78,14 +79,16 @@ class Stage:
         self._unseen = []
 
     def write(self) -> None:
-        """Writes what was added, in parallel."""
-        if not self._files:
-            return
-        assert self._began is not None
+        """Writes what was added, in parallel, and waits."""
+        if self._files:
+            finish(self.start(), self._how.progress, DESCRIPTION)
+
+    def start(self, **steps: Any) -> SaveFuture:
+        """Starts writing what was added; ``steps`` as for :func:`fastshard.engine.pipeline.start`."""
         files, began = self._files, self._began
         self._files, self._temporary, self._began = {}, {}, None
         self._unseen, self._nbytes = [], 0
-        write_files(files, self._how, began, DESCRIPTION)
+        return start(files, self._how, time.perf_counter() if began is None else began, **steps)
 
     def holds(self, filename: object) -> bool:
         """Whether a file of this name belongs to the checkpoint."""
@@ -122,19 +125,23 @@ def staged(
     names: set[str] = set()
     obsolete = stale or (lambda name: _other_files_of(names, name))
     held: list[logging.LogRecord] = []
-    with (
-        one_save(call, directory),
-        replacing(directory, obsolete, create=create, durable=how.durable) as path,
-    ):
-        stage = _running.stage = Stage(path, how)
-        try:
-            with _held_back(loggers, path, held):
-                yield stage
-        finally:
-            _running.stage = outer
-        names |= stage.weights()
-        preferred = _preferred(directory, names)
-        stage.write()
+    with one_save(call, directory):
+        change = Replacement(directory, obsolete, create=create, durable=how.durable)
+        with contextlib.ExitStack() as unless_started:
+            unless_started.enter_context(change)
+            stage = _running.stage = Stage(change.path, how)
+            try:
+                with _held_back(loggers, change.path, held):
+                    yield stage
+            finally:
+                _running.stage = outer
+            names |= stage.weights()
+            preferred = _preferred(directory, names)
+            future = stage.start(
+                steps=[lambda _: change.publish()], undo=change.close, explain=change.explain
+            )
+            unless_started.pop_all()
+        finish(future, how.progress, DESCRIPTION)
     for record in held:
         logging.getLogger(record.name).handle(record)
     for name in preferred:
