@@ -103,6 +103,7 @@ _WIDTHS += (
     "decoder_hidden_size",
     "feature_size",
     "emb_dim",
+    "audio_hidden_size",
 )
 _WIDE = (
     "intermediate_size",
@@ -296,21 +297,21 @@ def _shorten(config: Any, before: object, layers: object, small: dict[str, int])
             }
 
 
-def _is_read_again(config: Any) -> bool:
+def _read_again(config: Any) -> Any:
+    """``None``: it cannot be read. What is read may be another: values that follow from others are reckoned then."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             config.save_pretrained(folder)
-            transformers.AutoConfig.from_pretrained(folder)
+            return transformers.AutoConfig.from_pretrained(folder)
         except TimeoutError:
             raise
         except Exception:
-            return False
-    return True
+            return None
 
 
 def make(kind: str) -> Any:
-    """A small model, if possible one whose configuration can be read again. Raises ``LookupError`` with the reason if
-    none can be made."""
+    """A small model, if possible as its configuration has it when it is read again: of another, transformers could not
+    load what it saves. Raises ``LookupError`` with the reason if none can be made."""
     reason = "no class for its configuration"
     second = None
     for complete, (names, times) in (
@@ -321,6 +322,7 @@ def make(kind: str) -> Any:
             config = transformers.AutoConfig.for_model(kind)
             _shrink(config, names, times, complete)
             classes = _classes_of(config)
+            read = _read_again(config)
         except TimeoutError:
             raise
         except Exception as error:
@@ -329,15 +331,15 @@ def make(kind: str) -> Any:
         for cls in classes:
             try:
                 with torch.device("meta"):
-                    count = sum(p.numel() for p in cls(config).parameters())
+                    count = sum(p.numel() for p in cls(read or config).parameters())
                 if count > MOST_PARAMETERS:
                     reason = f"{count / 1e6:.0f} million parameters"
                     continue
                 torch.manual_seed(0)
-                if not _is_read_again(config):
+                if read is None:
                     second = second or (cls, config)
                     continue
-                return cls(config).eval()
+                return cls(read).eval()
             except TimeoutError:
                 raise
             except Exception as error:

@@ -100,9 +100,9 @@ class ModelPlan:
         if place is None:
             return None
         split = self._split_of_parameter(place.parameters[0])
-        whole = tuple(self._parameters[place.parameters[0]].shape)
-        if not place.operations and tuple(shape) != whole:
-            raise ValueError(f"{name} has shape {list(shape)}, {self._name} has {list(whole)}")
+        wholes = [tuple(self._parameters[parameter].shape) for parameter in place.parameters]
+        if not place.operations and tuple(shape) != wholes[0]:
+            raise ValueError(f"{name} has shape {list(shape)}, {self._name} has {list(wholes[0])}")
         for other in place.parameters[1:]:
             if self._split_of_parameter(other) != split:
                 raise ValueError(
@@ -112,7 +112,7 @@ class ModelPlan:
             return None
         for parameter in place.parameters:
             self._check_heads(parameter, ranks)
-        followed = _followed(split, whole, place, tuple(shape))
+        followed = _followed(split, wholes, place, tuple(shape))
         if followed is None:
             kinds = [type(operation).__name__ for operation in place.operations]
             raise ValueError(
@@ -182,21 +182,25 @@ class ModelPlan:
                 )
 
 
-def _followed(split: Split, whole: tuple[int, ...], place: _Place, shape: tuple[int, ...]) -> Split | None:
-    """How a tensor of this shape is split that becomes a parameter of shape ``whole`` with that split; ``None``: by
+def _followed(
+    split: Split, wholes: Sequence[tuple[int, ...]], place: _Place, shape: tuple[int, ...]
+) -> Split | None:
+    """How a tensor of this shape is split that becomes parameters of shapes ``wholes`` with that split; ``None``: by
     operations that no slice can be followed through.
 
-    Backwards through transformers' operations, from the parameter to what lies in the file.
+    Backwards through transformers' operations, from the parameters to what lies in the file.
     """
-    dim, groups, sizes = split.dim, split.groups, list(whole)
+    dim, groups, sizes = split.dim, split.groups, list(wholes[0])
     joined: int | None = None
     """The dimension in which this tensor is one of several, of whatever sizes."""
+    pieces: list[int] = []
+    """What the tensor is cut into in the dimension that is split."""
     for operation in reversed(place.operations):
         kind = type(operation).__name__
         if getattr(operation, "num_shards_attribute", None):
             return None
         at = getattr(operation, "dim", 0) % len(sizes)
-        if kind == "Concatenate" and joined is None:
+        if kind == "Concatenate" and joined is None and not (pieces and dim == at):
             # Packed tensors that are put together from their groups: each of them is a group.
             groups = 1 if dim == at else groups
             joined = at
@@ -206,9 +210,16 @@ def _followed(split: Split, whole: tuple[int, ...], place: _Place, shape: tuple[
             del sizes[0]
             if joined is not None and joined < 0:
                 return None
-        elif kind == "Chunk" and len(place.parameters) > 1:
-            groups *= len(place.parameters) if dim == at else 1
-            sizes[at] *= len(place.parameters)
+        elif kind in ("Chunk", "Split") and len(wholes) > 1:
+            cut = [sizes[at]] * len(wholes)
+            if len(set(wholes)) > 1:
+                cut = [whole[at] for whole in wholes]
+                alike = {(*whole[:at], *whole[at + 1 :]) for whole in wholes}
+                # The sizes are those of the parameters as the model has them, so nothing may follow.
+                if kind == "Chunk" or len(alike) > 1 or operation is not place.operations[-1]:
+                    return None
+            pieces = cut if dim == at else pieces
+            sizes[at] = sum(cut)
         elif kind == "Transpose":
             first, second = operation.dim0 % len(sizes), operation.dim1 % len(sizes)
             if operation.check_dims and shape == tuple(sizes):
@@ -223,7 +234,11 @@ def _followed(split: Split, whole: tuple[int, ...], place: _Place, shape: tuple[
         return None
     if any(size != known for at, (size, known) in enumerate(zip(shape, sizes)) if at != joined):
         return None
-    return Split(dim, groups)
+    if len(set(pieces)) > 1:
+        return Split(
+            dim, groups * len(pieces), tuple(piece // groups for piece in pieces for _ in range(groups))
+        )
+    return Split(dim, groups * max(1, len(pieces)))
 
 
 def _on_meta(folder: str) -> Iterator[Any]:

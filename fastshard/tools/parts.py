@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -75,17 +76,17 @@ class Part(NamedTuple):
     """By rank, of the dimension that is split; none where there is none."""
     row_nbytes: int
     """From one index of the dimensions before it to the next."""
-    run_nbytes: int
-    """Of one interval."""
+    runs: list[int]
+    """Bytes of each interval."""
 
     @staticmethod
     def of(tensor: StoredTensor, split: Split | None, ranks: int) -> Part:
         if split is None:
-            return Part(tensor, None, [], 0, 0)
+            return Part(tensor, None, [], 0, [])
         intervals = slices(tensor.name, tensor.shape, split, ranks)
-        begin, end = intervals[0][0]
-        row, run = _nbytes(tensor, split.dim, (tensor.shape[split.dim], end - begin))
-        return Part(tensor, split, intervals, row, run)
+        lengths = [end - begin for begin, end in intervals[0]]
+        row, *runs = _nbytes(tensor, split.dim, (tensor.shape[split.dim], *lengths))
+        return Part(tensor, split, intervals, row, runs)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -103,16 +104,31 @@ class Part(NamedTuple):
     def entry(self) -> tuple[str, str, tuple[int, ...], int]:
         return self.tensor.name, self.tensor.code, self.shape, self.nbytes
 
-    def view(self, address: int, rank: int) -> TensorView:
+    def views(self, address: int, rank: int) -> list[TensorView]:
+        """What lies one behind the other in the rank's file, of a tensor that is mapped there."""
         if self.split is None or self.nbytes == 0:
-            return TensorView(address, self.nbytes, HOST)
+            return [TensorView(address, self.nbytes, HOST)]
         outer = math.prod(self.tensor.shape[: self.split.dim])
         groups = self.split.groups
-        address += rank * self.run_nbytes
+        if self.split.sizes:
+            return self._views_of_groups(address, rank, outer)
+        run = self.runs[0]
+        address += rank * run
         if outer == groups == 1:
-            return TensorView(address, self.nbytes, HOST)
+            return [TensorView(address, self.nbytes, HOST)]
         strides = (self.row_nbytes, self.row_nbytes // groups, 1)
-        return TensorView(address, self.nbytes, HOST, 1, (outer, groups, self.run_nbytes), strides)
+        return [TensorView(address, self.nbytes, HOST, 1, (outer, groups, run), strides)]
+
+    def _views_of_groups(self, address: int, rank: int, rows: int) -> list[TensorView]:
+        """No strides lead through groups that are not of one size: each run by itself."""
+        ranks = len(self.intervals)
+        begins = itertools.accumulate((run * ranks for run in self.runs), initial=0)
+        runs = [(begin + rank * run, run) for begin, run in zip(begins, self.runs) if run]
+        return [
+            TensorView(address + row * self.row_nbytes + begin, run, HOST)
+            for row in range(rows)
+            for begin, run in runs
+        ]
 
     def described(self, rank: int) -> dict[str, object]:
         """As it stands in the manifest of a rank."""

@@ -122,7 +122,7 @@ def shard_checkpoint(
         for filename, tensors in layout.items():
             for rank in range(tp):
                 entries = [parts[name].entry for name in tensors]
-                items = [parts[name].view(sources.address(name), rank) for name in tensors]
+                items = [view for name in tensors for view in parts[name].views(sources.address(name), rank)]
                 path = os.path.join(f"rank-{rank}", filename)
                 yield _Output(path, header(entries, metadata[filename]), items, sources.of(tensors))
 

@@ -9,6 +9,7 @@ in what happens to activations split alike. The rules are those of ``transformer
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,8 @@ class Split(NamedTuple):
     dim: int
     groups: int = 1
     """Parts of that dimension that are split one by one: 2 for gate and up projection in one tensor."""
+    sizes: tuple[int, ...] = ()
+    """Of these parts, where they are not all of one size: queries, and fewer keys and values, in one tensor."""
 
 
 def _colwise(parameter: str, ndim: int) -> Split | None:
@@ -102,15 +105,17 @@ def slices(name: str, shape: Sequence[int], split: Split, ranks: int) -> list[li
     Raises ``ValueError`` where ranks would hold different amounts.
     """
     size = shape[split.dim]
-    part, rest = divmod(size, split.groups * ranks)
-    if rest:
+    sizes = split.sizes or (size // split.groups,) * split.groups
+    if sum(sizes) != size or any(group % ranks for group in sizes):
         packed = f", packed {split.groups} times," if split.groups > 1 else ""
+        if split.sizes:
+            packed = f", in parts of {', '.join(map(str, sizes))},"
         raise ValueError(
             f"{name}: dimension {split.dim} of {list(shape)}{packed} is not divisible by {ranks} ranks"
         )
-    group = size // split.groups
+    groups = list(zip(itertools.accumulate(sizes, initial=0), sizes))
     return [
-        [(g * group + rank * part, g * group + (rank + 1) * part) for g in range(split.groups)]
+        [(begin + rank * (n // ranks), begin + (rank + 1) * (n // ranks)) for begin, n in groups]
         for rank in range(ranks)
     ]
 
