@@ -11,14 +11,14 @@ import pytest
 import torch
 import transformers
 
-pytest.importorskip("transformers.core_model_loading")
+core_model_loading = pytest.importorskip("transformers.core_model_loading")
 import architectures  # noqa: E402
 from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist, Transpose  # noqa: E402
 
 from fastshard.tools.model_plan import _class_named, _followed, _of_layer, _on_meta, _Place  # noqa: E402
 from fastshard.tools.tp_plan import Split, slices  # noqa: E402
 
-FEWEST = {"5.24": (700, 217)}
+FEWEST = {"5.24": (700, 225)}
 """Version of transformers -> model types known to be saved the same, and to come back from ``shard`` and ``merge``:
 neither may become fewer."""
 
@@ -31,6 +31,8 @@ SAMPLE = {
     "bert": "no plan",
     "altclip_text_model": "no plan",  # its class is not exported
     "gemma4_text": "same",  # its layers are not alike
+    "sarvam_moe": "same",  # queries, keys and values are one tensor
+    "t5gemma": "same",  # what its configuration says of one part follows from the other
 }
 KNOWN = architectures.known()
 NO_PLAN = [kind for kind in KNOWN["saved"] if kind not in KNOWN["cut"]]
@@ -78,14 +80,53 @@ def test_what_is_cut_into_several_parameters(dim: int, groups: int) -> None:
     parameters = Chunk(dim=0).convert({"f": fused}, ["f"], ["q", "k", "v"])
     place = _Place(("q", "k", "v"), (Chunk(dim=0),))
     split = Split(dim, groups)
-    followed = _followed(split, (8, 8), place, (24, 8))
+    followed = _followed(split, [(8, 8)] * 3, place, (24, 8))
     assert followed is not None
     for rank in range(2):
         made = Chunk(dim=0).convert({"f": cut(fused, followed, rank)}, ["f"], ["q", "k", "v"])
         for name, parameter in parameters.items():
             assert torch.equal(made[name], cut(parameter, split, rank))
-    assert _followed(split, (8, 8), place, (16, 8)) is None  # not of that size
-    assert _followed(split, (8, 8), _Place(("q",), (Chunk(dim=0),)), (24, 8)) is None
+    assert _followed(split, [(8, 8)] * 3, place, (16, 8)) is None  # not of that size
+    assert _followed(split, [(8, 8), (8, 8), (4, 8)], place, (24, 8)) is None  # Chunk makes equal ones
+    assert _followed(split, [(8, 8)], _Place(("q",), (Chunk(dim=0),)), (24, 8)) is None
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("at", [0, 1])
+def test_what_is_cut_into_parameters_of_different_sizes(dim: int, groups: int, at: int) -> None:
+    """Queries, and fewer keys and values."""
+    split_operation = getattr(core_model_loading, "Split", None)
+    if split_operation is None:
+        pytest.skip("this transformers has no such conversion")
+    operation = split_operation(dim=at)
+    sizes = {"q": 16, "k": 8, "v": 8}
+    shapes = [(size, 8) if at == 0 else (8, size) for size in sizes.values()]
+
+    def parameters(fused: torch.Tensor, ranks: int) -> dict[str, torch.Tensor]:
+        """As the operation makes them of a model whose parameters are a rank's."""
+        held = {
+            n: [s // (ranks if i == dim else 1) for i, s in enumerate(shape)]
+            for n, shape in zip(sizes, shapes)
+        }
+        model = SimpleNamespace(get_parameter=lambda name: torch.empty(held[name]))
+        return operation.convert({"f": fused}, ["f"], list(sizes), full_layer_name="q", model=model)
+
+    fused = torch.arange(32 * 8).view((32, 8) if at == 0 else (8, 32))
+    place, split = _Place(("q", "k", "v"), (operation,)), Split(dim, groups)
+    followed = _followed(split, shapes, place, tuple(fused.shape))
+    assert followed is not None
+    for rank in range(2):
+        made = parameters(cut(fused, followed, rank), 2)
+        for name, parameter in parameters(fused, 1).items():
+            assert torch.equal(made[name], cut(parameter, split, rank))
+    assert _followed(split, shapes, place, (24, 24)) is None  # not of that size
+    assert _followed(split, [*shapes[:2], (9, 9)], place, tuple(fused.shape)) is None
+    behind = _Place(place.parameters, (operation, Transpose(0, 1)))
+    assert _followed(split, shapes, behind, tuple(fused.shape)) is None
+    assert _followed(split, [(8, 8)] * 3, place, (24, 8) if at == 0 else (8, 24)) == _followed(
+        split, [(8, 8)] * 3, _Place(place.parameters, (Chunk(dim=at),)), (24, 8) if at == 0 else (8, 24)
+    )
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
@@ -95,28 +136,30 @@ def test_what_is_transposed(dim: int, groups: int, check: bool) -> None:
     stored = torch.arange(4 * 8 * 12).view(4, 8, 12)
     split = Split(dim, groups)
     operation = Transpose(1, 2, check_dims=check)
-    followed = _followed(split, (4, 12, 8), _Place(("w",), (operation,)), (4, 8, 12))
+    followed = _followed(split, [(4, 12, 8)], _Place(("w",), (operation,)), (4, 8, 12))
     assert followed is not None
     for rank in range(2):
         assert torch.equal(
             cut(stored, followed, rank).transpose(1, 2), cut(stored.transpose(1, 2), split, rank)
         )
-    as_it_is = _followed(split, (4, 12, 8), _Place(("w",), (operation,)), (4, 12, 8))
+    as_it_is = _followed(split, [(4, 12, 8)], _Place(("w",), (operation,)), (4, 12, 8))
     assert as_it_is == (split if check else None)
 
 
 def test_what_cannot_be_followed() -> None:
     other = SimpleNamespace(dim=0)
-    assert _followed(Split(0), (8, 8), _Place(("w",), (other,)), (8, 8)) is None
+    assert _followed(Split(0), [(8, 8)], _Place(("w",), (other,)), (8, 8)) is None
     counted = Concatenate(dim=0, num_shards_attribute="n")
-    assert _followed(Split(0), (8, 8), _Place(("w",), (counted,)), (4, 8)) is None
+    assert _followed(Split(0), [(8, 8)], _Place(("w",), (counted,)), (4, 8)) is None
     assert (
-        _followed(Split(0), (4, 8, 8), _Place(("w",), (MergeModulelist(dim=0),)), (8, 8)) is None
+        _followed(Split(0), [(4, 8, 8)], _Place(("w",), (MergeModulelist(dim=0),)), (8, 8)) is None
     )  # whole experts
-    assert _followed(Split(1), (4, 8, 8), _Place(("w",), (MergeModulelist(dim=0),)), (8, 8)) == Split(0)
-    assert _followed(Split(1), (4, 8, 8), _Place(("w",), (MergeModulelist(dim=0),)), (8, 9)) is None
+    assert _followed(Split(1), [(4, 8, 8)], _Place(("w",), (MergeModulelist(dim=0),)), (8, 8)) == Split(0)
+    assert _followed(Split(1), [(4, 8, 8)], _Place(("w",), (MergeModulelist(dim=0),)), (8, 9)) is None
+    joined_and_cut = _Place(("p", "q"), (Concatenate(dim=0), Chunk(dim=0)))
+    assert _followed(Split(0), [(8, 8)] * 2, joined_and_cut, (4, 8)) is None
     both = _Place(("w",), (MergeModulelist(dim=0), Concatenate(dim=1)))
-    assert _followed(Split(1, 2), (4, 16, 8), both, (8, 8)) == Split(0)
+    assert _followed(Split(1, 2), [(4, 16, 8)], both, (8, 8)) == Split(0)
 
 
 def folder_of(tmp_path: Path, config: object) -> str:

@@ -89,7 +89,15 @@ def test_packed_intervals():
     assert slices("w", (8, 3), Split(0, 2), 2) == [[(0, 2), (4, 6)], [(2, 4), (6, 8)]]
 
 
-@pytest.mark.parametrize(("split", "size"), [(Split(1), 6), (Split(1, 2), 12)])
+def test_intervals_of_parts_of_different_sizes():
+    split = Split(0, 3, (8, 4, 0))
+    assert slices("w", (12, 3), split, 2) == [[(0, 4), (8, 10), (12, 12)], [(4, 8), (10, 12), (12, 12)]]
+
+
+@pytest.mark.parametrize(
+    ("split", "size"),
+    [(Split(1), 6), (Split(1, 2), 12), (Split(1, 2, (8, 6)), 14), (Split(1, 2, (8, 4)), 16)],
+)
 def test_what_cannot_be_divided_is_named(split, size):
     with pytest.raises(ValueError, match=rf"w: dimension 1 of \[2, {size}\].* is not divisible by 4 ranks"):
         slices("w", (2, size), split, 4)

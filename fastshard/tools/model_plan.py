@@ -178,7 +178,8 @@ class ModelPlan:
             present = one in self._parameters and other in self._parameters
             if present and self._split_of_parameter(one) != self._split_of_parameter(other):
                 raise ValueError(
-                    f"{one} and {other} are the same tensor, but {self._name}'s plan splits them differently"
+                    f"{one} and {other} are the same tensor, but {self._name}'s plan splits them differently:"
+                    " give a plan file"
                 )
 
 
