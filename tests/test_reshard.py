@@ -22,6 +22,7 @@ from fastshard.engine import pipeline
 from fastshard.formats.hf_index import read_checkpoint
 from fastshard.tools import parts as parts_module
 from fastshard.tools import reshard
+from fastshard.tools.tp_plan import Split
 
 RANKS = 2
 
@@ -148,12 +149,47 @@ def test_a_rank_has_what_transformers_loads_on_it(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_rank_has_its_share_of_each_parameter_that_a_tensor_becomes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries, and fewer keys and values, in one tensor. transformers' own loader cannot cut such a tensor, but does cut
+    what it becomes."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if "sarvam_moe" not in CONFIG_MAPPING:
+        pytest.skip("this transformers does not know such a model")
+    sizes = {**SIZES, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    config = transformers.AutoConfig.for_model("sarvam_moe", **sizes, attention_bias=True)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    shard_checkpoint(tmp_path / "source", tmp_path / "parts", RANKS)
+    merge_checkpoint(tmp_path / "parts", tmp_path / "whole")
+    assert tree(tmp_path / "whole") == tree(tmp_path / "source")
+    checkpoint(tmp_path / "converted", model.state_dict(), format="pt")
+    config.save_pretrained(tmp_path / "converted")
+    shares = ("vocab_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads")
+    shared = {name: sizes[name] // RANKS for name in (*shares, "num_key_value_heads")}
+    config = transformers.AutoConfig.for_model("sarvam_moe", **{**sizes, **shared}, attention_bias=True)
+    for rank in range(RANKS):
+        folder = tmp_path / "parts" / f"rank-{rank}"
+        stored = {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+        assert stored["model.layers.0.attention.query_key_value.weight"].shape == (32, 32)
+        config.save_pretrained(folder)
+        ours = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        theirs = transformers_parts(tmp_path / "converted", rank, monkeypatch)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_styles_split_as_in_transformers() -> None:
     tensor_parallel = pytest.importorskip("transformers.distributed.tensor_parallel")
     fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
     from torch.distributed.tensor import Replicate, Shard
 
-    from fastshard.tools.tp_plan import STYLES, Split, split_of
+    from fastshard.tools.tp_plan import STYLES, split_of
 
     shapes = {"weight": [(8, 4), (3, 8, 4)], "bias": [(8,)]}
     torch.distributed.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=2)
@@ -308,6 +344,32 @@ def test_any_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what, short
                 groups = expected.chunk(2, dim) if "packed" in style else [expected]
                 expected = torch.cat([torch.tensor_split(g, ranks, dim)[rank] for g in groups], dim)
             assert torch.equal(found[name].view(expected.dtype), expected), (name, style)
+    merge_checkpoint(tmp_path / "parts", tmp_path / "whole")
+    assert tree(tmp_path / "whole") == tree(source)
+
+
+@pytest.mark.parametrize("shape", [(16, 5), (2, 3, 16), (4, 16, 3), (0, 16), (16, 0)])
+@pytest.mark.parametrize("sizes", [(8, 4, 4), (12, 0, 4)])
+@pytest.mark.parametrize("short_runs", [False, True])
+def test_parts_of_different_sizes_in_any_dimension(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, ...],
+    sizes: tuple[int, ...],
+    short_runs: bool,
+) -> None:
+    monkeypatch.setattr(parts_module, "_FEW_RUNS", 0 if short_runs else 1 << 20)
+    dim = shape.index(16)
+    whole = filled(shape, torch.bfloat16)
+    source = checkpoint(tmp_path / "source", {"a": filled((3,)), "w": whole, "z": filled((5,), seed=1)})
+    splits = {"a": None, "w": Split(dim, len(sizes), sizes), "z": None}
+    monkeypatch.setattr(reshard, "splits_of", lambda tensors, plan: splits)
+    shard_checkpoint(source, tmp_path / "parts", 4, plan={})
+    for rank in range(4):
+        found = load_file(tmp_path / "parts" / f"rank-{rank}" / "model.safetensors")
+        expected = [group.chunk(4, dim)[rank] for group in whole.split(sizes, dim) if group.shape[dim]]
+        assert torch.equal(found["w"], torch.cat(expected, dim))
+        assert torch.equal(found["z"], filled((5,), seed=1))
     merge_checkpoint(tmp_path / "parts", tmp_path / "whole")
     assert tree(tmp_path / "whole") == tree(source)
 
