@@ -106,6 +106,7 @@ def save_torch_state_dict(
     """
     from huggingface_hub import constants
     from huggingface_hub.serialization import _torch as theirs
+    from huggingface_hub.serialization._base import split_state_dict_into_shards_factory
 
     dtype = check_dtype(dtype)
     if filename_pattern is None:
@@ -117,7 +118,12 @@ def save_torch_state_dict(
     metadata = {} if metadata is None else metadata
     sized = state_dict
     comes_in_pieces = type(state_dict) not in (dict, OrderedDict)
-    simple = safe_serialization and not comes_in_pieces and each_alone(state_dict)
+    simple = (
+        safe_serialization
+        and shared_tensors_to_discard is None
+        and not comes_in_pieces
+        and each_alone(state_dict)
+    )
     if safe_serialization and not simple:
         discarded = {}  # which huggingface_hub knows from 0.27 on
         if shared_tensors_to_discard is not None:
@@ -135,8 +141,8 @@ def save_torch_state_dict(
         }
     if not safe_serialization:
         theirs.logger.warning(_UNSAFE)
-    if simple:  # a fraction of the time: no storage is looked for that tensors have in common
-        split = theirs.split_state_dict_into_shards_factory(
+    if simple:  # no storage is asked for that tensors may have in common, which takes most of the time
+        split = split_state_dict_into_shards_factory(
             sized,
             get_storage_size=attrgetter("nbytes"),
             filename_pattern=filename_pattern,
