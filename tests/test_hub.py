@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import fastshard
 from fastshard import SaveError, save_torch_model, save_torch_state_dict
 from fastshard.engine.pipeline import How
+from fastshard.engine.tensors import each_alone
 from fastshard.integrations.adapters import _save_file as save_file_or_stage
 from fastshard.publish import staged
 
@@ -152,6 +153,81 @@ def test_arguments_are_those_of_the_hub(
     tmp_path: Path, make: Callable[[], dict[str, torch.Tensor]], size: str, arguments: dict[str, Any]
 ) -> None:
     both(tmp_path, make, **{"max_shard_size": size, **arguments})
+
+
+def _resized() -> torch.Tensor:
+    tensor = filled((4,))
+    tensor.untyped_storage().resize_(0)  # as FSDP frees memory
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("make", "answer"),
+    [
+        (lambda: {}, True),
+        (plain, True),
+        (lambda: {"parameter": torch.nn.Parameter(filled((5, 5))), "scalar": filled(())}, True),
+        (lambda: {"bf16": filled((3, 3), torch.bfloat16), "bool": filled((7,), torch.bool)}, True),
+        (tied, False),
+        (disjoint, False),
+        (lambda: {"part": filled((4,))[:2]}, False),
+        (lambda: {"end": filled((4,))[2:]}, False),
+        (lambda: {"bytes": filled((4,)).view(torch.uint8)[:4]}, False),
+        (lambda: {"transposed": filled((3, 2)).t()}, False),
+        (lambda: {"expanded": filled((1, 4)).expand(2, 4)}, False),
+        (lambda: {"empty": filled((0, 4))}, False),
+        (lambda: {"meta": torch.empty(4, device="meta")}, False),
+        (lambda: {"sparse": torch.eye(2).to_sparse()}, False),
+        (lambda: {"freed": _resized()}, False),
+        (lambda: {"lazy": torch.nn.UninitializedParameter()}, False),
+        (lambda: {"complex128": torch.zeros(2, dtype=torch.complex128)}, False),
+        (lambda: {"subclass": filled((4,)).as_subclass(type("Mine", (torch.Tensor,), {}))}, False),
+        (lambda: {"text": "of bitsandbytes"}, False),
+    ],
+)
+def test_which_tensors_are_each_alone(make: Callable[[], dict[str, Any]], answer: bool) -> None:
+    assert each_alone(make()) is answer
+    if len(make()):  # one that is not spoils them all
+        assert each_alone({"first": filled((2,)), **make(), "last": filled((3,))}) is answer
+
+
+@pytest.mark.parametrize("size", ["5GB", "10KB"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("make", "searched"),
+    [
+        (plain, False),
+        (lambda: OrderedDict(plain()), False),
+        (tied, True),
+        (lambda: {"turned": filled((32, 96)).t()}, True),
+    ],
+)
+def test_shared_memory_is_searched_for_only_where_there_may_be_some(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[], dict[str, torch.Tensor]],
+    searched: bool,
+    dtype: torch.dtype | None,
+    size: str,
+) -> None:
+    from huggingface_hub.serialization import _torch as theirs
+
+    cast = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in plain().items()}
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "ours").mkdir()
+    huggingface_hub.save_torch_state_dict(cast, tmp_path / "theirs", max_shard_size=size)
+    calls = []
+
+    def noted(name: str) -> Callable[..., Any]:
+        original = getattr(theirs, name)
+        return lambda *args, **kwargs: calls.append(name) or original(*args, **kwargs)
+
+    for name in ("_clean_state_dict_for_safetensors", "split_torch_state_dict_into_shards"):
+        monkeypatch.setattr(theirs, name, noted(name))
+    save_torch_state_dict(make(), tmp_path / "ours", max_shard_size=size, dtype=dtype)
+    assert len(calls) == (2 if searched else 0)
+    if not searched:
+        assert_same_files(snapshot(tmp_path / "ours"), snapshot(tmp_path / "theirs"))
 
 
 @pytest.mark.parametrize("size", ["5GB", "10KB"])

@@ -11,6 +11,7 @@ import re
 import stat
 from collections import OrderedDict
 from collections.abc import Collection
+from operator import attrgetter
 from typing import Final
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from ..engine.engine import Engine, Options
 from ..engine.pipeline import How
 from ..engine.sharing import by_storage
-from ..engine.tensors import check_dtype
+from ..engine.tensors import check_dtype, each_alone
 from ..errors import ArchiveError, SaveError
 from ..publish.staged import save_alone, staged
 from .archive import torch_save
@@ -105,6 +106,7 @@ def save_torch_state_dict(
     """
     from huggingface_hub import constants
     from huggingface_hub.serialization import _torch as theirs
+    from huggingface_hub.serialization._base import split_state_dict_into_shards_factory
 
     dtype = check_dtype(dtype)
     if filename_pattern is None:
@@ -116,7 +118,13 @@ def save_torch_state_dict(
     metadata = {} if metadata is None else metadata
     sized = state_dict
     comes_in_pieces = type(state_dict) not in (dict, OrderedDict)
-    if safe_serialization:
+    simple = (
+        safe_serialization
+        and shared_tensors_to_discard is None
+        and not comes_in_pieces
+        and each_alone(state_dict)
+    )
+    if safe_serialization and not simple:
         discarded = {}  # which huggingface_hub knows from 0.27 on
         if shared_tensors_to_discard is not None:
             discarded["shared_tensors_to_discard"] = shared_tensors_to_discard
@@ -126,16 +134,24 @@ def save_torch_state_dict(
         sized = state_dict
         if force_contiguous:
             state_dict, sized = _made_contiguous(state_dict)
-        if dtype is not None:
-            sized = {
-                name: torch.empty_like(t, dtype=dtype, device="meta") if t.is_floating_point() else t
-                for name, t in sized.items()
-            }
-    else:
+    if safe_serialization and dtype is not None:
+        sized = {
+            name: torch.empty_like(t, dtype=dtype, device="meta") if t.is_floating_point() else t
+            for name, t in sized.items()
+        }
+    if not safe_serialization:
         theirs.logger.warning(_UNSAFE)
-    split = theirs.split_torch_state_dict_into_shards(
-        sized, filename_pattern=filename_pattern, max_shard_size=max_shard_size
-    )
+    if simple:  # no storage is asked for that tensors may have in common, which takes most of the time
+        split = split_state_dict_into_shards_factory(
+            sized,
+            get_storage_size=attrgetter("nbytes"),
+            filename_pattern=filename_pattern,
+            max_shard_size=max_shard_size,
+        )
+    else:
+        split = theirs.split_torch_state_dict_into_shards(
+            sized, filename_pattern=filename_pattern, max_shard_size=max_shard_size
+        )
     place = _Place(os.fspath(save_directory), filename_pattern)
     place.check(SaveError if safe_serialization else ArchiveError)
     obsolete = place.earlier() if is_main_process else frozenset()

@@ -103,6 +103,8 @@ class SaveFuture:
         """Whether that thread has begun to."""
         self._stopped = False
         self._error: BaseException | None = None
+        self._final: Stats | None = None
+        """Figures that do not change any more."""
         self._settled = False
         # Free once the save is settled. Taken for no more than a moment then, so nobody is interrupted while holding it.
         self._gate = _thread.allocate_lock()
@@ -218,13 +220,19 @@ class SaveFuture:
     @property
     def stats(self) -> Stats:
         """Figures of the save, final once it is done."""
+        if self._final is not None:
+            return self._final
+        ended = self._native.finished()
         figures = self._native.stats()
         figures["seconds"] += self._plan_seconds
         checksums = {
             file: dict(zip(names, values))
             for (file, names), values in zip(self._names.items(), self.checksums())
         }
-        return Stats(plan_seconds=self._plan_seconds, checksums=checksums, **figures)
+        stats = Stats(plan_seconds=self._plan_seconds, checksums=checksums, **figures)
+        if ended:
+            self._final = stats
+        return stats
 
     def serve(self) -> None:
         """Lets a thread of the engine serve this save, so that it ends without anybody's waiting; once.

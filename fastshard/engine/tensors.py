@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from ..formats.safetensors import CAST_NAMES, CODES, METADATA_KEY, RANKS, cast_name
 from .borrowed import dtypes, find_shared_tensors, is_traceable_wrapper_subclass
 from .plan import CASTS, FETCHED, HOST, TensorView
-from .sharing import by_storage, note_name, overlapping, shared_names
+from .sharing import by_storage, note_name, overlapping, shared_names, storage_of
 
 _MAX_DIMS = 8  # kMaxDims in csrc/plan.h
 
@@ -100,6 +100,21 @@ def describe(
         entries = [_cast(entry, dtype) for entry in entries]
     entries.sort()
     return entries
+
+
+def each_alone(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether these are contiguous tensors of torch's own classes, in host memory or on a GPU, each of which is all of a
+    storage and the only one there: so that none shares memory, and none has to be made contiguous. ``False`` also where
+    that takes a closer look."""
+    addresses = set()
+    for tensor in tensors.values():
+        if type(tensor) not in _PLAIN or tensor.dtype not in _DTYPES or not (tensor.is_cpu or tensor.is_cuda):
+            return False
+        storage = storage_of(tensor)
+        if storage is None or storage[0] == 0 or storage[1] != tensor.nbytes or not tensor.is_contiguous():
+            return False
+        addresses.add(storage[0])
+    return len(addresses) == len(tensors)
 
 
 def stored_as(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:

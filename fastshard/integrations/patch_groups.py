@@ -125,6 +125,7 @@ NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "safetensors: save_model": ("safetensors.torch:_remove_duplicate_names",),
     "huggingface_hub: save_torch_state_dict": (
         "huggingface_hub.serialization._torch:_clean_state_dict_for_safetensors",
+        "huggingface_hub.serialization._base:split_state_dict_into_shards_factory",
         "huggingface_hub.serialization._torch:split_torch_state_dict_into_shards",
         "huggingface_hub.serialization._torch:logger",
         "huggingface_hub.constants:SAFETENSORS_WEIGHTS_FILE_PATTERN",
