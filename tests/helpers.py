@@ -138,7 +138,7 @@ def save(*paths, **options):
 
 def while_writing(path, act):
     plan = FilePlan(os.fsencode(path), b"new contents", [TensorView(0, 1 << 16, FETCHED)])
-    Engine().submit([plan], keep_alive=None, fetch=lambda *_: act()).result()
+    Engine().submit([plan], keep_alive=None, fetch=lambda *_: act(), serve=False).result()
 """
 """``save`` gives files these contents; ``while_writing`` calls ``act`` when half of a file is written. Without torch,
 which takes a second to import."""

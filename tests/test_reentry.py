@@ -40,7 +40,7 @@ def fetched(path):
     plan = FilePlan(os.fsencode(path), BYTES[:8], [TensorView(0, len(BYTES) - 8, FETCHED)])
     global shared
     shared = engine
-    engine.submit([plan], keep_alive=None, fetch=fetch).result()
+    engine.submit([plan], keep_alive=None, fetch=fetch, serve=False).result()
 
 shared = None
 outer = {
