@@ -19,13 +19,13 @@
 #include "device/cuda_info.h"
 #include "file/direct_io.h"
 #include "save/engine.h"
-#include "file/file.h"
 #include "file/holders.h"
 #include "file/in_place.h"
 #include "device/kernels/embedded.h"
 #include "file/probe.h"
+#include "file/publish.h"
 #include "file/source_file.h"
-#include "file/temporary.h"
+#include "file/hidden_names.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -221,13 +221,13 @@ struct NewFileHandle {
   NewFileHandle(const std::string& path, bool keep_cached, bool at_once) {
     const Intent intent{
         .wanted = WritePath::buffered, .keep_cached = keep_cached, .at_once = at_once, .follow_links = true};
-    file = std::make_unique<OutputFile>(path, 0, intent);
+    file = std::make_unique<TemporaryFile>(path, 0, intent);
   }
   NewFileHandle(const NewFileHandle&) = delete;
   NewFileHandle& operator=(const NewFileHandle&) = delete;
   ~NewFileHandle() { close(); }
 
-  OutputFile& open() const {
+  TemporaryFile& open() const {
     if (file == nullptr) throw std::invalid_argument("the file is closed");
     return *file;
   }
@@ -235,9 +235,9 @@ struct NewFileHandle {
   std::pair<uint64_t, std::vector<std::string>> publish(bool durable) {
     struct stat info;
     if (fstat(open().descriptor(), &info) != 0) throw IoError(errno, file->path(), "fstat");
-    const std::unique_ptr<OutputFile> published = std::move(file);
+    const std::unique_ptr<TemporaryFile> published = std::move(file);
     if (durable || !published->keep_cached()) published->sync();
-    OutputFile* const alone = published.get();
+    TemporaryFile* const alone = published.get();
     fastshard::publish({&alone, 1}, durable);
     return {static_cast<uint64_t>(info.st_size), published->fallbacks()};
   }
@@ -253,7 +253,7 @@ struct NewFileHandle {
   }
 
   const pid_t owner = getpid();
-  std::unique_ptr<OutputFile> file;
+  std::unique_ptr<TemporaryFile> file;
 };
 
 WritePath write_path_from(const std::string& name) {

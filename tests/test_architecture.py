@@ -21,10 +21,10 @@ NATIVE_LAYERS = {
         cuda_context.h cuda_scratch.h cuda_scratch.cc cuda_device.cc ring.h fetch.h
     """,
     "file": """
-        filesystem.h filesystem.cc attributes.h attributes.cc target.h target.cc temporary.h temporary.cc probe.h
-        probe.cc mapping.h mapping.cc file.h threads.h threads.cc closing.h closing.cc file.cc publish.cc suspended.cc
-        holders.h holders.cc in_place.h in_place.cc direct_io.h direct_io.cc standing.h standing.cc source_file.h
-        source_file.cc
+        filesystem.h filesystem.cc mapping.h mapping.cc output.h output.cc suspended.cc threads.h threads.cc
+        attributes.h attributes.cc target.h target.cc hidden_names.h hidden_names.cc probe.h probe.cc closing.h
+        closing.cc placement.h placement.cc temporary.h temporary.cc publish.h publish.cc holders.h holders.cc
+        in_place.h in_place.cc direct_io.h direct_io.cc standing.h standing.cc source_file.h source_file.cc
     """,
     "save": "crc32.h crc32.cc writer.h writer.cc save.h save.cc engine.h engine.cc",
     "": "bindings.cc",
@@ -111,9 +111,8 @@ ONLY_HOME = {
     },
     r"\bio_uring_(?:setup|enter)\b|SYS_": {"file/direct_io.cc", "device/numa.cc"},
     r"\bpwritev\b|\brename\b\(|\blinkat\(": {
-        "file/file.cc",
-        "file/suspended.cc",
-        "file/publish.cc",
+        "file/output.cc",
+        "file/placement.cc",
         "file/probe.cc",
     },
 }

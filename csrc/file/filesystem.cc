@@ -45,6 +45,23 @@ constexpr size_t kMappingWriters = 4;
 // Filesystems of one machine: whoever has a file open is seen there.
 constexpr std::string_view kOneMachine[] = {"ext4", "xfs", "btrfs", "tmpfs", "ramfs", "overlayfs", "zfs", "f2fs"};
 
+FileSystem described(const struct statfs& info) {
+  FileSystem found;
+  const auto magic = static_cast<uint32_t>(info.f_type);
+  for (const KnownType& known : kKnownTypes) {
+    if (known.magic == magic) found.type = known.name;
+  }
+  if (found.type.empty()) {
+    std::array<char, 16> text;
+    std::snprintf(text.data(), text.size(), "0x%x", magic);
+    found.type = text.data();
+  }
+  found.memory_backed = magic == TMPFS_MAGIC || magic == RAMFS_MAGIC;
+  found.one_machine = std::ranges::find(kOneMachine, found.type) != std::end(kOneMachine);
+  found.direct_io = found.type == "ext4" || found.type == "xfs";
+  return found;
+}
+
 }  // namespace
 
 Descriptor::~Descriptor() { close(); }
@@ -74,20 +91,13 @@ const char* name_of(WritePath path) {
 FileSystem filesystem_of(const std::string& directory, const std::string& path) {
   struct statfs info;
   if (statfs(directory.c_str(), &info) != 0) throw IoError(errno, path, "statfs");
-  FileSystem found;
-  const auto magic = static_cast<uint32_t>(info.f_type);
-  for (const KnownType& known : kKnownTypes) {
-    if (known.magic == magic) found.type = known.name;
-  }
-  if (found.type.empty()) {
-    std::array<char, 16> text;
-    std::snprintf(text.data(), text.size(), "0x%x", magic);
-    found.type = text.data();
-  }
-  found.memory_backed = magic == TMPFS_MAGIC || magic == RAMFS_MAGIC;
-  found.one_machine = std::ranges::find(kOneMachine, found.type) != std::end(kOneMachine);
-  found.direct_io = found.type == "ext4" || found.type == "xfs";
-  return found;
+  return described(info);
+}
+
+FileSystem filesystem_of(int fd, const std::string& path) {
+  struct statfs info;
+  if (fstatfs(fd, &info) != 0) throw IoError(errno, path, "fstatfs");
+  return described(info);
 }
 
 Choice choose_write_path(const FileSystem& filesystem, const Intent& intent) {
@@ -106,6 +116,8 @@ Choice choose_write_path(const FileSystem& filesystem, const Intent& intent) {
   return {WritePath::buffered,
           "new file: preallocated, one writer of large pwrites a file, writeback started behind it"};
 }
+
+bool is_unsupported(int error) { return error == EOPNOTSUPP || error == ENOSYS || error == EINVAL; }
 
 std::string self_path(int fd) { return "/proc/self/fd/" + std::to_string(fd); }
 

@@ -50,8 +50,9 @@ struct FileSystem {
   bool one_machine = false;    // no other machine can have its files open
 };
 
-// Throws IoError, naming `path`, when the directory cannot be looked at.
+// Of a directory, or of an open file. Throws IoError, naming `path`, when it cannot be looked at.
 FileSystem filesystem_of(const std::string& directory, const std::string& path);
+FileSystem filesystem_of(int fd, const std::string& path);
 
 // What a save asks of its files.
 struct Intent {
@@ -74,6 +75,9 @@ struct Choice {
 };
 // The write path for new files on `filesystem`; a wanted one wins where it is not automatic.
 Choice choose_write_path(const FileSystem& filesystem, const Intent& intent);
+
+// Whether an errno says that the filesystem or the kernel does not have what was asked for.
+bool is_unsupported(int error);
 
 // The file behind a descriptor as a path, through which it can be given a name; there where /proc is mounted.
 std::string self_path(int fd);

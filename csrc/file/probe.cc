@@ -12,7 +12,7 @@
 #include <system_error>
 
 #include "file/filesystem.h"
-#include "file/temporary.h"
+#include "file/hidden_names.h"
 
 namespace fastshard {
 namespace {

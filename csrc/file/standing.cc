@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "device/numa.h"
+#include "file/publish.h"
 
 namespace fastshard {
 namespace {
@@ -19,7 +20,7 @@ constexpr uint64_t kPopulateNbytes = 64 << 20;
 struct Standing::Generation {
   Generation(const std::string& path, uint64_t nbytes) : file(path, nbytes, Intent{.wanted = WritePath::mapped}) {}
 
-  OutputFile file;
+  TemporaryFile file;
   std::unique_ptr<Mapping> mapping;
   std::unique_ptr<Registration> registration;  // of the mapping; goes before it
 };
@@ -29,7 +30,7 @@ Standing::Standing(std::string path, uint64_t nbytes, size_t generations, std::v
     : path_(std::move(path)), nbytes_(nbytes), devices_(std::move(devices)), workers_(workers) {
   if (generations < 2) throw std::invalid_argument("generations must be at least 2: one is read, one is written");
   while (generations_.size() < generations) generations_.push_back(make());
-  std::vector<OutputFile*> files;
+  std::vector<TemporaryFile*> files;
   for (const auto& generation : generations_) files.push_back(&generation->file);
   require_space(files);
   for (const auto& generation : generations_) populate(*generation);
@@ -72,7 +73,7 @@ size_t Standing::next() {
   if (generation == nullptr || !generation->file.intact()) {
     generation.reset();  // its space first
     generation = make();
-    OutputFile* const file = &generation->file;
+    TemporaryFile* const file = &generation->file;
     require_space({&file, 1});
     populate(*generation);
   }

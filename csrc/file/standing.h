@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "device/device.h"
-#include "file/file.h"
 #include "plan/plan.h"
 #include "file/threads.h"
 

@@ -2,15 +2,12 @@
 // More files in one save than the process may have open.
 #include <dirent.h>
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
 #include <cerrno>
 
-#include "file/attributes.h"
-#include "file/file.h"
-#include "file/temporary.h"
+#include "file/output.h"
 
 namespace fastshard {
 namespace {
@@ -29,6 +26,9 @@ size_t open_now() noexcept {
   return count;
 }
 
+// What a file is opened with again, of the flags that fcntl() tells.
+int kept(int flags) { return flags & (O_ACCMODE | O_DIRECT); }
+
 }  // namespace
 
 bool too_many_to_keep_open(size_t files) noexcept {
@@ -40,27 +40,16 @@ bool too_many_to_keep_open(size_t files) noexcept {
 }
 
 void OutputFile::suspend() {
-  if (temporary_.empty()) {
-    struct stat made;
-    if (fstat(fd_.get(), &made) != 0) fail("fstat");
-    if (!target_.replaced && fchmod(fd_.get(), kStagedMode) == 0) new_mode_ = made.st_mode & 07777;
-    const std::string self = self_path(fd_.get());
-    const auto name_it = [&](const std::string& name) {
-      return linkat(AT_FDCWD, self.c_str(), AT_FDCWD, name.c_str(), AT_SYMLINK_FOLLOW) == 0 ? 0 : errno;
-    };
-    if (const int error = take_name(target_, path_, name_it, temporary_); error != 0) fail("link", error);
-  }
-  const int flags = fcntl(fd_.get(), F_GETFL);
+  if (!reopened_by_.empty()) suspend_under(reopened_by_, 0);
+}
+
+void OutputFile::suspend_under(const std::string& name, int flags) {
+  const int current = fcntl(fd_.get(), F_GETFL);
   struct stat ours;
-  if (flags < 0) fail("fcntl");
+  if (current < 0) fail("fcntl");
   if (fstat(fd_.get(), &ours) != 0) fail("fstat");
-  // Locks are the open file's, and it lasts as long as a mapping of it does.
-  try {
-    mark_.emplace(fd_.get(), 0, 1, path_);
-  } catch (const IoError& error) {
-    note_fallback("mmap", error.code().value());
-  }
-  reopen_flags_ = flags & O_DIRECT;
+  reopened_by_ = name;
+  reopen_flags_ = kept(current) | flags;
   suspended_ = ours;
   if (const int error = fd_.close(); error != 0) fail("close", error);
 }
@@ -68,8 +57,7 @@ void OutputFile::suspend() {
 OutputFile::Awake::Awake(OutputFile& file) : file_(file) {
   const std::lock_guard lock(file_.waking_);
   if (file_.suspended_ && file_.awake_ == 0) {
-    const std::string& name = file_.temporary_;
-    Descriptor opened(open(name.c_str(), O_RDWR | O_NOFOLLOW | O_CLOEXEC | file_.reopen_flags_));
+    Descriptor opened(open(file_.reopened_by_.c_str(), file_.reopen_flags_ | O_CLOEXEC));
     if (!opened) file_.fail("open");
     struct stat found;
     if (fstat(opened.get(), &found) != 0) file_.fail("fstat");
@@ -84,13 +72,13 @@ OutputFile::Awake::Awake(OutputFile& file) : file_(file) {
 OutputFile::Awake::~Awake() {
   const std::lock_guard lock(file_.waking_);
   if (--file_.awake_ != 0 || !file_.suspended_) return;
-  const int flags = fcntl(file_.fd_.get(), F_GETFL);
-  if (flags >= 0) file_.reopen_flags_ = flags & O_DIRECT;
+  // A file may have lost O_DIRECT meanwhile.
+  const int current = fcntl(file_.fd_.get(), F_GETFL);
+  if (current >= 0) file_.reopen_flags_ = (file_.reopen_flags_ & ~O_DIRECT) | (current & O_DIRECT);
   int none = 0;
   if (const int error = file_.fd_.close(); error != 0) file_.writeback_error_.compare_exchange_strong(none, error);
 }
 
-// Which file it is, whether it is open or not.
 std::optional<struct stat> OutputFile::identity() const {
   if (!fd_) return suspended_;
   struct stat ours;

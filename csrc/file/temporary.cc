@@ -2,173 +2,285 @@
 #include "file/temporary.h"
 
 #include <fcntl.h>
-#include <sys/file.h>
-#include <sys/random.h>
-#include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
-#include <array>
-#include <atomic>
-#include <cerrno>
-#include <chrono>
-#include <cstdint>
-#include <cstdio>
-#include <ctime>
-#include <system_error>
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <new>
 
-#include "file/filesystem.h"
+#include "file/attributes.h"
+#include "file/closing.h"
+#include "file/hidden_names.h"
 
 namespace fastshard {
 namespace {
 
-constexpr time_t kUntouchedSeconds = 3600;
-// Where another machine may be the one that serves the names, each question costs a round trip: it is enough that so
-// many names in a row are free. So it is where the others were looked at in this second: they are taken in turn.
-constexpr unsigned kFreeInARow = 2;
+// Nobody but the owner, until the file has its final mode.
+constexpr mode_t kStagedMode = 0600;
 
-// FNV-1a: names of any length and alphabet become digits.
-uint64_t hash_of(const std::string& text) {
-  uint64_t hash = 0xcbf29ce484222325;
-  for (const char letter : text) hash = (hash ^ static_cast<unsigned char>(letter)) * 0x100000001b3;
-  return hash;
+// Direct I/O in blocks of at least a page, as smaller ones are slow where the filesystem's own are larger.
+constexpr uint64_t kMinDirectBlockNbytes = 4096;
+constexpr uint64_t kMaxDirectBlockNbytes = 64 << 10;
+
+// What files take up that saves before have replaced may still be on its way back.
+bool no_space(int error) { return error == ENOSPC || error == EDQUOT; }
+
+// Kernels and filesystems without O_TMPFILE take it for a directory to be opened.
+bool without_nameless_files(int error) { return is_unsupported(error) || error == EISDIR || error == ENOENT; }
+
+uint64_t round_up(uint64_t nbytes, uint64_t unit) { return (nbytes + unit - 1) / unit * unit; }
+
+bool same_state(const struct stat& one, const struct stat& other) {
+  return one.st_dev == other.st_dev && one.st_ino == other.st_ino && one.st_ctim.tv_sec == other.st_ctim.tv_sec &&
+         one.st_ctim.tv_nsec == other.st_ctim.tv_nsec;
 }
 
-std::string hidden(const std::string& directory, uint64_t number, const std::string& rest) {
-  std::array<char, 17> digits;
-  std::snprintf(digits.data(), digits.size(), "%016llx", static_cast<unsigned long long>(number));
-  return directory + "/.fastshard-" + digits.data() + rest + ".tmp";
-}
-
-// Saves made by the thousand: whether what lies under a target's names has been looked for in this very second. Two
-// targets of one place in the table only make each other look once more.
-class Looked {
- public:
-  explicit Looked(const Target& target) {
-    const uint64_t hash = hash_of(target.path);
-    const auto now = std::chrono::duration_cast<std::chrono::seconds>(std::chrono::steady_clock::now().time_since_epoch());
-    entry_ = &entries_[hash % entries_.size()];
-    value_ = (hash << 16) | (static_cast<uint64_t>(now.count()) & 0xffff);
+// 0 where there is no direct I/O that staging slots, which are aligned to pages, could do.
+uint64_t direct_block_nbytes(int fd) {
+#ifdef STATX_DIOALIGN  // Linux 6.1
+  struct statx info;
+  if (statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &info) == 0 && (info.stx_mask & STATX_DIOALIGN) != 0) {
+    const uint64_t block = info.stx_dio_offset_align;
+    if (block == 0 || block > kMaxDirectBlockNbytes || info.stx_dio_mem_align > kMinDirectBlockNbytes) return 0;
+    return std::max(kMinDirectBlockNbytes, block);
   }
-  bool just_now() const { return entry_->load(std::memory_order_relaxed) == value_; }
-  void note() { entry_->store(value_, std::memory_order_relaxed); }
-
- private:
-  inline static std::array<std::atomic<uint64_t>, 64> entries_ = {};
-  std::atomic<uint64_t>* entry_;
-  uint64_t value_;
-};
-
-struct flock whole_file(int type) {
-  struct flock lock = {};  // l_pid must be 0
-  lock.l_type = static_cast<short>(type);
-  lock.l_whence = SEEK_SET;
-  return lock;
+#else
+  static_cast<void>(fd);
+#endif
+  return kMinDirectBlockNbytes;
 }
 
-bool is_at(const struct stat& info, const std::string& name) {
-  struct stat there;
-  return lstat(name.c_str(), &there) == 0 && there.st_dev == info.st_dev && there.st_ino == info.st_ino;
-}
-
-// Whether anybody holds a write lock; also where that cannot be told.
-bool write_locked(int fd) {
-  struct flock lock = whole_file(F_RDLCK);  // what a write lock alone stands against
-  return fcntl(fd, F_OFD_GETLK, &lock) != 0 || lock.l_type != F_UNLCK;
-}
-
-// While a save of several files puts them in place, the hidden name holds the old file, which nobody has locked; the
-// new one is the target then, and is locked. A second name of the target's own file holds nothing.
-bool being_published(const Target& target, const struct stat& leftover) {
-  if (is_at(leftover, target.path)) return false;
-  const Descriptor file(open(target.path.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
-  if (!file) return errno != ENOENT && errno != ELOOP;
-  return write_locked(file.get());
-}
-
-// Only one who has locked the file removes its name, so that nobody removes a new file under a name that another has
-// just cleared. Files that may not be written to can only be locked in the other way.
-bool lock_leftover(const Descriptor& writable, const Descriptor& readable) {
-  if (writable) return mark_in_use(writable.get()) == 0;
-  return !write_locked(readable.get()) && flock(readable.get(), LOCK_EX | LOCK_NB) == 0;
-}
-
-// 0, or the errno of what failed. Whatever may be somebody's stays.
-int remove_leftover(const Target& target, const std::string& name, const struct stat& found, bool one_machine) {
-  if (!one_machine && std::time(nullptr) - found.st_mtime < kUntouchedSeconds) return 0;
-  if (S_ISLNK(found.st_mode)) {  // a link that was replaced by a save of several files
-    if (being_published(target, found) || !is_at(found, name)) return 0;
-    return unlink(name.c_str()) == 0 ? 0 : errno;
-  }
-  if (!S_ISREG(found.st_mode)) return 0;
-  constexpr int kFlags = O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC;
-  const Descriptor writable(open(name.c_str(), O_RDWR | kFlags));
-  const Descriptor readable(writable ? -1 : open(name.c_str(), O_RDONLY | kFlags));
-  if (!writable && !readable) return errno == EACCES ? 0 : errno;  // another user's
-  struct stat opened;
-  if (fstat((writable ? writable : readable).get(), &opened) != 0) return errno;
-  if (!lock_leftover(writable, readable) || being_published(target, opened) || !is_at(opened, name)) return 0;
-  return unlink(name.c_str()) == 0 ? 0 : errno;
+bool set_direct(int fd, bool direct) {
+  const int flags = fcntl(fd, F_GETFL);
+  return flags >= 0 && fcntl(fd, F_SETFL, direct ? flags | O_DIRECT : flags & ~O_DIRECT) == 0;
 }
 
 }  // namespace
 
-std::string temporary_name(const std::string& directory, const std::string& name, unsigned number) {
-  return hidden(directory, hash_of(name), std::string("-").append(std::to_string(number)));
+TemporaryFile::TemporaryFile(const std::string& path, uint64_t nbytes, const Intent& intent)
+    : TemporaryFile(path, nbytes, intent, site_of(path, intent)) {}
+
+TemporaryFile::Site TemporaryFile::site_of(const std::string& path, const Intent& intent) {
+  Target target = find_target(path, intent.follow_links);
+  FileSystem filesystem = filesystem_of(target.directory, path);
+  return {.target = std::move(target), .filesystem = std::move(filesystem)};
 }
 
-std::string random_temporary_name(const std::string& directory, const std::string& path) {
-  uint64_t number;
-  if (getrandom(&number, sizeof number, 0) != sizeof number) throw IoError(errno, path, "getrandom");
-  return hidden(directory, number, "");
-}
-
-int take_name(const Target& target, const std::string& path, const std::function<int(const std::string&)>& make,
-              std::string& name) {
-  for (unsigned number = 0; number < 2 * kTemporaryNames; ++number) {
-    std::string tried = number < kTemporaryNames ? temporary_name(target.directory, target.name, number)
-                                                 : random_temporary_name(target.directory, path);
-    const int error = make(tried);
-    if (error == 0) name = std::move(tried);
-    if (error != EEXIST) return error;
+TemporaryFile::TemporaryFile(const std::string& path, uint64_t nbytes, const Intent& intent, Site site)
+    : OutputFile(path, nbytes, intent, site.filesystem), place_(*this, std::move(site.target)) {
+  write_path_ = choose_write_path(site.filesystem, intent).path;
+  note_fallbacks(remove_leftovers(place_.target(), one_machine()));  // first, as it may take the room
+  make(intent.at_once);
+  try {
+    if (write_path_ == WritePath::direct) set_up_direct();
+    if (nbytes_ != 0) preallocate();
+  } catch (...) {
+    discard();
+    throw;
   }
-  return EEXIST;
 }
 
-int mark_in_use(int fd) noexcept {
-  struct flock lock = whole_file(F_WRLCK);
-  if (fcntl(fd, F_OFD_SETLK, &lock) == 0) return 0;
-  return errno == EACCES ? EAGAIN : errno;
+TemporaryFile::~TemporaryFile() { discard(); }
+
+std::string TemporaryFile::space_needed(int error) const {
+  std::string text = OutputFile::space_needed(error);
+  if (!text.empty() && no_space(error) && place_.target().replaced) {
+    text += "; the old file is kept until the new one stands";
+  }
+  return text;
 }
 
-void give_up(int fd) noexcept {
-  struct flock lock = whole_file(F_UNLCK);
-  fcntl(fd, F_OFD_SETLK, &lock);
+void TemporaryFile::make(bool at_once) {
+  // Where one is replaced the file needs a hidden name in any case: given at once, it is one change of the folder less.
+  const bool replaces = place_.target().replaced.has_value();
+  const bool named = at_once && replaces;
+  if (!named && make_nameless()) return;
+  place_.take_hidden_name([&](const std::string& name) { return make_named(name); }, "open");
+  if (!replaces) take_mode_back();
 }
 
-std::vector<std::string> remove_leftovers(const Target& target, bool one_machine) {
-  std::vector<std::string> left;
-  const auto note = [&](int error) {
-    if (error == 0 || error == ENOENT) return;
-    left.push_back("removing what a killed save has left refused: " + std::generic_category().message(error));
-  };
-  Looked looked(target);
-  const bool all = one_machine && !looked.just_now();
-  unsigned free = 0;
-  for (unsigned number = 0; number < kTemporaryNames; ++number) {
-    const std::string name = temporary_name(target.directory, target.name, number);
-    struct stat found;
-    if (lstat(name.c_str(), &found) == 0) {
-      free = 0;
-      note(remove_leftover(target, name, found, one_machine));
-    } else if (errno != ENOENT) {
-      note(errno);
-      break;  // the save itself will tell more
-    } else if (++free == kFreeInARow && !all) {
-      return left;
+// Whether there is such a thing here.
+bool TemporaryFile::make_nameless() {
+  const Target& target = place_.target();
+  // Of a new file the kernel makes the mode, by umask and the directory's default list.
+  const mode_t mode = target.replaced ? kStagedMode : 0666;
+  fd_ = Descriptor(open(target.directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, mode));
+  if (!fd_ && !without_nameless_files(errno)) fail("open");
+  // A nameless file can only be given a name through /proc.
+  if (fd_ && access(self_path(fd_.get()).c_str(), F_OK) == 0) {
+    mark_in_use(fd_.get());
+    return true;
+  }
+  const int refusal = errno;
+  if (fd_ && refusal != ENOENT && refusal != ENOTDIR && refusal != EACCES) fail("access", refusal);
+  if (fd_ || refusal != ENOENT) note_fallback("O_TMPFILE", refusal);
+  return false;
+}
+
+// Makes the file under a hidden name. 0, or an errno.
+int TemporaryFile::make_named(const std::string& name) {
+  const mode_t mode = place_.target().replaced ? kStagedMode : 0666;
+  fd_ = Descriptor(open(name.c_str(), O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, mode));
+  if (!fd_) return errno;
+  // Until it is marked, another save may take it for a leftover.
+  const int error = mark_in_use(fd_.get());
+  if (error == EAGAIN || place_.lost(name)) return EEXIST;
+  if (error != 0) note_fallback("locks", error);
+  return 0;
+}
+
+// The mode that the kernel has given a new file under a hidden name waits until the file is complete.
+void TemporaryFile::take_mode_back() {
+  struct stat made;
+  if (fstat(fd_.get(), &made) != 0) {
+    const int failed = errno;
+    discard();
+    fail("fstat", failed);
+  }
+  if (fchmod(fd_.get(), made.st_mode & kStagedMode) == 0) {
+    new_mode_ = made.st_mode & 07777;
+  } else {
+    note_fallback("fchmod");
+  }
+}
+
+void TemporaryFile::preallocate() {
+  // Makes later writes cheaper on disk filesystems and dearer on tmpfs, where it would also make small pages of
+  // what could be huge ones. There only a mapping needs it, on kernels that cannot populate: a store to a page
+  // that cannot be had is a SIGBUS.
+  if (memory_backed() && write_path_ == WritePath::buffered) return;
+  if (memory_backed() && can_populate()) {
+    if (ftruncate(fd_.get(), static_cast<off_t>(nbytes_)) != 0) fail("ftruncate");
+    return;
+  }
+  int result;
+  do {
+    result = fallocate(fd_.get(), 0, 0, static_cast<off_t>(round_up(nbytes_, block_nbytes_)));
+  } while (result != 0 && (errno == EINTR || (no_space(errno) && wait_for_closing())));
+  preallocated_ = result == 0;
+  if (preallocated_) return;
+  if (!is_unsupported(errno)) fail("fallocate");
+  note_fallback("fallocate");
+  if (write_path_ != WritePath::direct) write_path_ = WritePath::buffered;
+}
+
+// Where direct I/O does not work the file is buffered.
+void TemporaryFile::set_up_direct() {
+  errno = EINVAL;
+  if (direct_works()) return;
+  note_fallback("O_DIRECT");
+  if (!set_direct(fd_.get(), false)) fail("fcntl");
+  block_nbytes_ = 1;
+  write_path_ = WritePath::buffered;
+}
+
+// Proves direct I/O by a write, as some filesystems take the flag and refuse the writes. With errno where it fails.
+bool TemporaryFile::direct_works() {
+  if (memory_backed()) return false;  // takes the flag, too, of late, and ignores it
+  block_nbytes_ = direct_block_nbytes(fd_.get());
+  if (block_nbytes_ == 0 || !set_direct(fd_.get(), true)) return false;
+  const std::unique_ptr<void, void (*)(void*)> block(std::aligned_alloc(kMinDirectBlockNbytes, block_nbytes_),
+                                                     std::free);
+  if (block == nullptr) throw std::bad_alloc();
+  std::memset(block.get(), 0, block_nbytes_);
+  ssize_t written;
+  do {
+    written = pwrite(fd_.get(), block.get(), block_nbytes_, 0);
+  } while (written < 0 && errno == EINTR);
+  if (written < 0 && !is_unsupported(errno)) fail("write");
+  return written >= 0;
+}
+
+void require_space(std::span<TemporaryFile* const> files) {
+  std::map<dev_t, uint64_t> wanted;
+  for (const TemporaryFile* file : files) {
+    if (file->preallocated_) continue;
+    const auto info = file->identity();
+    struct statvfs space;
+    // No answer is no reason to refuse, and filesystems without a limit report no blocks at all.
+    const std::string& directory = file->place_.target().directory;
+    if (!info || statvfs(directory.c_str(), &space) != 0 || space.f_blocks == 0) continue;
+    wanted[info->st_dev] += file->nbytes_;
+    if (wanted[info->st_dev] > static_cast<uint64_t>(space.f_bavail) * space.f_frsize) {
+      file->fail("reserve", ENOSPC);
     }
   }
-  looked.note();
-  return left;
+}
+
+Mapping TemporaryFile::map() {
+  if (ftruncate(fd_.get(), static_cast<off_t>(nbytes_)) != 0) fail("ftruncate");
+  return Mapping(fd_.get(), 0, nbytes_, path_);
+}
+
+void TemporaryFile::end_writing() {
+  if (write_path_ != WritePath::direct) return;
+  // Whoever reads or copies it from here on is not bound to blocks.
+  if (!set_direct(fd_.get(), false)) fail("fcntl");
+  int result;
+  do {
+    result = ftruncate(fd_.get(), static_cast<off_t>(nbytes_));
+  } while (result != 0 && errno == EINTR);
+  if (result != 0) fail("ftruncate");
+}
+
+void TemporaryFile::sync() {
+  take_attributes();
+  OutputFile::sync();
+}
+
+void TemporaryFile::suspend() {
+  if (place_.hidden_name().empty()) {
+    struct stat made;
+    if (fstat(fd_.get(), &made) != 0) fail("fstat");
+    if (!place_.target().replaced && fchmod(fd_.get(), kStagedMode) == 0) new_mode_ = made.st_mode & 07777;
+    place_.link_hidden();
+  }
+  // Locks are the open file's, and it lasts as long as a mapping of it does.
+  try {
+    mark_.emplace(fd_.get(), 0, 1, path_);
+  } catch (const IoError& error) {
+    note_fallback("mmap", error.code().value());
+  }
+  suspend_under(place_.hidden_name(), O_NOFOLLOW);
+}
+
+// Owner, mode, list and extended attributes of the file that stands there now, or stood there when the save began.
+void TemporaryFile::take_attributes() {
+  if (const auto& replaced = place_.look_again()) {
+    if (adopted_ && same_state(*adopted_, *replaced)) return;
+    adopted_ = replaced;
+    note_fallbacks(adopt_attributes(fd_.get(), place_.target().path, *adopted_, path_));
+  } else if (new_mode_) {
+    if (fchmod(fd_.get(), *new_mode_) != 0) note_fallback("fchmod");
+  }
+  new_mode_.reset();
+}
+
+void TemporaryFile::put_in_place(bool keep_old) {
+  const Awake awake(*this);
+  check_written();
+  take_attributes();
+  check_stored();
+  place_.put(keep_old);
+}
+
+// Once all files stand. 0, or the errno of what failed.
+int TemporaryFile::remove_old() noexcept {
+  const int error = place_.remove_old();
+  if (fd_) give_up(fd_.get());
+  mark_.reset();
+  return error;
+}
+
+bool TemporaryFile::intact() const {
+  struct stat info;
+  if (place_.state() != Placement::State::temporary || fstat(fd_.get(), &info) != 0) return false;
+  const std::string& name = place_.hidden_name();
+  return static_cast<uint64_t>(info.st_size) == nbytes_ && (name.empty() || place_.is_at(name));
 }
 
 }  // namespace fastshard

@@ -1,38 +1,74 @@
 // SPDX-License-Identifier: Apache-2.0
-// Hidden names beside a target, and what killed saves have left under them. The names are the target's own, so that
-// the next save there finds them without listing the directory. A file under such a name belongs to a
-// living process while that holds a write lock on it, which nobody can take who may only read the file.
+// Files that this process makes: hidden siblings of their targets, until publish() puts them in place.
 #pragma once
 
-#include <functional>
-#include <string>
-#include <vector>
+#include <sys/stat.h>
 
-#include "file/target.h"
+#include <optional>
+#include <span>
+#include <string>
+
+#include "file/mapping.h"
+#include "file/output.h"
+#include "file/placement.h"
 
 namespace fastshard {
 
-// Hidden names that a target has; saves that go on at the same time use several.
-inline constexpr unsigned kTemporaryNames = 8;
+// A new file, nameless or under a hidden name beside its target. It appears under its target's name complete or not at
+// all: the destructor removes what was not published.
+class TemporaryFile final : public OutputFile {
+ public:
+  // Checks the target, removes what killed saves of it have left, makes the file, which nobody may read who may not
+  // read the target, and preallocates `nbytes` where that is of use; a full disk is IoError(ENOSPC). 0: not known.
+  TemporaryFile(const std::string& path, uint64_t nbytes, const Intent& intent);
+  ~TemporaryFile() override;
 
-// No loader looks at it: it starts with a dot and does not end in .safetensors.
-std::string temporary_name(const std::string& directory, const std::string& name, unsigned number);
-// One that no target has.
-std::string random_temporary_name(const std::string& directory, const std::string& path);
+  // The memory of the whole file, which gets its size by this.
+  Mapping map();
+  void end_writing() override;
+  // The file has the attributes that it will be published with, too.
+  void sync() override;
+  // The file has a hidden name from here on, and is still marked as in use.
+  void suspend() override;
+  // Gives the file up: nothing of it remains. Nothing happens to a published file.
+  void discard() noexcept { place_.discard(); }
+  // For files that are published more than once: whether it can be, nobody having cut it or taken its name.
+  bool intact() const;
 
-// Tries `make` (0, or an errno) with the target's hidden names, until it says something else than EEXIST, and with
-// random ones when all are taken. 0 and the name, or the errno.
-int take_name(const Target& target, const std::string& path, const std::function<int(const std::string&)>& make,
-              std::string& name);
+  friend void require_space(std::span<TemporaryFile* const> files);
+  friend void publish(std::span<TemporaryFile* const> files, bool durable);
+  friend void swap_into_place(TemporaryFile& file, TemporaryFile* previous, bool durable);
 
-// Tells remove_leftovers that the file behind `fd` belongs to a living process, until it is closed or given up.
-// 0, or an errno: EAGAIN where somebody else has it.
-int mark_in_use(int fd) noexcept;
-void give_up(int fd) noexcept;
+ private:
+  // Where the file is made.
+  struct Site {
+    Target target;
+    FileSystem filesystem;
+  };
+  static Site site_of(const std::string& path, const Intent& intent);
+  TemporaryFile(const std::string& path, uint64_t nbytes, const Intent& intent, Site site);
 
-// Removes what is under the target's hidden names and belongs to nobody. Returns what could not be removed, in words.
-// Whether somebody on another machine is using a file cannot be relied upon to show in locks: where `one_machine` is
-// false, what was changed within the last hour stays. Where locks are refused, everything does.
-std::vector<std::string> remove_leftovers(const Target& target, bool one_machine);
+  void make(bool at_once);
+  bool make_nameless();
+  int make_named(const std::string& name);
+  void take_mode_back();
+  void preallocate();
+  void set_up_direct();
+  bool direct_works();
+  void take_attributes();
+  std::string space_needed(int error) const override;
+
+  // What publish() does with each file.
+  void put_in_place(bool keep_old);
+  int remove_old() noexcept;
+
+  Placement place_;
+  std::optional<mode_t> new_mode_;      // of a new file under a hidden name, where it still has less
+  std::optional<struct stat> adopted_;  // of the file whose attributes it has
+  std::optional<Mapping> mark_;         // of a suspended file: keeps the lock of the descriptor that is gone
+};
+
+// IoError(ENOSPC) unless what could not be preallocated fits, all of it together, into what is free now.
+void require_space(std::span<TemporaryFile* const> files);
 
 }  // namespace fastshard

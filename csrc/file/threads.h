@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "file/file.h"
+#include "file/output.h"
 
 namespace fastshard {
 

@@ -5,6 +5,8 @@
 #include <numeric>
 #include <set>
 
+#include "file/publish.h"
+
 namespace fastshard {
 namespace {
 
@@ -42,14 +44,16 @@ Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>&
   bounded_ = too_many_to_keep_open(plan_->files.size());
   for (uint32_t index = 0; index < plan_->files.size(); ++index) {
     const FilePlan& file = plan_->files[index];
-    files_.push_back(file.memory.bytes != nullptr ? nullptr
-                                                  : std::make_shared<OutputFile>(file.path, file.nbytes, intent_));
+    if (file.memory.bytes != nullptr) {
+      files_.push_back(nullptr);
+    } else {
+      auto made = std::make_shared<TemporaryFile>(file.path, file.nbytes, intent_);
+      open_files_.push_back(made.get());
+      files_.push_back(std::move(made));
+    }
     writers_.push_back(std::make_unique<FileWriter>(file, files_.back(), resources_, streams_, fetches_.stream(index),
                                                     intent_.checksums, progress_));
     if (bounded_ && files_.back() != nullptr) files_.back()->suspend();
-  }
-  for (const auto& file : files_) {
-    if (file != nullptr) open_files_.push_back(file.get());
   }
   if (nbytes_ > kUnasked) require_space(open_files_);
 }
@@ -232,7 +236,7 @@ void Save::finish() {
   if (!error) {
     try {
       const Timer timer(progress_.sync_ns);
-      for (OutputFile* file : open_files_) {
+      for (TemporaryFile* file : open_files_) {
         if (!must_sync() || !synced_together(*file)) continue;
         const OutputFile::Awake awake(*file);
         sync(*file);
@@ -243,7 +247,7 @@ void Save::finish() {
       error = std::current_exception();
     }
   }
-  for (OutputFile* file : open_files_) {
+  for (TemporaryFile* file : open_files_) {
     resources_.write_behind.forget(file);
     file->discard();
   }

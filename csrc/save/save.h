@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "device/fetch.h"
+#include "file/temporary.h"
 #include "save/writer.h"
 
 namespace fastshard {
@@ -114,7 +115,7 @@ class Save : public std::enable_shared_from_this<Save> {
   Progress progress_;
   // By index in the plan; null where the target is memory.
   std::vector<std::shared_ptr<OutputFile>> files_;
-  std::vector<OutputFile*> open_files_;  // those there are
+  std::vector<TemporaryFile*> open_files_;  // those there are
   bool bounded_ = false;                 // they are open only while they are worked on
   std::vector<std::unique_ptr<FileWriter>> writers_;
   std::vector<std::atomic<size_t>> unfinished_shares_;  // of each file

@@ -13,7 +13,7 @@
 
 #include "save/crc32.h"
 #include "device/device.h"
-#include "file/file.h"
+#include "file/output.h"
 #include "device/ring.h"
 #include "plan/schedule.h"
 #include "file/source_file.h"

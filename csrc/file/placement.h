@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// Under which name a new file stands: none, a hidden one or its target's, and how it gets from one to the next.
+#pragma once
+
+#include <functional>
+#include <optional>
+#include <string>
+
+#include "file/output.h"
+#include "file/target.h"
+
+namespace fastshard {
+
+// The names of one file that is made to be put in the place of a target, and what undoing that takes.
+class Placement {
+ public:
+  // How far the file has come.
+  enum class State {
+    temporary,  // nameless, or under the hidden name
+    created,    // in place, where there was nothing
+    exchanged,  // in place; the hidden name holds the old file
+    replaced,   // in place; the old file is gone
+  };
+
+  Placement(OutputFile& file, Target target) : file_(file), target_(std::move(target)) {}
+  Placement(const Placement&) = delete;
+  Placement& operator=(const Placement&) = delete;
+
+  State state() const { return state_; }
+  const Target& target() const { return target_; }
+  // Empty while the file has none.
+  const std::string& hidden_name() const { return hidden_; }
+
+  // Looks at what stands at the target now. Of a file that has gone since, what is known stays: the new one takes over
+  // its attributes all the same. Throws IoError for a directory.
+  const std::optional<struct stat>& look_again();
+
+  // Tries `make` (0, or an errno) with hidden names until one is free. Throws IoError of `action`.
+  void take_hidden_name(const std::function<int(const std::string&)>& make, const char* action);
+  // Gives a nameless file a hidden name.
+  void link_hidden();
+
+  // Puts the file, whose contents are complete, under its target's name. `keep_old`: so that it can be undone; the old
+  // file is then under the hidden name, where the filesystem allows that.
+  void put(bool keep_old);
+  // Undoes put(), unless somebody else has replaced the file meanwhile. 0, or the errno of what failed; the new file
+  // stands then.
+  int put_back() noexcept;
+  // It cannot be put back, or need not be.
+  void settle() noexcept { state_ = State::replaced; }
+  // Once all files of a save stand: removes the old file. 0, or the errno of what failed.
+  int remove_old() noexcept;
+  // The old file becomes the hidden file of `previous`, if it is that one.
+  void hand_old_to(Placement& previous) noexcept;
+  // Removes what was not settled.
+  void discard() noexcept;
+
+  // Whether the file under `name` is this one.
+  bool is_at(const std::string& name) const;
+  // Whether the name is known to be another file's, or nobody's. What cannot be looked at is not lost.
+  bool lost(const std::string& name) const;
+
+ private:
+  bool exchange_with_target();
+  bool keep_old_by_link();
+  Descriptor held_old() const;
+  void rename_to_target();
+  void copy_to_target();
+  int link_as(const std::string& name) const;
+
+  OutputFile& file_;
+  Target target_;
+  std::string hidden_;
+  State state_ = State::temporary;
+};
+
+}  // namespace fastshard
