@@ -26,7 +26,11 @@ NATIVE_LAYERS = {
         closing.cc placement.h placement.cc temporary.h temporary.cc publish.h publish.cc holders.h holders.cc
         in_place.h in_place.cc direct_io.h direct_io.cc standing.h standing.cc source_file.h source_file.cc
     """,
-    "save": "crc32.h crc32.cc writer.h writer.cc save.h save.cc engine.h engine.cc",
+    "save": """
+        crc32.h crc32.cc writer.h source_pages.h source_pages.cc chunk_writer.h chunk_writer.cc page_cache_writer.h
+        page_cache_writer.cc direct_writer.h direct_writer.cc memory_writer.h memory_writer.cc writer.cc save.h save.cc
+        engine.h engine.cc
+    """,
     "": "bindings.cc",
 }
 """csrc/, folder by folder, in reading order. A file may include only what stands before it."""

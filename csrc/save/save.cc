@@ -51,8 +51,8 @@ Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>&
       open_files_.push_back(made.get());
       files_.push_back(std::move(made));
     }
-    writers_.push_back(std::make_unique<FileWriter>(file, files_.back(), resources_, streams_, fetches_.stream(index),
-                                                    intent_.checksums, progress_));
+    writers_.push_back(make_writer(file, files_.back(), resources_, streams_, fetches_.stream(index),
+                                   intent_.checksums, progress_));
     if (bounded_ && files_.back() != nullptr) files_.back()->suspend();
   }
   if (nbytes_ > kUnasked) require_space(open_files_);

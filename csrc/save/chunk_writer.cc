@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "save/chunk_writer.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "plan/error.h"
+
+namespace fastshard {
+namespace {
+
+// Staged chunks that one thread keeps under way: enough for the copy engine never to wait for the disk.
+constexpr size_t kMaxInFlight = 4;
+// How many chunks ahead the disk is asked for tensors that lie in files.
+constexpr size_t kChunksAhead = 4;
+
+}  // namespace
+
+StagedChunk::~StagedChunk() {
+  for (const auto& ticket : tickets) {
+    try {
+      ticket->wait();
+    } catch (...) {
+      // Already known, or about to be thrown for the chunk that failed first.
+    }
+  }
+  progress.staged_nbytes -= staged_nbytes;
+}
+
+void StagedChunk::wait() {
+  const Timer timer(progress.copy_ns);
+  for (const auto& ticket : tickets) ticket->wait();
+  tickets.clear();
+}
+
+void StagedChunk::copy_into_slot() {
+  staged_nbytes = chunk.nbytes;
+  const uint64_t now = progress.staged_nbytes += staged_nbytes;
+  uint64_t peak = progress.peak_staged_nbytes;
+  while (now > peak && !progress.peak_staged_nbytes.compare_exchange_weak(peak, now)) {
+  }
+  (slot.pinned() ? progress.staged_pinned : progress.staged_pageable) = true;
+}
+
+void StagedChunk::copy_into_target(std::span<std::byte> target) {
+  bytes = target;
+  in_target = true;
+  progress.copied_in_place = true;
+}
+
+ChunkWriter::ChunkWriter(WriterParts parts, const ScheduleLimits& limits, size_t writers)
+    : plan_(parts.plan),
+      resources_(parts.resources),
+      streams_(parts.streams),
+      progress_(parts.progress),
+      schedule_(make_schedule(parts.plan, limits)),
+      sources_(plan_, schedule_),
+      host_(resources_.host.open(0)),
+      fetched_(std::move(parts.fetched)),
+      writers_(std::clamp<size_t>(schedule_.chunks.size(), 1, writers)) {
+  if (!parts.checksums) return;
+  for (const WriteItem& item : plan_.items) checksums_.emplace_back(item.source.packed_nbytes());
+}
+
+std::vector<uint32_t> ChunkWriter::checksums() const {
+  std::vector<uint32_t> values;
+  for (const Crc32& checksum : checksums_) values.push_back(checksum.value());
+  return values;
+}
+
+void ChunkWriter::add_checksums(const Chunk& chunk, std::span<const std::byte> bytes) {
+  if (checksums_.empty()) return;
+  const Timer timer(progress_.copy_ns);
+  for (const CopyOp& op : schedule_.ops_of(chunk)) {
+    checksums_[op.item].add(op.first_byte, bytes.subspan(op.chunk_offset, op.nbytes));
+  }
+}
+
+void ChunkWriter::check_stop() const {
+  if (progress_.stop) throw Cancelled();
+}
+
+const Chunk* ChunkWriter::claim() {
+  const size_t index = next_chunk_++;
+  if (index >= schedule_.chunks.size()) return nullptr;
+  const size_t ahead = index + kChunksAhead * writers_;
+  if (ahead < schedule_.chunks.size()) sources_.ask_for(schedule_.chunks[ahead]);
+  return &schedule_.chunks[index];
+}
+
+std::optional<Slot> ChunkWriter::slot_for(const Chunk& chunk, bool holds_none) {
+  const int node = node_of(chunk);
+  return holds_none ? resources_.ring.acquire(node) : resources_.ring.try_acquire(node);
+}
+
+// Of the first device that packs into the chunk's slot.
+int ChunkWriter::node_of(const Chunk& chunk) const {
+  if (chunk.route != Route::device) return -1;
+  for (const CopyOp& op : schedule_.ops_of(chunk)) {
+    const auto device = resources_.devices.find(op.source->device);
+    if (device != resources_.devices.end()) return device->second->numa_node();
+  }
+  return -1;
+}
+
+std::unique_ptr<StagedChunk> ChunkWriter::stage(const Chunk& chunk, Slot slot) {
+  auto staged = std::make_unique<StagedChunk>(progress_, chunk, std::move(slot));
+  place(*staged);
+  enqueue_copies(*staged);
+  return staged;
+}
+
+Device* ChunkWriter::device_of(const Chunk& chunk) const {
+  if (chunk.route != Route::device || resources_.devices.empty()) return nullptr;
+  return resources_.devices.begin()->second;  // one registration serves all devices
+}
+
+void ChunkWriter::place_in_slot(StagedChunk& staged) {
+  if (Device* const device = device_of(staged.chunk)) staged.slot.pin(*device);
+  staged.copy_into_slot();
+}
+
+// Ops of one device are handed over together: many small ones then cost one launch.
+void ChunkWriter::enqueue_copies(StagedChunk& staged) {
+  const Timer timer(progress_.copy_ns);
+  const SourcePages::Held sources(sources_, staged.chunk);  // of those in host memory, which this thread packs
+  Staging staging{staged.bytes, staged.slot.scratch()};
+  const std::span<const CopyOp> all = schedule_.ops_of(staged.chunk);
+  std::vector<CopyOp> ops(all.begin(), all.end());
+  std::ranges::stable_sort(ops, {}, [](const CopyOp& op) { return op.source->device; });
+  for (auto first = ops.begin(); first != ops.end();) {
+    const int device = first->source->device;
+    const auto last = std::find_if(first, ops.end(), [&](const CopyOp& op) { return op.source->device != device; });
+    if (auto ticket = stream_for(device).pack({first, last}, staging)) staged.tickets.push_back(std::move(ticket));
+    first = last;
+  }
+}
+
+CopyStream& ChunkWriter::stream_for(int device) {
+  if (device == kHost) return *host_;
+  if (device == kFetched) return *fetched_;
+  return *streams_.at(device);
+}
+
+void InTurnWriter::write_in_turn() {
+  const Ring::Share share(resources_.ring);
+  std::deque<std::unique_ptr<StagedChunk>> in_flight;
+  const Chunk* next = claim();
+  while (next != nullptr || !in_flight.empty()) {
+    check_stop();
+    if (next != nullptr && write_unstaged(*next)) {
+      next = claim();
+      continue;
+    }
+    if (next != nullptr && in_flight.size() < std::min(kMaxInFlight, share.slots())) {
+      if (std::optional<Slot> slot = slot_for(*next, in_flight.empty())) {
+        auto staged = stage(*next, std::move(*slot));
+        if (staged->tickets.empty()) {
+          write_staged(*staged);  // packed by this thread, and still in its cache
+        } else {
+          in_flight.push_back(std::move(staged));
+        }
+        next = claim();
+        continue;
+      }
+    }
+    write_staged(*in_flight.front());
+    in_flight.pop_front();
+  }
+}
+
+}  // namespace fastshard

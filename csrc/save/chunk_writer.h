@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the writers of all routes share: they claim chunks one after the other, stage them, and take checksums.
+#pragma once
+
+#include <atomic>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "file/mapping.h"
+#include "plan/schedule.h"
+#include "save/crc32.h"
+#include "save/source_pages.h"
+#include "save/writer.h"
+
+namespace fastshard {
+
+// What a writer is made of. The references outlive it.
+struct WriterParts {
+  const FilePlan& plan;
+  const Resources& resources;
+  const CopyStreams& streams;
+  std::unique_ptr<CopyStream> fetched;
+  bool checksums;
+  Progress& progress;
+};
+
+// A chunk that is being copied into its slot, or, where the target is page-locked, straight into the target; the slot
+// then only lends its scratch. The destructor waits for the copies, as the memory may go only after them.
+struct StagedChunk {
+  StagedChunk(Progress& totals, const Chunk& what, Slot where)
+      : progress(totals), chunk(what), slot(std::move(where)), bytes(slot.bytes().first(chunk.nbytes)) {}
+  ~StagedChunk();
+  StagedChunk(const StagedChunk&) = delete;
+  StagedChunk& operator=(const StagedChunk&) = delete;
+
+  // Returns when the bytes are where the copies go. Throws what a copy has failed with.
+  void wait();
+  // One of the two is called before the copies are enqueued.
+  void copy_into_slot();
+  void copy_into_target(std::span<std::byte> target);
+
+  Progress& progress;
+  const Chunk& chunk;
+  Slot slot;
+  std::span<std::byte> bytes;  // where the copies go
+  bool in_target = false;
+  uint64_t staged_nbytes = 0;
+  std::optional<Mapping> window;
+  std::unique_ptr<Registration> registration;  // of the window, which it must not outlive
+  std::vector<std::unique_ptr<Ticket>> tickets;
+};
+
+// Claims, stages and checks; how the bytes get into the target is the derived classes' business.
+class ChunkWriter : public FileWriter {
+ public:
+  size_t writers() const final { return writers_; }
+  std::vector<uint32_t> checksums() const final;
+
+ protected:
+  // The chunks are cut to `limits`, and at most `writers` threads work on them.
+  ChunkWriter(WriterParts parts, const ScheduleLimits& limits, size_t writers);
+
+  // Claims the next chunk for the calling thread; null when there is none left.
+  const Chunk* claim();
+  // A slot for the chunk, near the device that it comes from. A thread blocks for one only while it holds none, so that
+  // one slot is enough to finish; else there may be none.
+  std::optional<Slot> slot_for(const Chunk& chunk, bool holds_none);
+  // Asks each device that owns a part of the chunk to pack it into the slot, or where place() says.
+  std::unique_ptr<StagedChunk> stage(const Chunk& chunk, Slot slot);
+  // Page-locks the slot for the copies of a device, and has them go there.
+  void place_in_slot(StagedChunk& staged);
+  // The device whose copies the chunk's memory is page-locked for; null if only the CPU packs it.
+  Device* device_of(const Chunk& chunk) const;
+  // Adds the bytes of a whole chunk to the checksums, if these were asked for: while they are in a cache, if they are.
+  void add_checksums(const Chunk& chunk, std::span<const std::byte> bytes);
+  // Throws Cancelled when the save has been stopped.
+  void check_stop() const;
+  // Tells the progress that the chunk is written.
+  void count(const Chunk& chunk) { progress_.nbytes_written.fetch_add(chunk.nbytes, std::memory_order_relaxed); }
+
+  const FilePlan& plan_;
+  const Resources& resources_;
+  const CopyStreams& streams_;
+  Progress& progress_;
+  const FileSchedule schedule_;
+  const SourcePages sources_;
+  const std::unique_ptr<CopyStream> host_;
+  std::deque<Crc32> checksums_;  // of the items; none if not asked for
+
+ private:
+  // Decides where the chunk's copies go: into the slot, unless the target itself can take them.
+  virtual void place(StagedChunk& staged) { place_in_slot(staged); }
+  void enqueue_copies(StagedChunk& staged);
+  int node_of(const Chunk& chunk) const;
+  CopyStream& stream_for(int device);
+
+  const std::unique_ptr<CopyStream> fetched_;
+  const size_t writers_;
+  std::atomic<size_t> next_chunk_ = 0;
+};
+
+// A writer whose threads write one chunk after the other, while further ones are copied into their slots.
+class InTurnWriter : public ChunkWriter {
+ protected:
+  using ChunkWriter::ChunkWriter;
+
+  // One thread's share. For each chunk that needs a slot: take one, ask each device that owns a part to pack into it,
+  // wait for the oldest, write it at its offset and let the slot go.
+  void write_in_turn();
+
+ private:
+  // Writes a chunk that needs no slot. Whether it was one.
+  virtual bool write_unstaged(const Chunk& chunk) = 0;
+  // Waits for the chunk's copies and writes it.
+  virtual void write_staged(StagedChunk& staged) = 0;
+};
+
+}  // namespace fastshard

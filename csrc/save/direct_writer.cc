@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "save/direct_writer.h"
+
+#include <algorithm>
+#include <deque>
+#include <unordered_map>
+#include <utility>
+
+#include "file/direct_io.h"
+
+namespace fastshard {
+namespace {
+
+// Chunks that one thread has being copied: enough for the copy engine never to wait for the disk.
+constexpr size_t kMaxCopying = 4;
+// Writes that one thread has under way: enough for the disk never to wait for the copies.
+constexpr unsigned kMaxWriting = 8;
+constexpr uint64_t kMaxWriteNbytes = 8 << 20;
+constexpr size_t kWriters = 2;
+
+ScheduleLimits limits_of(const WriterParts& parts, const OutputFile& file) {
+  ScheduleLimits limits;
+  limits.in_place = false;
+  limits.block_nbytes = file.block_nbytes();
+  limits.slot_nbytes = std::min(parts.resources.ring.slot_nbytes(), kMaxWriteNbytes);
+  limits.slot_nbytes = limits.slot_nbytes / limits.block_nbytes * limits.block_nbytes;
+  limits.packed_nbytes = limits.slot_nbytes;
+  return limits;
+}
+
+class DirectWriter final : public ChunkWriter {
+ public:
+  DirectWriter(WriterParts parts, const ScheduleLimits& limits, size_t writers, std::shared_ptr<OutputFile> file)
+      : ChunkWriter(std::move(parts), limits, writers), file_(std::move(file)) {}
+
+  void write_chunks() override;
+
+ private:
+  class Share;
+
+  // The chunk as it is written: the file's last one is filled up with zeros, which end_writing() cuts off.
+  std::span<const std::byte> whole_blocks(const StagedChunk& staged) const {
+    const uint64_t nbytes = staged.chunk.nbytes;
+    const uint64_t block = file_->block_nbytes();
+    const std::span<std::byte> bytes = staged.slot.bytes().first((nbytes + block - 1) / block * block);
+    std::ranges::fill(bytes.subspan(nbytes), std::byte{0});
+    return bytes;
+  }
+
+  std::unique_ptr<DirectQueue> make_queue() {
+    auto queue = make_direct_queue(file_->descriptor(), file_->path(), file_->block_nbytes(), kMaxWriting,
+                                   resources_.io_uring_refused == 0);
+    progress_.io_uring_refused = resources_.io_uring_refused;
+    return queue;
+  }
+
+  const std::shared_ptr<OutputFile> file_;
+};
+
+// One thread's share. Its writes go on while further chunks are copied, and a slot is given back when its write is
+// complete.
+class DirectWriter::Share {
+ public:
+  explicit Share(DirectWriter& writer) : writer_(writer), slots_(writer.resources_.ring), queue_(writer.make_queue()) {}
+
+  void write_chunks() {
+    next_ = writer_.claim();
+    while (next_ != nullptr || !copying_.empty() || !writing_.empty()) {
+      writer_.check_stop();
+      while (!writing_.empty() && finish_one(false)) {
+      }
+      if (stage_next()) continue;
+      if (copying_.empty() || writing_.size() == kMaxWriting) {
+        if (!writing_.empty()) finish_one(true);
+        continue;
+      }
+      submit_first();
+    }
+  }
+
+ private:
+  // Stages the next chunk if there is a slot for it. Whether that is all for now, as its copies go on by themselves.
+  bool stage_next() {
+    const size_t held = copying_.size() + writing_.size();
+    if (next_ == nullptr || copying_.size() >= kMaxCopying || writing_.size() >= kMaxWriting) return false;
+    if (held >= slots_.slots()) return false;
+    std::optional<Slot> slot = writer_.slot_for(*next_, held == 0);
+    if (!slot) return false;
+    auto staged = writer_.stage(*next_, std::move(*slot));
+    // One that this thread has packed is ready, whatever devices still bring for those before it.
+    const bool ready = staged->tickets.empty();
+    ready ? copying_.push_front(std::move(staged)) : copying_.push_back(std::move(staged));
+    next_ = writer_.claim();
+    return !ready;
+  }
+
+  void submit_first() {
+    std::unique_ptr<StagedChunk> staged = std::move(copying_.front());
+    copying_.pop_front();
+    staged->wait();
+    writer_.add_checksums(staged->chunk, staged->bytes);
+    const Timer timer(writer_.progress_.write_ns);
+    const uint64_t offset = staged->chunk.file_offset;
+    const std::span<const std::byte> blocks = writer_.whole_blocks(*staged);
+    writing_.emplace(offset, std::move(staged));
+    queue_->submit(blocks, offset, offset);
+  }
+
+  // Takes one completed write off the queue, or waits for one. Whether there was one.
+  bool finish_one(bool wait) {
+    const Timer timer(writer_.progress_.write_ns);
+    const std::optional<uint64_t> offset = queue_->reap(wait);
+    if (!offset) return false;
+    const auto written = writing_.find(*offset);
+    writer_.count(written->second->chunk);
+    writing_.erase(written);
+    return true;
+  }
+
+  DirectWriter& writer_;
+  const Ring::Share slots_;
+  std::deque<std::unique_ptr<StagedChunk>> copying_;
+  std::unordered_map<uint64_t, std::unique_ptr<StagedChunk>> writing_;  // by file offset
+  const std::unique_ptr<DirectQueue> queue_;                            // destroyed first: that waits for the writes
+  const Chunk* next_ = nullptr;
+};
+
+void DirectWriter::write_chunks() { Share(*this).write_chunks(); }
+
+}  // namespace
+
+std::unique_ptr<FileWriter> make_direct_writer(WriterParts parts, std::shared_ptr<OutputFile> file) {
+  const ScheduleLimits limits = limits_of(parts, *file);
+  const size_t writers = std::min(parts.resources.workers.threads(), kWriters);
+  return std::make_unique<DirectWriter>(std::move(parts), limits, writers, std::move(file));
+}
+
+}  // namespace fastshard
