@@ -6,7 +6,8 @@
 namespace fastshard {
 namespace {
 
-constexpr uint64_t kMinBlockNbytes = 64 << 10;
+// Smaller blocks are not worth their launches.
+constexpr uint64_t kMinScratchBlockNbytes = 64 << 10;
 constexpr uint64_t kBlockAlignment = 4096;
 
 }  // namespace
@@ -14,7 +15,7 @@ constexpr uint64_t kBlockAlignment = 4096;
 Scratch::Scratch(std::shared_ptr<Context> context, uint64_t nbytes, uint64_t block_nbytes)
     : context_(std::move(context)),
       block_nbytes_(std::min(block_nbytes, nbytes / 2) / kBlockAlignment * kBlockAlignment),
-      limit_(block_nbytes_ < kMinBlockNbytes ? 0 : nbytes / block_nbytes_) {}
+      limit_(block_nbytes_ < kMinScratchBlockNbytes ? 0 : nbytes / block_nbytes_) {}
 
 Scratch::~Scratch() {
   try {

@@ -49,8 +49,8 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
-  // Of its context, which is current. A block that is free on the device, too, or else a new one, or else the one
-  // whose copy began first. None when the device has no memory left for the first.
+  // Leases a block; the context must be current. Prefers an idle block, then a new one, then the one whose copy started
+  // earliest. None when the device has no memory left for the first.
   Lease acquire();
   // After a refusal: a later save may have more luck.
   void ask_again();

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the copy engine of a device does by itself: ranges, rows with a pitch, and gathers made of these.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "device/cuda_context.h"
+#include "device/device.h"
+
+namespace fastshard {
+
+// A contiguous range of at least this many bytes is copied by the copy engine; smaller ones are cheaper
+// together in one kernel launch than one by one.
+inline constexpr uint64_t kEngineCopyNbytes = 64 << 10;
+// Of the staging scratch, what gather() needs for a cast at least.
+inline constexpr uint64_t kCastNbytes = 4096;
+
+// Copies to the host on one stream, enqueued in the order of the calls. The context must be current.
+class CudaCopies {
+ public:
+  CudaCopies(std::shared_ptr<Context> context, CUstream stream) : context_(std::move(context)), stream_(stream) {}
+
+  void copy(const std::byte* source, uint64_t nbytes, std::byte* out);
+  // A gather without the kernel. One that casts is done by the CPU, through the scratch: it waits for the copies.
+  void gather(const CopyOp& op, const Staging& staging);
+
+ private:
+  void gather_runs(const CopyOp& op, std::byte* out);
+  void gather_and_cast(const CopyOp& op, std::span<std::byte> scratch, std::byte* out);
+  void copy_rows(const std::byte* source, uint64_t stride, uint64_t run, uint64_t rows, std::byte* out);
+  const CudaDriver& driver() const { return context_->driver(); }
+
+  const std::shared_ptr<Context> context_;
+  const CUstream stream_;
+};
+
+}  // namespace fastshard

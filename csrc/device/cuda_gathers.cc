@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "device/cuda_gathers.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+#include <utility>
+
+namespace fastshard {
+namespace {
+
+// Without device scratch: the copy engine takes rows of at least this many bytes, where they have enough together.
+constexpr uint64_t kPitchedRunNbytes = 4096;
+// Blocks of a launch that stores over the link: enough to fill it, few enough to leave the device to the running job.
+constexpr unsigned kMaxLinkBlocks = 64;
+// Blocks on each multiprocessor of a launch that stores to device memory: as many as fit at once.
+constexpr unsigned kScratchBlocks = 2;
+// More copies out of scratch, and small ones, cost more than stores over the link.
+constexpr uint64_t kManyPieces = 16;
+
+// Room for the tables of the kernel. What is left in the scratch beside them is for casts that the kernel cannot do.
+uint64_t table_capacity(const Staging& staging) {
+  return staging.scratch.size() > kCastNbytes ? staging.scratch.size() - kCastNbytes : 0;
+}
+
+// Whether other things lie between most of them in the slot: each piece would be a copy of its own.
+bool scattered(const std::vector<CopyOp>& gathers) {
+  uint64_t pieces = 1;
+  uint64_t nbytes = gathers[0].nbytes;
+  for (size_t i = 1; i < gathers.size(); ++i) {
+    pieces += gathers[i - 1].chunk_offset + gathers[i - 1].nbytes != gathers[i].chunk_offset;
+    nbytes += gathers[i].nbytes;
+  }
+  return pieces >= kManyPieces && nbytes / pieces < kEngineCopyNbytes;
+}
+
+bool long_rows(const TensorView& view) {
+  return !view.cast() && !view.contiguous() && view.run_nbytes >= kPitchedRunNbytes &&
+         view.run_nbytes * static_cast<uint64_t>(view.shape[view.ndim - 1]) >= kEngineCopyNbytes;
+}
+
+// Takes the first `nbytes` off an op.
+void advance(CopyOp& op, uint64_t nbytes) {
+  op.chunk_offset += static_cast<uint32_t>(nbytes);
+  op.first_byte += nbytes;
+  op.nbytes -= nbytes;
+}
+
+}  // namespace
+
+// Ranges of a slot, in their order; neighbours count as one.
+class CudaGathers::Ranges {
+ public:
+  void add(uint64_t first, uint64_t nbytes) {
+    if (!ranges_.empty() && ranges_.back().second == first) {
+      ranges_.back().second += nbytes;
+    } else {
+      ranges_.emplace_back(first, first + nbytes);
+    }
+  }
+  auto begin() const { return ranges_.begin(); }
+  auto end() const { return ranges_.end(); }
+
+ private:
+  std::vector<std::pair<uint64_t, uint64_t>> ranges_;  // (first, behind the last)
+};
+
+GatherWay chosen_gather_way() {
+  const char* const chosen = std::getenv("FASTSHARD_GATHER");
+  const std::string name = chosen == nullptr ? "" : chosen;
+  return name == "link" ? GatherWay::link : name == "pitched" ? GatherWay::pitched : GatherWay::automatic;
+}
+
+CudaGathers::CudaGathers(std::shared_ptr<Context> context, std::shared_ptr<CudaKernels> kernels,
+                         std::shared_ptr<Scratch> scratch, GatherWay way, CudaCopies& copies, CUstream stream)
+    : context_(std::move(context)),
+      kernels_(std::move(kernels)),
+      scratch_(std::move(scratch)),
+      way_(way),
+      copies_(copies),
+      stream_(stream) {}
+
+void CudaGathers::order_behind(const Event& ready) {
+  if (way_ != GatherWay::automatic || !scratch_->enabled()) return;
+  scratch_->ask_again();
+  pack_stream_.emplace(context_);
+  FASTSHARD_CUDA(driver(), cuStreamWaitEvent, pack_stream_->get(), ready.get(), 0);
+}
+
+void CudaGathers::enqueue(std::vector<CopyOp>& gathers, Staging& staging) {
+  const CUfunction kernel = way_ == GatherWay::pitched ? nullptr : kernels_->pack(context_);
+  CUdeviceptr tables = 0;
+  if (kernel == nullptr || driver().cuMemHostGetDevicePointer(&tables, staging.scratch.data(), 0) != CUDA_SUCCESS) {
+    for (const CopyOp& op : gathers) copies_.gather(op, staging);
+    return;
+  }
+  if (pack_stream_ && !scattered(gathers) && gather_through_scratch(kernel, gathers, staging)) return;
+  gather_over_link(kernel, gathers, staging);
+}
+
+void CudaGathers::add_use(DeviceUse& use) const {
+  const std::lock_guard lock(mutex_);
+  use.scratch_nbytes += blocks_used_.size() * scratch_->block_nbytes();
+  if (scratch_refused_) use.fallbacks.push_back("no device memory for scratch: gathered over the link");
+}
+
+// A block of device memory after the other: packed by the kernel, copied by the copy engine. False when there is
+// no device memory; `gathers` then is what is left to do.
+bool CudaGathers::gather_through_scratch(CUfunction kernel, std::vector<CopyOp>& gathers, Staging& staging) {
+  size_t next = 0;
+  while (next < gathers.size()) {
+    Scratch::Lease block = scratch_->acquire();
+    if (!block) {
+      gathers.erase(gathers.begin(), gathers.begin() + static_cast<std::ptrdiff_t>(next));
+      const std::lock_guard lock(mutex_);
+      scratch_refused_ = true;
+      return false;
+    }
+    {
+      const std::lock_guard lock(mutex_);
+      blocks_used_.insert(block->memory);
+    }
+    try {
+      next = fill_and_drain(kernel, gathers, next, *block.operator->(), staging);
+    } catch (...) {
+      // Nothing may reach the block once it has been given back.
+      driver().cuStreamSynchronize(pack_stream_->get());
+      driver().cuStreamSynchronize(stream_);
+      throw;
+    }
+  }
+  return true;
+}
+
+// Packs as many of the gathers from `next` on as the block holds, and copies them out of it. Returns the first that is
+// not done, of which a part may be.
+size_t CudaGathers::fill_and_drain(CUfunction kernel, std::vector<CopyOp>& gathers, size_t next, Scratch::Block& block,
+                                   Staging& staging) {
+  // The block is the image of a part of the slot, with the same place between multiples of 16 bytes.
+  const uint32_t begin = gathers[next].chunk_offset / 16 * 16;
+  PackTable table(table_capacity(staging), 0);
+  Ranges packed;
+  next = fill(gathers, next, begin, table, packed, staging);
+  if (table.empty()) return next;
+  FASTSHARD_CUDA(driver(), cuStreamWaitEvent, pack_stream_->get(), block.drained.get(), 0);
+  launch_pack(*context_, kernel, pack_stream_->get(), table, block.memory, kScratchBlocks * context_->processors(),
+              staging);
+  FASTSHARD_CUDA(driver(), cuEventRecord, block.packed.get(), pack_stream_->get());
+  FASTSHARD_CUDA(driver(), cuStreamWaitEvent, stream_, block.packed.get(), 0);
+  for (const auto& [first, last] : packed) {
+    const auto* const image = reinterpret_cast<const std::byte*>(block.memory + first - begin);
+    copies_.copy(image, last - first, staging.bytes.data() + first);
+  }
+  FASTSHARD_CUDA(driver(), cuEventRecord, block.drained.get(), stream_);
+  return next;
+}
+
+// Puts the gathers from `next` on that lie in a block's length behind `begin` of the slot into the table, and what the
+// table does not take into copies. Returns the first that is not done.
+size_t CudaGathers::fill(std::vector<CopyOp>& gathers, size_t next, uint32_t begin, PackTable& table, Ranges& packed,
+                         const Staging& staging) {
+  const uint64_t end = begin + scratch_->block_nbytes();
+  while (next < gathers.size()) {
+    CopyOp& op = gathers[next];
+    uint64_t take = op.chunk_offset < end ? std::min(op.nbytes, end - op.chunk_offset) : 0;
+    if (op.source->cast()) take -= take % itemsize(op.source->to);
+    if (take == 0) break;
+    if (table.add(*op.source, op.first_byte, take, op.chunk_offset - begin)) {
+      packed.add(op.chunk_offset, take);
+    } else {
+      copies_.gather({op.source, op.item, op.chunk_offset, op.first_byte, take}, staging);
+    }
+    advance(op, take);
+    if (op.nbytes == 0) ++next;
+  }
+  return next;
+}
+
+// One launch that stores into the slot itself. Long rows are left to the copy engine.
+void CudaGathers::gather_over_link(CUfunction kernel, const std::vector<CopyOp>& gathers, Staging& staging) {
+  CUdeviceptr slot = 0;
+  const bool mapped = driver().cuMemHostGetDevicePointer(&slot, staging.bytes.data(), 0) == CUDA_SUCCESS;
+  PackTable table(table_capacity(staging), slot);
+  std::vector<CopyOp> others;
+  for (const CopyOp& op : gathers) {
+    const bool rows = way_ != GatherWay::link && long_rows(*op.source);
+    if (!mapped || rows || !table.add(*op.source, op.first_byte, op.nbytes, op.chunk_offset)) others.push_back(op);
+  }
+  if (!table.empty()) launch_pack(*context_, kernel, stream_, table, slot, kMaxLinkBlocks, staging);
+  for (const CopyOp& op : others) copies_.gather(op, staging);
+}
+
+}  // namespace fastshard
