@@ -2,9 +2,8 @@
 // A little memory of a device, in which gathers are put together before the copy engine takes them to the host:
 // blocks of equal size, shared by all saves of an engine.
 //
-// A block is leased only while work on it is enqueued. What orders that work is on the device: packing waits for
-// `drained`, the copy out of the block for `packed`. So whoever waits for a lease waits for a thread that holds
-// one, waits for nothing, and soon gives it back.
+// A block is leased only while work on it is enqueued. That work is ordered on the device: packing waits for `drained`,
+// the copy out of the block for `packed`. So the holder of a lease never blocks, and waiting for one cannot deadlock.
 #pragma once
 
 #include <condition_variable>
@@ -42,8 +41,8 @@ class Scratch {
     Block* block_;
   };
 
-  // At most `nbytes` in blocks of at most `block_nbytes`; at least two, so that one is packed beside the copy of
-  // another. Too little for that is as good as nothing.
+  // Takes at most `nbytes`, in at least two blocks of at most `block_nbytes` each, so that one is packed beside the
+  // copy of another. With less than that, nothing is taken.
   Scratch(std::shared_ptr<Context> context, uint64_t nbytes, uint64_t block_nbytes);
   ~Scratch();
   Scratch(const Scratch&) = delete;
@@ -52,7 +51,7 @@ class Scratch {
   // Leases a block; the context must be current. Prefers an idle block, then a new one, then the one whose copy started
   // earliest. None when the device has no memory left for the first.
   Lease acquire();
-  // After a refusal: a later save may have more luck.
+  // After a refusal, asks the device again: it may have memory for a later save.
   void ask_again();
 
   uint64_t block_nbytes() const { return block_nbytes_; }

@@ -42,9 +42,9 @@ struct Closing::State {
 
 namespace {
 
-// More of them are closed by whoever brings them, so that saves in a row wait for the disk.
+// When so many wait, whoever brings another one closes it: saves in a row then wait for the disk instead of piling up.
 constexpr size_t kMostWaiting = 32;
-// Saves by the thousand find the thread there.
+// So long the thread stays idle before it ends. Thousands of saves in a row then start it only once.
 constexpr std::chrono::seconds kIdle(1);
 
 // What close_soon() was given, the one that is being closed first.
@@ -54,8 +54,8 @@ struct Queue {
   std::condition_variable posted, empty;
 };
 
-// What is being closed now. The mutex guards what the states hold; it is never held while a descriptor is closed, so that
-// no fork waits for a disk. Never destroyed: a thread may outlive static objects.
+// What is being closed now. The mutex guards what the states hold; it is never held while a descriptor is closed, so
+// that no fork waits for a disk. The registry is never destroyed, as a thread may outlive static objects.
 struct Registry {
   std::mutex mutex;
   Closing::State* first = nullptr;
@@ -73,8 +73,8 @@ struct Registry {
 };
 Registry* const registry = new Registry;
 
-// The thread that closes is the parent's. Whether the parent had closed the one in question is told by what it leads
-// to: its number may have been given to another file since.
+// The closing thread exists in the parent only. Whether it had closed the first descriptor already is told by the file
+// that the descriptor leads to, as its number may have been given to another file since.
 void close_in_child() {
   for (size_t index = 0; index < registry->queue->files.size(); ++index) {
     const File& file = registry->queue->files[index];

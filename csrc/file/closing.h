@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Descriptors that are closed on a thread of their own: with the last one the kernel frees what has lost its name,
-// which can take as long as the disk is busy.
+// Descriptors that are closed on a thread of their own. When the last descriptor of a file without a name is closed,
+// the kernel frees the file, which can take as long as the disk is busy.
 #pragma once
 
 #include <memory>
@@ -8,13 +8,13 @@
 
 namespace fastshard {
 
-// Descriptors being closed. Where no thread or no memory is to be had, they are closed at once by the caller. A forked
-// child closes its copies and has nothing to wait for. Thread-safe, but for start().
+// Descriptors being closed. When no thread can be started or there is no memory, the caller closes them at once. A
+// forked child closes its copies and has nothing to wait for. Thread-safe, except for start().
 class Closing {
  public:
   struct State;
 
-  // Takes the descriptors over; once.
+  // Takes the descriptors over. Called once.
   void start(const std::vector<int>& descriptors) noexcept;
 
   bool done() const;
@@ -25,11 +25,11 @@ class Closing {
   std::shared_ptr<State> state_;  // null: nothing is left to be closed
 };
 
-// For a descriptor that is the last one of a small file: closed by a thread that stays for a while, for the next one.
-// Where many wait already, or no thread is to be had, it is closed at once.
+// Closes the last descriptor of a small file on a thread, which stays for a while to close the next ones. When many
+// wait already, or no thread can be started, the caller closes it at once.
 void close_soon(int descriptor) noexcept;
 
-// Waits until all of these are closed. Whether there was anything to wait for.
+// Waits until all descriptors given to close_soon() are closed. Returns whether there were any.
 bool wait_for_closing() noexcept;
 
 }  // namespace fastshard

@@ -22,7 +22,7 @@ struct KnownType {
 };
 
 // Smaller saves are over before direct writes could overlap.
-constexpr uint64_t kDirectNbytes = 16 << 20;
+constexpr uint64_t kMinDirectSaveNbytes = 16 << 20;
 // Durable saves of device memory: staged in any case, so that direct writes save them a copy. Not measured on a GPU
 // yet; from host memory it costs one, and gains nothing (DESIGN.md).
 constexpr bool kDirectFromDevice = true;
@@ -108,7 +108,7 @@ Choice choose_write_path(const FileSystem& filesystem, const Intent& intent) {
   if (filesystem.memory_backed) {
     return {WritePath::buffered, "new file in memory: write(2) fills fresh pages without a fault for each"};
   }
-  const bool large = intent.nbytes >= kDirectNbytes;
+  const bool large = intent.nbytes >= kMinDirectSaveNbytes;
   if (!intent.keep_cached && large) return {WritePath::direct, "nothing is to stay in the page cache"};
   if (intent.durable && large && filesystem.direct_io && intent.from_device && kDirectFromDevice) {
     return {WritePath::direct, "waits for the disk anyway, and is staged anyway: past the page cache"};

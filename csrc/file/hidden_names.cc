@@ -22,8 +22,8 @@ namespace fastshard {
 namespace {
 
 constexpr time_t kUntouchedSeconds = 3600;
-// Where another machine may be the one that serves the names, each question costs a round trip: it is enough that so
-// many names in a row are free. So it is where the others were looked at in this second: they are taken in turn.
+// When another machine may serve the names, each look costs a round trip, so it ends when so many names in a row are
+// free. The same is enough when all names were looked at within this second, as they are taken in order.
 constexpr unsigned kFreeInARow = 2;
 
 // FNV-1a: names of any length and alphabet become digits.
@@ -39,13 +39,14 @@ std::string hidden(const std::string& directory, uint64_t number, const std::str
   return directory + "/.fastshard-" + digits.data() + rest + ".tmp";
 }
 
-// Saves made by the thousand: whether what lies under a target's names has been looked for in this very second. Two
-// targets of one place in the table only make each other look once more.
+// Remembers whether a target's hidden names were looked at in this very second, for saves made by the thousand. Two
+// targets that share an entry of the table only make each other look once more.
 class Looked {
  public:
   explicit Looked(const Target& target) {
     const uint64_t hash = hash_of(target.path);
-    const auto now = std::chrono::duration_cast<std::chrono::seconds>(std::chrono::steady_clock::now().time_since_epoch());
+    const auto since = std::chrono::steady_clock::now().time_since_epoch();
+    const auto now = std::chrono::duration_cast<std::chrono::seconds>(since);
     entry_ = &entries_[hash % entries_.size()];
     value_ = (hash << 16) | (static_cast<uint64_t>(now.count()) & 0xffff);
   }
@@ -70,14 +71,15 @@ bool is_at(const struct stat& info, const std::string& name) {
   return lstat(name.c_str(), &there) == 0 && there.st_dev == info.st_dev && there.st_ino == info.st_ino;
 }
 
-// Whether anybody holds a write lock; also where that cannot be told.
+// Whether anybody holds a write lock. True when that cannot be told, too.
 bool write_locked(int fd) {
   struct flock lock = whole_file(F_RDLCK);  // what a write lock alone stands against
   return fcntl(fd, F_OFD_GETLK, &lock) != 0 || lock.l_type != F_UNLCK;
 }
 
-// While a save of several files puts them in place, the hidden name holds the old file, which nobody has locked; the
-// new one is the target then, and is locked. A second name of the target's own file holds nothing.
+// While a save of several files puts them in place, the hidden name holds the old file, which nobody has locked. The
+// new file is the target then, and is locked. A hidden name that is a second name of the target's own file holds
+// nothing.
 bool being_published(const Target& target, const struct stat& leftover) {
   if (is_at(leftover, target.path)) return false;
   const Descriptor file(open(target.path.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC));
@@ -85,14 +87,14 @@ bool being_published(const Target& target, const struct stat& leftover) {
   return write_locked(file.get());
 }
 
-// Only one who has locked the file removes its name, so that nobody removes a new file under a name that another has
-// just cleared. Files that may not be written to can only be locked in the other way.
+// Only the process that has locked the file removes its name. Otherwise it could remove a new file under a name that
+// another process has just cleared. Files that may not be written to can only be locked by flock().
 bool lock_leftover(const Descriptor& writable, const Descriptor& readable) {
   if (writable) return mark_in_use(writable.get()) == 0;
   return !write_locked(readable.get()) && flock(readable.get(), LOCK_EX | LOCK_NB) == 0;
 }
 
-// 0, or the errno of what failed. Whatever may be somebody's stays.
+// Returns 0, or the errno of what failed. A file that may belong to somebody stays.
 int remove_leftover(const Target& target, const std::string& name, const struct stat& found, bool one_machine) {
   if (!one_machine && std::time(nullptr) - found.st_mtime < kUntouchedSeconds) return 0;
   if (S_ISLNK(found.st_mode)) {  // a link that was replaced by a save of several files

@@ -15,15 +15,13 @@
 #include <optional>
 #include <vector>
 
-#include "plan/error.h"
 #include "file/filesystem.h"
 #include "file/holders.h"
 #include "file/target.h"
+#include "plan/error.h"
 
 namespace fastshard {
 namespace {
-
-constexpr int kMaxLinks = 40;  // as the kernel's own limit
 
 // Whether it is what stands there, a link not followed.
 bool is_at(const struct stat& file, const std::string& place, const std::string& path) {

@@ -60,32 +60,32 @@ class OutputFile {
   void write(std::span<iovec> parts, uint64_t offset);
   // Mapped path only: the populated memory of [offset, offset + nbytes).
   Mapping window(uint64_t offset, uint64_t nbytes);
-  // Direct path only: what addresses, lengths and offsets of writes to descriptor() must be multiples of. The end of
-  // the last block is cut off again by end_writing().
+  // Direct path only: addresses, lengths and offsets of writes to descriptor() must be multiples of this. end_writing()
+  // cuts off what the last block has too much.
   uint64_t block_nbytes() const { return block_nbytes_; }
-  // Asks the disk to start on a written range. What the disk has to say of ranges before comes up in sync() and when
-  // the file is published.
+  // Asks the disk to start on a written range. An error of this or of an earlier range is thrown by sync() and when the
+  // file is published.
   void start_writeback(uint64_t offset, uint64_t nbytes) noexcept;
   bool has_writeback() const { return !memory_backed_ && write_path_ != WritePath::direct && !suspended_; }
-  // With keep_cached == false, behind a single writer: starts writeback of a written range, and takes out of the
-  // page cache what was written some ranges before it. So neither dirty nor clean pages pile up.
+  // For a single writer, with keep_cached == false: starts writeback of a written range, and takes out of the page
+  // cache what was written some ranges before it. So neither dirty nor clean pages pile up.
   void evict_behind(uint64_t offset, uint64_t nbytes);
   // All chunks are written. A file of this process gets its size.
   virtual void end_writing() {}
   // Returns when the contents are on stable storage and, with keep_cached == false, nowhere else.
   virtual void sync();
-  // Throws what starting writeback has told of the disk.
+  // Throws the error that starting writeback has told, if there was one.
   void check_written() const;
-  // The same, and what a filesystem of other machines tells only when a descriptor is closed: that it could not store
-  // what was written. To be called once all is written, before the file is published.
+  // The same, and asks a filesystem of other machines, which may tell only when a descriptor is closed that it could
+  // not store what was written. To be called when all is written, before the file is published.
   void check_stored() const;
 
-  // Gives the descriptor back for the time being; from here on only an Awake can work on the file. A file that is known
-  // by its descriptor alone keeps it.
+  // Closes the descriptor for the time being; from here on the file can be used only while an Awake of it lives. A file
+  // that was given by its descriptor has no name to open it by, and keeps the descriptor.
   virtual void suspend();
 
-  // A file that was suspended has its descriptor for as long as this lives; of others nothing changes. Several threads
-  // may hold one on the same file at once.
+  // A suspended file has a descriptor for as long as this lives; for other files it does nothing. Several threads may
+  // hold one of the same file at once.
   class Awake {
    public:
     explicit Awake(OutputFile& file);

@@ -15,7 +15,8 @@
 namespace fastshard {
 namespace {
 
-// Of an old file: freeing more is left to the rename, as it is not worth a thread's while to wait for it later.
+// Old files of at most this size are freed later, on a thread. Larger ones are freed by the rename, as nobody should
+// wait for them when the disk turns out to be full.
 constexpr uint64_t kMaxHeldNbytes = 1 << 20;
 
 // Filesystems without hard links say EPERM.
@@ -36,7 +37,7 @@ void Placement::take_hidden_name(const std::function<int(const std::string&)>& m
   if (const int error = take_name(target_, file_.path(), make, hidden_); error != 0) file_.fail(action, error);
 }
 
-// 0, or an errno.
+// Returns 0, or an errno.
 int Placement::link_as(const std::string& name) const {
   const std::string self = self_path(file_.descriptor());
   return linkat(AT_FDCWD, self.c_str(), AT_FDCWD, name.c_str(), AT_SYMLINK_FOLLOW) == 0 ? 0 : errno;
@@ -61,7 +62,7 @@ void Placement::put(bool keep_old) {
   rename_to_target();
 }
 
-// Whether that is possible here. Puts a new file where there was nothing.
+// Returns whether the filesystem can do that. Where there is nothing to exchange, the file is put there.
 bool Placement::exchange_with_target() {
   const char* const from = hidden_.c_str();
   const char* const to = target_.path.c_str();
@@ -86,7 +87,8 @@ bool Placement::exchange_with_target() {
   return false;
 }
 
-// Without an exchange: the old file stays reachable under a second name until all files stand. Whether it does.
+// The way without an exchange: gives the old file a second name, under which it can be reached until all files stand.
+// Returns false if there are no hard links here.
 bool Placement::keep_old_by_link() {
   std::string old;
   const auto keep = [&](const std::string& name) { return link(target_.path.c_str(), name.c_str()) == 0 ? 0 : errno; };
@@ -109,8 +111,8 @@ bool Placement::keep_old_by_link() {
   return true;
 }
 
-// The old file where it is small, so that a rename does not free it: that waits for the disk while the file is still
-// being written back. The filesystems of other machines would keep its name for as long as it is open.
+// Holds the old file open if it is small, so that the rename does not free it, which waits for the disk while the file
+// is still being written back. Filesystems of other machines would keep its name for as long as it is open.
 Descriptor Placement::held_old() const {
   const bool small = target_.replaced && static_cast<uint64_t>(target_.replaced->st_blocks) * 512 <= kMaxHeldNbytes;
   if (!small || file_.memory_backed() || !file_.one_machine()) return Descriptor(-1);
@@ -131,7 +133,7 @@ void Placement::rename_to_target() {
   if (old) close_soon(old.release());
 }
 
-// Where nothing can be renamed (some object-store mounts) and nothing would be lost.
+// For filesystems that cannot rename (some object-store mounts), and only where there is no old file to be lost.
 void Placement::copy_to_target() {
   Descriptor out(open(target_.path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
   if (!out) file_.fail("open");
@@ -191,7 +193,7 @@ void Placement::hand_old_to(Placement& previous) noexcept {
 void Placement::discard() noexcept {
   if (state_ == State::replaced) return;
   if (put_back() == 0 && !hidden_.empty() && unlink(hidden_.c_str()) != 0 && errno != ENOENT) {
-    unlink(hidden_.c_str());  // once more; else the next save of this target finds it
+    unlink(hidden_.c_str());  // tried once more; if it fails again, the next save of this target removes it
   }
   hidden_.clear();
 }

@@ -31,28 +31,28 @@ class Placement {
   // Empty while the file has none.
   const std::string& hidden_name() const { return hidden_; }
 
-  // Looks at what stands at the target now. Of a file that has gone since, what is known stays: the new one takes over
-  // its attributes all the same. Throws IoError for a directory.
+  // Looks at what stands at the target now, and returns the file that is replaced. If that has gone since, what was
+  // known of it is returned: the new file takes over its attributes all the same. Throws IoError for a directory.
   const std::optional<struct stat>& look_again();
 
-  // Tries `make` (0, or an errno) with hidden names until one is free. Throws IoError of `action`.
+  // Calls `make`, which returns 0 or an errno, with hidden names until one is free. Throws an IoError of `action`.
   void take_hidden_name(const std::function<int(const std::string&)>& make, const char* action);
   // Gives a nameless file a hidden name.
   void link_hidden();
 
-  // Puts the file, whose contents are complete, under its target's name. `keep_old`: so that it can be undone; the old
-  // file is then under the hidden name, where the filesystem allows that.
+  // Puts the file, whose contents are complete, under its target's name. With `keep_old` that can be undone, as the old
+  // file is then under the hidden name, if the filesystem allows that.
   void put(bool keep_old);
-  // Undoes put(), unless somebody else has replaced the file meanwhile. 0, or the errno of what failed; the new file
-  // stands then.
+  // Undoes put(), unless somebody else has replaced the file meanwhile. Returns 0, or the errno of what failed; the new
+  // file stands then.
   int put_back() noexcept;
-  // It cannot be put back, or need not be.
+  // The new file stays where it is.
   void settle() noexcept { state_ = State::replaced; }
-  // Once all files of a save stand: removes the old file. 0, or the errno of what failed.
+  // Removes the old file, when all files of the save stand. Returns 0, or the errno of what failed.
   int remove_old() noexcept;
-  // The old file becomes the hidden file of `previous`, if it is that one.
+  // Makes the old file, which is under the hidden name, the hidden file of `previous` again, if it is the same file.
   void hand_old_to(Placement& previous) noexcept;
-  // Removes what was not settled.
+  // Puts back what was not settled, and removes the new file.
   void discard() noexcept;
 
   // Whether the file under `name` is this one.

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <set>
 #include <string>
@@ -13,14 +14,14 @@
 namespace fastshard {
 namespace {
 
-// 0, or the errno of what failed.
+// Returns 0, or the errno of what failed.
 int sync_directory(const std::string& directory) {
   const Descriptor folder(open(directory.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (!folder) return errno;
   return fsync(folder.get()) == 0 || errno == EINVAL ? 0 : errno;  // EINVAL: there is nothing to sync
 }
 
-// All of them, whatever fails. 0, or the first errno.
+// Syncs all of them, even after one has failed. Returns 0, or the first errno.
 int sync_directories(const std::set<std::string>& directories) {
   int error = 0;
   for (const std::string& directory : directories) {
@@ -45,59 +46,85 @@ IoError not_removed(int error, const std::string& path, size_t files) {
 
 }  // namespace
 
-void publish(std::span<TemporaryFile* const> files, bool durable) {
-  using State = Placement::State;
-  std::set<std::string> directories;
-  if (durable) {
-    for (const TemporaryFile* file : files) directories.insert(file->place_.target().directory);
+// What publish() and swap_into_place() may do with a temporary.
+class Publication {
+ public:
+  Publication(std::span<TemporaryFile* const> files, bool durable) : files_(files) {
+    if (!durable) return;
+    for (const TemporaryFile* file : files) directories_.insert(file->place_.target().directory);
   }
 
-  // Nothing can fail after the only rename of a single file that would have to be undone.
-  const bool keep_old = files.size() > 1;
-  int unsynced = 0;
-  try {
-    for (TemporaryFile* file : files) file->put_in_place(keep_old);
-    bool can_be_undone = keep_old;
-    for (const TemporaryFile* file : files) can_be_undone = can_be_undone && file->place_.state() != State::replaced;
-    unsynced = sync_directories(directories);
-    if (unsynced != 0 && can_be_undone) files.front()->fail("fsync", unsynced);
-  } catch (const IoError& error) {
+  // For a single file nothing comes after its rename that could fail and make it necessary to undo it.
+  void publish_all() {
+    const bool keep_old = files_.size() > 1;
+    int unsynced = 0;
+    try {
+      for (TemporaryFile* file : files_) file->put_in_place(keep_old);
+      const bool can_be_undone = keep_old && std::ranges::none_of(files_, is_irrevocable);
+      unsynced = sync_directories(directories_);
+      if (unsynced != 0 && can_be_undone) files_.front()->fail("fsync", unsynced);
+    } catch (const IoError& error) {
+      const std::string stands = put_back_all();
+      if (stands.empty()) throw;
+      const std::string before = error.detail().empty() ? "" : error.detail() + "; ";
+      throw IoError(error.code().value(), error.path(), "publish",
+                    before + "not all files could be put back as they were, these are the new ones: " + stands);
+    }
+    end(unsynced);
+  }
+
+  // Of a single file.
+  void swap(TemporaryFile* previous) {
+    TemporaryFile& file = *files_.front();
+    // Before it is hidden, so that nobody takes it for a leftover. A reader's lock is not in the way of anything else.
+    if (previous != nullptr) mark_in_use(previous->descriptor());
+    file.put_in_place(true);
+    if (previous != nullptr) file.place_.hand_old_to(previous->place_);
+    const int refused = file.remove_old();
+    const int unsynced = sync_directories(directories_);
+    if (unsynced != 0) throw not_durable(unsynced, file.path(), 1);
+    if (refused != 0) throw not_removed(refused, file.path(), 1);
+  }
+
+ private:
+  static bool is_irrevocable(const TemporaryFile* file) { return file->place_.state() == Placement::State::replaced; }
+
+  // Returns the paths of the files that could not be put back.
+  std::string put_back_all() {
     std::string stands;
-    for (auto file = files.rbegin(); file != files.rend(); ++file) {
-      Placement& place = (*file)->place_;
-      const bool irrevocable = place.state() == State::replaced;
-      const int refused = place.put_back();
+    for (auto file = files_.rbegin(); file != files_.rend(); ++file) {
+      const bool irrevocable = is_irrevocable(*file);
+      const int refused = (*file)->place_.put_back();
       if (!irrevocable && refused == 0) continue;
-      place.settle();
+      (*file)->place_.settle();
       stands += (stands.empty() ? "" : ", ") + (*file)->path();
     }
-    if (stands.empty()) throw;
-    const std::string before = error.detail().empty() ? "" : error.detail() + "; ";
-    throw IoError(error.code().value(), error.path(), "publish",
-                  before + "not all files could be put back as they were, these are the new ones: " + stands);
+    return stands;
   }
 
-  const TemporaryFile* not_removed_of = nullptr;
-  int refused = 0;
-  for (TemporaryFile* file : files) {
-    const int error = file->remove_old();
-    if (error == 0 || refused != 0) continue;
-    refused = error;
-    not_removed_of = file;
+  // Removes the old files, as all new ones stand. What fails from here on is told by an error that says so.
+  void end(int unsynced) {
+    const TemporaryFile* not_removed_of = nullptr;
+    int refused = 0;
+    for (TemporaryFile* file : files_) {
+      const int error = file->remove_old();
+      if (error == 0 || refused != 0) continue;
+      refused = error;
+      not_removed_of = file;
+    }
+    if (unsynced != 0) throw not_durable(unsynced, files_.front()->path(), files_.size());
+    if (refused != 0) throw not_removed(refused, not_removed_of->path(), files_.size());
   }
-  if (unsynced != 0) throw not_durable(unsynced, files.front()->path(), files.size());
-  if (refused != 0) throw not_removed(refused, not_removed_of->path(), files.size());
-}
+
+  const std::span<TemporaryFile* const> files_;
+  std::set<std::string> directories_;  // to be synced
+};
+
+void publish(std::span<TemporaryFile* const> files, bool durable) { Publication(files, durable).publish_all(); }
 
 void swap_into_place(TemporaryFile& file, TemporaryFile* previous, bool durable) {
-  // Before it is hidden, so that nobody takes it for a leftover. A reader's lock is not in the way of anything else.
-  if (previous != nullptr) mark_in_use(previous->descriptor());
-  file.put_in_place(true);
-  if (previous != nullptr) file.place_.hand_old_to(previous->place_);
-  const int refused = file.remove_old();
-  const int unsynced = durable ? sync_directory(file.place_.target().directory) : 0;
-  if (unsynced != 0) throw not_durable(unsynced, file.path(), 1);
-  if (refused != 0) throw not_removed(refused, file.path(), 1);
+  TemporaryFile* const alone = &file;
+  Publication({&alone, 1}, durable).swap(previous);
 }
 
 }  // namespace fastshard

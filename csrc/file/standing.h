@@ -9,28 +9,29 @@
 #include <vector>
 
 #include "device/device.h"
-#include "plan/plan.h"
 #include "file/threads.h"
+#include "plan/plan.h"
 
 namespace fastshard {
 
 // Not thread-safe: one save at a time.
 class Standing {
  public:
-  // Makes `generations` (two at least) files of `nbytes` beside `path`, all of them reserved before the first is
-  // populated; a full filesystem is IoError(ENOSPC). Nothing stands under `path` before publish(). On a
-  // filesystem in memory they are page-locked for `devices`, where these accept it.
+  // Makes `generations` files of `nbytes` beside `path`, at least two. All of them are reserved before the first is
+  // populated; a full filesystem is IoError(ENOSPC). Nothing stands under `path` before publish(). On a filesystem in
+  // memory the files are page-locked for `devices`, if these accept it.
   Standing(std::string path, uint64_t nbytes, size_t generations, std::vector<Device*> devices, WorkerPool& workers);
   // The newest generation stays as an ordinary file; the others go.
   ~Standing();
 
   size_t generations() const { return generations_.size(); }
-  // The generation to fill next: never the one that is published. Made anew where somebody has removed or
+  // The generation to fill next, which is never the published one. It is made anew when somebody has removed or
   // replaced its file meanwhile.
   size_t next();
   MemoryTarget target(size_t generation);
-  // Puts a filled generation in place of whatever stands under the path, and tells what filesystem or driver have
-  // refused until now. Throws IoError with the path as it was, or one that says that the new file stands.
+  // Puts a filled generation in place of whatever stands under the path, and returns what the filesystem or the driver
+  // has refused until now. When it throws an IoError, the path is as it was, unless the error says that the new file
+  // stands.
   std::vector<std::string> publish(size_t generation, bool durable);
 
  private:

@@ -12,9 +12,9 @@
 namespace fastshard {
 namespace {
 
-// So few need no look at what is open.
+// So few files are never too many, whatever else is open.
 constexpr size_t kFew = 16;
-// Of what is left, the part that a save may take: others open files, too.
+// A save may take one part in so many of the descriptors that are left, as others open files, too.
 constexpr size_t kShare = 4;
 
 size_t open_now() noexcept {
@@ -26,7 +26,7 @@ size_t open_now() noexcept {
   return count;
 }
 
-// What a file is opened with again, of the flags that fcntl() tells.
+// The flags of an open file that it is opened with again.
 int kept(int flags) { return flags & (O_ACCMODE | O_DIRECT); }
 
 }  // namespace

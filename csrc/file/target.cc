@@ -12,8 +12,6 @@
 namespace fastshard {
 namespace {
 
-constexpr int kMaxLinks = 40;  // as the kernel's own limit
-
 std::string parent_of(const std::string& path) {
   const size_t slash = path.rfind('/');
   if (slash == std::string::npos) return ".";

@@ -11,6 +11,9 @@
 
 namespace fastshard {
 
+// So many symbolic links are followed one after the other: the kernel's own limit.
+inline constexpr int kMaxLinks = 40;
+
 struct Target {
   std::string path;                     // what a rename replaces
   std::string directory;                // it lies in

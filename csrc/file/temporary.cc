@@ -22,14 +22,14 @@ namespace {
 // Nobody but the owner, until the file has its final mode.
 constexpr mode_t kStagedMode = 0600;
 
-// Direct I/O in blocks of at least a page, as smaller ones are slow where the filesystem's own are larger.
+// Direct I/O goes in blocks of at least a page, as smaller ones are slow where the filesystem's own are larger.
 constexpr uint64_t kMinDirectBlockNbytes = 4096;
 constexpr uint64_t kMaxDirectBlockNbytes = 64 << 10;
 
-// What files take up that saves before have replaced may still be on its way back.
+// Not always the truth: the space of files that earlier saves have replaced may be about to be freed.
 bool no_space(int error) { return error == ENOSPC || error == EDQUOT; }
 
-// Kernels and filesystems without O_TMPFILE take it for a directory to be opened.
+// Kernels and filesystems that do not know O_TMPFILE try to open the directory instead.
 bool without_nameless_files(int error) { return is_unsupported(error) || error == EISDIR || error == ENOENT; }
 
 uint64_t round_up(uint64_t nbytes, uint64_t unit) { return (nbytes + unit - 1) / unit * unit; }
@@ -39,7 +39,7 @@ bool same_state(const struct stat& one, const struct stat& other) {
          one.st_ctim.tv_nsec == other.st_ctim.tv_nsec;
 }
 
-// 0 where there is no direct I/O that staging slots, which are aligned to pages, could do.
+// Returns 0 if direct I/O needs a larger alignment than staging slots have, which are aligned to pages.
 uint64_t direct_block_nbytes(int fd) {
 #ifdef STATX_DIOALIGN  // Linux 6.1
   struct statx info;
@@ -73,7 +73,7 @@ TemporaryFile::Site TemporaryFile::site_of(const std::string& path, const Intent
 TemporaryFile::TemporaryFile(const std::string& path, uint64_t nbytes, const Intent& intent, Site site)
     : OutputFile(path, nbytes, intent, site.filesystem), place_(*this, std::move(site.target)) {
   write_path_ = choose_write_path(site.filesystem, intent).path;
-  note_fallbacks(remove_leftovers(place_.target(), one_machine()));  // first, as it may take the room
+  note_fallbacks(remove_leftovers(place_.target(), one_machine()));  // first, as they take up space
   make(intent.at_once);
   try {
     if (write_path_ == WritePath::direct) set_up_direct();
@@ -95,7 +95,8 @@ std::string TemporaryFile::space_needed(int error) const {
 }
 
 void TemporaryFile::make(bool at_once) {
-  // Where one is replaced the file needs a hidden name in any case: given at once, it is one change of the folder less.
+  // A file that replaces another one needs a hidden name in any case. If it has one from the start, the folder changes
+  // once less.
   const bool replaces = place_.target().replaced.has_value();
   const bool named = at_once && replaces;
   if (!named && make_nameless()) return;
@@ -103,10 +104,10 @@ void TemporaryFile::make(bool at_once) {
   if (!replaces) take_mode_back();
 }
 
-// Whether there is such a thing here.
+// Returns false if this filesystem has no nameless files, or they could not be given a name.
 bool TemporaryFile::make_nameless() {
   const Target& target = place_.target();
-  // Of a new file the kernel makes the mode, by umask and the directory's default list.
+  // The kernel decides about the mode of a file that replaces none, by umask and the directory's default list.
   const mode_t mode = target.replaced ? kStagedMode : 0666;
   fd_ = Descriptor(open(target.directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, mode));
   if (!fd_ && !without_nameless_files(errno)) fail("open");
@@ -121,7 +122,7 @@ bool TemporaryFile::make_nameless() {
   return false;
 }
 
-// Makes the file under a hidden name. 0, or an errno.
+// Makes the file under a hidden name. Returns 0, or an errno.
 int TemporaryFile::make_named(const std::string& name) {
   const mode_t mode = place_.target().replaced ? kStagedMode : 0666;
   fd_ = Descriptor(open(name.c_str(), O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, mode));
@@ -149,8 +150,8 @@ void TemporaryFile::take_mode_back() {
 }
 
 void TemporaryFile::preallocate() {
-  // Makes later writes cheaper on disk filesystems and dearer on tmpfs, where it would also make small pages of
-  // what could be huge ones. There only a mapping needs it, on kernels that cannot populate: a store to a page
+  // Preallocation makes later writes cheaper on disk filesystems and dearer on tmpfs, where it would also make small
+  // pages of what could be huge ones. There only a mapping needs it, on kernels that cannot populate: a store to a page
   // that cannot be had is a SIGBUS.
   if (memory_backed() && write_path_ == WritePath::buffered) return;
   if (memory_backed() && can_populate()) {
@@ -168,7 +169,7 @@ void TemporaryFile::preallocate() {
   if (write_path_ != WritePath::direct) write_path_ = WritePath::buffered;
 }
 
-// Where direct I/O does not work the file is buffered.
+// If direct I/O does not work here, the file is written through the page cache.
 void TemporaryFile::set_up_direct() {
   errno = EINVAL;
   if (direct_works()) return;
@@ -178,9 +179,9 @@ void TemporaryFile::set_up_direct() {
   write_path_ = WritePath::buffered;
 }
 
-// Proves direct I/O by a write, as some filesystems take the flag and refuse the writes. With errno where it fails.
+// Tries direct I/O by a write, as some filesystems accept the flag and refuse the writes. Sets errno when it fails.
 bool TemporaryFile::direct_works() {
-  if (memory_backed()) return false;  // takes the flag, too, of late, and ignores it
+  if (memory_backed()) return false;  // newer kernels accept the flag there, too, and ignore it
   block_nbytes_ = direct_block_nbytes(fd_.get());
   if (block_nbytes_ == 0 || !set_direct(fd_.get(), true)) return false;
   const std::unique_ptr<void, void (*)(void*)> block(std::aligned_alloc(kMinDirectBlockNbytes, block_nbytes_),
@@ -201,7 +202,7 @@ void require_space(std::span<TemporaryFile* const> files) {
     if (file->preallocated_) continue;
     const auto info = file->identity();
     struct statvfs space;
-    // No answer is no reason to refuse, and filesystems without a limit report no blocks at all.
+    // A filesystem that does not answer may have space, and one without a limit reports no blocks at all.
     const std::string& directory = file->place_.target().directory;
     if (!info || statvfs(directory.c_str(), &space) != 0 || space.f_blocks == 0) continue;
     wanted[info->st_dev] += file->nbytes_;
@@ -218,7 +219,7 @@ Mapping TemporaryFile::map() {
 
 void TemporaryFile::end_writing() {
   if (write_path_ != WritePath::direct) return;
-  // Whoever reads or copies it from here on is not bound to blocks.
+  // From here on reads and copies need not be in whole blocks.
   if (!set_direct(fd_.get(), false)) fail("fcntl");
   int result;
   do {
@@ -239,7 +240,7 @@ void TemporaryFile::suspend() {
     if (!place_.target().replaced && fchmod(fd_.get(), kStagedMode) == 0) new_mode_ = made.st_mode & 07777;
     place_.link_hidden();
   }
-  // Locks are the open file's, and it lasts as long as a mapping of it does.
+  // The lock that marks the file belongs to its open file description, which lives as long as a mapping of it.
   try {
     mark_.emplace(fd_.get(), 0, 1, path_);
   } catch (const IoError& error) {
@@ -248,7 +249,8 @@ void TemporaryFile::suspend() {
   suspend_under(place_.hidden_name(), O_NOFOLLOW);
 }
 
-// Owner, mode, list and extended attributes of the file that stands there now, or stood there when the save began.
+// Takes over owner, mode, access list and extended attributes of the file that stands there now, or else of the one
+// that stood there when the save began.
 void TemporaryFile::take_attributes() {
   if (const auto& replaced = place_.look_again()) {
     if (adopted_ && same_state(*adopted_, *replaced)) return;
@@ -268,7 +270,7 @@ void TemporaryFile::put_in_place(bool keep_old) {
   place_.put(keep_old);
 }
 
-// Once all files stand. 0, or the errno of what failed.
+// Called when all files stand. Returns 0, or the errno of what failed.
 int TemporaryFile::remove_old() noexcept {
   const int error = place_.remove_old();
   if (fd_) give_up(fd_.get());

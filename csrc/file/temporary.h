@@ -26,18 +26,17 @@ class TemporaryFile final : public OutputFile {
   // The memory of the whole file, which gets its size by this.
   Mapping map();
   void end_writing() override;
-  // The file has the attributes that it will be published with, too.
+  // Before that, gives the file the attributes that it will be published with.
   void sync() override;
   // The file has a hidden name from here on, and is still marked as in use.
   void suspend() override;
-  // Gives the file up: nothing of it remains. Nothing happens to a published file.
+  // Removes the file, unless it is published.
   void discard() noexcept { place_.discard(); }
-  // For files that are published more than once: whether it can be, nobody having cut it or taken its name.
+  // Whether the file can be filled and published again: nobody has cut it or taken its name.
   bool intact() const;
 
   friend void require_space(std::span<TemporaryFile* const> files);
-  friend void publish(std::span<TemporaryFile* const> files, bool durable);
-  friend void swap_into_place(TemporaryFile& file, TemporaryFile* previous, bool durable);
+  friend class Publication;  // in publish.cc
 
  private:
   // Where the file is made.
@@ -58,17 +57,17 @@ class TemporaryFile final : public OutputFile {
   void take_attributes();
   std::string space_needed(int error) const override;
 
-  // What publish() does with each file.
+  // What a publication does with each file.
   void put_in_place(bool keep_old);
   int remove_old() noexcept;
 
   Placement place_;
-  std::optional<mode_t> new_mode_;      // of a new file under a hidden name, where it still has less
+  std::optional<mode_t> new_mode_;      // that a new file under a hidden name will have once it is complete
   std::optional<struct stat> adopted_;  // of the file whose attributes it has
   std::optional<Mapping> mark_;         // of a suspended file: keeps the lock of the descriptor that is gone
 };
 
-// IoError(ENOSPC) unless what could not be preallocated fits, all of it together, into what is free now.
+// Throws IoError(ENOSPC) unless all files that could not be preallocated fit, together, into what is free now.
 void require_space(std::span<TemporaryFile* const> files);
 
 }  // namespace fastshard

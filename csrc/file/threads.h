@@ -15,11 +15,11 @@
 
 namespace fastshard {
 
-// A thread that no signal of the process interrupts. Throws std::system_error or std::bad_alloc where there is none to
-// be had; `function` has not run then.
+// Starts a thread that no signal of the process interrupts. Throws std::system_error or std::bad_alloc when it cannot
+// be started; `function` has not run then.
 std::thread start_thread(const char* name, std::function<void()> function);
 
-// For a thread that nobody waits for: it does not take the processor from whoever wakes it up.
+// Called by a thread that nobody waits for: from then on, waking it up takes no processor from whoever does.
 void step_back() noexcept;
 
 // Runs posted tasks on at most `threads` threads, first come first served; threads start when needed.
@@ -29,11 +29,11 @@ class WorkerPool {
   explicit WorkerPool(size_t threads) : threads_(threads) {}
   ~WorkerPool();  // runs what was posted, then joins
 
-  // Throws std::system_error or std::bad_alloc where no thread runs and none is to be had, or memory for the task is
-  // not; then it was not posted.
+  // Throws std::system_error or std::bad_alloc when no thread runs and none can be started, or when there is no memory
+  // for the task; the task was not posted then.
   void post(std::function<void()> task);
-  // Calls work(0) to work(count - 1) on the workers and the calling thread, which is enough where there are no workers
-  // to be had. Returns when all calls have; `work` must not throw.
+  // Calls work(0) to work(count - 1) on the workers and on the calling thread, which does all of it when no worker can
+  // be started. Returns when all calls have returned; `work` must not throw.
   void run_all(size_t count, const std::function<void(size_t)>& work);
   size_t threads() const { return threads_; }
 
@@ -57,12 +57,12 @@ class WriteBehind {
  public:
   ~WriteBehind();  // drops what has not been started
 
-  // A hint: dropped where there is no thread or no memory for it.
+  // Posts a written range. It is a hint only, and dropped when there is no thread or no memory for it.
   void post(std::shared_ptr<OutputFile> file, uint64_t offset, uint64_t nbytes) noexcept;
   // Drops the hints for a finished file.
   void forget(const OutputFile* file);
-  // Drops them, and waits for the one that is being followed: what it fails with is known then. For a file that is to be
-  // synced, which waits for the same disk.
+  // Drops the hints for a file that is about to be synced, and waits for the one that is being followed: its error is
+  // known then. The wait costs nothing, as the sync waits for the same disk.
   void settle(const OutputFile* file);
 
  private:
@@ -77,7 +77,7 @@ class WriteBehind {
   std::condition_variable posted_;
   std::condition_variable settled_;
   std::deque<Range> ranges_;
-  const OutputFile* followed_ = nullptr;  // the hint for it was taken, and has not been followed yet
+  const OutputFile* followed_ = nullptr;  // whose hint is being followed
   std::thread thread_;
   bool closing_ = false;
 };

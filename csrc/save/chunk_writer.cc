@@ -9,8 +9,6 @@
 namespace fastshard {
 namespace {
 
-// Staged chunks that one thread keeps under way: enough for the copy engine never to wait for the disk.
-constexpr size_t kMaxInFlight = 4;
 // How many chunks ahead the disk is asked for tensors that lie in files.
 constexpr size_t kChunksAhead = 4;
 
@@ -152,7 +150,7 @@ void InTurnWriter::write_in_turn() {
       next = claim();
       continue;
     }
-    if (next != nullptr && in_flight.size() < std::min(kMaxInFlight, share.slots())) {
+    if (next != nullptr && in_flight.size() < std::min(kMaxCopying, share.slots())) {
       if (std::optional<Slot> slot = slot_for(*next, in_flight.empty())) {
         auto staged = stage(*next, std::move(*slot));
         if (staged->tickets.empty()) {

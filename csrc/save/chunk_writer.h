@@ -17,6 +17,9 @@
 
 namespace fastshard {
 
+// Staged chunks that one thread has being copied: enough for the copy engine never to wait for the disk.
+inline constexpr size_t kMaxCopying = 4;
+
 // What a writer is made of. The references outlive it.
 struct WriterParts {
   const FilePlan& plan;

@@ -11,8 +11,6 @@
 namespace fastshard {
 namespace {
 
-// Chunks that one thread has being copied: enough for the copy engine never to wait for the disk.
-constexpr size_t kMaxCopying = 4;
 // Writes that one thread has under way: enough for the disk never to wait for the copies.
 constexpr unsigned kMaxWriting = 8;
 constexpr uint64_t kMaxWriteNbytes = 8 << 20;

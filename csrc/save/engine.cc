@@ -7,22 +7,23 @@
 namespace fastshard {
 namespace {
 
-// Large slots cost nothing in throughput and fewer calls; eight of them keep several files busy.
-constexpr uint64_t kMaxBlockNbytes = 16 << 20;
+// A slot with its scratch. Large ones cost nothing in throughput and take fewer calls; eight of them keep several files
+// busy.
+constexpr uint64_t kMaxStagingBlockNbytes = 16 << 20;
 constexpr uint64_t kMinBudget = 1 << 20;
 constexpr uint64_t kPage = 4096;
 
 uint64_t slot_nbytes(const Options& options) {
   if (options.memory_budget < kMinBudget) throw std::invalid_argument("memory_budget must be at least 1 MiB");
-  const uint64_t block = std::min(kMaxBlockNbytes, std::max(options.memory_budget / 8, kMinBudget / 2));
+  const uint64_t block = std::min(kMaxStagingBlockNbytes, std::max(options.memory_budget / 8, kMinBudget / 2));
   return (block - kScratchNbytes) / kPage * kPage;
 }
 
 // Saves that take less time than waking a writer up, and waiting for it.
-constexpr uint64_t kSmallNbytes = 256 << 10;
+constexpr uint64_t kSmallSaveNbytes = 256 << 10;
 
 bool is_small(const Save& save, const Intent& intent) {
-  return save.nbytes() <= kSmallNbytes && save.on_host() && !intent.durable && intent.keep_cached && !intent.amended;
+  return save.nbytes() <= kSmallSaveNbytes && save.on_host() && !intent.durable && intent.keep_cached && !intent.amended;
 }
 
 size_t checked_threads(const Options& options) {

@@ -12,8 +12,8 @@ namespace {
 
 // Chunks that the CPU packs straight into the target. Windows of a mapped file are large, as each takes a few calls;
 // pieces of memory small enough for all threads to end together.
-constexpr uint64_t kWindowNbytes = 16 << 20;
-constexpr uint64_t kMemoryNbytes = 4 << 20;
+constexpr uint64_t kMappedChunkNbytes = 16 << 20;
+constexpr uint64_t kMemoryChunkNbytes = 4 << 20;
 
 ScheduleLimits limits_of(const WriterParts& parts, uint64_t packed_nbytes) {
   ScheduleLimits limits;
@@ -139,7 +139,7 @@ class RegisteredWriter final : public MappedWriter {
 
 template <typename Writer>
 std::unique_ptr<FileWriter> make_windows_writer(WriterParts parts, std::shared_ptr<OutputFile> file) {
-  const ScheduleLimits limits = limits_of(parts, kWindowNbytes);
+  const ScheduleLimits limits = limits_of(parts, kMappedChunkNbytes);
   const size_t threads = parts.resources.workers.threads();
   return std::make_unique<Writer>(std::move(parts), limits, threads, std::move(file));
 }
@@ -147,7 +147,7 @@ std::unique_ptr<FileWriter> make_windows_writer(WriterParts parts, std::shared_p
 }  // namespace
 
 std::unique_ptr<FileWriter> make_memory_writer(WriterParts parts) {
-  const ScheduleLimits limits = limits_of(parts, kMemoryNbytes);
+  const ScheduleLimits limits = limits_of(parts, kMemoryChunkNbytes);
   const size_t threads = parts.resources.workers.threads();
   return std::make_unique<MemoryWriter>(std::move(parts), limits, threads);
 }
