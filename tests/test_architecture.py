@@ -39,7 +39,7 @@ NATIVE_LAYERS = {
 PYTHON_LAYERS = {
     "": "errors",
     "base": "settings living loading activity originals",
-    "formats": "json_text safetensors torch_archive manifest hf_index file_kinds",
+    "formats": "json_text naming safetensors torch_archive manifest hf_index file_kinds",
     "engine": """
         options plan limits borrowed mapped sharing tensors future progress engine pipeline reading
     """,
@@ -267,3 +267,42 @@ def test_locks_that_are_waited_for_can_be_taken_again_by_their_thread(name: str)
     if name == "base/activity":
         return  # only tries its lock
     assert "threading.Lock()" not in (ROOT / "fastshard" / f"{name}.py").read_text()
+
+
+NAMES_OF_FILES = re.compile(
+    r"""
+    ^\.safetensors$ | ^\.bin$ | ^rank- | ^fastshard-  # suffixes and beginnings
+    | \\d\{5\} | \\d\+ .* \\\.safetensors | -of-  # shards
+    | \.index\b | weights\.index  # indices
+    | -part\b | part-\{  # parts of sharded state
+    | pytorch_model | ^model[{-] | ^model\.safetensors | tensor_parallel\.  # whole names
+    """,
+    re.VERBOSE,
+)
+
+
+def said_in_code(tree: ast.AST) -> list[str]:
+    """Texts of a module, the pieces of f-strings too, which are neither docstrings nor part of a sentence."""
+    bare = {
+        id(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    return [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and id(node) not in bare
+        and " " not in node.value
+    ]
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_names_of_checkpoint_files_have_one_home(name: str) -> None:
+    tree = ast.parse((ROOT / "fastshard" / f"{name}.py").read_text())
+    found = [text for text in said_in_code(tree) if NAMES_OF_FILES.search(text)]
+    if name == "formats/naming":
+        assert len(found) > 10
+    else:
+        assert found == []

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastshard.formats import safetensors as layout
-from fastshard.formats.safetensors import BITS, CODES, RANKS, HeaderTooLarge, header, quote, read_header
+from fastshard.formats.safetensors import BITS, CODES, DTYPE_ORDER, HeaderTooLarge, header, quote, read_header
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 DIMS = st.integers(0, 2**40)
@@ -149,18 +149,18 @@ def width(code: str) -> int:
 
 
 def test_every_dtype_has_a_rank():
-    assert set(CODES.values()) <= set(RANKS)
+    assert set(CODES.values()) <= set(DTYPE_ORDER)
     assert len(set(CODES.values())) == len(CODES)
 
 
 def test_wide_dtypes_come_first():
-    widths = [width(code) for code in sorted(RANKS, key=RANKS.__getitem__)]
+    widths = [width(code) for code in sorted(DTYPE_ORDER, key=DTYPE_ORDER.__getitem__)]
     assert widths == sorted(widths, reverse=True)
 
 
 def test_ranks_of_equal_widths():
     """As safetensors declares them: not alphabetical, and not by kind."""
-    by_width = itertools.groupby(sorted(RANKS, key=RANKS.__getitem__), width)
+    by_width = itertools.groupby(sorted(DTYPE_ORDER, key=DTYPE_ORDER.__getitem__), width)
     assert [" ".join(codes) for _, codes in by_width] == [
         "U64 I64 F64 C64",
         "F32 U32 I32",
@@ -180,7 +180,9 @@ def test_ranks_of_equal_widths():
     st.dictionaries(
         NAMES.filter(lambda name: name != "__metadata__"),
         # The 4 makes whole bytes of any number of the narrow ones.
-        st.tuples(st.sampled_from(sorted(RANKS)), st.lists(DIMS, max_size=3).map(lambda dims: (4, *dims)))
+        st.tuples(
+            st.sampled_from(sorted(DTYPE_ORDER)), st.lists(DIMS, max_size=3).map(lambda dims: (4, *dims))
+        )
         .map(lambda what: (*what, math.prod(what[1]) * BITS[what[0]] // 8))
         # Readers count in 64 bits, and the dimensions one after another: a zero at the end comes too late.
         .filter(lambda what: math.prod(filter(None, what[1])) < 2**56),

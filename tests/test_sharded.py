@@ -22,7 +22,8 @@ from test_directory import killed_at
 
 from fastshard import SaveError, load_sharded_state, save_sharded_state, stats
 from fastshard.api import sharded
-from fastshard.formats.manifest import Names, Ranks, read_manifest
+from fastshard.formats.manifest import read_manifest
+from fastshard.formats.naming import Names, Ranks
 
 State = dict[str, torch.Tensor]
 MANIFEST = "fastshard-model-rank-0.json"

@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import os
-import re
 import stat
 from collections import OrderedDict
 from collections.abc import Collection
@@ -21,6 +19,7 @@ from ..engine.pipeline import How
 from ..engine.sharing import by_storage
 from ..engine.tensors import check_dtype, each_alone
 from ..errors import ArchiveError, SaveError
+from ..formats.naming import index_of, names_of
 from ..publish.staged import save_alone, staged
 from .archive import torch_save
 
@@ -157,7 +156,7 @@ def save_torch_state_dict(
     obsolete = place.earlier() if is_main_process else frozenset()
     how = How(durable, keep_cached, progress, force_contiguous, dtype, engine=engine)
     in_file = {"format": "pt"} if split.is_sharded else {"format": "pt", **metadata}
-    index_name = filename_pattern.format(suffix="") + ".index.json"
+    index_name = index_of(filename_pattern)
     alone = False
     if safe_serialization and len(split.filename_to_tensors) == 1:
         ((filename, names),) = split.filename_to_tensors.items()
@@ -234,7 +233,7 @@ class _Place:
         that the pattern leads into."""
         if self._inner:
             return ()
-        is_of_it = _names_of(self._pattern).fullmatch
+        is_of_it = names_of(self._pattern).fullmatch
         self.listed = os.listdir(self.folder)
         return {found: None for found in self.listed if is_of_it(found)}.keys()
 
@@ -251,12 +250,6 @@ class _Place:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
             os.makedirs(os.path.dirname(path), exist_ok=True)
         return path
-
-
-@functools.lru_cache(maxsize=64)
-def _names_of(pattern: str) -> re.Pattern[str]:
-    prefix, _, suffix = pattern.partition("{suffix}")
-    return re.compile(re.escape(prefix) + r"(-\d{5}-of-\d{5})?" + re.escape(suffix) + r"(\.index\.json)?")
 
 
 def _made_contiguous(

@@ -24,7 +24,8 @@ from ..engine.engine import Engine, Options
 from ..engine.pipeline import How
 from ..engine.reading import Piece, read_into
 from ..engine.sharing import overlapping, shared_names
-from ..formats.manifest import Alias, Manifest, Names, Ranks, read_manifest
+from ..formats.manifest import Alias, Manifest, read_manifest
+from ..formats.naming import Names, Ranks, is_manifest
 from ..formats.safetensors import read_header
 from ..publish.linking import is_placeholder
 from ..publish.staged import staged
@@ -372,7 +373,7 @@ def _others(directory: str) -> str:
     """What else there is, for whoever looked for another world's files."""
     with contextlib.suppress(OSError, ValueError):
         for name in sorted(os.listdir(directory)):
-            if name.startswith("fastshard-") and name.endswith(".json"):
+            if is_manifest(name):
                 manifest = read_manifest(os.path.join(directory, name))
                 sizes = manifest.ranks
                 return (

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from ..formats.hf_index import WEIGHTS_SUFFIX
+from ..formats.naming import WEIGHTS_SUFFIX, is_rank_folder
 from .text import fail, guarded, needs_torch, printable, size
 
 if TYPE_CHECKING:
@@ -115,4 +115,4 @@ def _described(folder: str) -> str:
 
 def _ranks_in(folder: str) -> list[str]:
     with os.scandir(folder) as entries:
-        return [entry.path for entry in entries if entry.name.startswith("rank-") and entry.is_dir()]
+        return [entry.path for entry in entries if is_rank_folder(entry.name) and entry.is_dir()]

@@ -9,8 +9,9 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
-from ..formats.file_kinds import FOLDER, INDEX, SAFETENSORS, TORCH, TORCH_SUFFIXES, format_of_name, what_is
-from ..formats.hf_index import INDEX_SUFFIX, WEIGHTS_SUFFIX, files_of_index, is_folder, open_file, read_text
+from ..formats.file_kinds import FOLDER, INDEX, SAFETENSORS, TORCH, format_of_name, what_is
+from ..formats.hf_index import files_of_index, is_folder, open_file, read_text
+from ..formats.naming import INDEX_SUFFIX, TORCH_SUFFIXES, WEIGHTS_SUFFIX
 from ..formats.safetensors import CAST_NAMES, FileHeader, cast_name, read_header
 from .text import fail, guarded, needs_torch, printable, size, table
 

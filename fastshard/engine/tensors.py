@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 
-from ..formats.safetensors import CAST_NAMES, CODES, METADATA_KEY, RANKS, cast_name
+from ..formats.safetensors import CAST_NAMES, CODES, DTYPE_ORDER, METADATA_KEY, cast_name
 from .borrowed import dtypes, find_shared_tensors, is_traceable_wrapper_subclass
 from .plan import CASTS, FETCHED, HOST, TensorView
 from .sharing import by_storage, note_name, overlapping, shared_names, storage_of
@@ -25,7 +25,7 @@ from .sharing import by_storage, note_name, overlapping, shared_names, storage_o
 _MAX_DIMS = 8  # kMaxDims in csrc/plan.h
 
 _DTYPES: dict[torch.dtype, tuple[int, str, int]] = {
-    dtype: (RANKS[code], code, dtype.itemsize)
+    dtype: (DTYPE_ORDER[code], code, dtype.itemsize)
     for name, code in CODES.items()
     # What the installed safetensors cannot read, it does not write.
     if (dtype := getattr(torch, name, None)) is not None and (dtypes is None or dtype in dtypes)

@@ -11,8 +11,9 @@ import zipfile
 from collections.abc import Callable
 from typing import BinaryIO, Final, NamedTuple, cast
 
-from .hf_index import INDEX_SUFFIX, RANK_MANIFEST, ROOT_MANIFEST, WEIGHTS_SUFFIX, open_file
+from .hf_index import open_file
 from .json_text import read_json
+from .naming import INDEX_SUFFIX, PICKLED_SUFFIX, RANK_MANIFEST, ROOT_MANIFEST, TORCH_SUFFIXES, WEIGHTS_SUFFIX
 from .safetensors import MAX_HEADER_NBYTES
 
 SAFETENSORS: Final = "safetensors"
@@ -63,7 +64,6 @@ _SUFFIXES: Final[dict[str, str]] = {
     ".gz": "gzip",
     ".tar": "tar",
 }
-TORCH_SUFFIXES: Final = (".pt", ".pth", ".bin", ".ckpt")
 
 
 class What(NamedTuple):
@@ -129,7 +129,7 @@ def _of_folder(folder: str) -> str:
     for suffix, text in (
         (INDEX_SUFFIX, "a checkpoint of several safetensors files"),
         (WEIGHTS_SUFFIX, "a folder with safetensors files"),
-        (".bin", "a folder with files of torch.save"),
+        (PICKLED_SUFFIX, "a folder with files of torch.save"),
         (".pt", "a folder with files of torch.save"),
         (".pth", "a folder with files of torch.save"),
         (".gguf", "a folder with GGUF files"),

@@ -15,18 +15,10 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from .json_text import read_json_object
+from .naming import INDEX_NAME, INDEX_SUFFIX, MANIFESTS, WEIGHTS_SUFFIX, goes_with_weights
 from .safetensors import MAX_HEADER_NBYTES, FileHeader, StoredTensor, parse_header, read_header
 
-WEIGHTS_SUFFIX: Final = ".safetensors"
-INDEX_SUFFIX: Final = ".safetensors.index.json"
-INDEX_NAME: Final = "model.safetensors.index.json"
-ROOT_MANIFEST: Final = "tensor_parallel.index.json"
-RANK_MANIFEST: Final = "tensor_parallel.json"
-MANIFESTS: Final = (ROOT_MANIFEST, RANK_MANIFEST)
-"""Of a checkpoint that was cut into the parts of ranks: fastshard/rank_folders.py."""
 _MAX_JSON_NBYTES: Final = 4 * MAX_HEADER_NBYTES
-_OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
-"""The same weights in other formats, or what goes with them."""
 
 
 class StoredFile(NamedTuple):
@@ -97,14 +89,12 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 
 def other_files(folder: str) -> list[str]:
     """Names of a model's files that hold no weights; hidden files and folders are nobody's."""
-    weights = (WEIGHTS_SUFFIX, *_OTHER_WEIGHTS)
-    suffixes = (*weights, *(f"{suffix}.index.json" for suffix in weights))
     return sorted(
         entry.name
         for entry in os.scandir(folder)
         if entry.is_file()
         and not entry.name.startswith(".")
-        and not entry.name.endswith(suffixes)
+        and not goes_with_weights(entry.name)
         and entry.name not in MANIFESTS
     )
 

@@ -8,142 +8,18 @@ does, one for each rank, as ranks know nothing of each other. It is JSON, and no
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
-import re
-import string
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, NamedTuple
 
 from .json_text import read_json
-from .safetensors import MAX_HEADER_NBYTES, RANKS
+from .naming import Names, Ranks
+from .safetensors import DTYPE_ORDER, MAX_HEADER_NBYTES
 
 FORMAT: Final = "fastshard sharded state"
 VERSION: Final = 1
-
-TP_PATTERN: Final = "model-rank-{rank}-part-{part}.safetensors"
-"""vLLM's and SGLang's default, without pipeline parallelism."""
-PP_PATTERN: Final = "model-pp-{pp_rank}-tp-{tp_rank}-part-{part}.safetensors"
-"""vLLM's default with it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """A process's place among those that serve one model. Raises ``ValueError`` for a rank that is none."""
-
-    tp_rank: int = 0
-    tp_size: int = 1
-    """Tensor parallelism."""
-    pp_rank: int = 0
-    pp_size: int = 1
-    """Pipeline parallelism."""
-    dp_rank: int = 0
-    dp_size: int = 1
-    """Data parallelism."""
-    ep_rank: int = 0
-    ep_size: int = 1
-    """Expert parallelism: its ranks are those of the other dimensions, counted once more."""
-
-    def __post_init__(self) -> None:
-        for kind in ("tp", "pp", "dp", "ep"):
-            rank, size = getattr(self, f"{kind}_rank"), getattr(self, f"{kind}_size")
-            if type(rank) is not int or type(size) is not int or not 0 <= rank < size:
-                raise ValueError(f"{kind}_rank={rank!r} is no rank of {kind}_size={size!r}")
-
-
-class Names:
-    """The names of one rank's files: a pattern with this rank's numbers in it.
-
-    Raises ``ValueError`` for a pattern by which ranks would overwrite each other or files would not be found again.
-    """
-
-    def __init__(self, pattern: str | None, ranks: Ranks) -> None:
-        if pattern is None:
-            pattern = PP_PATTERN if ranks.pp_size > 1 else TP_PATTERN
-        self.pattern = pattern
-        self._numbers = {
-            "rank": ranks.tp_rank,
-            "tp_rank": ranks.tp_rank,
-            "pp_rank": ranks.pp_rank,
-            "dp_rank": ranks.dp_rank,
-        }
-        self.fields = self._fields()
-        self._check(ranks)
-        self.glob = self._render("*")
-        """What vLLM's loader looks for."""
-        self._parts = re.compile(r"(0|[1-9]\d*)".join(map(re.escape, self.glob.split("*"))), re.ASCII)
-        stem = self._render("").removesuffix(".safetensors").rstrip("-_.").removesuffix("-part")
-        self.manifest = f"fastshard-{stem}.json"
-        if self.glob in ("", ".", ".."):
-            raise self._wrong("is no name of a file")
-        if fnmatch.fnmatchcase(self.manifest, self.glob):
-            raise ValueError(f"pattern {pattern!r} would make loaders take {self.manifest!r} for a shard")
-
-    def _fields(self) -> list[str]:
-        """In order; the text between two of them keeps their numbers apart."""
-        found: list[str] = []
-        before = "-"
-        for text, name, spec, conversion in self._parsed():
-            between = before + text
-            if found and (not between or between[0].isdigit()):
-                raise self._wrong(f"needs something other than a digit behind {{{found[-1]}}}")
-            if name is None:
-                break
-            if name not in (*self._numbers, "part"):
-                raise self._wrong(
-                    f"has an unknown field {{{name}}}; known are {', '.join(self._numbers)}, part"
-                )
-            if name == "part" and (spec or "part" in found):
-                raise self._wrong("must name {part} once, as it is")
-            if conversion or not re.fullmatch(r"0?\d?d?", spec or "", re.ASCII):
-                raise self._wrong(f"formats {{{name}}} as something other than a number")
-            if not between or between[-1].isdigit():
-                raise self._wrong(f"needs something other than a digit before {{{name}}}")
-            found.append(name)
-            before = ""
-        return found
-
-    def _parsed(self) -> list[tuple[str, str | None, str | None, str | None]]:
-        if not isinstance(self.pattern, str):
-            raise TypeError(f"pattern must be a str, not {type(self.pattern).__name__}")
-        if any(sign in self.pattern for sign in "*?[/\0"):
-            raise self._wrong("has one of *?[/ in it")
-        try:
-            parsed = list(string.Formatter().parse(self.pattern))
-        except ValueError as error:
-            raise self._wrong(f"is none: {error}") from None
-        merged: list[tuple[str, str | None, str | None, str | None]] = []
-        for text, *rest in parsed:  # "{{" and "}}" come as texts of their own
-            if merged and merged[-1][1] is None:
-                text = merged.pop()[0] + text
-            merged.append((text, *rest))  # type: ignore[arg-type]
-        return merged
-
-    def _check(self, ranks: Ranks) -> None:
-        if ranks.tp_size > 1 and not {"rank", "tp_rank"}.intersection(self.fields):
-            raise self._wrong(f"has no {{rank}}: {ranks.tp_size} ranks would write the same files")
-        if ranks.pp_size > 1 and "pp_rank" not in self.fields:
-            raise self._wrong(f"has no {{pp_rank}}: {ranks.pp_size} stages would write the same files")
-        if ranks.pp_size == 1 and "pp_rank" in self.fields:
-            raise self._wrong("has {pp_rank}, which there is only where pp_size is not 1")
-
-    def _wrong(self, what: str) -> ValueError:
-        return ValueError(f"pattern {self.pattern!r} {what}")
-
-    def _render(self, part: str) -> str:
-        return self.pattern.format(part=part, **self._numbers)
-
-    def part(self, number: int) -> str:
-        """The file of this part."""
-        if number and "part" not in self.fields:
-            raise self._wrong("has no {part}, and there is more than one")
-        return self._render(str(number))
-
-    def is_part(self, name: str) -> bool:
-        """Whether it is the name of a part of this rank."""
-        return self._parts.fullmatch(name) is not None
 
 
 class Alias(NamedTuple):
@@ -254,6 +130,6 @@ def _alias(found: Any) -> Alias:
     alias = Alias(
         _get(found, "tensor", str), _get(found, "offset", int), _get(found, "code", str), tuple(shape)
     )
-    if alias.offset < 0 or alias.code not in RANKS or any(type(n) is not int or n < 0 for n in shape):
+    if alias.offset < 0 or alias.code not in DTYPE_ORDER or any(type(n) is not int or n < 0 for n in shape):
         raise ValueError(f"an alias is {found!r:.200}")
     return alias

@@ -68,8 +68,8 @@ BITS: Final[Mapping[str, int]] = {
     "BOOL": 8,
 }
 """Of one element."""
-RANKS: Final[Mapping[str, int]] = {code: rank for rank, code in enumerate(BITS)}
-"""Tensors lie in the file by ascending (rank, name): widest dtypes first, so that each is aligned to itself."""
+DTYPE_ORDER: Final[Mapping[str, int]] = {code: place for place, code in enumerate(BITS)}
+"""Tensors lie in the file by ascending (place, name): widest dtypes first, so that each is aligned to itself."""
 
 quote = json.JSONEncoder(ensure_ascii=False).encode
 """A JSON string as serde_json writes it: non-ASCII raw, control characters as ``\\u00xx``."""

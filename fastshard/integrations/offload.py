@@ -18,6 +18,7 @@ import torch
 
 from ..api.saving import save_file
 from ..engine.mapped import MappedFile, lies_in_file, same_bytes
+from ..formats.naming import WEIGHTS_SUFFIX
 
 
 def offloaded_tensor(model: torch.nn.Module, name: str, scratch: str | None = None) -> torch.Tensor:
@@ -108,7 +109,7 @@ def follow_weights(model: torch.nn.Module, directory: str) -> None:
                     continue
             if not places:
                 files = (os.path.join(directory, file) for file in sorted(os.listdir(directory)))
-                weights = [MappedFile(file) for file in files if file.endswith(".safetensors")]
+                weights = [MappedFile(file) for file in files if file.endswith(WEIGHTS_SUFFIX)]
                 places = {name: file.path for file in weights for name in file.names()}
             entry["safetensors_file"] = places.get(name, path)
 

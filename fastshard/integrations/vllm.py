@@ -23,8 +23,6 @@ import importlib.util
 import inspect
 import logging
 import os
-import re
-import string
 import sys
 import types
 import weakref
@@ -37,7 +35,7 @@ import torch
 
 from ..api.sharded import save_sharded_state
 from ..base.settings import flag, parse_size
-from ..formats.manifest import PP_PATTERN, TP_PATTERN
+from ..formats.naming import stale_parts
 from ..publish.directory import replacing
 from .patching import DISABLE_VARIABLE
 
@@ -455,7 +453,7 @@ def save_model(
         staging = ""
         with ranks.agreed():
             if ranks.first:
-                staging = stack.enter_context(replacing(os.fspath(path), stale_names(pattern)))
+                staging = stack.enter_context(replacing(os.fspath(path), stale_parts(pattern)))
         staging = ranks.broadcast(staging)
         with ranks.agreed():
             _save(model, loaded, Request(staging, pattern, max_size, durable=False))
@@ -518,15 +516,3 @@ class _Ranks:
         if len(values) > 1:
             torch.distributed.all_gather_object(values, value, group=self._world.cpu_group)
         return values
-
-
-def stale_names(pattern: str | None) -> Callable[[str], bool]:
-    """Tells the files of any rank of earlier saves with this pattern or vLLM's own ones, and their manifests."""
-    patterns = [re.compile(r"fastshard-.+\.json")]
-    for known in {TP_PATTERN, PP_PATTERN, pattern or TP_PATTERN}:
-        pieces = (
-            re.escape(text) + ("" if name is None else r"\d+")
-            for text, name, _, _ in string.Formatter().parse(known)
-        )
-        patterns.append(re.compile("".join(pieces), re.ASCII))
-    return lambda name: any(pattern.fullmatch(name) for pattern in patterns)

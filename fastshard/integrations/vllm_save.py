@@ -19,16 +19,14 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from ..base.settings import parse_size
+from ..formats.naming import is_served, stale_parts
 from ..publish.directory import replacing
-from .vllm import REQUEST, Outcome, Request, outcome, stale_names
+from .vllm import REQUEST, Outcome, Request, outcome
 
 PLUGIN: Final = "fastshard"
 """The name of the entry point in ``vllm.general_plugins``."""
 DEFAULT_MAX_FILE_SIZE: Final = 5 * 1024**3
 """vLLM's."""
-
-_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-_INDEXES: Final = tuple(f"{suffix}.index.json" for suffix in (".safetensors", ".bin"))
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -111,7 +109,7 @@ def save(
     model = os.path.realpath(engine.model)
     if os.path.realpath(output) == model:
         raise ValueError(f"the output is the model's own folder {engine.model!r}")
-    with replacing(os.path.abspath(output), stale_names(pattern), create=True, durable=durable) as staging:
+    with replacing(os.path.abspath(output), stale_parts(pattern), create=True, durable=durable) as staging:
         copy_metadata(model, staging, leave_out=os.path.realpath(output))
         request = Request(staging, pattern, max_size, durable)
         outcomes = _load_and_save(engine, request)
@@ -172,13 +170,13 @@ def copy_metadata(model: str, target: str, leave_out: str | None = None) -> None
             if name.startswith(".") or os.path.realpath(os.path.join(folder, name)) == leave_out
         ]
 
-    manifest = stale_names(None)
+    is_stale = stale_parts(None)
     names = os.listdir(model)
     for name in sorted(set(names) - set(left_out(model, names))):
         path, place = os.path.join(model, name), os.path.join(target, name)
         if stat.S_ISDIR(_mode(path)):
             shutil.copytree(path, place, ignore=left_out)
-        elif not name.endswith((*_WEIGHTS, *_INDEXES)) and not manifest(name):
+        elif not is_served(name) and not is_stale(name):
             shutil.copy(path, place)
 
 

@@ -27,11 +27,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import stat
 from collections.abc import Iterable
 from typing import Final
 
+from ..formats.naming import is_numbered
 from .change import REFUSED, Change, Places
 from .staging import NEW, NOW, OLD, STAGING, Folder, Hidden, Named
 
@@ -40,7 +40,6 @@ _GONE: Final = ".gone"
 _BLANK: Final = ".blank"
 _EMPTY: Final = (8).to_bytes(8, "little") + b"{}".ljust(8)
 """A safetensors file without tensors."""
-_SHARD: Final = re.compile(r".*-\d+\.safetensors", re.DOTALL)
 
 
 class Linking:
@@ -85,10 +84,10 @@ class Linking:
             _let_pass(old, path)
         for name in (*change.kept, *change.gone):
             self._keep(name, old)
-        if any(map(_SHARD.fullmatch, (*change.gone, *change.fresh))):
+        if any(map(is_numbered, (*change.gone, *change.fresh))):
             self._make_blank()
         for names, side in ((change.gone, change.new), (change.fresh, old)):
-            for name in filter(_SHARD.fullmatch, names):
+            for name in filter(is_numbered, names):
                 for depth in range(name.count("/")):
                     path = "/".join(name.split("/")[: depth + 1])
                     side.mkdirs(path)

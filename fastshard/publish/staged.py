@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -24,6 +23,7 @@ from ..engine.engine import SaveFuture
 from ..engine.mapped import lies_in_file
 from ..engine.pipeline import How, PathLike, PlannedFile, StateDict, finish, plan_file, start, write_files
 from ..engine.sharing import storage_of
+from ..formats.naming import are_of_the_same_weights, is_safetensors_of, is_weights, pickled_stems
 from .directory import Replacement, final_places, scratch_of, was_left
 from .staging import Named
 
@@ -102,7 +102,7 @@ class Stage:
     def weights(self) -> set[str]:
         """Names of the files of weights in it, added ones too."""
         added = (os.path.basename(os.fspath(name)) for name in self._files)
-        return {name for name in (*os.listdir(self.path), *added) if _WEIGHTS.fullmatch(name)}
+        return {name for name in (*os.listdir(self.path), *added) if is_weights(name)}
 
 
 @contextlib.contextmanager
@@ -123,7 +123,7 @@ def staged(
     """
     outer = current()
     names: set[str] = set()
-    obsolete = stale or (lambda name: _other_files_of(names, name))
+    obsolete = stale or (lambda name: are_of_the_same_weights(names, name))
     held: list[logging.LogRecord] = []
     with one_save(call, directory):
         change = Replacement(directory, obsolete, create=create, durable=how.durable)
@@ -178,46 +178,19 @@ def save_alone(
 def _preferred(directory: str, names: set[str]) -> list[str]:
     """Loaders look for safetensors files first: older ones hide the pickled ones that are being saved. They may be
     there on purpose, so they stay, and a warning tells of them."""
-    stems = {match["stem"] for match in map(_WEIGHTS.fullmatch, names) if match and match["suffix"] == ".bin"}
+    stems = pickled_stems(names)
     if not stems:
         return []
-    stems |= {stem.removeprefix("pytorch_") for stem in stems if stem.startswith("pytorch_model")}
     try:
         there = os.listdir(directory)
     except FileNotFoundError:  # the directory comes with the files
         return []
-    return [
-        name
-        for name in sorted(there)
-        if (found := _WEIGHTS.fullmatch(name) or _INDEX.fullmatch(name))
-        and found["suffix"] == ".safetensors"
-        and found["stem"] in stems
-        and name not in names
-    ]
+    return [name for name in sorted(there) if name not in names and is_safetensors_of(stems, name)]
 
 
 def current() -> Stage | None:
     """The stage that this thread is in."""
     return getattr(_running, "stage", None)
-
-
-_WEIGHTS: Final = re.compile(r"(?P<stem>.+?)(-\d{5}-of-\d{5})?(?P<suffix>\.safetensors|\.bin)")
-_INDEX: Final = re.compile(r"(?P<stem>.+)(?P<suffix>\.safetensors|\.bin)\.index(?P<variant>\..+)?\.json")
-
-
-def _other_files_of(names: set[str], name: str) -> bool:
-    """Whether this is a file of the same weights as ``names``: a shard, the only file, an index. A variant's are
-    ``model.fp16-00001-of-00002.safetensors`` and ``model.safetensors.index.fp16.json``."""
-    found = _WEIGHTS.fullmatch(name)
-    stem = found and found["stem"]
-    if found is None:
-        found = _INDEX.fullmatch(name)
-        stem = found and found["stem"] + (found["variant"] or "")
-    return found is not None and any(
-        match["stem"] == stem and match["suffix"] == found["suffix"]
-        for match in map(_WEIGHTS.fullmatch, names)
-        if match
-    )
 
 
 @contextlib.contextmanager

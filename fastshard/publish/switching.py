@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
+from ..formats.naming import visibility
 from .change import Change, Stale
 from .exchanging import exchange
 from .linking import Linking, settle_left
@@ -231,7 +232,7 @@ def _rename_one(change: Change, name: str) -> None:
 def _one_by_one(change: Change) -> None:
     for path in change.folders:
         change.folder.mkdirs(path)
-    for name in sorted(change.files, key=_visibility):
+    for name in sorted(change.files, key=visibility):
         change.new.rename(name, *change.places.of(name))
     for name in change.gone:
         folder, base = change.places.of(name)
@@ -240,13 +241,6 @@ def _one_by_one(change: Change) -> None:
     if change.durable:
         for path in {os.path.dirname(name) for name in (*change.files, *change.gone)}:
             change.places.of(os.path.join(path, "x"))[0].sync()
-
-
-def _visibility(name: str) -> tuple[int, str]:
-    """An index or a manifest shows its shards, and a single file is looked for before an index: the last to come."""
-    base = os.path.basename(name)
-    shows = base.endswith(".index.json") or base.startswith("fastshard-")
-    return (2 if shows else 1 if name.endswith((".safetensors", ".bin")) else 0), name
 
 
 def published(error: OSError, path: str) -> OSError:

@@ -23,8 +23,6 @@ from ..engine.sharing import by_storage, shared_names
 from ..engine.tensors import check_dtype
 from ..formats.file_kinds import FOLDER, INDEX, SAFETENSORS, TORCH, Watched, format_of_name, what_is
 from ..formats.hf_index import (
-    INDEX_SUFFIX,
-    WEIGHTS_SUFFIX,
     exists,
     is_folder,
     open_file,
@@ -34,13 +32,21 @@ from ..formats.hf_index import (
     same_file,
     weight_map,
 )
+from ..formats.naming import (
+    HUB_PATTERN,
+    INDEX_SUFFIX,
+    PICKLED_INDEX_NAME,
+    PICKLED_NAME,
+    PICKLED_SUFFIX,
+    WEIGHTS_SUFFIX,
+    names_of,
+)
 from ..formats.safetensors import read_header
 from ..publish.directory import replacing
 
 Dtype = torch.dtype | str | None
 
 _MOST_NAMED = 5
-_EARLIER: Final = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _FAILED_CALL: Final = re.compile(r"unable to (?:open|mmap|stat)\b[^\n]*\((\d+)\)")
 """How torch says why it could not map a file."""
 _EXPANDED_NBYTES: Final = 1 << 30
@@ -135,7 +141,9 @@ def convert_folder(
     for name, tensor in tensors.items():  # the hub takes no part of a storage for a tensor
         if tensor.layout == torch.strided and tensor.nbytes != tensor.untyped_storage().nbytes():
             tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
-    with replacing(destination, lambda name: _EARLIER.fullmatch(name) is not None, create=True) as staging:
+    with replacing(
+        destination, lambda name: names_of(HUB_PATTERN).fullmatch(name) is not None, create=True
+    ) as staging:
         with _named(tensors, source):
             save_torch_state_dict(
                 tensors,
@@ -189,20 +197,20 @@ def _files_of(source: str) -> dict[str, set[str] | None]:
     what = what_is(source)
     index = source
     if what.kind == FOLDER:
-        index = os.path.join(source, "pytorch_model.bin.index.json")
+        index = os.path.join(source, PICKLED_INDEX_NAME)
         if not exists(index):
-            whole = os.path.join(source, "pytorch_model.bin")
+            whole = os.path.join(source, PICKLED_NAME)
             if exists(whole):
                 return {whole: None}
             if "safetensors" not in what.text:
                 raise ValueError(
-                    f"{source}: {what.text}: no pytorch_model.bin, no index, no {WEIGHTS_SUFFIX} file"
+                    f"{source}: {what.text}: no {PICKLED_NAME}, no index, no {WEIGHTS_SUFFIX} file"
                 )
             checkpoint = read_checkpoint(source)
             return {file.path: {t.name for t in file.header.tensors} for file in checkpoint.files.values()}
     elif what.kind != INDEX:
         return {source: None}
-    suffix = WEIGHTS_SUFFIX if index.endswith(INDEX_SUFFIX) else ".bin"
+    suffix = WEIGHTS_SUFFIX if index.endswith(INDEX_SUFFIX) else PICKLED_SUFFIX
     files: dict[str, set[str] | None] = {}
     for tensor, name in weight_map(read_text(index), index, suffix).items():
         path = os.path.join(os.path.dirname(index), name)

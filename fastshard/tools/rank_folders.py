@@ -13,10 +13,6 @@ from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 from ..formats.hf_index import (
-    INDEX_SUFFIX,
-    RANK_MANIFEST,
-    ROOT_MANIFEST,
-    WEIGHTS_SUFFIX,
     Checkpoint,
     StoredFile,
     check_index,
@@ -27,6 +23,7 @@ from ..formats.hf_index import (
     read_text,
     stored_file,
 )
+from ..formats.naming import INDEX_SUFFIX, RANK_MANIFEST, ROOT_MANIFEST, WEIGHTS_SUFFIX, rank_folder
 from ..formats.safetensors import StoredTensor
 from .parts import Whole
 
@@ -142,7 +139,7 @@ def _read_root(folder: str) -> tuple[int, dict[str, StoredFile], Index | None]:
 
 
 def _read_rank(folder: str, rank: int, ranks: int) -> tuple[Checkpoint, dict[str, dict[str, Any]]]:
-    place = os.path.join(folder, f"rank-{rank}")
+    place = os.path.join(folder, rank_folder(rank))
     path = os.path.join(place, RANK_MANIFEST)
     found = _read_manifest(path)
     if (found["ranks"], found.get("rank")) != (ranks, rank):
@@ -176,7 +173,7 @@ def _whole(
     """Checks what the ranks' manifests and headers say of a tensor against each other and the source's header."""
 
     def refuse(rank: int, text: str) -> ValueError:
-        path = os.path.join(folder, f"rank-{rank}", RANK_MANIFEST)
+        path = os.path.join(folder, rank_folder(rank), RANK_MANIFEST)
         return ValueError(f"{path!r}: tensor {tensor.name!r} {text}")
 
     dim = described[0].get("dim")

@@ -20,7 +20,6 @@ import contextlib
 import errno
 import itertools
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,11 +33,6 @@ from ..engine.engine import Engine, Options, engine_for, progress_wanted
 from ..engine.pipeline import How
 from ..engine.plan import FETCHED, HOST, FilePlan, TensorView
 from ..formats.hf_index import (
-    INDEX_SUFFIX,
-    MANIFESTS,
-    RANK_MANIFEST,
-    ROOT_MANIFEST,
-    WEIGHTS_SUFFIX,
     Checkpoint,
     make_index,
     other_files,
@@ -47,7 +41,16 @@ from ..formats.hf_index import (
     same_file,
     write_text,
 )
-from ..formats.safetensors import RANKS, header
+from ..formats.naming import (
+    INDEX_SUFFIX,
+    MANIFESTS,
+    RANK_MANIFEST,
+    ROOT_MANIFEST,
+    WEIGHTS_SUFFIX,
+    is_rank_folder,
+    rank_folder,
+)
+from ..formats.safetensors import DTYPE_ORDER, header
 from ..publish.directory import creating, replacing
 from .model_plan import ModelPlan
 from .parts import Interleaved, Part, Sources, check_equal
@@ -123,16 +126,18 @@ def shard_checkpoint(
             for rank in range(tp):
                 entries = [parts[name].entry for name in tensors]
                 items = [view for name in tensors for view in parts[name].views(sources.address(name), rank)]
-                path = os.path.join(f"rank-{rank}", filename)
+                path = os.path.join(rank_folder(rank), filename)
                 yield _Output(path, header(entries, metadata[filename]), items, sources.of(tensors))
 
     with _target(out, checkpoint.folder, force, how) as stage:
         for rank in range(tp):
-            os.mkdir(os.path.join(stage, f"rank-{rank}"))
+            os.mkdir(os.path.join(stage, rank_folder(rank)))
             if indexed:
-                write_text(os.path.join(stage, f"rank-{rank}", checkpoint.index_name), index)
+                write_text(os.path.join(stage, rank_folder(rank), checkpoint.index_name), index)
             described = {name: parts[name].described(rank) for name in places}
-            write_text(os.path.join(stage, f"rank-{rank}", RANK_MANIFEST), rank_manifest(tp, rank, described))
+            write_text(
+                os.path.join(stage, rank_folder(rank), RANK_MANIFEST), rank_manifest(tp, rank, described)
+            )
         write_text(os.path.join(stage, ROOT_MANIFEST), root_manifest(tp, checkpoint))
         _copy(checkpoint.others, checkpoint.folder, stage)
         _write(outputs(), stage, how, "Sharding")
@@ -326,7 +331,7 @@ def _checkpoint_in(folder: str) -> list[str]:
     ranks = [
         entry.name
         for entry in os.scandir(folder)
-        if re.fullmatch(r"rank-\d+", entry.name) and entry.is_dir(follow_symlinks=False)
+        if is_rank_folder(entry.name) and entry.is_dir(follow_symlinks=False)
     ]
     return [
         *files_of(""),
@@ -353,7 +358,7 @@ def _layout(
     )
     found: dict[str, list[str]] = split.filename_to_tensors or {pattern.format(suffix=""): []}
     return {
-        filename: sorted(names, key=lambda name: (RANKS[home[name][1].code], name))
+        filename: sorted(names, key=lambda name: (DTYPE_ORDER[home[name][1].code], name))
         for filename, names in found.items()
     }
 

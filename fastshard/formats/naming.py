@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The names of checkpoint files: which one is a shard, an index, a rank's part or a manifest.
+
+Four families of names meet in a folder of weights, and every pattern of each of them is here:
+
+- Hugging Face's: ``model.safetensors``, ``model-00001-of-00002.safetensors``, ``model.safetensors.index.json``, the same
+  for ``pytorch_model.bin``, and those of a variant (``model.fp16-00001-of-00002.safetensors`` and
+  ``model.safetensors.index.fp16.json``);
+- those of sharded state in vLLM and SGLang: ``model-rank-0-part-0.safetensors`` (:class:`Names`);
+- fastshard's own for what lies beside sharded state: ``fastshard-model-rank-0.json``;
+- fastshard's own for a checkpoint that was cut into the parts of ranks: ``rank-0/`` and ``tensor_parallel.json``.
+
+A name is only a text here: nothing is looked for on a disk.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import os
+import re
+import string
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+WEIGHTS_SUFFIX: Final = ".safetensors"
+PICKLED_SUFFIX: Final = ".bin"
+"""Of the files that transformers and huggingface_hub save with ``torch.save``."""
+TORCH_SUFFIXES: Final = (".pt", ".pth", PICKLED_SUFFIX, ".ckpt")
+"""Of files that ``torch.save`` makes."""
+
+_INDEX_ENDING: Final = ".index.json"
+INDEX_SUFFIX: Final = f"{WEIGHTS_SUFFIX}{_INDEX_ENDING}"
+INDEX_NAME: Final = f"model{INDEX_SUFFIX}"
+PICKLED_NAME: Final = f"pytorch_model{PICKLED_SUFFIX}"
+PICKLED_INDEX_NAME: Final = f"{PICKLED_NAME}{_INDEX_ENDING}"
+HUB_PATTERN: Final = f"model{{suffix}}{WEIGHTS_SUFFIX}"
+"""huggingface_hub's default."""
+
+TP_PATTERN: Final = f"model-rank-{{rank}}-part-{{part}}{WEIGHTS_SUFFIX}"
+"""vLLM's and SGLang's default, without pipeline parallelism."""
+PP_PATTERN: Final = f"model-pp-{{pp_rank}}-tp-{{tp_rank}}-part-{{part}}{WEIGHTS_SUFFIX}"
+"""vLLM's default with it."""
+_MANIFEST_PREFIX: Final = "fastshard-"
+_MANIFEST_SUFFIX: Final = ".json"
+
+ROOT_MANIFEST: Final = f"tensor_parallel{_INDEX_ENDING}"
+RANK_MANIFEST: Final = "tensor_parallel.json"
+MANIFESTS: Final = (ROOT_MANIFEST, RANK_MANIFEST)
+"""Of a checkpoint that was cut into the parts of ranks (:mod:`fastshard.tools.rank_folders`)."""
+
+_ALL_WEIGHTS: Final = (WEIGHTS_SUFFIX, *TORCH_SUFFIXES, ".h5", ".msgpack", ".gguf", ".onnx")
+_SERVED_WEIGHTS: Final = (WEIGHTS_SUFFIX, PICKLED_SUFFIX, ".pt", ".pth", ".gguf")
+_SHARD: Final = r"(-\d{5}-of-\d{5})?"
+_WEIGHTS: Final = re.compile(rf"(?P<stem>.+?){_SHARD}(?P<suffix>\.safetensors|\.bin)")
+_INDEX: Final = re.compile(r"(?P<stem>.+)(?P<suffix>\.safetensors|\.bin)\.index(?P<variant>\..+)?\.json")
+_NUMBERED: Final = re.compile(r".*-\d+\.safetensors", re.DOTALL)
+_RANK_FOLDER: Final = re.compile(r"rank-\d+")
+
+
+def is_weights(name: str) -> bool:
+    """Whether a loader of Hugging Face takes it for a file of weights."""
+    return _WEIGHTS.fullmatch(name) is not None
+
+
+def is_numbered(name: str) -> bool:
+    """Whether loaders may find it by a pattern, and open it: the shard of a checkpoint, or a rank's part."""
+    return _NUMBERED.fullmatch(name) is not None
+
+
+def goes_with_weights(name: str) -> bool:
+    """Whether it holds a model's weights in some format, or is an index of such files."""
+    return name.endswith((*_ALL_WEIGHTS, *(f"{suffix}{_INDEX_ENDING}" for suffix in _ALL_WEIGHTS)))
+
+
+def is_served(name: str) -> bool:
+    """Whether vLLM may load weights from it, or look for them by it: a file of weights, or an index."""
+    return name.endswith((*_SERVED_WEIGHTS, INDEX_SUFFIX, f"{PICKLED_SUFFIX}{_INDEX_ENDING}"))
+
+
+def are_of_the_same_weights(names: Iterable[str], name: str) -> bool:
+    """Whether a file is of the same weights as one of ``names``: a shard, the only file, or an index."""
+    found = _WEIGHTS.fullmatch(name)
+    stem = found and found["stem"]
+    if found is None:
+        found = _INDEX.fullmatch(name)
+        stem = found and found["stem"] + (found["variant"] or "")
+    return found is not None and any(
+        match["stem"] == stem and match["suffix"] == found["suffix"]
+        for match in map(_WEIGHTS.fullmatch, names)
+        if match
+    )
+
+
+def pickled_stems(names: Iterable[str]) -> set[str]:
+    """What the names of safetensors files begin with that loaders look for before the pickled files ``names``."""
+    found = {
+        match["stem"]
+        for match in map(_WEIGHTS.fullmatch, names)
+        if match and match["suffix"] == PICKLED_SUFFIX
+    }
+    return found | {stem.removeprefix("pytorch_") for stem in found if stem.startswith("pytorch_model")}
+
+
+def is_safetensors_of(stems: set[str], name: str) -> bool:
+    """Whether it is a safetensors file, or an index of some, whose name begins with one of ``stems``."""
+    found = _WEIGHTS.fullmatch(name) or _INDEX.fullmatch(name)
+    return found is not None and found["suffix"] == WEIGHTS_SUFFIX and found["stem"] in stems
+
+
+def visibility(path: str) -> tuple[int, str]:
+    """Sorts paths: an index or a manifest shows its shards, and a single file is looked for before an index, so these are
+    the last to come."""
+    name = os.path.basename(path)
+    shows = name.endswith(_INDEX_ENDING) or name.startswith(_MANIFEST_PREFIX)
+    return (2 if shows else 1 if path.endswith((WEIGHTS_SUFFIX, PICKLED_SUFFIX)) else 0), path
+
+
+def index_of(pattern: str) -> str:
+    """The name of the index of files of a pattern with ``{suffix}``."""
+    return pattern.format(suffix="") + _INDEX_ENDING
+
+
+@functools.lru_cache(maxsize=64)
+def names_of(pattern: str) -> re.Pattern[str]:
+    """Matches the only file, the shards and the index of a save with a pattern with ``{suffix}``."""
+    prefix, _, suffix = pattern.partition("{suffix}")
+    return re.compile(f"{re.escape(prefix)}{_SHARD}{re.escape(suffix)}({re.escape(_INDEX_ENDING)})?")
+
+
+def rank_folder(rank: int) -> str:
+    """The folder of one rank in a checkpoint that was cut into the parts of ranks."""
+    return f"rank-{rank}"
+
+
+def is_rank_folder(name: str) -> bool:
+    """Whether it is what :func:`rank_folder` calls some rank's."""
+    return _RANK_FOLDER.fullmatch(name) is not None
+
+
+def is_manifest(name: str) -> bool:
+    """Whether it is the manifest of some rank's sharded state."""
+    within = len(name) > len(_MANIFEST_PREFIX) + len(_MANIFEST_SUFFIX)
+    return within and name.startswith(_MANIFEST_PREFIX) and name.endswith(_MANIFEST_SUFFIX)
+
+
+def stale_parts(pattern: str | None) -> Callable[[str], bool]:
+    """Tells the files of any rank of earlier saves with this pattern or vLLM's own ones, and their manifests."""
+    patterns = []
+    for known in {TP_PATTERN, PP_PATTERN, pattern or TP_PATTERN}:
+        pieces = (
+            re.escape(text) + ("" if name is None else r"\d+")
+            for text, name, _, _ in string.Formatter().parse(known)
+        )
+        patterns.append(re.compile("".join(pieces), re.ASCII))
+    return lambda name: is_manifest(name) or any(pattern.fullmatch(name) for pattern in patterns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """A process's place among those that serve one model. Raises ``ValueError`` for a rank that is none."""
+
+    tp_rank: int = 0
+    tp_size: int = 1
+    """Tensor parallelism."""
+    pp_rank: int = 0
+    pp_size: int = 1
+    """Pipeline parallelism."""
+    dp_rank: int = 0
+    dp_size: int = 1
+    """Data parallelism."""
+    ep_rank: int = 0
+    ep_size: int = 1
+    """Expert parallelism: its ranks are those of the other dimensions, counted once more."""
+
+    def __post_init__(self) -> None:
+        for kind in ("tp", "pp", "dp", "ep"):
+            rank, size = getattr(self, f"{kind}_rank"), getattr(self, f"{kind}_size")
+            if type(rank) is not int or type(size) is not int or not 0 <= rank < size:
+                raise ValueError(f"{kind}_rank={rank!r} is no rank of {kind}_size={size!r}")
+
+
+class Names:
+    """The names of one rank's files: a pattern with this rank's numbers in it.
+
+    Raises ``ValueError`` for a pattern by which ranks would overwrite each other or files would not be found again.
+    """
+
+    def __init__(self, pattern: str | None, ranks: Ranks) -> None:
+        if pattern is None:
+            pattern = PP_PATTERN if ranks.pp_size > 1 else TP_PATTERN
+        self.pattern = pattern
+        self._numbers = {
+            "rank": ranks.tp_rank,
+            "tp_rank": ranks.tp_rank,
+            "pp_rank": ranks.pp_rank,
+            "dp_rank": ranks.dp_rank,
+        }
+        self.fields = self._fields()
+        self._check(ranks)
+        self.glob = self._render("*")
+        """What vLLM's loader looks for."""
+        self._parts = re.compile(r"(0|[1-9]\d*)".join(map(re.escape, self.glob.split("*"))), re.ASCII)
+        stem = self._render("").removesuffix(WEIGHTS_SUFFIX).rstrip("-_.").removesuffix("-part")
+        self.manifest = f"{_MANIFEST_PREFIX}{stem}{_MANIFEST_SUFFIX}"
+        if self.glob in ("", ".", ".."):
+            raise self._wrong("is no name of a file")
+        if fnmatch.fnmatchcase(self.manifest, self.glob):
+            raise ValueError(f"pattern {pattern!r} would make loaders take {self.manifest!r} for a shard")
+
+    def _fields(self) -> list[str]:
+        """In order; the text between two of them keeps their numbers apart."""
+        found: list[str] = []
+        before = "-"
+        for text, name, spec, conversion in self._parsed():
+            between = before + text
+            if found and (not between or between[0].isdigit()):
+                raise self._wrong(f"needs something other than a digit behind {{{found[-1]}}}")
+            if name is None:
+                break
+            if name not in (*self._numbers, "part"):
+                raise self._wrong(
+                    f"has an unknown field {{{name}}}; known are {', '.join(self._numbers)}, part"
+                )
+            if name == "part" and (spec or "part" in found):
+                raise self._wrong("must name {part} once, as it is")
+            if conversion or not re.fullmatch(r"0?\d?d?", spec or "", re.ASCII):
+                raise self._wrong(f"formats {{{name}}} as something other than a number")
+            if not between or between[-1].isdigit():
+                raise self._wrong(f"needs something other than a digit before {{{name}}}")
+            found.append(name)
+            before = ""
+        return found
+
+    def _parsed(self) -> list[tuple[str, str | None, str | None, str | None]]:
+        if not isinstance(self.pattern, str):
+            raise TypeError(f"pattern must be a str, not {type(self.pattern).__name__}")
+        if any(sign in self.pattern for sign in "*?[/\0"):
+            raise self._wrong("has one of *?[/ in it")
+        try:
+            parsed = list(string.Formatter().parse(self.pattern))
+        except ValueError as error:
+            raise self._wrong(f"is none: {error}") from None
+        merged: list[tuple[str, str | None, str | None, str | None]] = []
+        for text, *rest in parsed:  # "{{" and "}}" come as texts of their own
+            if merged and merged[-1][1] is None:
+                text = merged.pop()[0] + text
+            merged.append((text, *rest))  # type: ignore[arg-type]
+        return merged
+
+    def _check(self, ranks: Ranks) -> None:
+        if ranks.tp_size > 1 and not {"rank", "tp_rank"}.intersection(self.fields):
+            raise self._wrong(f"has no {{rank}}: {ranks.tp_size} ranks would write the same files")
+        if ranks.pp_size > 1 and "pp_rank" not in self.fields:
+            raise self._wrong(f"has no {{pp_rank}}: {ranks.pp_size} stages would write the same files")
+        if ranks.pp_size == 1 and "pp_rank" in self.fields:
+            raise self._wrong("has {pp_rank}, which there is only where pp_size is not 1")
+
+    def _wrong(self, what: str) -> ValueError:
+        return ValueError(f"pattern {self.pattern!r} {what}")
+
+    def _render(self, part: str) -> str:
+        return self.pattern.format(part=part, **self._numbers)
+
+    def part(self, number: int) -> str:
+        """The file of this part."""
+        if number and "part" not in self.fields:
+            raise self._wrong("has no {part}, and there is more than one")
+        return self._render(str(number))
+
+    def is_part(self, name: str) -> bool:
+        """Whether it is the name of a part of this rank."""
+        return self._parts.fullmatch(name) is not None
