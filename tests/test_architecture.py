@@ -43,13 +43,13 @@ PYTHON_LAYERS = {
     "engine": """
         options plan limits borrowed mapped sharing tensors future progress engine pipeline reading
     """,
-    "publish": "staging change linking exchanging switching directory in_place staged",
+    "publish": "staging change linking exchanging switching directory ranks in_place staged",
     "api": """
         saving holders sources prepared archive_errors archive_skeleton archive_by_torch archive hub sharded
     """,
     "integrations": """
-        patch_groups import_hook calls patching overrides report offload transformers accelerate adapters vllm sglang
-        vllm_save
+        patch_groups import_hook calls patching overrides report offload transformers accelerate adapters vllm_states vllm
+        sglang vllm_save
     """,
     "tools": "convert tp_plan model_plan parts rank_folders reshard",
     "cli": "text files checkpoints run command __init__",
@@ -85,6 +85,7 @@ WITHOUT_TORCH = {
     "publish/switching": set(),
     "publish/directory": set(),
     "publish/in_place": set(),
+    "publish/ranks": set(),
     "integrations/patch_groups": set(),
     "integrations/import_hook": set(),
     "integrations/calls": set(),
@@ -306,3 +307,23 @@ def test_names_of_checkpoint_files_have_one_home(name: str) -> None:
         assert len(found) > 10
     else:
         assert found == []
+
+
+def test_there_is_one_import_hook() -> None:
+    """Finders are in one file, and no other one changes the list of them."""
+    for name in PYTHON:
+        if name != "integrations/import_hook":
+            text = (ROOT / "fastshard" / f"{name}.py").read_text()
+            assert not re.search(r"def find_spec|def exec_module|sys\.meta_path", text), name
+
+
+def test_sglang_does_not_need_what_is_written_for_vllm() -> None:
+    """The module for SGLang imports none of the modules for vLLM, by itself or by way of others."""
+    reached, ahead = set[str](), ["integrations/sglang"]
+    while ahead:
+        name = ahead.pop()
+        tree = ast.parse((ROOT / "fastshard" / f"{name}.py").read_text())
+        found = {ours(imported, name.rpartition("/")[0]) for imported in imports(tree, only_at_import=False)}
+        ahead += [module for module in found if module is not None and module not in reached]
+        reached |= {module for module in found if module is not None}
+    assert "api/sharded" in reached and not any("vllm" in name for name in reached)

@@ -209,7 +209,8 @@ def test_env_tells_what_is_replaced(capsys):
 @pytest.mark.parametrize(("value", "active"), [("1", False), ("true", False), ("false", True), ("no", True)])
 def test_operators_switch_reaches_the_plugins(monkeypatch, value, active):
     monkeypatch.setenv("FASTSHARD_DISABLE", value)
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    others = [finder for finder in sys.meta_path if finder is not fastshard.integrations.vllm._finder]
+    monkeypatch.setattr(sys, "meta_path", others)
     fastshard.integrations.vllm.register()
     assert (fastshard.integrations.vllm._finder in sys.meta_path) == active
     registered = []

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from fastshard.base import settings
 from fastshard.cli import command as cli
 from fastshard.formats.manifest import read_manifest
-from fastshard.integrations import sglang, vllm, vllm_save
+from fastshard.integrations import sglang, vllm, vllm_save, vllm_states
 from fastshard.integrations.vllm_save import check_engine, copy_metadata
 
 PART = "model-rank-0-part-0.safetensors"
@@ -253,7 +253,7 @@ def test_what_could_not_be_compared_is_refused(
     def fails(tensor: object) -> None:
         raise RuntimeError("not implemented for this type")
 
-    monkeypatch.setattr(vllm, "_sample", fails)
+    monkeypatch.setattr(vllm_states, "_sample", fails)
     model = fake.load_model(fake_vllm.config())
     assert "the state of a loaded model was not noted: RuntimeError: not implemented" in caplog.text
     with pytest.raises(ValueError, match="was not seen"):
@@ -275,16 +275,18 @@ def test_what_post_processing_raises_is_raised(fake: fake_vllm.Vllm) -> None:
 def test_repacking_of_every_dtype_is_seen(dtype: torch.dtype) -> None:
     raw = torch.arange(96 * dtype.itemsize, dtype=torch.uint8)
     tensor = (raw % 2 if dtype == torch.bool else raw % 100).view(dtype).view(12, 8)
-    before = vllm._sampled({"w": tensor})
-    assert vllm._why_changed(before, vllm._sampled({"w": tensor.clone()})) is None
-    assert vllm._why_changed(before, vllm._sampled({"w": tensor.t()})) is not None
+    before = vllm_states.sampled({"w": tensor})
+    assert vllm_states.why_changed(before, vllm_states.sampled({"w": tensor.clone()})) is None
+    assert vllm_states.why_changed(before, vllm_states.sampled({"w": tensor.t()})) is not None
     moved = tensor.t().contiguous().view(12, 8)
-    assert "w has other values" in (vllm._why_changed(before, vllm._sampled({"w": moved})) or "")
+    assert "w has other values" in (vllm_states.why_changed(before, vllm_states.sampled({"w": moved})) or "")
 
 
 def test_a_scalar_that_has_changed_is_seen() -> None:
-    before = vllm._sampled({"s": torch.tensor(1.0)})
-    assert "s has other values" in (vllm._why_changed(before, vllm._sampled({"s": torch.tensor(2.0)})) or "")
+    before = vllm_states.sampled({"s": torch.tensor(1.0)})
+    assert "s has other values" in (
+        vllm_states.why_changed(before, vllm_states.sampled({"s": torch.tensor(2.0)})) or ""
+    )
 
 
 RANKS = """

@@ -19,16 +19,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import inspect
 import logging
 import os
 import sys
-import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -37,14 +34,23 @@ from ..api.sharded import save_sharded_state
 from ..base.settings import flag, parse_size
 from ..formats.naming import stale_parts
 from ..publish.directory import replacing
+from ..publish.ranks import Agreement, described
+from . import import_hook
 from .patching import DISABLE_VARIABLE
+from .vllm_states import (
+    Form,
+    Sampled,
+    filter_of,
+    filtered,
+    forms,
+    sampled,
+    why_changed,
+    why_changed_since,
+    why_unloadable,
+)
 
 REQUEST: Final = "fastshard_save"
 """Key in ``VllmConfig.additional_config``, which reaches every worker: the fields of :class:`Request`."""
-
-_SAMPLES: Final = 64
-"""Elements of a tensor that are looked at, evenly spread: whatever repacks a tensor moves most of them."""
-_SHOWN: Final = 5
 
 logger = logging.getLogger(__name__)
 
@@ -75,21 +81,11 @@ class _Loaded:
 
     config: Any
     """``vllm.config.VllmConfig``"""
-    expected: dict[str, _Form]
+    expected: dict[str, Form]
     """What a loader of sharded state finds, to be filled."""
     refusal: str | None = "what vLLM's process_weights_after_loading did to the weights was not seen"
     """Why its state may not be what a loader expects; ``None``: it is."""
     outcome: Outcome | None = None
-
-
-class _Form(NamedTuple):
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    meta: bool
-
-    def __str__(self) -> str:
-        place = " without memory" if self.meta else ""
-        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}{place}"
 
 
 _models: weakref.WeakKeyDictionary[torch.nn.Module, _Loaded] = weakref.WeakKeyDictionary()
@@ -103,11 +99,16 @@ def register() -> None:
     """
     if flag(DISABLE_VARIABLE):
         return
-    for name, hook in _HOOKS.items():
-        if name in sys.modules:
-            hook(sys.modules[name])
-    if _finder not in sys.meta_path:
-        sys.meta_path.insert(0, _finder)
+    for name in _HOOKS:
+        _imported(name)
+    import_hook.begin(_finder)
+
+
+def _imported(name: str) -> None:
+    """Hooks a module, if it is there."""
+    module = sys.modules.get(name)
+    if module is not None:
+        _HOOKS[name](module)
 
 
 def _never_raising(hook: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -133,7 +134,7 @@ def _watch_loading(base_loader: Any) -> None:
 @_never_raising
 def _replace_saver(sharded_state_loader: Any) -> None:
     loader = sharded_state_loader.ShardedStateLoader
-    _check_parameters(loader._filter_subtensors, "tensors")
+    _check_parameters(filter_of(loader), "tensors")
     if loader.save_model is not save_model:
         _check_parameters(loader.save_model, "model", "path", "pattern", "max_size")
         loader.save_model = staticmethod(save_model)
@@ -145,33 +146,7 @@ _HOOKS: Final = {
 }
 
 
-class _Finder:
-    """Finds what the other finders find, and has a hook called when the module's code has run."""
-
-    def __init__(self) -> None:
-        self._finding: set[str] = set()
-
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if name not in _HOOKS or name in self._finding:
-            return None
-        self._finding.add(name)
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self._finding.discard(name)
-        loader: Any = spec.loader if spec is not None else None
-        if loader is not None and hasattr(loader, "exec_module"):
-            execute = loader.exec_module
-
-            def exec_module(module: types.ModuleType) -> None:
-                execute(module)
-                _HOOKS[name](module)
-
-            loader.exec_module = exec_module
-        return spec
-
-
-_finder: Final[Any] = _Finder()
+_finder: Final = import_hook.Hook(_HOOKS.__contains__, _imported)
 
 
 def _check_parameters(function: Callable[..., object], *names: str) -> None:
@@ -187,7 +162,7 @@ def _watching_initialize(initialize: Callable[..., torch.nn.Module]) -> Callable
     def initialize_model(vllm_config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
         model = initialize(vllm_config, *args, **kwargs)
         with _logged("the state of a new model was not noted"):
-            _models[model] = _Loaded(vllm_config, _forms(_filtered(model)))
+            _models[model] = _Loaded(vllm_config, forms(filtered(model)))
         return model
 
     initialize_model.__dict__["_fastshard"] = True
@@ -207,7 +182,7 @@ def _watching_process(process: Callable[..., None]) -> Callable[..., None]:
         process(model, model_config, *args, **kwargs)
         if loaded is not None and before is not None:
             with _logged("the state of a processed model was not compared"):
-                loaded.refusal = _why_changed(before, _sampled(_filtered(model)))
+                loaded.refusal = why_changed(before, sampled(filtered(model)))
 
     return process_weights_after_loading
 
@@ -223,14 +198,14 @@ def _logged(what: str) -> Iterator[None]:
 
 def _before_processing(
     model: torch.nn.Module, model_config: Any, loaded: _Loaded
-) -> dict[str, _Sampled] | None:
+) -> dict[str, Sampled] | None:
     """Looks at a model whose weights are loaded, and saves them if that is what the engine was started for. Returns what
     post-processing is to leave as it is; ``None`` where the state is not to be saved later."""
     request = _request(loaded.config)
     try:
         untied = _settle_ties(model, model_config, loaded)
-        state = _filtered(model)
-        refusal = _why_unloadable(loaded.expected, _forms(state))
+        state = filtered(model)
+        refusal = why_unloadable(loaded.expected, forms(state))
         if refusal is None and untied and request is None:  # who asks will write another config
             refusal = (
                 "config.json says that the embeddings are tied, and the weights say they are not, so a loader "
@@ -238,7 +213,7 @@ def _before_processing(
             )
         if request is None:
             loaded.refusal = refusal or loaded.refusal
-            return _sampled(state) if refusal is None else None
+            return sampled(state) if refusal is None else None
         if refusal is not None:
             raise ValueError(refusal)
         files = _save(model, loaded, request)
@@ -247,7 +222,7 @@ def _before_processing(
         if request is None:
             raise
         # Not raised: vLLM would report no more than that a worker has failed to start.
-        loaded.outcome = Outcome(_rank_name(), error=_described(error))
+        loaded.outcome = Outcome(_rank_name(), error=described(error))
     return None
 
 
@@ -267,98 +242,13 @@ def _settle_ties(model: torch.nn.Module, model_config: Any, loaded: _Loaded) -> 
     from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embeddings
 
     maybe_retie_word_embeddings(model, model_config)
-    state = _filtered(model)
+    state = filtered(model)
     tied = {
         name for name, tensor in model.state_dict().items() if name in loaded.expected and tensor.numel()
     } - state.keys()
     for name in tied:
         del loaded.expected[name]
     return not tied
-
-
-class _Sampled(NamedTuple):
-    form: _Form
-    elements: torch.Tensor | None
-
-
-def _sampled(state: Mapping[str, torch.Tensor]) -> dict[str, _Sampled]:
-    return {
-        name: _Sampled(form, None if form.meta else _sample(state[name]))
-        for name, form in _forms(state).items()
-    }
-
-
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Some elements' bits, on the tensor's own device."""
-    tensor = tensor.detach()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    tensor = tensor.view(bits)
-    if tensor.dim() == 0:
-        return tensor.clone()
-    count = min(_SAMPLES, tensor.numel())
-    steps = torch.arange(count, device=tensor.device, dtype=torch.int64)
-    indices = steps * (tensor.numel() - 1) // max(count - 1, 1)
-    return tensor[torch.unravel_index(indices, tensor.shape)]
-
-
-def _filtered(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What vLLM's loader fills, by its own rule."""
-    from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
-
-    filtered: dict[str, torch.Tensor] = ShardedStateLoader._filter_subtensors(model.state_dict())
-    return filtered
-
-
-def _forms(state: Mapping[str, torch.Tensor]) -> dict[str, _Form]:
-    return {name: _Form(tuple(t.shape), t.dtype, t.is_meta) for name, t in state.items()}
-
-
-def _why_unloadable(expected: Mapping[str, _Form], found: Mapping[str, _Form]) -> str | None:
-    differences = _differences(expected, found)
-    return (
-        f"vLLM has changed the weights while it loaded them, so they are not what a loader of sharded state "
-        f"expects: {_listed(differences)}"
-        if differences
-        else None
-    )
-
-
-def _why_changed(before: Mapping[str, _Sampled], after: Mapping[str, _Sampled]) -> str | None:
-    differences = _differences(
-        {name: sampled.form for name, sampled in before.items()},
-        {name: sampled.form for name, sampled in after.items()},
-    )
-    for name, (form, elements) in before.items():
-        if name in after and after[name].form == form and elements is not None:
-            other = after[name].elements
-            if other is None or not torch.equal(elements, other.to(elements.device)):
-                differences.append(f"{name} has other values")
-    return (
-        f"vLLM has repacked the weights after loading them (process_weights_after_loading), and a loader of "
-        f"sharded state expects them as they were before: {_listed(differences)}. "
-        "`fastshard vllm-save` saves them at that moment"
-        if differences
-        else None
-    )
-
-
-def _differences(expected: Mapping[str, _Form], found: Mapping[str, _Form]) -> list[str]:
-    differences = []
-    for name, form in expected.items():
-        if name not in found:
-            differences.append(f"{name} is missing")
-        elif found[name] != form:
-            differences.append(f"{name} is {found[name]} instead of {form}")
-        elif form.meta:
-            differences.append(f"{name} is {form}")
-    return differences + [f"{name} is not expected" for name in found if name not in expected]
-
-
-def _listed(differences: Sequence[str]) -> str:
-    more = len(differences) - _SHOWN
-    return "; ".join(differences[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _save(model: torch.nn.Module, loaded: _Loaded, request: Request) -> tuple[str, ...]:
@@ -411,10 +301,6 @@ def _rank_name() -> str:
     return f"{stage}rank {tp.rank_in_group} of {tp.world_size}"
 
 
-def _described(error: BaseException) -> str:
-    return str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
-
-
 def outcome(worker: Any) -> Outcome | None:
     """What has become of the request in a worker; for ``Executor.collective_rpc``. ``None``: nothing, as the plugin is
     not at work or the weights did not come by vLLM's base loader."""
@@ -438,26 +324,26 @@ def save_model(
     """
     model = _unwrapped(model)
     loaded = _models.get(model)
-    ranks = _Ranks()
-    with ranks.agreed():
+    world = _world()
+    with world.agreed():
         if loaded is None:
             raise ValueError(
                 "fastshard did not see how vLLM loaded this model, so nothing shows that its state could be "
                 "loaded again"
             )
-        refusal = loaded.refusal or _why_changed_since(loaded.expected, _forms(_filtered(model)))
+        refusal = loaded.refusal or why_changed_since(loaded.expected, forms(filtered(model)))
         if refusal is not None:
             raise ValueError(refusal)
     assert loaded is not None
     with contextlib.ExitStack() as stack:
         staging = ""
-        with ranks.agreed():
-            if ranks.first:
+        with world.agreed():
+            if world.first:
                 staging = stack.enter_context(replacing(os.fspath(path), stale_parts(pattern)))
-        staging = ranks.broadcast(staging)
-        with ranks.agreed():
+        staging = world.broadcast(staging)
+        with world.agreed():
             _save(model, loaded, Request(staging, pattern, max_size, durable=False))
-        with ranks.agreed():
+        with world.agreed():
             stack.close()
 
 
@@ -465,11 +351,6 @@ def _unwrapped(model: Any) -> torch.nn.Module:
     """What lies in vLLM's CUDA graph and micro-batching wrappers."""
     inner: torch.nn.Module = model.unwrap() if hasattr(model, "unwrap") else model
     return inner
-
-
-def _why_changed_since(expected: Mapping[str, _Form], found: Mapping[str, _Form]) -> str | None:
-    differences = _differences(expected, found)
-    return f"the model has changed since it was loaded: {_listed(differences)}" if differences else None
 
 
 class WorkerExtension:
@@ -483,36 +364,16 @@ class WorkerExtension:
         save_model(self.get_model(), path, pattern, None if max_size is None else parse_size(max_size))  # type: ignore[attr-defined]
 
 
-class _Ranks:
-    """The processes of one engine, agreeing on how a save goes."""
+def _world() -> Agreement:
+    """All processes of the engine that this one belongs to."""
+    from vllm.distributed import get_world_group
 
-    def __init__(self) -> None:
-        from vllm.distributed import get_world_group
+    group = get_world_group()
 
-        self._world = get_world_group()
-        self.first = self._world.rank_in_group == 0
+    def gather(text: str | None) -> list[str | None]:
+        texts = [text] * group.world_size
+        if len(texts) > 1:
+            torch.distributed.all_gather_object(texts, text, group=group.cpu_group)
+        return texts
 
-    @contextlib.contextmanager
-    def agreed(self) -> Iterator[None]:
-        """A step that all ranks take. If it fails in one of them it has failed in all: nobody waits for the others."""
-        failure = None
-        try:
-            yield
-        except Exception as error:
-            failure = error
-        texts = self._gathered(None if failure is None else _described(failure))
-        if failure is not None:
-            raise failure
-        failed = [rank for rank, text in enumerate(texts) if text is not None]
-        if failed:
-            raise RuntimeError(f"rank {failed[0]} could not save its part: {texts[failed[0]]}")
-
-    def broadcast(self, value: str) -> str:
-        """The first rank's."""
-        return self._gathered(value)[0] or ""
-
-    def _gathered(self, value: str | None) -> list[str | None]:
-        values: list[str | None] = [value] * self._world.world_size
-        if len(values) > 1:
-            torch.distributed.all_gather_object(values, value, group=self._world.cpu_group)
-        return values
+    return Agreement(group.rank_in_group, gather)

@@ -21,6 +21,7 @@ from typing import Any, Final
 from ..base.settings import parse_size
 from ..formats.naming import is_served, stale_parts
 from ..publish.directory import replacing
+from ..publish.ranks import described
 from .vllm import REQUEST, Outcome, Request, outcome
 
 PLUGIN: Final = "fastshard"
@@ -48,14 +49,10 @@ def main(arguments: Sequence[str]) -> int:
         nbytes = save(engine, given.output, given.file_pattern, given.max_file_size, durable=given.durable)
     except Exception as error:
         # Of workers that have failed vLLM has shown more than the error has here.
-        print(f"fastshard: {_text(error)}", file=sys.stderr)
+        print(f"fastshard: {described(error)}", file=sys.stderr)
         return 1
     print(f'{given.output}: {nbytes} bytes of weights, for load_format="sharded_state"')
     return 0
-
-
-def _text(error: Exception) -> str:
-    return str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
 
 
 def add_arguments(parser: Any) -> None:

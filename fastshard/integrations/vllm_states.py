@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a loader of vLLM's sharded state expects of a model, and whether the model still is what it expects.
+
+A state is noted when the model is new, compared with that when its weights are loaded, and compared once more when vLLM
+has processed them. What cannot be compared byte by byte without a second copy is looked at in some elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
+
+_SAMPLES: Final = 64
+"""Elements of a tensor that are looked at, evenly spread: whatever repacks a tensor moves most of them."""
+_SHOWN: Final = 5
+
+
+class Form(NamedTuple):
+    """What a tensor is, apart from its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    meta: bool
+
+    def __str__(self) -> str:
+        place = " without memory" if self.meta else ""
+        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}{place}"
+
+
+class Sampled(NamedTuple):
+    """A tensor's form, and some of its elements."""
+
+    form: Form
+    elements: torch.Tensor | None
+    """``None``: it has no memory."""
+
+
+def sampled(state: Mapping[str, torch.Tensor]) -> dict[str, Sampled]:
+    """What is kept of a state, so that a later one can be compared with it."""
+    return {
+        name: Sampled(form, None if form.meta else _sample(state[name]))
+        for name, form in forms(state).items()
+    }
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Some elements' bits, on the tensor's own device."""
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    tensor = tensor.view(bits)
+    if tensor.dim() == 0:
+        return tensor.clone()
+    count = min(_SAMPLES, tensor.numel())
+    steps = torch.arange(count, device=tensor.device, dtype=torch.int64)
+    indices = steps * (tensor.numel() - 1) // max(count - 1, 1)
+    return tensor[torch.unravel_index(indices, tensor.shape)]
+
+
+def filter_of(loader: Any) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """The rule by which vLLM's ``ShardedStateLoader`` leaves tensors out, which is a private method of it. Raises
+    ``AttributeError`` where a version has none."""
+    rule: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = loader._filter_subtensors
+    return rule
+
+
+def filtered(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What vLLM's loader fills, by its own rule."""
+    from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
+
+    return filter_of(ShardedStateLoader)(model.state_dict())
+
+
+def forms(state: Mapping[str, torch.Tensor]) -> dict[str, Form]:
+    """The forms of a state's tensors."""
+    return {name: Form(tuple(t.shape), t.dtype, t.is_meta) for name, t in state.items()}
+
+
+def why_unloadable(expected: Mapping[str, Form], found: Mapping[str, Form]) -> str | None:
+    """Why a loader could not fill a new model with this state; ``None``: it could."""
+    differences = _differences(expected, found)
+    return (
+        f"vLLM has changed the weights while it loaded them, so they are not what a loader of sharded state "
+        f"expects: {_listed(differences)}"
+        if differences
+        else None
+    )
+
+
+def why_changed(before: Mapping[str, Sampled], after: Mapping[str, Sampled]) -> str | None:
+    """What post-processing has done to a state; ``None``: nothing that is seen in the elements that were kept."""
+    differences = _differences(
+        {name: sampled.form for name, sampled in before.items()},
+        {name: sampled.form for name, sampled in after.items()},
+    )
+    for name, (form, elements) in before.items():
+        if name in after and after[name].form == form and elements is not None:
+            other = after[name].elements
+            if other is None or not torch.equal(elements, other.to(elements.device)):
+                differences.append(f"{name} has other values")
+    return (
+        f"vLLM has repacked the weights after loading them (process_weights_after_loading), and a loader of "
+        f"sharded state expects them as they were before: {_listed(differences)}. "
+        "`fastshard vllm-save` saves them at that moment"
+        if differences
+        else None
+    )
+
+
+def _differences(expected: Mapping[str, Form], found: Mapping[str, Form]) -> list[str]:
+    differences = []
+    for name, form in expected.items():
+        if name not in found:
+            differences.append(f"{name} is missing")
+        elif found[name] != form:
+            differences.append(f"{name} is {found[name]} instead of {form}")
+        elif form.meta:
+            differences.append(f"{name} is {form}")
+    return differences + [f"{name} is not expected" for name in found if name not in expected]
+
+
+def _listed(differences: Sequence[str]) -> str:
+    more = len(differences) - _SHOWN
+    return "; ".join(differences[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+
+
+def why_changed_since(expected: Mapping[str, Form], found: Mapping[str, Form]) -> str | None:
+    """What has become of a model since it was loaded; ``None``: its tensors have the same names and forms."""
+    differences = _differences(expected, found)
+    return f"the model has changed since it was loaded: {_listed(differences)}" if differences else None
