@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from .api.saving import save_file as save_file
     from .api.saving import save_files as save_files
     from .api.saving import save_model as save_model
-    from .api.sharded import load_sharded_state as load_sharded_state
-    from .api.sharded import save_sharded_state as save_sharded_state
+    from .api.sharded_load import load_sharded_state as load_sharded_state
+    from .api.sharded_save import save_sharded_state as save_sharded_state
     from .engine.engine import Engine as Engine
     from .engine.engine import SaveFuture as SaveFuture
     from .engine.options import Options as Options
@@ -60,7 +60,7 @@ _HOMES = {
     "load": "safetensors.torch",
     "load_file": "safetensors.torch",
     "load_model": "safetensors.torch",
-    "load_sharded_state": "fastshard.api.sharded",
+    "load_sharded_state": "fastshard.api.sharded_load",
     "merge_checkpoint": "fastshard.tools.reshard",
     "prepare": "fastshard.api.prepared",
     "reshard_checkpoint": "fastshard.tools.reshard",
@@ -69,7 +69,7 @@ _HOMES = {
     "save_file": "fastshard.api.saving",
     "save_files": "fastshard.api.saving",
     "save_model": "fastshard.api.saving",
-    "save_sharded_state": "fastshard.api.sharded",
+    "save_sharded_state": "fastshard.api.sharded_save",
     "save_torch_model": "fastshard.api.hub",
     "save_torch_state_dict": "fastshard.api.hub",
     "shard_checkpoint": "fastshard.tools.reshard",

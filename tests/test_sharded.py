@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_directory import killed_at
 
 from fastshard import SaveError, load_sharded_state, save_sharded_state, stats
-from fastshard.api import sharded
+from fastshard.api import sharded_load
 from fastshard.formats.manifest import read_manifest
 from fastshard.formats.naming import Names, Ranks
 
@@ -437,7 +437,7 @@ def test_a_load_is_of_one_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
             assert len(save_sharded_state(layers(seed=9), tmp_path, max_size=size).files) == parts
         return file
 
-    monkeypatch.setattr(sharded, "open", then_save, raising=False)
+    monkeypatch.setattr(sharded_load, "open", then_save, raising=False)
     found = zeros(layers())
     load_sharded_state(found, tmp_path)
     assert_equal(found, layers(seed=9))

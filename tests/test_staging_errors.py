@@ -15,7 +15,7 @@ from fastshard.api.hub import save_torch_state_dict
 from fastshard.integrations.vllm_save import copy_metadata
 from fastshard.publish import staging
 from fastshard.publish.directory import replacing
-from fastshard.publish.staging import open_folder
+from fastshard.publish.folder import open_folder
 
 
 def failing_once(call: Any, only: Any = lambda *given: True) -> Any:

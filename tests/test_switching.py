@@ -16,8 +16,9 @@ from helpers import names
 from safetensors import safe_open
 from test_directory import killed_at, write
 
-from fastshard.publish import exchanging, staging
+from fastshard.publish import exchanging, hidden_names
 from fastshard.publish.directory import replacing
+from fastshard.publish.folder import Folder
 
 Files = dict[str, str]
 OLD = {f"part-{i}.safetensors": f"old {i}" for i in range(4)} | {"manifest": "old"}
@@ -327,13 +328,13 @@ def test_hidden_folders_that_others_plant_are_left_alone(public: Path, kind: str
     home.mkdir()
     write(home, {"key": "secret"})
     folder = os.open(shared, os.O_RDONLY)
-    opened = staging.Folder(str(shared), folder)
+    opened = Folder(str(shared), folder)
     from fastshard.publish.switching import turn_names
 
     wanted = [
         *itertools.islice(turn_names(opened), 2),
-        staging.hidden_name("in"),
-        staging.hidden_name("in", 1),
+        hidden_names.hidden_name("in"),
+        hidden_names.hidden_name("in", 1),
     ]
     opened.close()
     if kind == "for the victim":
@@ -375,7 +376,7 @@ def test_nobody_else_looks_into_what_is_staged(tmp_path: Path) -> None:
         (tmp_path / name).chmod(0o600)
     with replacing(str(tmp_path)) as stage:
         write(stage, {"model": "new", "config": "new"})
-        top = Path(staging.STAGING.search(stage).group()) if staging.STAGING.search(stage) else None
+        top = Path(hidden_names.STAGING.search(stage).group()) if hidden_names.STAGING.search(stage) else None
         assert top is not None
         assert stat.S_IMODE((tmp_path / top).stat().st_mode) == 0o700
     assert {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("model", "config")} == {0o600}

@@ -13,7 +13,7 @@ from typing import Final
 
 import torch
 
-from ..api.sharded import save_sharded_state
+from ..api.sharded_save import save_sharded_state
 from ..base.settings import flag, parse_size
 from .patching import DISABLE_VARIABLE
 

@@ -30,7 +30,7 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from ..api.sharded import save_sharded_state
+from ..api.sharded_save import save_sharded_state
 from ..base.settings import flag, parse_size
 from ..formats.naming import stale_parts
 from ..publish.directory import replacing

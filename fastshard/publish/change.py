@@ -10,7 +10,9 @@ import stat
 from collections.abc import Callable, Collection
 from typing import Final
 
-from .staging import NEW, STAGING, Folder, Hidden, Named
+from .folder import Folder, Named
+from .hidden_names import NEW, STAGING
+from .staging import Hidden
 
 REFUSED: Final = frozenset(
     (

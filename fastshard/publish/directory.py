@@ -19,18 +19,9 @@ from typing import Final, NamedTuple
 
 from .._native import Closing, close_later, close_soon
 from .exchanging import make_beside, name_beside, real_place
-from .staging import (
-    NEW,
-    SMALL_NBYTES,
-    STAGING,
-    Folder,
-    Hidden,
-    Named,
-    clear_away,
-    final_places,
-    make_hidden,
-    open_folder,
-)
+from .folder import SMALL_NBYTES, Folder, Named, open_folder
+from .hidden_names import NEW, PREFIX, STAGING, final_places
+from .staging import Hidden, clear_away, make_hidden
 from .switching import Switch, published, remove_left, turn_names, wait_for_turn
 
 __all__ = ["Replacement", "creating", "final_places", "replacing", "scratch_of", "sync", "was_left"]
@@ -277,7 +268,7 @@ class _Staging:
 
 def was_left(directory: str, names: Iterable[str]) -> bool:
     """Whether hidden folders of other saves are in a directory that has these names, or above it."""
-    if any(name.startswith(".fastshard-") and STAGING.fullmatch(name) for name in names):
+    if any(name.startswith(PREFIX) and STAGING.fullmatch(name) for name in names):
         return True
     return any(True for _ in _places_left(directory))
 

@@ -16,21 +16,9 @@ import stat
 from typing import Final
 
 from .change import REFUSED, Change
-from .staging import (
-    NEW,
-    OLD,
-    Folder,
-    Hidden,
-    Identity,
-    Named,
-    Scan,
-    adopt,
-    clear_away,
-    hidden_name,
-    make_hidden,
-    open_folder,
-    turn_name,
-)
+from .folder import Folder, Identity, Named, Scan, open_folder
+from .hidden_names import NEW, OLD, hidden_name
+from .staging import Hidden, adopt, clear_away, make_hidden, turn_name
 
 _MOST_LINKED: Final = 4096
 _EXCHANGE: Final = 2

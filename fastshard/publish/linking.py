@@ -33,7 +33,9 @@ from typing import Final
 
 from ..formats.naming import is_numbered
 from .change import REFUSED, Change, Places
-from .staging import NEW, NOW, OLD, STAGING, Folder, Hidden, Named
+from .folder import Folder, Named
+from .hidden_names import NEW, NOW, OLD, STAGING
+from .staging import Hidden
 
 _LINK: Final = ".link"
 _GONE: Final = ".gone"

@@ -25,7 +25,7 @@ from ..engine.pipeline import How, PathLike, PlannedFile, StateDict, finish, pla
 from ..engine.sharing import storage_of
 from ..formats.naming import are_of_the_same_weights, is_safetensors_of, is_weights, pickled_stems
 from .directory import Replacement, final_places, scratch_of, was_left
-from .staging import Named
+from .folder import Named
 
 DESCRIPTION: Final = "Saving checkpoint shards"
 """Of the progress bar."""

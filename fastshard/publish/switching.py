@@ -22,8 +22,10 @@ from typing import Final
 from ..formats.naming import visibility
 from .change import Change, Stale
 from .exchanging import exchange
+from .folder import Folder
+from .hidden_names import STAGING
 from .linking import Linking, settle_left
-from .staging import STAGING, Folder, Hidden, InUseError, adopt, clear_away, turn_name
+from .staging import Hidden, InUseError, adopt, clear_away, turn_name
 
 _TURN_SECONDS: Final = 60.0
 """To put files in place takes milliseconds; a process that takes longer has been stopped."""

@@ -52,6 +52,7 @@ from ..formats.naming import (
 )
 from ..formats.safetensors import DTYPE_ORDER, header
 from ..publish.directory import creating, replacing
+from ..publish.hidden_names import PREFIX
 from .model_plan import ModelPlan
 from .parts import Interleaved, Part, Sources, check_equal
 from .rank_folders import MAX_RANKS, rank_manifest, read_ranks, root_manifest
@@ -294,7 +295,7 @@ def _target(out: PathLike, src: str, force: bool, how: How, in_place: bool = Fal
         names = os.listdir(folder)
     except FileNotFoundError:
         names = []
-    present = [name for name in names if not name.startswith(".fastshard-")]
+    present = [name for name in names if not name.startswith(PREFIX)]
     if present and not force:
         raise FileExistsError(errno.EEXIST, "the target is not empty (force replaces it)", folder)
     old = _checkpoint_in(folder) if present else []

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sharded state, as vLLM and SGLang call it: every rank of a serving engine saves its own tensors, and loads them.
+"""Sharded state, loaded: every rank of a serving engine fills its own tensors from its own files.
 
-The files are those of their ``ShardedStateLoader`` (vLLM 0.33,
-``vllm/model_executor/model_loader/sharded_state_loader.py``; SGLang 0.5.23, ``sglang/srt/model_loader/loader.py``): the
-same names, the same split, the same bytes. Beside them lies a manifest (:mod:`fastshard.formats.manifest`), which neither
-reads.
+The files are vLLM's, SGLang's or :func:`fastshard.save_sharded_state`'s. Everything is compared before a byte is read.
 """
 
 from __future__ import annotations
@@ -19,119 +16,15 @@ import torch
 from safetensors import SafetensorError
 
 from ..engine import tensors as _tensors
-from ..engine.borrowed import is_traceable_wrapper_subclass
-from ..engine.engine import Engine, Options
-from ..engine.pipeline import How
 from ..engine.reading import Piece, read_into
-from ..engine.sharing import overlapping, shared_names
+from ..engine.sharing import overlapping
 from ..formats.manifest import Alias, Manifest, read_manifest
 from ..formats.naming import Names, Ranks, is_manifest
 from ..formats.safetensors import read_header
 from ..publish.linking import is_placeholder
-from ..publish.staged import staged
+from .sharded_state import State, has_memory, is_flat, nbytes_of, state_of, without_subtensors
 
 _FAULTS_SHOWN: Final = 10
-
-State = torch.nn.Module | Mapping[str, torch.Tensor]
-
-
-def save_sharded_state(
-    model_or_state_dict: State,
-    path: str | os.PathLike[str],
-    *,
-    tp_rank: int = 0,
-    tp_size: int = 1,
-    pp_rank: int = 0,
-    pp_size: int = 1,
-    dp_rank: int = 0,
-    dp_size: int = 1,
-    ep_rank: int = 0,
-    ep_size: int = 1,
-    dp_replicated: bool = False,
-    pattern: str | None = None,
-    max_size: int | None = None,
-    writer: tuple[str, str] | None = None,
-    quantization: str | None = None,
-    post_processed: bool | None = None,
-    durable: bool = False,
-    keep_cached: bool = True,
-    progress: bool | None = None,
-    engine: Engine | Options | None = None,
-) -> Manifest:
-    """Saves the tensors of one rank, to the byte the files of vLLM's ``ShardedStateLoader.save_model``, and a manifest.
-
-    All parts are written in parallel and the rank's files change all at once: until the new ones stand, the old ones
-    can be loaded. Parts of an earlier save of this rank with the same pattern go in the same moment; other ranks'
-    files are not touched, and all ranks may save into one directory at the same time. As there, empty tensors are
-    left out, and so are those whose memory is all in that of another one (of tied ones the smallest name stays); what
-    is left out for that is listed in the manifest as an alias. Other than there, strided tensors are packed on the
-    way into the file (vLLM 0.33 fails on them), of tensors that overlap in part each is saved whole, and a first tensor
-    larger than ``max_size`` leaves no empty part before it.
-
-    Args:
-        model_or_state_dict: what ``state_dict()`` of a module gives, on any device.
-        path: a directory; it is made if it is missing.
-        tp_rank, tp_size, pp_rank, pp_size, dp_rank, dp_size, ep_rank, ep_size: which rank of how many of tensor,
-            pipeline, data and expert parallelism this is.
-        dp_replicated: whether every rank of data parallelism has the same weights. Experts of a mixture are split
-            over them, with and without expert parallelism, so it is false for such models. Where it is true only
-            ``dp_rank=0`` saves; where it is false and ``dp_size`` is not 1, ``pattern`` must have a ``{dp_rank}``, which
-            vLLM's loader does not know.
-        pattern: of the files, with ``{rank}`` or ``{tp_rank}``, ``{pp_rank}``, ``{dp_rank}`` and ``{part}``; ``None``:
-            ``model-rank-{rank}-part-{part}.safetensors``, or where ``pp_size`` is not 1
-            ``model-pp-{pp_rank}-tp-{tp_rank}-part-{part}.safetensors``.
-        max_size: most bytes of tensors in a part (a larger tensor has one to itself); ``None``: one part.
-        writer: name and version of the engine the weights come from, as ``("vllm", "0.33.0")``.
-        quantization: name of the method by which they are quantized; ``None``: they are not.
-        post_processed: whether that engine has rearranged them after loading (``process_weights_after_loading``), so
-            that one that would do so again must not load them; ``False`` also where it had nothing to do. ``None``:
-            not known.
-        durable, keep_cached, progress, engine: as for :func:`fastshard.save_file`.
-
-    Returns:
-        What was written beside the files, as ``fastshard-<name of the parts>.json``.
-
-    Raises:
-        ValueError: for ranks, a pattern or a size that cannot be, among them data-parallel ranks that would
-            overwrite each other's files.
-        What :func:`fastshard.save_file` raises for tensors and failed system calls.
-    """
-    ranks = Ranks(
-        tp_rank=tp_rank,
-        tp_size=tp_size,
-        pp_rank=pp_rank,
-        pp_size=pp_size,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        ep_rank=ep_rank,
-        ep_size=ep_size,
-    )
-    names = Names(pattern, ranks)
-    _check_data_parallelism(ranks, names, dp_replicated)
-    if max_size is not None and max_size < 1:
-        raise ValueError(f"max_size={max_size!r}: a part has at least one byte")
-    state = _state(model_or_state_dict)
-    kept, covered = _without_subtensors(state)
-    parts = {names.part(i): part for i, part in enumerate(_split(_separated(kept), max_size))}
-    how = How(durable, keep_cached, progress, allow_strided=True, engine=engine)
-    with staged(os.fspath(path), names.is_part, how, call="save_sharded_state", create=True) as stage:
-        for name, part in parts.items():
-            stage.add(part, os.path.join(stage.path, name), None)
-        aliases = {name: _alias(state[name], holder, state[holder]) for name, holder in covered.items()}
-        stage.write()
-        manifest = Manifest(
-            ranks=ranks,
-            pattern=names.pattern,
-            dp_replicated=dp_replicated,
-            writer=writer,
-            quantization=quantization,
-            post_processed=post_processed,
-            files={name: os.path.getsize(os.path.join(stage.path, name)) for name in parts},
-            tensors={tensor: name for name, part in parts.items() for tensor in part},
-            aliases=aliases,
-        )
-        stage.write_text(os.path.join(stage.path, names.manifest), manifest.to_json())
-    return manifest
 
 
 def load_sharded_state(
@@ -151,7 +44,7 @@ def load_sharded_state(
     quantization: str | None = None,
     post_processed: bool | None = None,
 ) -> Manifest | None:
-    """Loads one rank's shards into the parameters that are there: vLLM's, SGLang's, or :func:`save_sharded_state`'s.
+    """Loads one rank's shards into the parameters that are there: vLLM's, SGLang's, or :func:`fastshard.save_sharded_state`'s.
 
     Only this rank's files are opened, and bytes go straight from the page cache to where the parameters lie, in
     parallel; strided ones and those of a device are copied by torch from the mapped file. Everything is compared
@@ -195,8 +88,8 @@ def load_sharded_state(
     directory = os.fspath(path)
     described = os.path.join(directory, names.manifest)
     with contextlib.ExitStack() as stack:
-        tensors = _state(model_or_state_dict)
-        wanted, covered = _without_subtensors(tensors)
+        tensors = state_of(model_or_state_dict)
+        wanted, covered = without_subtensors(tensors)
         manifest, files = _opened(directory, names)
         for file in files:
             stack.enter_context(file)
@@ -224,108 +117,6 @@ class _Source(NamedTuple):
     nbytes: int
     code: str
     shape: tuple[int, ...]
-
-
-def _state(model_or_state_dict: State) -> dict[str, torch.Tensor]:
-    if isinstance(model_or_state_dict, torch.nn.Module):
-        return dict(model_or_state_dict.state_dict())
-    if not isinstance(model_or_state_dict, Mapping):
-        raise ValueError(f"Expected a module or a dict of tensors but received {type(model_or_state_dict)}")
-    return dict(model_or_state_dict)
-
-
-def _without_subtensors(
-    tensors: Mapping[str, torch.Tensor],
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """What vLLM saves of them, in its order, and for every other one that is not empty the one that covers it.
-
-    By storage in the order of the first names. A contiguous tensor is left out when a contiguous one has all of its
-    memory and more, or the same and a smaller name. Strided ones stay, as in SGLang.
-    """
-    groups: dict[object, list[str]] = {}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"Key `{name}` is invalid, expected torch.Tensor but received {type(tensor)}")
-        if tensor.numel():
-            key = (tensor.device, tensor.untyped_storage().data_ptr()) if _has_memory(tensor) else name
-            groups.setdefault(key, []).append(name)
-    kept, covered = {}, {}
-    for group in groups.values():
-        if len(group) > 1:
-            reached, holder = 0, ""
-            for _, minus_end, name in sorted(
-                _span(name, tensors[name]) for name in group if _is_flat(tensors[name])
-            ):
-                if -minus_end > reached:
-                    reached, holder = -minus_end, name
-                else:
-                    covered[name] = holder
-        for name in group:
-            if name not in covered:
-                kept[name] = tensors[name]
-    return kept, covered
-
-
-def _has_memory(tensor: torch.Tensor) -> bool:
-    """Of its own, at an address."""
-    if tensor.layout != torch.strided or tensor.device.type == "meta":
-        return False
-    return not is_traceable_wrapper_subclass(tensor)
-
-
-def _is_flat(tensor: torch.Tensor) -> bool:
-    """Whether its bytes in a file are those in memory, one after the other."""
-    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-
-
-def _span(name: str, tensor: torch.Tensor) -> tuple[int, int, str]:
-    """Sorts those that cover others before them."""
-    begin = tensor.data_ptr()
-    return begin, -(begin + tensor.numel() * tensor.element_size()), name
-
-
-def _separated(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same, with copies of those that have some memory in common with another one: a file holds no byte twice."""
-    storages: dict[object, list[str]] = {}
-    for name, tensor in tensors.items():
-        if _has_memory(tensor):
-            storages.setdefault((tensor.device, tensor.untyped_storage().data_ptr()), []).append(name)
-    shared = shared_names(tensors, [names for names in storages.values() if len(names) > 1])
-    copied = {name for names in shared for name in sorted(names)[1:]}
-    return {
-        name: tensor.clone(memory_format=torch.contiguous_format) if name in copied else tensor
-        for name, tensor in tensors.items()
-    }
-
-
-def _split(tensors: Mapping[str, torch.Tensor], max_size: int | None) -> list[dict[str, torch.Tensor]]:
-    """The parts: each takes tensors in order until the next one would be too much."""
-    parts: list[dict[str, torch.Tensor]] = []
-    total = 0
-    for name, tensor in tensors.items():
-        nbytes = tensor.numel() * tensor.element_size()
-        if not parts or (max_size is not None and total + nbytes > max_size):
-            parts.append({})
-            total = 0
-        parts[-1][name] = tensor
-        total += nbytes
-    return parts
-
-
-def _alias(tensor: torch.Tensor, holder: str, held: torch.Tensor) -> Alias:
-    return Alias(holder, tensor.data_ptr() - held.data_ptr(), *_tensors.stored_as(tensor))
-
-
-def _check_data_parallelism(ranks: Ranks, names: Names, replicated: bool) -> None:
-    if replicated and ranks.dp_rank:
-        raise ValueError(
-            f"dp_rank={ranks.dp_rank} has the weights that dp_rank=0 saves (dp_replicated=True): only that one may"
-        )
-    if ranks.dp_size > 1 and not replicated and "dp_rank" not in names.fields:
-        raise ValueError(
-            f"{ranks.dp_size} data-parallel ranks would overwrite each other: pattern {names.pattern!r} has no "
-            "{dp_rank}. If all of them have the same weights (no experts), pass dp_replicated=True and save from dp_rank=0."
-        )
 
 
 def _opened(directory: str, names: Names) -> tuple[Manifest | None, list[BinaryIO]]:
@@ -474,7 +265,7 @@ def _sources(
         alias = aliases.get(name)
         if alias is None:
             return None
-        holder, nbytes = stored[alias.tensor], _nbytes(tensors[name])
+        holder, nbytes = stored[alias.tensor], nbytes_of(tensors[name])
         if alias.offset + nbytes > holder.nbytes:
             return None
         return holder._replace(
@@ -520,18 +311,14 @@ def _parts_of(
     whole = tensors[holder]
     parts: dict[str, _Source] = {}
     spans: list[tuple[int, int]] = []
-    for name in sorted(inside, key=lambda name: (-_nbytes(tensors[name]), name)):
+    for name in sorted(inside, key=lambda name: (-nbytes_of(tensors[name]), name)):
         source = source_of(name)
         begin = tensors[name].data_ptr() - whole.data_ptr()
-        span = begin, begin + _nbytes(tensors[name])
+        span = begin, begin + nbytes_of(tensors[name])
         if source is not None and not overlapping([*spans, span]):
             parts[name] = source
             spans.append(span)
-    return parts if _covers(spans, _nbytes(whole)) else {}
-
-
-def _nbytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    return parts if _covers(spans, nbytes_of(whole)) else {}
 
 
 def _covers(spans: Iterable[tuple[int, int]], nbytes: int) -> bool:
@@ -546,14 +333,14 @@ def _covers(spans: Iterable[tuple[int, int]], nbytes: int) -> bool:
 
 def _misfit(name: str, tensor: torch.Tensor, source: _Source) -> str:
     """Why these bytes cannot become that tensor; empty if they can."""
-    if not _has_memory(tensor):
+    if not has_memory(tensor):
         return f"{name!r} has no memory to load into"
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
         return f"{name!r} is expanded: its elements are not its own"
     code, shape = _tensors.stored_as(tensor)
     if (source.code, source.shape) != (code, shape):
         return f"{name!r} is {source.code} {list(source.shape)} in {source.name!r}, expected {code} {list(shape)}"
-    if source.nbytes != _nbytes(tensor):
+    if source.nbytes != nbytes_of(tensor):
         return f"{name!r} has {source.nbytes} bytes in {source.name!r}"
     return ""
 
@@ -563,7 +350,7 @@ def _fill(sources: Iterable[tuple[torch.Tensor, _Source]]) -> None:
     pieces: dict[BinaryIO, list[Piece]] = {}
     mapped: dict[BinaryIO, list[tuple[torch.Tensor, _Source]]] = {}
     for tensor, source in sources:
-        if tensor.is_cpu and _is_flat(tensor):
+        if tensor.is_cpu and is_flat(tensor):
             pieces.setdefault(source.file, []).append(Piece(source.offset, source.nbytes, tensor.data_ptr()))
         else:
             mapped.setdefault(source.file, []).append((tensor, source))
