@@ -43,7 +43,7 @@ PYTHON_LAYERS = {
     "engine": """
         options plan limits borrowed mapped sharing tensors future progress engine pipeline reading
     """,
-    "publish": "hidden_names folder staging change linking exchanging switching directory ranks in_place staged",
+    "publish": "hidden_names folder attributes staging change linking exchanging switching directory ranks in_place staged",
     "api": """
         saving holders sources prepared archive_errors archive_skeleton archive_by_torch archive hub sharded_state
         sharded_save sharded_load
@@ -81,6 +81,7 @@ WITHOUT_TORCH = {
     "engine/reading": {"safetensors"},
     "publish/hidden_names": set(),
     "publish/folder": set(),
+    "publish/attributes": set(),
     "publish/staging": set(),
     "publish/change": set(),
     "publish/linking": set(),
@@ -330,3 +331,10 @@ def test_sglang_does_not_need_what_is_written_for_vllm() -> None:
         ahead += [module for module in found if module is not None and module not in reached]
         reached |= {module for module in found if module is not None}
     assert "api/sharded_save" in reached and not any("vllm" in name for name in reached)
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_owners_and_modes_are_taken_over_in_one_place(name: str) -> None:
+    text = (ROOT / "fastshard" / f"{name}.py").read_text()
+    if name != "publish/attributes":
+        assert not re.search(r"\bos\.\w*(chown|xattr)\b|\bshutil\.copystat\b", text)

@@ -256,7 +256,7 @@ def _write_over(by_torch: Callable[[Any], None], path: str, reason: str, how: _H
         finally:
             os.close(descriptor)
     if how.durable:
-        sync_folder(os.fsencode(os.path.dirname(os.path.realpath(path))), path)
+        sync_folder(os.path.dirname(os.path.realpath(path)), path)
 
 
 def _kind_of(f: object) -> str:

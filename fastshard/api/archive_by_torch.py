@@ -14,6 +14,7 @@ from typing import Any
 
 from .. import _native
 from ..errors import ArchiveError
+from ..publish.folder import open_folder
 from .archive_errors import archive_error, archive_errors, of_writing, why_torch_failed
 from .archive_skeleton import named_like
 
@@ -80,14 +81,11 @@ class _Noting(io.FileIO):
             raise
 
 
-def sync_folder(folder: bytes, path: str) -> None:
-    """What is in there is on stable storage, the new file at ``path`` too."""
+def sync_folder(folder: str, path: str) -> None:
+    """Returns when what is in the folder is on stable storage, the new file at ``path`` too."""
     try:
-        descriptor = os.open(folder or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with open_folder(folder or os.curdir) as opened:
+            opened.sync()
     except OSError as error:
         text = f"{error.strerror}; the new file is in place, but not known to be on stable storage"
         raise archive_error(error.errno or errno.EIO, text, path, published=True) from None

@@ -10,7 +10,8 @@ import stat
 from collections.abc import Callable, Collection
 from typing import Final
 
-from .folder import Folder, Named
+from .attributes import inherit
+from .folder import Folder
 from .hidden_names import NEW, STAGING
 from .staging import Hidden
 
@@ -176,14 +177,7 @@ class Change:
         old, new = folder.stat(base), self.new.stat(name)
         if old is None or new is None or not stat.S_ISREG(old.st_mode) or not stat.S_ISREG(new.st_mode):
             return
-        mode = stat.S_IMODE(old.st_mode)
-        with Named(self.new.place(name)):
-            if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
-                with contextlib.suppress(PermissionError):
-                    os.chown(name, old.st_uid, old.st_gid, dir_fd=self.new.fd, follow_symlinks=False)
-            elif stat.S_IMODE(new.st_mode) == mode:
-                # With a second name it may be changed from elsewhere.
-                if old.st_size == new.st_size <= _MOST_COMPARED and old.st_nlink == 1:
-                    self._alike[name] = old
-                return
-            os.chmod(name, mode, dir_fd=self.new.fd)
+        had_both = inherit(old, self.new, name, new)
+        # With a second name it may be changed from elsewhere.
+        if had_both and old.st_size == new.st_size <= _MOST_COMPARED and old.st_nlink == 1:
+            self._alike[name] = old

@@ -24,7 +24,7 @@ from .hidden_names import NEW, PREFIX, STAGING, final_places
 from .staging import Hidden, clear_away, make_hidden
 from .switching import Switch, published, remove_left, turn_names, wait_for_turn
 
-__all__ = ["Replacement", "creating", "final_places", "replacing", "scratch_of", "sync", "was_left"]
+__all__ = ["Replacement", "creating", "final_places", "replacing", "scratch_of", "was_left"]
 
 _WAIT_SECONDS: Final = 60.0
 _MOST_TRIES: Final = 20
@@ -362,12 +362,3 @@ def _wait_for_space(directory: str) -> None:
         pass
     for one in going:
         one.closing.wait()
-
-
-def sync(path: str) -> None:
-    """Of a file or a directory: what it holds is on stable storage."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

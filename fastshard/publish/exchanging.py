@@ -15,6 +15,7 @@ import os
 import stat
 from typing import Final
 
+from .attributes import copy_all
 from .change import REFUSED, Change
 from .folder import Folder, Identity, Named, Scan, open_folder
 from .hidden_names import NEW, OLD, hidden_name
@@ -100,7 +101,7 @@ def _exchange(change: Change, parent: Folder, base: str, beside: Hidden, linked:
         with contextlib.suppress(FileExistsError):
             change.hidden.mkdir(OLD)  # were it empty, another save could take its name
         change.hidden.rename(NEW, beside, NEW)
-        _copy_attributes(change.folder, new)
+        copy_all(change.folder, new)
         for path in sorted(change.entries.keys() - {""}):
             if path not in change.folders:
                 if change.entries[path] and not any(name.startswith(f"{path}/") for name in linked):
@@ -108,7 +109,7 @@ def _exchange(change: Change, parent: Folder, base: str, beside: Hidden, linked:
                 new.mkdir(path)
                 made.append(path)
             with new.open(path) as inner:
-                _copy_attributes(change.places.of(os.path.join(path, "x"))[0], inner)
+                copy_all(change.places.of(os.path.join(path, "x"))[0], inner)
         for name in linked:
             folder, file = change.places.of(name)
             done[name] = None
@@ -170,30 +171,6 @@ def _is_working_directory(folder: Folder) -> bool:
     except FileNotFoundError:  # removed
         return False
     return (found.st_dev, found.st_ino) == folder.identity()
-
-
-def _copy_attributes(source: Folder, target: Folder) -> None:
-    """Owner, mode, extended attributes and with them access control lists. ``EPERM`` where that is not allowed."""
-    with Named(source.path):
-        old, new = os.fstat(source.fd), os.fstat(target.fd)
-        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
-            os.fchown(target.fd, old.st_uid, old.st_gid)
-        wanted, found = _attributes(source.fd), _attributes(target.fd)
-        for name in found.keys() - wanted.keys():
-            os.removexattr(target.fd, name)
-        for name, value in wanted.items():
-            if found.get(name) != value:
-                os.setxattr(target.fd, name, value)
-        os.fchmod(target.fd, stat.S_IMODE(old.st_mode))
-
-
-def _attributes(fd: int) -> dict[str, bytes]:
-    try:
-        return {name: os.getxattr(fd, name) for name in os.listxattr(fd)}
-    except OSError as error:
-        if error.errno == errno.EOPNOTSUPP:
-            return {}
-        raise
 
 
 def _exchange_names(one: int, name: str, other: int, new: str) -> None:

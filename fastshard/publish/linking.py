@@ -32,6 +32,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from ..formats.naming import is_numbered
+from .attributes import let_pass
 from .change import REFUSED, Change, Places
 from .folder import Folder, Named
 from .hidden_names import NEW, NOW, OLD, STAGING
@@ -79,11 +80,11 @@ class Linking:
         change, hidden = self._change, self._hidden
         hidden.chmod(0o711)
         for name in ("", *change.folders):
-            _let_pass(change.new, name)
+            let_pass(change.new, name)
         old = self._opened_old()
         for path in change.entries:
             old.mkdirs(path)
-            _let_pass(old, path)
+            let_pass(old, path)
         for name in (*change.kept, *change.gone):
             self._keep(name, old)
         if any(map(is_numbered, (*change.gone, *change.fresh))):
@@ -93,7 +94,7 @@ class Linking:
                 for depth in range(name.count("/")):
                     path = "/".join(name.split("/")[: depth + 1])
                     side.mkdirs(path)
-                    _let_pass(side, path)
+                    let_pass(side, path)
                 with contextlib.suppress(FileExistsError):
                     side.symlink(_up(name) + _BLANK, name)
         if hidden.readlink(NOW) is None:
@@ -151,7 +152,7 @@ class Linking:
             with contextlib.suppress(FileExistsError):
                 self._hidden.mkdir(OLD)
             self._old = self._hidden.open(OLD)
-            _let_pass(self._old, "")
+            let_pass(self._old, "")
         return self._old
 
     def _keep(self, name: str, old: Folder) -> None:
@@ -277,12 +278,3 @@ def _put_file(hidden: Hidden, side: Folder, name: str, folder: Folder, base: str
         side.rename(name, folder, base)
     else:
         hidden.rename(_LINK, folder, base)
-
-
-def _let_pass(top: Folder, path: str) -> None:
-    with Named(path, top):
-        mode = stat.S_IMODE(
-            (os.stat(path, dir_fd=top.fd, follow_symlinks=False) if path else os.fstat(top.fd)).st_mode
-        )
-        if mode & 0o111 != 0o111:
-            os.chmod(path or ".", mode | 0o111, dir_fd=top.fd)
