@@ -16,7 +16,7 @@ import pickle
 import stat
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -24,7 +24,7 @@ from ..base.activity import count_left
 from ..base.originals import original_of
 from ..engine import tensors as _tensors
 from ..engine.engine import Engine, Options, Stats, engine_for, progress_wanted
-from ..engine.pipeline import counted, encoded_path, finish, keep_stats
+from ..engine.pipeline import How, counted, encoded_path, finish, keep_stats
 from ..engine.plan import FilePlan
 from ..publish.in_place import LATE, note_made, why_in_place
 from .archive_by_torch import can_replace, new_file, replace_by_torch, sync_folder
@@ -38,14 +38,7 @@ _CALL: Final = "torch.save"
 _PROTOCOL: Final = torch.serialization.DEFAULT_PROTOCOL
 
 
-class _How(NamedTuple):
-    durable: bool = False
-    keep_cached: bool = True
-    progress: bool | None = None
-    engine: Engine | Options | None = None
-
-
-_AS_TORCH: Final = _How()
+_AS_TORCH: Final = How()
 
 
 def torch_save(
@@ -92,7 +85,8 @@ def torch_save(
     pickling = Pickling(
         obj, pickle_module, pickle_protocol, _use_new_zipfile_serialization, _disable_byteorder_record
     )
-    _save(_original(), pickling, f, _How(durable, keep_cached, progress, engine), in_place)
+    how = How(durable=durable, keep_cached=keep_cached, progress=progress, engine=engine)
+    _save(_original(), pickling, f, how, in_place)
 
 
 def in_the_place_of_torch(
@@ -112,7 +106,7 @@ def in_the_place_of_torch(
     _save(original, pickling, f, _AS_TORCH, False)
 
 
-def _save(original: Callable[..., None], pickling: Pickling, f: Any, how: _How, in_place: bool) -> None:
+def _save(original: Callable[..., None], pickling: Pickling, f: Any, how: How, in_place: bool) -> None:
     def by_torch(target: Any) -> None:
         original(
             pickling.obj,
@@ -162,7 +156,7 @@ def _save(original: Callable[..., None], pickling: Pickling, f: Any, how: _How, 
         replace_by_torch(by_torch, path, by_name, how.durable, how.keep_cached)
 
 
-def _write_new(pickling: Pickling, path: str, how: _How, began: float) -> str | None:
+def _write_new(pickling: Pickling, path: str, how: How, began: float) -> str | None:
     """By the engine, or, if it is small, at once. Why it cannot be; ``None``: it stands."""
     needed = None
 
@@ -189,7 +183,7 @@ def _write_new(pickling: Pickling, path: str, how: _How, began: float) -> str | 
     return None
 
 
-def _publish(made: _native.NewFile, path: str, how: _How, began: float) -> None:
+def _publish(made: _native.NewFile, path: str, how: How, began: float) -> None:
     """A small archive that torch has written."""
     try:
         with archive_errors(path):
@@ -217,7 +211,7 @@ def _stats_of(nbytes: int, seconds: float, refused: Sequence[str]) -> Stats:
     )
 
 
-def _write(path: str, skeleton: Skeleton, planned: Plan, how: _How, began: float) -> None:
+def _write(path: str, skeleton: Skeleton, planned: Plan, how: How, began: float) -> None:
     file = FilePlan(encoded_path(path), b"", planned.items)
     with archive_errors(path):
         future = engine_for(how.engine).submit(
@@ -239,7 +233,7 @@ def _write(path: str, skeleton: Skeleton, planned: Plan, how: _How, began: float
         note_made(path)
 
 
-def _write_over(by_torch: Callable[[Any], None], path: str, reason: str, how: _How) -> None:
+def _write_over(by_torch: Callable[[Any], None], path: str, reason: str, how: How) -> None:
     """As torch does, and leaves what it leaves."""
     count_left(_CALL, reason)
     by_torch(path)

@@ -154,7 +154,14 @@ def save_torch_state_dict(
     place = _Place(os.fspath(save_directory), filename_pattern)
     place.check(SaveError if safe_serialization else ArchiveError)
     obsolete = place.earlier() if is_main_process else frozenset()
-    how = How(durable, keep_cached, progress, force_contiguous, dtype, engine=engine)
+    how = How(
+        durable=durable,
+        keep_cached=keep_cached,
+        progress=progress,
+        allow_strided=force_contiguous,
+        dtype=dtype,
+        engine=engine,
+    )
     in_file = {"format": "pt"} if split.is_sharded else {"format": "pt", **metadata}
     index_name = index_of(filename_pattern)
     alone = False

@@ -79,7 +79,15 @@ def save_file(
         lay_out(
             tensors, None, allow_strided, dtype
         )  # says what is wrong with them, also where a name was expected
-    how = How(durable, keep_cached, progress, allow_strided, dtype, checksums, engine)
+    how = How(
+        durable=durable,
+        keep_cached=keep_cached,
+        progress=progress,
+        allow_strided=allow_strided,
+        dtype=dtype,
+        checksums=checksums,
+        engine=engine,
+    )
     _save({filename: tensors}, metadata, how)
 
 
@@ -112,7 +120,15 @@ def save_files(
         known = seen.setdefault(os.path.join(os.path.realpath(folder), name), filename)  # a link is replaced
         if known is not filename:
             raise ValueError(f"{filename!r} and {known!r} are the same file")
-    how = How(durable, keep_cached, progress, allow_strided, dtype, checksums, engine)
+    how = How(
+        durable=durable,
+        keep_cached=keep_cached,
+        progress=progress,
+        allow_strided=allow_strided,
+        dtype=dtype,
+        checksums=checksums,
+        engine=engine,
+    )
     with one_save("save_files", os.path.dirname(next(iter(seen), "")) or "."):
         _save(files, metadata, how)
 
@@ -147,8 +163,15 @@ def save_model(
             del state_dict[name]
     if force_contiguous:
         state_dict = dict(state_dict)  # there a new dict is made, whatever mapping the module returns
-    strided = allow_strided or force_contiguous
-    how = How(durable, keep_cached, progress, strided, dtype, checksums, engine)
+    how = How(
+        durable=durable,
+        keep_cached=keep_cached,
+        progress=progress,
+        allow_strided=allow_strided or force_contiguous,
+        dtype=dtype,
+        checksums=checksums,
+        engine=engine,
+    )
     try:
         with one_save("save_model", filename):
             _save({filename: state_dict}, metadata, how)

@@ -102,7 +102,7 @@ def save_sharded_state(
     state = state_of(model_or_state_dict)
     kept, covered = without_subtensors(state)
     parts = {names.part(i): part for i, part in enumerate(_split(_separated(kept), max_size))}
-    how = How(durable, keep_cached, progress, allow_strided=True, engine=engine)
+    how = How(durable=durable, keep_cached=keep_cached, progress=progress, allow_strided=True, engine=engine)
     with staged(os.fspath(path), names.is_part, how, call="save_sharded_state", create=True) as stage:
         for name, part in parts.items():
             stage.add(part, os.path.join(stage.path, name), None)

@@ -116,15 +116,26 @@ def stats() -> Stats | None:
 
 
 class How(NamedTuple):
-    """The arguments that all public functions have; :func:`save_file` describes them."""
+    """The options that public functions have in common: their names, types and defaults.
+
+    :func:`fastshard.save_file` has all of them, and describes them for users. ``tests/test_options.py`` compares every
+    signature with this one, and names the options that a function leaves out.
+    """
 
     durable: bool = False
+    """The save ends when file and directory are on stable storage."""
     keep_cached: bool = True
+    """``False``: the save ends when nothing of the file is in the page cache any more."""
     progress: bool | None = None
+    """Whether to show a bar; ``None``: as the environment says."""
     allow_strided: bool = False
+    """Non-contiguous tensors are packed, not refused."""
     dtype: torch.dtype | str | None = None
+    """What floating-point tensors are cast to on their way."""
     checksums: bool = False
+    """The CRC-32 of each tensor is taken as its bytes pass."""
     engine: Engine | Options | None = None
+    """Which engine saves, or what limits it has; ``None``: the default engine."""
 
 
 class PlannedFile(NamedTuple):

@@ -99,7 +99,7 @@ def shard_checkpoint(
     """
     if type(tp) is not int or not 1 <= tp <= MAX_RANKS:
         raise ValueError(f"the number of ranks must be 1 to {MAX_RANKS}, not {tp!r}")
-    how = How(durable, keep_cached, progress, engine=engine)
+    how = How(durable=durable, keep_cached=keep_cached, progress=progress, engine=engine)
     checkpoint = read_checkpoint(src)
     home = checkpoint.home()
     shapes = [(name, tensor.shape) for name, (_, tensor) in home.items()]
@@ -159,7 +159,7 @@ def merge_checkpoint(
     ``src`` is the folder it made; what ranks hold twice must be equal. The other arguments and the errors are those
     of :func:`shard_checkpoint`.
     """
-    how = How(durable, keep_cached, progress, engine=engine)
+    how = How(durable=durable, keep_cached=keep_cached, progress=progress, engine=engine)
     folder = os.fspath(src)
     found = read_ranks(folder)
     sources = [Sources(checkpoint) for checkpoint in found.ranks]
@@ -207,7 +207,7 @@ def reshard_checkpoint(
     ``max_shard_size``: bytes, or as ``"5GB"`` (10^9); a larger tensor has a file to itself. ``out`` may be ``src``,
     if forced. The other arguments and the errors are those of :func:`shard_checkpoint`.
     """
-    how = How(durable, keep_cached, progress, engine=engine)
+    how = How(durable=durable, keep_cached=keep_cached, progress=progress, engine=engine)
     checkpoint = read_checkpoint(src)
     home = checkpoint.home()
     layout = _layout(checkpoint, {n: t.end - t.begin for n, (_, t) in home.items()}, max_shard_size)
