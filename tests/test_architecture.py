@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -338,3 +339,99 @@ def test_owners_and_modes_are_taken_over_in_one_place(name: str) -> None:
     text = (ROOT / "fastshard" / f"{name}.py").read_text()
     if name != "publish/attributes":
         assert not re.search(r"\bos\.\w*(chown|xattr)\b|\bshutil\.copystat\b", text)
+
+
+PRIVATE = {
+    "_clean_state_dict_for_safetensors": {"api/hub"},
+    "_torch": {"api/hub"},
+    "_C": {"api/archive_skeleton", "engine/borrowed"},
+    "_check_dill_version": {"api/archive_skeleton"},
+    "_open_zipfile_writer": {"api/archive_skeleton"},
+    "_serialization_tls": {"api/archive_skeleton"},
+    "_cdata": {"engine/borrowed"},
+    "_storage_Use_Count": {"engine/borrowed"},
+    "_SIZE": {"engine/borrowed"},
+    "_save_to_state_dict": {"integrations/offload"},
+    "_hf_hook": {"integrations/offload"},
+    "_hf_peft_config_loaded": {"integrations/transformers"},
+    "_filter_subtensors": {"integrations/vllm_states"},
+    "_keys_to_ignore_on_load_unexpected": {"tools/model_plan"},
+    "_model_mapping": {"tools/model_plan"},
+    # Python's own
+    "_getframe": {"api/archive_skeleton", "base/loading"},
+    "_initializing": {"base/loading", "integrations/patching"},
+    "_SubParsersAction": {"cli/checkpoints", "cli/files"},
+}
+"""What others do not make public -> who uses it: one module for each, which says what is done where it is missing."""
+
+PUBLIC_ROOTS = {"safetensors", "torch", "tqdm"}
+"""What modules of ours import of other libraries when they are imported: nothing deeper."""
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def names_used(node: ast.AST) -> list[str]:
+    """Names in other objects that a node looks up: attributes, texts in ``getattr``, parts of imports."""
+    if isinstance(node, ast.Attribute):
+        return [node.attr]
+    if isinstance(node, ast.ImportFrom) and not node.level:
+        path = (node.module or "").split(".")
+        return [] if path[0] in sys.stdlib_module_names else [*path, *(alias.name for alias in node.names)]
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("getattr", "hasattr")
+    ):
+        return [node.args[1].value] if isinstance(node.args[1], ast.Constant) else []
+    return []
+
+
+def at_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """What of a module runs when it is imported: not the bodies of functions, nor what only type checkers see."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            evaluated = [*node.args.defaults, *(default for default in node.args.kw_defaults if default)]
+            evaluated += getattr(node, "decorator_list", [])
+            for part in evaluated:
+                yield part
+                yield from at_import(part)
+        elif not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            yield node
+            yield from at_import(node)
+
+
+def test_private_names_of_others_have_one_owner() -> None:
+    trees = {name: ast.parse((ROOT / "fastshard" / f"{name}.py").read_text()) for name in PYTHON}
+    our_own = {"_fields", "_replace", "_asdict", "_field_defaults", "_native", "_fastshard"}
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                our_own.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                our_own.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                our_own.add(node.attr)
+    found: dict[str, set[str]] = {}
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            for used in names_used(node):
+                if is_private(used) and used not in our_own:
+                    found.setdefault(used, set()).add(name)
+    assert found == PRIVATE
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_an_import_needs_nothing_private_of_others(name: str) -> None:
+    if name == "engine/borrowed":
+        return
+    tree = ast.parse((ROOT / "fastshard" / f"{name}.py").read_text())
+    used = {used for node in at_import(tree) for used in names_used(node) if used in PRIVATE}
+    assert not used - {"_SubParsersAction"}
+    foreign = {
+        module
+        for module in imports(tree, only_at_import=True)
+        if not module.startswith(".") and module.split(".")[0] not in sys.stdlib_module_names
+    }
+    assert foreign <= PUBLIC_ROOTS

@@ -103,9 +103,11 @@ def make_skeleton(
 
 
 def torch_makes_holes() -> bool:
-    """Since 2.6."""
-    writer = torch._C.PyTorchFileWriter
-    return hasattr(writer, "write_record_metadata") and hasattr(torch.serialization, "_save")
+    """Whether this torch has all that is used of it here. It does since 2.6."""
+    writer = getattr(torch._C, "PyTorchFileWriter", None)
+    return hasattr(writer, "write_record_metadata") and all(
+        hasattr(torch.serialization, name) for name in ("_save", "_check_dill_version")
+    )
 
 
 def named_like(path: str, descriptor: int) -> Any:

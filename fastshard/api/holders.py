@@ -12,14 +12,15 @@ import logging
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 
+from ..engine.borrowed import storage_number, storage_users
+
 _SHOWN: Final = 3  # names in a warning
-_uses: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 
 
 @dataclass
@@ -45,17 +46,17 @@ class Holders:
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._of_module = hasattr(tensors, "_metadata")  # as the dict of Module.state_dict() has
         self._watched: list[_Watched] = []
-        if _uses is None:
+        if storage_users is None:
             return
         found = {name: tensor for name, tensor in tensors.items() if _has_countable_memory(tensor)}
         storages = [tensor.untyped_storage() for tensor in found.values()]
-        numbers = [storage._cdata for storage in storages]
+        numbers = [storage_number(storage) for storage in storages]
         distinct = {id(tensor): number for tensor, number in zip(found.values(), numbers)}
         users = Counter(distinct.values())
         held = held_elsewhere(list(found.values()), own=2)  # by this dict and that one
         for name, storage, number, elsewhere in zip(found, storages, numbers, held):
             own = users[number] + _unused()
-            if elsewhere or _uses(number) > own:
+            if elsewhere or storage_users(number) > own:
                 tensor = found[name]
                 self._watched.append(_Watched(name, tensor, storage, number, own, tensor._version))
 
@@ -65,9 +66,9 @@ class Holders:
         ``reachable``: somebody else holds the dict, and may have filled them through it. Then only those of a module's
         dict count whose version says that nobody has.
         """
-        if not self._watched or _uses is None:
+        if not self._watched or storage_users is None:
             return []
-        alone = [watched for watched in self._watched if _uses(watched.number) <= watched.own]
+        alone = [watched for watched in self._watched if storage_users(watched.number) <= watched.own]
         held = held_elsewhere([watched.tensor for watched in alone], own=2)  # by the dict and here
         found, done = [], set()
         for watched, elsewhere in zip(alone, held):
@@ -106,10 +107,10 @@ def _unheld() -> int:
 @functools.cache
 def _unused() -> int:
     """The same for a storage."""
-    assert _uses is not None
+    assert storage_users is not None
     tensor = torch.empty(1, device="cpu")
     storage = tensor.untyped_storage()
-    return _uses(storage._cdata) - 1
+    return storage_users(storage_number(storage)) - 1
 
 
 def _has_countable_memory(tensor: object) -> bool:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions of other libraries that are not public: where a version has none of the name, nothing fails before it is
-called."""
+"""Functions of torch and safetensors that are not public, with what is done where a version does not have them.
+
+Nothing fails before such a function is called. What other libraries do not make public is used by one module each, and not
+when that is imported; ``tests/test_architecture.py`` lists all of it.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,23 @@ def _wraps_others(tensor: object) -> bool:
     return hasattr(type(tensor), "__tensor_flatten__")
 
 
+def _waits_for_shape(tensor: object) -> bool:
+    return any(kind.__name__ == "UninitializedTensorMixin" for kind in type(tensor).__mro__)
+
+
+def _users() -> Callable[[int], int] | None:
+    torch = importlib.import_module("torch")
+    if not hasattr(torch.UntypedStorage, "_cdata"):
+        return None
+    return getattr(torch._C, "_storage_Use_Count", None)
+
+
+def storage_number(storage: Any) -> int:
+    """What tells a storage from others, and what :data:`storage_users` takes."""
+    number: int = storage._cdata
+    return number
+
+
 def _dtypes() -> frozenset[Any] | None:
     sizes = getattr(importlib.import_module("safetensors.torch"), "_SIZE", None)
     return None if sizes is None else frozenset(sizes)
@@ -45,3 +65,7 @@ is_traceable_wrapper_subclass: Callable[[object], bool] = _borrowed(
     "torch.utils._python_dispatch", "is_traceable_wrapper_subclass", _wraps_others
 )
 """Whether a tensor wraps others, in which its data lies."""
+is_lazy: Callable[[object], bool] = _borrowed("torch.nn.parameter", "is_lazy", _waits_for_shape)
+"""Whether it is a parameter or a buffer that has no shape yet."""
+storage_users = _users()
+"""How many tensors and others hold a storage, by its number; ``None``: this torch does not tell."""

@@ -7,9 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch.nn.parameter import is_lazy
 
-from .borrowed import find_shared_tensors, remove_duplicate_names
+from .borrowed import find_shared_tensors, is_lazy, remove_duplicate_names
 
 
 def overlapping(spans: Iterable[tuple[int, int]]) -> bool:
