@@ -435,3 +435,8 @@ def test_an_import_needs_nothing_private_of_others(name: str) -> None:
         if not module.startswith(".") and module.split(".")[0] not in sys.stdlib_module_names
     }
     assert foreign <= PUBLIC_ROOTS
+
+
+@pytest.mark.parametrize("name", PYTHON)
+def test_no_file_is_longer_than_400_lines(name: str) -> None:
+    assert len((ROOT / "fastshard" / f"{name}.py").read_text().splitlines()) <= 400

@@ -12,7 +12,9 @@ from typing import Final
 from ..base.settings import parse_size
 
 _WRITE_PATHS: Final = ("auto", "buffered", "direct", "mapped", "registered")
+_BUDGET: Final = 128 << 20
 _LEAST_BUDGET: Final = 1 << 20
+_DEVICE_SCRATCH: Final = 64 << 20
 _MOST_NBYTES: Final = (1 << 63) - 1
 _MOST_THREADS: Final = 4096
 
@@ -29,7 +31,7 @@ class Options:
     Raises ``ValueError`` and ``TypeError``, naming the option, for what cannot work.
     """
 
-    memory_budget: int = 128 << 20
+    memory_budget: int = _BUDGET
     """Bytes of staging memory, all saves of the engine together; at least 1 MiB. Contiguous host tensors
     that are not cast need none of it."""
     threads: int | None = None
@@ -38,17 +40,17 @@ class Options:
     """``"buffered"`` (pwrite into the page cache), ``"direct"`` (past it, from staging memory), ``"mapped"``
     (stores into the mapped file), ``"registered"`` (as mapped, with devices copying straight into page-locked
     windows), or ``"auto"``: what suits save and filesystem (``fastshard env PATH`` tells)."""
-    device_scratch: int = 64 << 20
+    device_scratch: int = _DEVICE_SCRATCH
     """Bytes of each CUDA device's memory that strided, cast and small tensors may be packed in on their way out;
     taken when first needed, kept until the engine is closed. 0, or where the device has none to give: none."""
 
     def __init__(
         self,
         *,
-        memory_budget: int | str = 128 << 20,
+        memory_budget: int | str = _BUDGET,
         threads: int | None = None,
         write_path: str = "auto",
-        device_scratch: int | str = 64 << 20,
+        device_scratch: int | str = _DEVICE_SCRATCH,
     ) -> None:
         budget = _size("memory_budget", memory_budget)
         if budget < _LEAST_BUDGET:

@@ -64,4 +64,4 @@ def get_state_dict_offloaded_model(
 ) -> dict[str, torch.Tensor]:
     """While a model is saved, its offloaded weights are mapped from their files, not read into memory."""
     stage = current()
-    return original(model) if stage is None else offloaded_state_dict(model, stage.scratch)
+    return original(model) if stage is None else offloaded_state_dict(model, stage.hidden)

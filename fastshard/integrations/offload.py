@@ -24,11 +24,11 @@ from ..formats.naming import WEIGHTS_SUFFIX
 def offloaded_tensor(model: torch.nn.Module, name: str, scratch: str | None = None) -> torch.Tensor:
     """The parameter or buffer of that name, which a hook of accelerate holds somewhere else.
 
-    Stands in for ``transformers.integrations.accelerate.load_offloaded_parameter``. What is held in memory is that
-    very tensor; what lies in a file a CPU tensor over the file (whatever device it is to be loaded to); from a mapping of
-    another kind comes what it gives. Where the index asks for another dtype than the one stored, it takes a copy: in
-    memory, or in a file in ``scratch``, a directory, that has no name any more. The innermost module that has a hook
-    with a ``weights_map`` decides, also where hooks were chained.
+    Stands in for ``transformers.integrations.accelerate.load_offloaded_parameter``. Returns the tensor itself if it is held
+    in memory, a CPU tensor mapped over its file if it was offloaded to disk (whatever device it is to be loaded to), and
+    otherwise whatever the mapping returns. Where the index asks for another dtype than the file has, a copy is made: in
+    memory, or, if ``scratch`` is given, in a file of that directory, which has no name any more. The innermost module that
+    has a hook with a ``weights_map`` decides, also where hooks were chained.
 
     Raises ``ValueError`` where no hook holds it, ``KeyError`` where the hook does not know it, and what
     :class:`fastshard.engine.mapped.MappedFile` raises, naming the file.

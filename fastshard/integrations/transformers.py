@@ -118,9 +118,7 @@ def _nothing(name: str) -> bool:
 def load_offloaded_parameter(original: Callable[..., Any], model: Any, param_name: str) -> torch.Tensor:
     """While a model is saved, its offloaded weights are mapped from their files, not read into memory."""
     stage = current()
-    return (
-        original(model, param_name) if stage is None else offloaded_tensor(model, param_name, stage.scratch)
-    )
+    return original(model, param_name) if stage is None else offloaded_tensor(model, param_name, stage.hidden)
 
 
 def progress_bar(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

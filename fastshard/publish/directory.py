@@ -24,7 +24,7 @@ from .hidden_names import NEW, PREFIX, STAGING, final_places
 from .staging import Hidden, clear_away, make_hidden
 from .switching import Switch, published, remove_left, turn_names, wait_for_turn
 
-__all__ = ["Replacement", "creating", "final_places", "replacing", "scratch_of", "was_left"]
+__all__ = ["Replacement", "creating", "final_places", "replacing", "was_left"]
 
 _WAIT_SECONDS: Final = 60.0
 _MOST_TRIES: Final = 20
@@ -134,12 +134,6 @@ class Replacement:
         except Exception as failed:
             self.explain(failed)
             raise
-
-
-def scratch_of(path: str) -> str:
-    """The hidden folder that :func:`replacing` gave ``path`` in: what is left in there goes, too."""
-    *_, found = STAGING.finditer(path)
-    return path[: found.end()]
 
 
 class _Staging:

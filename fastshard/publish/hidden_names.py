@@ -24,8 +24,14 @@ _STAGED: Final = re.compile(rf"/{STAGING.pattern}(/\.(new|old|now)(?=/|$|\W))?")
 
 
 def final_places(text: str) -> str:
-    """A path or a message, with the final places of staged files."""
+    """A path or a message, in which staged files have their final places."""
     return _STAGED.sub("", text)
+
+
+def hidden_folder_of(path: str) -> str:
+    """The innermost hidden folder that a path leads into. What is left in it goes when it is removed."""
+    *_, found = STAGING.finditer(path)
+    return path[: found.end()]
 
 
 def hidden_name(purpose: str, slot: int = 0) -> str:

@@ -24,8 +24,9 @@ from ..engine.mapped import lies_in_file
 from ..engine.pipeline import How, PathLike, PlannedFile, StateDict, finish, plan_file, start, write_files
 from ..engine.sharing import storage_of
 from ..formats.naming import are_of_the_same_weights, is_safetensors_of, is_weights, pickled_stems
-from .directory import Replacement, final_places, scratch_of, was_left
+from .directory import Replacement, final_places, was_left
 from .folder import Named
+from .hidden_names import hidden_folder_of
 
 DESCRIPTION: Final = "Saving checkpoint shards"
 """Of the progress bar."""
@@ -40,8 +41,8 @@ class Stage:
 
     def __init__(self, path: str, how: How) -> None:
         self.path = path
-        self.scratch = scratch_of(path)
-        """Hidden, too; what is left in there goes with the stage."""
+        self.hidden = hidden_folder_of(path)
+        """A folder for temporary files. What is left in it goes with the stage."""
         self.lasting: Callable[[], set[int]] | None = None
         """Gives addresses of storages that live on after the save in any case. If this is there, files are written as
         soon as the others, kept alive by what was added, take too much memory together."""
