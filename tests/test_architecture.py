@@ -344,6 +344,7 @@ def test_owners_and_modes_are_taken_over_in_one_place(name: str) -> None:
 PRIVATE = {
     "_clean_state_dict_for_safetensors": {"api/hub"},
     "_torch": {"api/hub"},
+    "_base": {"api/hub"},
     "_C": {"api/archive_skeleton", "engine/borrowed"},
     "_check_dill_version": {"api/archive_skeleton"},
     "_open_zipfile_writer": {"api/archive_skeleton"},
