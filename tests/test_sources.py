@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import sys
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -538,9 +540,11 @@ def test_what_is_bound_holds_no_tensor(tmp_path: Path) -> None:
         prepared.save()
         bound = prepared._native.tag
         assert isinstance(bound, _Bound) and bound.fits(tensors)
-        assert all(entry.tensor.numel() == 0 for entry in bound.entries)
+        watched = [weakref.ref(tensor) for tensor in tensors.values()]
         tensors = filled_with(2)
         assert not bound.fits(tensors)
+        gc.collect()
+        assert watched and not any(tensor() for tensor in watched)
 
 
 def test_a_missing_folder_is_an_error_by_name(tmp_path: Path) -> None:
