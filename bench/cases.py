@@ -233,7 +233,10 @@ def decoder_shapes(width: float = 1.0) -> dict[str, tuple[int, ...]]:
         return TP * max(1, round(size / width / TP))
 
     hidden, inner, kv, vocab = divided(4096), divided(14336), divided(1024), divided(32000)
-    shapes = {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocab, hidden),
+        "lm_head.weight": (vocab, hidden),
+    }
     for i in range(8):
         layer = f"model.layers.{i}"
         for name, size in (("q", hidden), ("k", kv), ("v", kv), ("o", hidden)):

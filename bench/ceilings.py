@@ -226,7 +226,7 @@ def _link(job: Job) -> Callable[[], None]:
     """Device to page-locked host memory and nothing else: what no saver of device tensors can pass."""
     target = _page_locked(min(LINK_NBYTES, max(job.nbytes, LINK_CHUNK_NBYTES)))
     places = target.split(LINK_CHUNK_NBYTES)
-    pairs = []
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
     for shard in job.shards:
         for tensor in shard.values():
             for piece in _raw(job, tensor).split(LINK_CHUNK_NBYTES):

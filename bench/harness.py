@@ -295,16 +295,16 @@ class Contest:
         """Ready to run. What a process pays once and not for each save (imports, thread pools, a lazily made
         engine) is paid here."""
         out = self.job.out.with_name("standing") if rival.stands else self.job.out
-        changes = {"durable": row.mode == DURABLE, "out": out}
+        durable = row.mode == DURABLE
         empty(out)
-        warm_up = rival.prepare(replace(self.warm_up, **changes))
+        warm_up = rival.prepare(replace(self.warm_up, durable=durable, out=out))
         try:
             with rival.within():
                 warm_up()
         finally:
             _close(warm_up)
         empty(out)
-        job = replace(self.job, **changes)
+        job = replace(self.job, durable=durable, out=out)
         return _Entry(rival, job, row, rival.prepare(job))
 
     def disturbances(self) -> None:

@@ -86,6 +86,7 @@ def trainer(weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], 
     )
     made = Trainer(model, arguments)
     made.create_optimizer_and_scheduler(num_training_steps=2)
+    assert made.optimizer is not None
     for name, parameter in model.named_parameters():
         kinds = ("exp_avg", "exp_avg_sq")
         made.optimizer.state[parameter] = {

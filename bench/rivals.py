@@ -421,8 +421,9 @@ def _pretrained(job: Job) -> Callable[[], None]:
 
 
 def _trainer(job: Job) -> Callable[[], None]:
+    weights, moments = job.shards
     with models.quiet():
-        trainer = models.trainer(*job.shards, job.out)
+        trainer = models.trainer(weights, moments, job.out)
     # What training calls when a checkpoint is due.
     return lambda: trainer._save_checkpoint(trainer.model_wrapped, trial=None)
 

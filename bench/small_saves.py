@@ -81,8 +81,14 @@ def _tiny_model() -> Any:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
-    config = transformers.LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes)
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=32,
+    )
     return transformers.LlamaForCausalLM(config)
 
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // LD_PRELOAD for tests: a process that is refused a thread, a mapping, memory or a descriptor once. refuse("thread", n)
-// lets the n-th request from then on fail; 0: none. counted("thread"): how many there were since. Of memory only what is
-// asked for without the GIL counts, by the engine: pybind11, which holds it, does not survive a refusal.
+// lets the n-th request from then on fail; 0: none. counted("thread"): how many there were since. Of memory only what
+// is asked for without the GIL counts, by the engine: pybind11, which holds it, does not survive a refusal.
 #include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>

@@ -35,7 +35,7 @@ FASTSHARD_VECTORS void cast_together(const std::byte* __restrict source, uint64_
 #if defined(__x86_64__)
 // What the processor does in one instruction, with the same bits; a compiler does not see it in the integers.
 // Clang 14 does not know the name in __builtin_cpu_supports.
-bool processor_has_f16c() {
+bool processor_has_f16c() noexcept {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
 }

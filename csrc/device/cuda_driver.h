@@ -49,6 +49,7 @@ namespace fastshard {
   X(cuLaunchKernel)
 
 struct CudaDriver {
+// NOLINTNEXTLINE(bugprone-macro-parentheses): the name of a member
 #define FASTSHARD_DECLARE(name) decltype(&::name) name = nullptr;
   FASTSHARD_CUDA_FUNCTIONS(FASTSHARD_DECLARE)
 #undef FASTSHARD_DECLARE

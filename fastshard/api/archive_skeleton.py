@@ -86,7 +86,7 @@ def make_skeleton(
     torch.serialization._check_dill_version(pickling.module)
     with _Writer(path, small) as writer:
         try:
-            torch.serialization._save(  # type: ignore[no-untyped-call]
+            torch.serialization._save(
                 pickling.obj, writer, pickling.module, pickling.protocol, pickling.no_byteorder
             )
             writer.end()
@@ -215,7 +215,7 @@ class _Writer:
 
     def _open(self, descriptor: int) -> None:
         opened = torch.serialization._open_zipfile_writer(named_like(self._path, descriptor))
-        self._opened, self._writer = opened, opened.__enter__()  # type: ignore[no-untyped-call]
+        self._opened, self._writer = opened, opened.__enter__()
         if self.small_file is not None:
             self.write_record = self._writer.write_record  # type: ignore[method-assign]
 

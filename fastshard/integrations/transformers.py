@@ -128,7 +128,7 @@ def progress_bar(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
         return original(*args, **kwargs)
     from transformers.utils import logging
 
-    return logging.EmptyTqdm(*args[1:], **kwargs)  # type: ignore[no-untyped-call]
+    return logging.EmptyTqdm(*args[1:], **kwargs)
 
 
 def _lasting(model: Any, besides: set[int]) -> set[int]:

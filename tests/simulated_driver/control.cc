@@ -14,7 +14,7 @@ using namespace simulated;
 namespace {
 
 constexpr std::string_view kKindNames[kKindCount] = {"streams",     "events",   "modules",          "registrations",
-                                                "allocations", "contexts", "registered_bytes", "allocated_bytes"};
+                                                     "allocations", "contexts", "registered_bytes", "allocated_bytes"};
 
 int kind_of(const char* name) {
   const auto found = std::ranges::find(kKindNames, std::string_view(name));

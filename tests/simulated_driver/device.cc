@@ -57,9 +57,8 @@ std::byte* translate(const std::byte* pointer, size_t nbytes, bool write) {
     return address >= window.begin && nbytes <= window.nbytes && address - window.begin <= window.nbytes - nbytes;
   };
   if (m.last == nullptr || !inside(*m.last) || (write && !m.last->writable)) {
-    const auto found = std::ranges::find_if(*m.windows, [&](const Window& window) {
-      return inside(window) && (window.writable || !write);
-    });
+    const auto found = std::ranges::find_if(
+        *m.windows, [&](const Window& window) { return inside(window) && (window.writable || !write); });
     m.last = found == m.windows->end() ? nullptr : &*found;
   }
   const bool misaligned = address % nbytes != 0;
@@ -105,8 +104,8 @@ constexpr unsigned kThreads = fastshard::kPackThreads;
 class Block {
  public:
   Block() {
-    stacks_ = static_cast<std::byte*>(mmap(nullptr, kThreads * kStack, PROT_READ | PROT_WRITE,
-                                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    stacks_ = static_cast<std::byte*>(
+        mmap(nullptr, kThreads * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (stacks_ == MAP_FAILED) std::abort();
   }
   ~Block() { munmap(stacks_, kThreads * kStack); }

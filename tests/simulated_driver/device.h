@@ -32,6 +32,7 @@ struct Fault {
 };
 
 // `backwards`: threads run in the other order between two meetings; what depends on it lacks a meeting.
-Fault run_pack_kernel(const std::vector<Window>& windows, const PackArguments& arguments, unsigned grid, bool backwards);
+Fault run_pack_kernel(const std::vector<Window>& windows, const PackArguments& arguments, unsigned grid,
+                      bool backwards);
 
 }  // namespace simulated

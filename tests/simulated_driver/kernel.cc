@@ -2,9 +2,9 @@
 // Modules, and launches of the pack kernel: device.cc runs its source, and here is what it may touch.
 #include <cstring>
 
-#include "device/kernels/table.h"
 #include "call.h"
 #include "device.h"
+#include "device/kernels/table.h"
 
 using namespace simulated;
 
@@ -47,7 +47,8 @@ void for_each_store(const PackLaunch& launch, const std::function<void(uint64_t,
     const PackDim* const dims = all_dims + entry.dims;
     for (uint64_t b = 0; b < dims[2].size; ++b) {
       for (uint64_t row = 0; row < dims[1].size; ++row) {
-        piece(entry.out + b * dims[2].out_stride + row * dims[1].out_stride, uint64_t{dims[0].size} * dims[0].out_stride);
+        piece(entry.out + b * dims[2].out_stride + row * dims[1].out_stride,
+              uint64_t{dims[0].size} * dims[0].out_stride);
       }
     }
   }
@@ -99,7 +100,8 @@ Operation pack_operation(Context* context, unsigned grid, void** parameters) {
   if (launch.out_on_host) {
     const uint64_t begin = arguments.out - kHostAlias - launch.out->begin;
     for_each_store(launch, [&](uint64_t offset, uint64_t nbytes) {
-      if (begin + offset + nbytes <= launch.out->nbytes) std::memset(launch.out->bytes + begin + offset, kPoison, nbytes);
+      if (begin + offset + nbytes <= launch.out->nbytes)
+        std::memset(launch.out->bytes + begin + offset, kPoison, nbytes);
     });
   }
   return {.run = [launch] { return run_pack(launch); }, .uses = {launch.table, launch.out}};

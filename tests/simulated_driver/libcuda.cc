@@ -44,20 +44,31 @@ void destroy_context(Call& call, Context* context) {
 
 int attribute(CUdevice_attribute which, int device) {
   switch (which) {
-    case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK: return 1024;
-    case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X: return 0x7fffffff;
+    case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK:
+      return 1024;
+    case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X:
+      return 0x7fffffff;
     case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Y:
-    case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Z: return 0xffff;
-    case CU_DEVICE_ATTRIBUTE_WARP_SIZE: return 32;
-    case CU_DEVICE_ATTRIBUTE_MAX_PITCH: return static_cast<int>(kMaxPitch);
-    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: return 8;
-    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: return 9;
-    case CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT: return 2;
-    case CU_DEVICE_ATTRIBUTE_PCI_BUS_ID: return device + 1;
+    case CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Z:
+      return 0xffff;
+    case CU_DEVICE_ATTRIBUTE_WARP_SIZE:
+      return 32;
+    case CU_DEVICE_ATTRIBUTE_MAX_PITCH:
+      return static_cast<int>(kMaxPitch);
+    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT:
+      return 8;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR:
+      return 9;
+    case CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT:
+      return 2;
+    case CU_DEVICE_ATTRIBUTE_PCI_BUS_ID:
+      return device + 1;
     case CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY:
     case CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING:
-    case CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED: return 1;
-    default: return 0;
+    case CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED:
+      return 1;
+    default:
+      return 0;
   }
 }
 
@@ -228,7 +239,10 @@ CUresult cuCtxGetCurrent(CUcontext* context) {
 
 std::span<const EntryPoint> simulated::entry_points() {
   // `#name` keeps the name as written, `&name` follows cuda.h to the versioned symbol.
-#define SIM_ENTRY(name) {#name, reinterpret_cast<void*>(&name)}
+#define SIM_ENTRY(name)                   \
+  {                                       \
+    #name, reinterpret_cast<void*>(&name) \
+  }
   static const EntryPoint table[] = {
       SIM_ENTRY(cuInit),
       SIM_ENTRY(cuDriverGetVersion),

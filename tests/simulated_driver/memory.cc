@@ -19,10 +19,10 @@ size_t whole_pages(size_t nbytes) {
 // the bytes are in a mapping of the simulator's own.
 std::shared_ptr<Range> allocate(Context* context, size_t nbytes) {
   const size_t guard = whole_pages(1);
-  void* const address = mmap(nullptr, whole_pages(nbytes) + guard, PROT_NONE,
-                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  void* const bytes = mmap(nullptr, whole_pages(nbytes), PROT_READ | PROT_WRITE,
-                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* const address =
+      mmap(nullptr, whole_pages(nbytes) + guard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* const bytes =
+      mmap(nullptr, whole_pages(nbytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   require(address != MAP_FAILED && bytes != MAP_FAILED, CUDA_ERROR_OUT_OF_MEMORY);
   std::memset(bytes, kPoison, nbytes);
   return std::make_shared<Range>(
@@ -147,7 +147,7 @@ using namespace simulated;
 
 // Memory of `count` allocations, one right behind the other.
 extern "C" __attribute__((visibility("default"))) int sim_alloc_pieces(int device, const uint64_t* nbytes, size_t count,
-                                                                      uint64_t* address) {
+                                                                       uint64_t* address) {
   const std::lock_guard lock(state().mutex);
   size_t total = 0;
   for (size_t i = 0; i < count; ++i) {
@@ -272,4 +272,3 @@ CUresult cuMemsetD8Async(CUdeviceptr target, unsigned char value, size_t nbytes,
     call.submit(stream, std::move(operation));
   });
 }
-

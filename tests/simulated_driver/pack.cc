@@ -7,8 +7,8 @@
 #include <span>
 #include <string>
 
-#include "device/kernels/table.h"
 #include "device.h"
+#include "device/kernels/table.h"
 
 #define SIM_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -60,10 +60,9 @@ SIM_EXPORT int sim_pack(SimOp* ops, size_t count, std::byte* out, size_t out_nby
     sizes[0] = table.count();
     sizes[1] = static_cast<uint32_t>((table.nbytes() - table.entries_nbytes()) / sizeof(fastshard::PackDim));
     if (table.nbytes() <= capacity) {
-      what = simulated::run_pack_kernel(windows,
-                                        {begin, table.count(), begin + table.entries_nbytes(),
-                                         reinterpret_cast<uintptr_t>(out)},
-                                        grid, backwards != 0)
+      what = simulated::run_pack_kernel(
+                 windows, {begin, table.count(), begin + table.entries_nbytes(), reinterpret_cast<uintptr_t>(out)},
+                 grid, backwards != 0)
                  .what;
     } else {
       what = "the table is larger than allowed";

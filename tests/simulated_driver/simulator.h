@@ -50,7 +50,7 @@ struct Context {
 // Memory that enqueued work refers to: an allocation of a device, or registered host memory.
 struct Range {
   Context* context;
-  uintptr_t begin;   // the address programs use
+  uintptr_t begin;  // the address programs use
   size_t nbytes;
   std::byte* bytes;  // the address the simulator uses
   bool portable = false;
@@ -81,8 +81,8 @@ struct Operation {
   std::vector<std::shared_ptr<Range>> uses{};
   std::shared_ptr<Completion> after{};   // waited for before anything else
   std::shared_ptr<Completion> signal{};  // set when all is done, also after a failure
-  CUresult failure = CUDA_SUCCESS;     // what it fails with instead of running
-  std::chrono::microseconds sleep{};   // on top of the random delay
+  CUresult failure = CUDA_SUCCESS;       // what it fails with instead of running
+  std::chrono::microseconds sleep{};     // on top of the random delay
 };
 
 struct Stream {
@@ -117,8 +117,17 @@ struct FunctionState {
   std::vector<Failure> failures;
 };
 
-enum Kind { kStreams, kEvents, kModules, kRegistrations, kAllocations, kContexts, kRegisteredBytes, kAllocatedBytes,
-            kKindCount };
+enum Kind {
+  kStreams,
+  kEvents,
+  kModules,
+  kRegistrations,
+  kAllocations,
+  kContexts,
+  kRegisteredBytes,
+  kAllocatedBytes,
+  kKindCount
+};
 
 struct State {
   std::mutex mutex;

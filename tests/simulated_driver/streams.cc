@@ -49,9 +49,8 @@ CUresult cuStreamQuery(CUstream handle) {
 }
 
 CUresult cuStreamWaitEvent(CUstream handle, CUevent event, unsigned) {
-  return entry("cuStreamWaitEvent", Needs::kContext, [&](Call& call) {
-    call.submit(find_stream(call, handle), {.after = find_event(event)->latest});
-  });
+  return entry("cuStreamWaitEvent", Needs::kContext,
+               [&](Call& call) { call.submit(find_stream(call, handle), {.after = find_event(event)->latest}); });
 }
 
 CUresult cuStreamIsCapturing(CUstream handle, CUstreamCaptureStatus* status) {
@@ -101,4 +100,3 @@ CUresult cuEventDestroy(CUevent handle) {
     remove(state().events, kEvents, reinterpret_cast<uintptr_t>(handle));
   });
 }
-

@@ -203,7 +203,7 @@ void PackTable::add_box(const Walk& walk, const std::byte* source, uint32_t offs
   const bool narrow = walk.view.cast() || walk.unit >= 4;
   const auto in_bits = reinterpret_cast<uintptr_t>(source) | static_cast<uint64_t>(walk.levels[0].stride) |
                        static_cast<uint64_t>(batch.stride) | uint64_t{tile_wide} * walk.unit;
-  const uint64_t out_bits = (base_ + offset) | wide.out_stride | batch.out_stride | tile_high * size;
+  const uint64_t out_bits = (base_ + offset) | wide.out_stride | batch.out_stride | uint64_t{tile_high} * size;
 
   // Whole planes if they are small, whole tiles of one plane if not.
   const uint64_t plane = uint64_t{high} * wide.size * size;
