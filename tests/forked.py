@@ -81,6 +81,13 @@ def _server(environment: Mapping[str, str]) -> socket.socket:
     return _servers[key][0]
 
 
+def preloading(library: Path) -> dict[str, str]:
+    """An environment in which the dynamic loader puts the library before all others but what it puts there already: a
+    sanitizer has to come first."""
+    libraries = [os.environ.get("LD_PRELOAD", ""), str(library)]
+    return {**os.environ, "LD_PRELOAD": " ".join(filter(None, libraries))}
+
+
 @atexit.register
 def _end() -> None:
     for connection, process in _servers.values():

@@ -150,4 +150,4 @@ def run_engine(script: str, *arguments: object, **options: object) -> subprocess
 
 
 def preload(library: Path, refuse: str) -> dict[str, str]:
-    return {**os.environ, "LD_PRELOAD": str(library), "REFUSE": refuse}
+    return {**forked.preloading(library), "REFUSE": refuse}

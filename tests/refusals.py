@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -69,7 +68,6 @@ def _library() -> Path:
 
 def run(script: str, *arguments: object, timeout: float = 300) -> str:
     """What a script says in which ``library`` refuses and ``child(work, kind, call)`` tries it."""
-    environment = {**os.environ, "LD_PRELOAD": str(_library())}
-    found = forked.run(PRELUDE + script, *arguments, env=environment, timeout=timeout)
+    found = forked.run(PRELUDE + script, *arguments, env=forked.preloading(_library()), timeout=timeout)
     assert found.returncode == 0, found.stdout + found.stderr
     return found.stdout

@@ -44,7 +44,7 @@ def test_mode_of_a_new_file_follows_the_umask(
     save_file({"a": torch.ones(3)}, sys.argv[1])
     print(oct(os.stat(sys.argv[1]).st_mode & 0o777))
     """
-    env = dict(os.environ) if nameless else {**os.environ, "LD_PRELOAD": str(preloaded), "REFUSE": "tmpfile"}
+    env = dict(os.environ) if nameless else preload(preloaded, "tmpfile")
     done = run(script, tmp_path / "m.safetensors", mask, env=env)
     assert done.stdout.split() == [oct(0o666 & ~mask)], done.stderr
 
