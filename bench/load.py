@@ -22,9 +22,9 @@ if __name__ == "__main__" and not __package__:
 import torch
 
 from . import machine, report
-from .cases import blocks
+from .builders import blocks
 from .harness import touch_and_free
-from .rivals import Shard
+from .job import Shard
 from .samples import GIB, MIB, RETURN, CaseResult, Row, ratio
 
 US, BASE = "load_sharded_state", "vllm"

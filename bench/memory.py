@@ -25,9 +25,10 @@ from pathlib import Path
 import torch
 
 from . import machine
-from .cases import CASES, CPU
+from .cases import CASES
+from .job import CPU, Job, Rival
 from .machine import MEMORY_BACKED, memory_nbytes, mount_of
-from .rivals import RIVALS, Job, Rival
+from .rivals import RIVALS
 from .samples import Memory
 
 INTERVAL_S = 0.005

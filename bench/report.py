@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .cases import DEVICE_MEMORY, EXTRA, GOALS, HIGH_WATER, MEMORY, PINNED, Goal
+from .goals import DEVICE_MEMORY, EXTRA, GOALS, HIGH_WATER, MEMORY, PINNED, Goal
 from .samples import GIB, MIB, MODES, CaseResult, Memory, Ratio, Row, ratio
 
 _COLOURS = {"return": "#2b6cb0", "durable": "#dd8452"}

@@ -26,10 +26,12 @@ if __name__ == "__main__" and not __package__:
 import torch
 
 from . import machine, memory, report
-from .cases import CASES, CPU, FULL_NBYTES, GOALS
+from .cases import CASES, FULL_NBYTES
 from .ceilings import CEILINGS
+from .goals import GOALS
 from .harness import Settings, run_case
-from .rivals import KINDS, RIVALS, US, Rival
+from .job import CPU, KINDS, US, Rival
+from .rivals import RIVALS
 from .samples import GIB, MIB, MODES, RETURN, CaseResult
 
 QUICK_SECONDS = 90.0

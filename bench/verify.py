@@ -12,8 +12,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from .builders import TP
+from .job import Job, Rival, Shard
 from .machine import cpu_count
-from .rivals import RIVALS, TP, Job, Rival, Shard, source_of
+from .rivals import RIVALS
+from .rivals_sharded import source_of
 from .samples import MIB
 
 CHUNK_NBYTES = 16 * MIB

@@ -438,6 +438,10 @@ def test_an_import_needs_nothing_private_of_others(name: str) -> None:
     assert foreign <= PUBLIC_ROOTS
 
 
-@pytest.mark.parametrize("name", PYTHON)
-def test_no_file_is_longer_than_400_lines(name: str) -> None:
-    assert len((ROOT / "fastshard" / f"{name}.py").read_text().splitlines()) <= 400
+BENCH = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "bench").rglob("*.py"))
+"""The package fastshard.bench. What its files may import is in tests/test_bench.py."""
+
+
+@pytest.mark.parametrize("path", [*(f"fastshard/{name}.py" for name in PYTHON), *BENCH])
+def test_no_file_is_longer_than_400_lines(path: str) -> None:
+    assert len((ROOT / path).read_text().splitlines()) <= 400

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 import fastshard
 from fastshard.bench import (
+    builders,
     cases,
     ceilings,
     disturbance,
@@ -30,10 +31,13 @@ from fastshard.bench import (
     models,
     report,
     rivals,
+    rivals_torch,
     save,
 )
 from fastshard.bench.ceilings import CEILINGS
+from fastshard.bench.goals import EXTRA, GOALS
 from fastshard.bench.harness import touch_and_free
+from fastshard.bench.job import OFFLOADED, Job
 from fastshard.bench.machine import mount_of
 from fastshard.bench.samples import CaseResult, Memory, Row, ratio
 
@@ -116,11 +120,11 @@ def test_case(everything, case):
 
 def test_report(everything):
     _, document, directory = everything
-    assert len(document["verdict"]) == sum(goal.on == "cpu" for goal in cases.GOALS)
+    assert len(document["verdict"]) == sum(goal.on == "cpu" for goal in GOALS)
     # Against a writer that this torch does not have there is no verdict.
     absent = {row["rival"] for case in document["cases"] for row in case["rows"] if row["error"]}
     for finding in document["verdict"]:
-        if not {finding["goal"]["against"], finding["goal"]["by"]} & {*cases.EXTRA, *absent}:
+        if not {finding["goal"]["against"], finding["goal"]["by"]} & {*EXTRA, *absent}:
             assert finding["state"] in ("reached", "at median only", "at best only", "not reached")
     assert document["machine"]["filesystem"] == mount_of(directory)[0]
     assert (directory / "bench.png").read_bytes().startswith(b"\x89PNG")
@@ -319,7 +323,7 @@ def test_what_the_process_does_whose_memory_is_measured(tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "stdin", io.StringIO("go\n\n"))
     memory.probe(json.dumps(["offloaded", rival, 1 << 20, "cpu", str(out)]))
     assert capsys.readouterr().out == "ready\ndone 0\n"
-    (model,) = (tmp_path / rivals.OFFLOADED).iterdir()
+    (model,) = (tmp_path / OFFLOADED).iterdir()
     assert (out / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
 
 
@@ -352,16 +356,16 @@ def test_arguments_that_cannot_work_are_refused(tmp_path, capsys, arguments, rea
 
 
 def test_qwen_shapes_are_the_model():
-    shapes = dict(cases.qwen_shapes())
+    shapes = dict(builders.qwen_shapes())
     assert len(shapes) == 290
-    assert cases.QWEN_NBYTES == 2 * 494_032_768
+    assert builders.QWEN_NBYTES == 2 * 494_032_768
     assert shapes["model.layers.23.self_attn.k_proj.weight"] == (128, 896)
 
 
 @pytest.mark.parametrize("case", cases.CASES.values(), ids=lambda case: case.name)
 def test_cases_have_about_the_size_asked_for(case):
     for wanted in (1 << 20, 24 << 20):
-        found = rivals.Job(case.build(wanted, "cpu"), Path("."), durable=False).nbytes
+        found = Job(case.build(wanted, "cpu"), Path("."), durable=False).nbytes
         assert 0.8 * wanted < found < 1.2 * wanted
 
 
@@ -371,8 +375,8 @@ def test_tensors_are_cut_as_huggingface_hub_cuts_them(seed):
     numels = torch.randint(1, 50, (40,), generator=torch.Generator().manual_seed(seed)).tolist()
     tensors = {str(i): torch.empty(numel, dtype=torch.uint8, device="meta") for i, numel in enumerate(numels)}
     most = 50 + 10 * seed
-    shards = cases.cut(tensors, most)
-    largest = rivals.Job(shards, Path("."), durable=False).largest
+    shards = builders.cut(tensors, most)
+    largest = Job(shards, Path("."), durable=False).largest
     for limit in (most, largest):
         split = hub.split_torch_state_dict_into_shards(tensors, max_shard_size=limit)
         assert [list(shard) for shard in shards] == list(split.filename_to_tensors.values())
@@ -380,11 +384,11 @@ def test_tensors_are_cut_as_huggingface_hub_cuts_them(seed):
 
 def test_shards_are_as_many_as_the_goals_speak_of():
     tensors = {str(i): torch.empty(64 << 20, dtype=torch.uint8, device="meta") for i in range(64)}
-    assert len(cases.cut(tensors, cases.GB)) == 5
-    assert len(cases.hub(8 << 20, "cpu")) == 4  # of four tensors
-    assert len(cases.llama(8 << 20, "cpu")) == 1
+    assert len(builders.cut(tensors, builders.GB)) == 5
+    assert len(builders.hub(8 << 20, "cpu")) == 4  # of four tensors
+    assert len(builders.llama(8 << 20, "cpu")) == 1
     for nbytes in (1 << 20, 8 << 20):
-        assert len(cases.llama(nbytes, "cpu", files=4)) == 4
+        assert len(builders.llama(nbytes, "cpu", files=4)) == 4
 
 
 def test_shapes_are_the_models():
@@ -566,7 +570,7 @@ def as_if_cuda(monkeypatch):
     """Host tensors taken for those of a GPU: all that only a GPU would run is run, and means nothing."""
     monkeypatch.setattr(machine, "device_kind", lambda device: "cuda")
     monkeypatch.setattr(machine, "_gpu", lambda device: {"gpu": "none at all"})
-    monkeypatch.setattr(rivals, "_staging", torch.empty_like)
+    monkeypatch.setattr(rivals_torch, "_staging", torch.empty_like)
     monkeypatch.setattr(ceilings, "_page_locked", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
     monkeypatch.setattr(disturbance, "SIZE", {"cuda": 64})
     monkeypatch.setattr(disturbance, "QUIET_S", 0.02)
@@ -613,12 +617,12 @@ def test_goals_are_those_of_the_device():
 
 
 def test_every_goal_can_be_measured():
-    for goal in cases.GOALS:
+    for goal in GOALS:
         case = cases.CASES[goal.case]
         assert goal.on in case.default_on and goal.mode in case.modes
         assert goal.by in case.rivals
-        assert goal.against in (*case.rivals, *case.measures, *cases.EXTRA)
-        assert goal.against not in cases.EXTRA or case.memory
+        assert goal.against in (*case.rivals, *case.measures, *EXTRA)
+        assert goal.against not in EXTRA or case.memory
 
 
 def test_numbers_are_finite_and_tensors_differ():
@@ -629,10 +633,10 @@ def test_numbers_are_finite_and_tensors_differ():
 
 
 def test_columns_are_slices_of_whole_matrices():
-    shards = cases.columns(1 << 20, "cpu")
-    assert len(shards) == cases.RANKS
+    shards = builders.columns(1 << 20, "cpu")
+    assert len(shards) == builders.RANKS
     assert all(not t.is_contiguous() for shard in shards for t in shard.values())
-    job = rivals.Job(shards, Path("."), durable=False)
+    job = Job(shards, Path("."), durable=False)
     assert len({t.untyped_storage().data_ptr() for s in shards for t in s.values()}) == len(shards[0])
     assert job.nbytes == 1 << 20
 
@@ -650,7 +654,7 @@ def test_ceilings_move_every_byte(as_if_cuda, monkeypatch, name):
     monkeypatch.setattr(ceilings, "_page_locked", target)
     monkeypatch.setattr(ceilings, "LINK_CHUNK_NBYTES", 1 << 16)
     tensors = {str(i): torch.full((1 << 16,), i + 1, dtype=torch.uint8) for i in range(5)}
-    CEILINGS[name].prepare(rivals.Job([tensors], Path("."), durable=False))()
+    CEILINGS[name].prepare(Job([tensors], Path("."), durable=False))()
     wanted = (
         torch.ones(5 << 16, dtype=torch.uint8) if name == "link-whole" else torch.cat([*tensors.values()])
     )
@@ -659,7 +663,7 @@ def test_ceilings_move_every_byte(as_if_cuda, monkeypatch, name):
 
 def test_pinned_staging_saves_what_the_tensors_hold_now(tmp_path, as_if_cuda):
     tensor = torch.zeros(100)
-    run_it = rivals.RIVALS["torch.save-pinned"].prepare(rivals.Job([{"w": tensor}], tmp_path, durable=False))
+    run_it = rivals.RIVALS["torch.save-pinned"].prepare(Job([{"w": tensor}], tmp_path, durable=False))
     tensor += 1
     run_it()
     assert torch.load(tmp_path / "model.pt")["w"].eq(1).all()
