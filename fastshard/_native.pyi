@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native engine (csrc/bindings.cc). Everything that can block releases the GIL."""
+"""The native engine (csrc/bindings). Everything that can block releases the GIL."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .engine.plan import FilePlan
+from .engine.plan import FilePlan, SaveOptions
 
 class Save:
     def wait(self, seconds: float) -> bool: ...
@@ -28,17 +28,7 @@ class Engine:
     def __init__(
         self, memory_budget: int, threads: int, write_path: str, device_scratch: int, io_uring: bool = True
     ) -> None: ...
-    def submit(
-        self,
-        files: list[FilePlan],
-        streams: Mapping[int, int],
-        durable: bool,
-        keep_cached: bool,
-        checksums: bool,
-        amended: bool,
-        keep_alive: object,
-        follow_links: bool = False,
-    ) -> Save: ...
+    def submit(self, files: list[FilePlan], options: SaveOptions, kept: object) -> Save: ...
     def prepare(self, file: FilePlan, generations: int, tag: object) -> Prepared: ...
     def numa_node(self, ordinal: int) -> int: ...
     @property
@@ -46,9 +36,7 @@ class Engine:
     def close(self) -> None: ...
 
 class Prepared:
-    def submit(
-        self, streams: Mapping[int, int], durable: bool, checksums: bool, keep_alive: object, tag: object
-    ) -> Save | None: ...
+    def submit(self, options: SaveOptions, tag: object, kept: object) -> Save | None: ...
     def bind(self, file: FilePlan, tag: object) -> None: ...
     @property
     def closed(self) -> bool: ...

@@ -33,7 +33,10 @@ NATIVE_LAYERS = {
         page_cache_writer.cc direct_writer.h direct_writer.cc memory_writer.h memory_writer.cc writer.cc save.h save.cc
         engine.h engine.cc
     """,
-    "": "bindings.cc",
+    "bindings": """
+        python.h record.h record.cc plans.h plans.cc errors.cc saves.h saves.cc prepared.cc files.cc memory.cc system.cc
+        module.cc
+    """,
 }
 """csrc/, folder by folder, in reading order. A file may include only what stands before it."""
 
@@ -109,7 +112,7 @@ WITHOUT_TORCH = {
 """Modules that must stay usable without torch, and what they may use besides the standard library."""
 
 ONLY_HOME = {
-    r"#include [<\"]pybind11|#include [<\"]Python\.h": {"bindings.cc"},
+    r"#include [<\"]pybind11|#include [<\"]Python\.h": {"bindings/python.h"},
     r"#include <cuda\.h>": {"device/cuda_driver.h"},
     r"\bcu[A-Z]\w+\(": {
         "device/cuda_driver.h",

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The errors the native side throws. No Python and no CUDA here: bindings.cc translates, once.
+// The errors the native side throws. No Python and no CUDA here: csrc/bindings/errors.cc translates, once.
 #pragma once
 
 #include <cerrno>

@@ -28,7 +28,7 @@ from .future import save_errors
 from .options import Options as Options
 from .options import Stats as Stats
 from .options import usable_cpus as usable_cpus
-from .plan import FilePlan
+from .plan import FilePlan, SaveOptions
 
 if TYPE_CHECKING:
     from .. import _native
@@ -106,19 +106,18 @@ class Engine:
         :class:`SaveError` (no space, no directory, ...) before the first copy.
         """
         limits.require_room(files)
+        asked = SaveOptions(
+            streams=dict(streams or {}),
+            durable=durable,
+            keep_cached=keep_cached,
+            checksums=checksums,
+            amended=amend is not None,
+            follow_links=follow_links,
+        )
 
         def start(native: _native.Engine) -> SaveFuture:
             kept = [keep_alive, self, native]
-            save = native.submit(
-                list(files),
-                dict(streams or {}),
-                durable,
-                keep_cached,
-                checksums,
-                amend is not None,
-                kept,
-                follow_links,
-            )
+            save = native.submit(list(files), asked, kept)
             return SaveFuture(
                 save,
                 kept=kept,
@@ -163,10 +162,11 @@ class Engine:
         A save of it that is under way, interrupted by whoever calls this, is cancelled. ``None``, and nothing is done,
         if what is bound has not this tag.
         """
+        asked = SaveOptions(dict(streams), durable=durable, checksums=checksums)
 
         def start(native: _native.Engine) -> SaveFuture | None:
             kept = [keep_alive, prepared, self, native]
-            save = prepared.submit(dict(streams), durable, checksums, kept, tag)
+            save = prepared.submit(asked, tag, kept)
             if save is None:
                 return None
             return SaveFuture(save, kept=kept, fetch=fetch, tensor_names=tensor_names, settled=_rest_at_exit)

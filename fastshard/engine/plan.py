@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is to be written, as plain tuples: the same nouns as csrc/plan.h, handed over once a save."""
+"""What is to be written, as named tuples: the same nouns as csrc/plan/plan.h, handed over once a save.
+
+The native module reads them by the names of their fields (csrc/bindings/record.h), so a class may get new fields anywhere,
+as long as both sides know them.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ CASTS: Final[Mapping[str, int]] = {
     "F8_E5M2": 6,
     "F8_E4M3_SAT": 7,
 }
-"""Element types that the engine casts: their codes, and their numbers (``DType`` in csrc/plan.h). Nothing is
+"""Element types that the engine casts: their codes, and their numbers (``DType`` in csrc/plan/plan.h). Nothing is
 cast to F64. As F8_E4M3_SAT what is too large becomes the largest number, as F8_E4M3 NaN."""
 
 
@@ -54,3 +58,15 @@ class FilePlan(NamedTuple):
     def nbytes(self) -> int:
         """Size of the finished file in bytes."""
         return len(self.header) + sum(view.nbytes for view in self.items)
+
+
+class SaveOptions(NamedTuple):
+    """What is asked of a save besides its files. :meth:`fastshard.engine.engine.Engine.submit` describes them."""
+
+    streams: dict[int, int]
+    durable: bool = False
+    keep_cached: bool = True
+    checksums: bool = False
+    amended: bool = False
+    """Bytes follow when all others are written."""
+    follow_links: bool = False

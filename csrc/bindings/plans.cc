@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "bindings/plans.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "bindings/record.h"
+#include "file/source_file.h"
+#include "plan/schedule.h"
+
+namespace fastshard {
+namespace {
+
+struct TensorViewType : RecordType {
+  TensorViewType() : RecordType("TensorView") { require_all_known(); }
+  const Field data = field("data"), nbytes = field("nbytes"), device = field("device"), itemsize = field("itemsize"),
+              shape = field("shape"), strides = field("strides"), cast = field("cast");
+};
+
+struct FilePlanType : RecordType {
+  FilePlanType() : RecordType("FilePlan") { require_all_known(); }
+  const Field target = field("target"), header = field("header"), items = field("items");
+};
+
+struct SaveOptionsType : RecordType {
+  SaveOptionsType() : RecordType("SaveOptions") { require_all_known(); }
+  const Field streams = field("streams"), durable = field("durable"), keep_cached = field("keep_cached"),
+              checksums = field("checksums"), amended = field("amended"), follow_links = field("follow_links");
+};
+
+struct Types {
+  const TensorViewType tensor_view;
+  const FilePlanType file_plan;
+  const SaveOptionsType save_options;
+};
+
+// Made when the module is imported, never destroyed: saves may be submitted while the interpreter ends.
+const Types* types = nullptr;
+
+// A pair of the numbers of CASTS.
+std::pair<DType, DType> cast_from(py::handle object) {
+  if (object.is_none()) return {DType::raw, DType::raw};
+  const auto [from, to] = object.cast<std::pair<uint8_t, uint8_t>>();
+  if (std::max(from, to) > static_cast<uint8_t>(DType::f8_e4m3_sat) || to == static_cast<uint8_t>(DType::raw)) {
+    throw std::invalid_argument("there is no such cast");
+  }
+  return {static_cast<DType>(from), static_cast<DType>(to)};
+}
+
+TensorView view_from(py::handle object) {
+  const TensorViewType& type = types->tensor_view;
+  const Record record(type, object);
+  const auto [from, to] = cast_from(record[type.cast]);
+  const auto* data = reinterpret_cast<const std::byte*>(record[type.data].cast<uintptr_t>());
+  const auto nbytes = record[type.nbytes].cast<uint64_t>();
+  const int device = record[type.device].cast<int>();
+  if (record[type.shape].is_none()) {
+    TensorView view{.data = data, .device = device, .run_nbytes = nbytes, .from = from, .to = to};
+    if (view.cast()) view.run_nbytes = nbytes / itemsize(to) * itemsize(from);
+    return view;
+  }
+  TensorView view =
+      make_view(data, device, record[type.itemsize].cast<uint64_t>(), record[type.shape].cast<std::vector<int64_t>>(),
+                record[type.strides].cast<std::vector<int64_t>>());
+  view.from = from;
+  view.to = to;
+  if (view.packed_nbytes() != nbytes) throw std::invalid_argument("nbytes and shape disagree");
+  return view;
+}
+
+FilePlan file_from(py::handle object) {
+  const FilePlanType& type = types->file_plan;
+  const Record record(type, object);
+  FilePlan file;
+  const auto header = record[type.header].cast<std::string_view>();
+  const auto* first = reinterpret_cast<const std::byte*>(header.data());
+  file.header.assign(first, first + header.size());
+  const auto items = record[type.items].cast<py::list>();
+  file.items.reserve(items.size() + 1);
+  file.items.push_back({TensorView{.data = file.header.data(), .run_nbytes = header.size()}, 0});
+  uint64_t offset = header.size();
+  for (const py::handle view : items) {
+    file.items.push_back({view_from(view), offset});
+    WriteItem& item = file.items.back();
+    if (item.source.device == kHost) item.mapped = SourceFile::at(item.source.data);
+    offset += item.source.packed_nbytes();
+  }
+  file.nbytes = offset;
+  const py::handle target = record[type.target];
+  if (py::isinstance<py::bytes>(target)) {
+    file.path = target.cast<std::string>();
+  } else {
+    const auto [address, nbytes] = target.cast<std::pair<uintptr_t, uint64_t>>();
+    if (nbytes != file.nbytes) throw std::invalid_argument("the memory target does not have the plan's size");
+    file.memory.bytes = reinterpret_cast<std::byte*>(address);
+  }
+  return file;
+}
+
+// (chunks, ops) of each file, for the tests of the schedule.
+py::list schedule_of(const py::list& files, uint64_t slot_nbytes, uint64_t packed_nbytes, uint64_t in_place_nbytes,
+                     uint32_t max_ops, bool in_place, uint64_t block_nbytes) {
+  const std::shared_ptr<const SavePlan> plan = plan_from(files);
+  check(*plan);
+  const ScheduleLimits limits{slot_nbytes, packed_nbytes, in_place_nbytes, max_ops, in_place, block_nbytes};
+  py::list result;
+  for (const FilePlan& file : plan->files) {
+    const FileSchedule schedule = make_schedule(file, limits);
+    py::list chunks;
+    for (const Chunk& chunk : schedule.chunks) {
+      constexpr const char* kRoutes[] = {"in_place", "packed", "device"};
+      py::list ops;
+      for (const CopyOp& op : schedule.ops_of(chunk)) {
+        ops.append(py::make_tuple(op.item, op.chunk_offset, op.first_byte, op.nbytes));
+      }
+      chunks.append(py::make_tuple(chunk.file_offset, chunk.nbytes, kRoutes[static_cast<int>(chunk.route)], ops));
+    }
+    result.append(chunks);
+  }
+  return result;
+}
+
+}  // namespace
+
+std::shared_ptr<SavePlan> plan_from(const py::list& files) {
+  auto plan = std::make_shared<SavePlan>();
+  plan->files.reserve(files.size());
+  for (const py::handle file : files) plan->files.push_back(file_from(file));
+  return plan;
+}
+
+SaveOptions options_from(py::handle object) {
+  const SaveOptionsType& type = types->save_options;
+  const Record record(type, object);
+  return {.streams = record[type.streams].cast<std::map<int, uintptr_t>>(),
+          .intent = {.durable = record[type.durable].cast<bool>(),
+                     .keep_cached = record[type.keep_cached].cast<bool>(),
+                     .checksums = record[type.checksums].cast<bool>(),
+                     .amended = record[type.amended].cast<bool>(),
+                     .follow_links = record[type.follow_links].cast<bool>()}};
+}
+
+WritePath write_path_from(const std::string& name) {
+  for (const WritePath path :
+       {WritePath::automatic, WritePath::buffered, WritePath::direct, WritePath::mapped, WritePath::registered}) {
+    if (name == name_of(path)) return path;
+  }
+  throw std::invalid_argument("write_path must be 'auto', 'buffered', 'direct', 'mapped' or 'registered', not '" +
+                              name + "'");
+}
+
+void bind_plans(py::module_& module) {
+  if (types == nullptr) types = new Types;
+  module.def("schedule", &schedule_of, "files"_a, "slot_nbytes"_a, "packed_nbytes"_a, "in_place_nbytes"_a, "max_ops"_a,
+             "in_place"_a, "block_nbytes"_a = 1);
+}
+
+}  // namespace fastshard

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// What is to be written and how, from the NamedTuples of fastshard/engine/plan.py.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "bindings/python.h"
+#include "file/filesystem.h"
+#include "plan/plan.h"
+
+namespace fastshard {
+
+// A list of FilePlan. The header of each becomes its item 0.
+std::shared_ptr<SavePlan> plan_from(const py::list& files);
+
+// What is asked of a save besides its files.
+struct SaveOptions {
+  std::map<int, uintptr_t> streams;  // by CUDA ordinal
+  Intent intent;
+};
+SaveOptions options_from(py::handle object);
+
+WritePath write_path_from(const std::string& name);
+
+}  // namespace fastshard

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "bindings/saves.h"
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bindings/plans.h"
+#include "file/source_file.h"
+
+namespace fastshard {
+
+void EngineHandle::close() {
+  auto closing = std::move(engine);
+  const GilReleased released;
+  closing.reset();
+}
+
+std::shared_ptr<Engine> EngineHandle::open() const {
+  if (engine == nullptr) throw std::runtime_error("the engine is closed");
+  return engine;
+}
+
+SaveHandle::~SaveHandle() {
+  if (save == nullptr || save->finished()) return;
+  const GilReleased released;
+  save->cancel();
+  save->disown_fetches(true);
+  save->settle();
+}
+
+namespace {
+
+// The handle is made before the save, which may stand when it is submitted.
+std::unique_ptr<SaveHandle> submit(EngineHandle& handle, const py::list& files, const py::object& options,
+                                   py::object kept) {
+  const std::shared_ptr<Engine> engine = handle.open();
+  const std::shared_ptr<SavePlan> plan = plan_from(files);
+  const SaveOptions asked = options_from(options);
+  auto submitted = std::make_unique<SaveHandle>(std::move(kept));
+  const GilReleased released;
+  read_from_files(*plan);
+  submitted->save = engine->submit(plan, asked.streams, asked.intent);
+  return submitted;
+}
+
+// A request in Python's numbering: the header, item 0 here, is never fetched.
+std::optional<std::tuple<uint64_t, uint32_t, uint32_t, uint64_t, uint64_t, uintptr_t>> fetch(SaveHandle& handle) {
+  const std::optional<FetchRequest> request = handle.save->fetch();
+  if (!request) return std::nullopt;
+  return std::tuple(request->id, request->file, request->item - 1, request->first_byte, request->nbytes,
+                    reinterpret_cast<uintptr_t>(request->out));
+}
+
+void amend(SaveHandle& handle, const std::vector<std::tuple<uint32_t, uint64_t, py::bytes>>& given) {
+  std::vector<Amendment> amendments;
+  amendments.reserve(given.size());
+  for (const auto& [file, offset, bytes] : given) amendments.push_back({file, offset, bytes});
+  const GilReleased released;
+  handle.save->amend(std::move(amendments));
+}
+
+py::dict to_dict(const Stats& stats) {
+  return py::dict("files"_a = stats.files, "nbytes"_a = stats.nbytes, "seconds"_a = stats.seconds,
+                  "copy_seconds"_a = stats.copy_seconds, "write_seconds"_a = stats.write_seconds,
+                  "sync_seconds"_a = stats.sync_seconds, "write_path"_a = stats.write_path, "staging"_a = stats.staging,
+                  "staging_nbytes"_a = stats.staging_nbytes, "device_scratch_nbytes"_a = stats.device_scratch_nbytes,
+                  "fallbacks"_a = py::tuple(py::cast(stats.fallbacks)));
+}
+
+void bind_save(py::module_& module) {
+  py::class_<SaveHandle>(module, "Save")
+      .def(
+          "wait", [](SaveHandle& handle, double seconds) { return handle.save->wait(seconds); }, "seconds"_a,
+          Released())
+      .def(
+          "finished", [](const SaveHandle& handle) { return handle.save->finished(); }, Released())
+      .def(
+          "cancel", [](SaveHandle& handle) { return handle.save->cancel(); }, Released())
+      .def(
+          "disown_fetches", [](SaveHandle& handle) { handle.save->disown_fetches(false); }, Released())
+      .def("fetch", &fetch)
+      .def(
+          "fetched", [](SaveHandle& handle, uint64_t request) { handle.save->fetched(request); }, "request"_a)
+      .def("take_amendment", [](SaveHandle& handle) { return handle.save->take_amendment(); })
+      .def("amend", &amend, "amendments"_a)
+      .def_property_readonly("nbytes", [](const SaveHandle& handle) { return handle.save->nbytes(); })
+      .def_property_readonly("nbytes_written", [](const SaveHandle& handle) { return handle.save->nbytes_written(); })
+      .def_property_readonly("fetches", [](const SaveHandle& handle) { return handle.save->fetches(); })
+      .def("checksums", [](const SaveHandle& handle) { return handle.save->checksums(); })
+      .def("stats", [](const SaveHandle& handle) { return to_dict(handle.save->stats()); });
+}
+
+py::class_<EngineHandle> bind_engine(py::module_& module) {
+  py::class_<EngineHandle> engine(module, "Engine");
+  engine
+      .def(py::init([](uint64_t memory_budget, size_t threads, const std::string& write_path, uint64_t device_scratch,
+                       bool io_uring) {
+             return std::make_unique<EngineHandle>(
+                 Options{memory_budget, threads, write_path_from(write_path), device_scratch, io_uring});
+           }),
+           "memory_budget"_a, "threads"_a, "write_path"_a, "device_scratch"_a, "io_uring"_a = true)
+      .def("submit", &submit, "files"_a, "options"_a, "kept"_a)
+      .def(
+          "numa_node", [](EngineHandle& handle, int ordinal) { return handle.open()->device(ordinal).numa_node(); },
+          "ordinal"_a, Released())
+      .def_property_readonly("closed", [](const EngineHandle& handle) { return handle.engine == nullptr; })
+      .def("close", &EngineHandle::close);
+  return engine;
+}
+
+}  // namespace
+
+void bind_saves(py::module_& module) {
+  bind_save(module);
+  py::class_<EngineHandle> engine = bind_engine(module);
+  bind_prepared(module, engine);
+}
+
+}  // namespace fastshard

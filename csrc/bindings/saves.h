@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// Engines and saves as Python holds them.
+#pragma once
+
+#include <memory>
+
+#include "bindings/python.h"
+#include "save/engine.h"
+
+namespace fastshard {
+
+// An engine as Python holds it, until closed. Closing and dropping wait for the saves under way.
+struct EngineHandle {
+  explicit EngineHandle(const Options& options) : engine(std::make_shared<Engine>(options)) {}
+  EngineHandle(const EngineHandle&) = delete;
+  EngineHandle& operator=(const EngineHandle&) = delete;
+  ~EngineHandle() { close(); }
+
+  void close();
+  // Throws std::runtime_error once it is closed.
+  std::shared_ptr<Engine> open() const;
+
+  std::shared_ptr<Engine> engine;
+};
+
+// A save as Python holds it. Should it be dropped while running (an exception that arrived between two
+// bytecodes), it is stopped first: the tensors may go right after.
+struct SaveHandle {
+  // `alive`: what the save reads from, kept until the handle goes. Made, and dropped, with the GIL held.
+  explicit SaveHandle(py::object alive) : kept(std::move(alive)) {}
+  SaveHandle(const SaveHandle&) = delete;
+  SaveHandle& operator=(const SaveHandle&) = delete;
+  ~SaveHandle();
+
+  const py::object kept;
+  std::shared_ptr<Save> save;
+};
+
+void bind_prepared(py::module_& module, py::class_<EngineHandle>& engine);
+
+}  // namespace fastshard

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// What devices, kernel and filesystems can do.
+#include <string>
+#include <tuple>
+
+#include "bindings/plans.h"
+#include "bindings/python.h"
+#include "device/cuda_info.h"
+#include "device/kernels/embedded.h"
+#include "file/direct_io.h"
+#include "file/filesystem.h"
+#include "file/probe.h"
+
+namespace fastshard {
+
+void bind_system(py::module_& module) {
+  module.def("kernels_compiled_in", [] { return embedded_kernels() != nullptr; });
+  module.def("cuda_devices", &cuda_devices, Released());
+  module.def("cuda_driver_version", &cuda_driver_version, Released());
+  module.def(
+      "filesystem",
+      [](const std::string& directory, const std::string& write_path, bool durable, bool keep_cached, bool from_device,
+         uint64_t nbytes, size_t writers) {
+        const FileSystem filesystem = filesystem_of(directory, directory);
+        const Choice choice = choose_write_path(filesystem, {.wanted = write_path_from(write_path),
+                                                             .durable = durable,
+                                                             .keep_cached = keep_cached,
+                                                             .from_device = from_device,
+                                                             .nbytes = nbytes,
+                                                             .writers = writers});
+        return std::tuple(filesystem.type, std::string(name_of(choice.path)), choice.reason);
+      },
+      "directory"_a, "write_path"_a = "auto", "durable"_a = false, "keep_cached"_a = true, "from_device"_a = false,
+      "nbytes"_a = uint64_t{1} << 30, "writers"_a = 1);
+  module.def("io_uring_refusal", &io_uring_refusal);
+  module.def("probe", &probe, "directory"_a, Released());
+}
+
+}  // namespace fastshard
