@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native engine (csrc/bindings). Everything that can block releases the GIL."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .engine.plan import FilePlan, SaveOptions
