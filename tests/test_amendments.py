@@ -22,7 +22,7 @@ from test_fetch import Library, fetched, noise, on_host
 
 from fastshard import _native
 from fastshard.engine.engine import Amend, Engine, SaveFuture
-from fastshard.engine.plan import FilePlan
+from fastshard.engine.plan import FilePlan, Memory
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 
@@ -93,7 +93,7 @@ def test_beside_fetched_bytes_and_without_checksums(path: Path, new_engine: NewE
 def test_memory_target(new_engine: NewEngine) -> None:
     item = noise(SLOT)
     data, address = _native.new_bytes(len(HEADER) + len(item))
-    plan = FilePlan((address, len(data)), HEADER, [on_host(item)])
+    plan = FilePlan(Memory(address, len(data)), HEADER, [on_host(item)])
     new_engine().submit([plan], keep_alive=item, amend=lambda _: [(0, len(data) - 2, b"!?")]).result()
     assert_same(data, HEADER + item[:-2] + b"!?")
 
@@ -202,7 +202,7 @@ def test_cancelled_before_and_while_it_is_asked(path: Path, new_engine: NewEngin
 
 def test_killed_while_it_is_asked(path: Path) -> None:
     script = (
-        "import os, sys\nfrom fastshard.engine.engine import Engine\nfrom fastshard.engine.plan import FilePlan\n"
+        "import os, sys\nfrom fastshard.engine.engine import Engine\nfrom fastshard.engine.plan import FilePlan, Memory\n"
         "plan = FilePlan(os.fsencode(sys.argv[1]), b'header', [])\n"
         "Engine().submit([plan], keep_alive=None, amend=lambda _: os.kill(os.getpid(), 9)).result()"
     )

@@ -41,7 +41,7 @@ from simcuda import Result, SimCuda
 import fastshard
 from fastshard import _native
 from fastshard.engine.engine import Engine, Options, SaveFuture, Stats
-from fastshard.engine.plan import CASTS, HOST, FilePlan, TensorView
+from fastshard.engine.plan import CASTS, HOST, FilePlan, Memory, TensorView
 
 MIB = 1 << 20
 HEADER = b"a header"
@@ -317,7 +317,7 @@ def test_memory_target(sim: SimCuda, new_engine: NewEngine, mode: str) -> None:
     sources = [*varied(sim), on_host(noise(40, 80).T), on_host(noise(100_000)), *varied(sim, 1)]
     expected = contents(sources)
     data, address = _native.new_bytes(len(expected))
-    plan = FilePlan((address, len(data)), HEADER, [source.view for source in sources])
+    plan = FilePlan(Memory(address, len(data)), HEADER, [source.view for source in sources])
     stats = new_engine().submit([plan], keep_alive=sources).result()
     assert_same(data, expected)
     assert stats.write_path == "memory"
@@ -612,7 +612,7 @@ import ctypes
 import sys
 from pathlib import Path
 from fastshard.engine.engine import Engine
-from fastshard.engine.plan import CASTS, HOST, FilePlan, TensorView
+from fastshard.engine.plan import CASTS, HOST, FilePlan, Memory, TensorView
 path = Path(sys.argv[1])
 data = bytearray(b"from the host")
 address = ctypes.addressof(ctypes.c_char.from_buffer(data))

@@ -21,7 +21,7 @@ import fastshard
 from fastshard import _native
 from fastshard.engine import tensors
 from fastshard.engine.engine import Engine, SaveFuture
-from fastshard.engine.plan import FETCHED, HOST, FilePlan, TensorView
+from fastshard.engine.plan import FETCHED, HOST, FilePlan, Memory, TensorView
 
 HEADER = b"a header"
 
@@ -141,7 +141,7 @@ def test_memory_is_bounded(new_engine: NewEngine, path: Path) -> None:
 def test_memory_target(new_engine: NewEngine) -> None:
     items = [noise(2 * SLOT), noise(77)]
     data, address = _native.new_bytes(len(HEADER) + sum(map(len, items)))
-    plan = FilePlan((address, len(data)), HEADER, [fetched(items[0]), fetched(items[1])])
+    plan = FilePlan(Memory(address, len(data)), HEADER, [fetched(items[0]), fetched(items[1])])
     new_engine().submit([plan], keep_alive=None, fetch=Library(items)).result()
     assert_same(data, HEADER + b"".join(items))
 

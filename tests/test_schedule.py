@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastshard import _native
-from fastshard.engine.plan import FETCHED, HOST, FilePlan, TensorView
+from fastshard.engine.plan import FETCHED, HOST, FilePlan, Memory, TensorView, WriteItem
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -61,9 +61,13 @@ def file_of(*views: TensorView, header: bytes = bytes(64)) -> FilePlan:
     return FilePlan(b"file", header, list(views))
 
 
+def view_of(item: TensorView | WriteItem) -> TensorView:
+    return item.source if isinstance(item, WriteItem) else item
+
+
 def items_of(plan: FilePlan) -> list[TensorView]:
     """As the schedule numbers them: the header is item 0."""
-    return [contiguous(len(plan.header)), *plan.items]
+    return [contiguous(len(plan.header)), *map(view_of, plan.items)]
 
 
 def run_nbytes(view: TensorView) -> int:
@@ -232,6 +236,124 @@ def test_files_are_scheduled_by_themselves(files: list[FilePlan], limit: dict[st
     assert schedule(*files, **limit) == [schedule(plan, **limit)[0] for plan in files]
 
 
+# Items that say where they lie.
+
+
+def spread(plan: FilePlan, gaps: list[int], order: list[int]) -> tuple[FilePlan, list[int]]:
+    """The plan's items with a gap before each, in another order, and where each lies; the header is item 0."""
+    offset, placed = len(plan.header), []
+    for view, gap in zip(map(view_of, plan.items), gaps):
+        placed.append(WriteItem(view, offset + gap))
+        offset += gap + view.nbytes
+    items = [placed[at] for at in order]
+    size = offset + gaps[-1]
+    return FilePlan(plan.target, plan.header, items, size), [0, *(item.file_offset for item in items)]
+
+
+@st.composite
+def spread_plans(draw: st.DrawFn) -> tuple[FilePlan, list[int]]:
+    plan = draw(plans())
+    count = len(plan.items)
+    gap = st.one_of(st.just(0), st.integers(1, 40), st.integers(1, 3 * PAGE))
+    gaps = draw(st.lists(gap, min_size=count + 1, max_size=count + 1))
+    return spread(plan, gaps, draw(st.permutations(range(count))))
+
+
+@given(spread_plans(), limits)
+def test_chunks_cover_the_items_and_no_gap(spread: tuple[FilePlan, list[int]], limit: dict[str, int]) -> None:
+    plan, offsets = spread
+    items = items_of(plan)
+    covered = [0] * len(items)
+    end = 0
+    for chunk in schedule(plan, **limit)[0]:
+        assert chunk.file_offset >= end and chunk.nbytes > 0
+        end = chunk.file_offset
+        for op in chunk.ops:
+            assert (op.first_byte, op.chunk_offset) == (covered[op.item], end - chunk.file_offset)
+            assert end == offsets[op.item] + op.first_byte
+            covered[op.item] += op.nbytes
+            end += op.nbytes
+        assert end == chunk.file_offset + chunk.nbytes <= plan.nbytes
+    assert covered == [view.nbytes for view in items]
+
+
+@given(spread_plans(), limits)
+def test_limits_are_respected_beside_gaps(spread: tuple[FilePlan, list[int]], limit: dict[str, int]) -> None:
+    test_limits_are_respected.hypothesis.inner_test(spread[0], limit)  # type: ignore[attr-defined]
+
+
+@given(plans(), limits, st.data())
+def test_offsets_without_gaps_change_nothing(
+    plan: FilePlan, limit: dict[str, int], data: st.DataObject
+) -> None:
+    """However the items are spelled, the file has the same chunks: of the same items in the same order."""
+    said, _ = spread(plan, [0] * (len(plan.items) + 1), [*range(len(plan.items))])
+    assert schedule(plan, **limit) == schedule(said, **limit) == schedule(said._replace(size=None), **limit)
+    order = data.draw(st.permutations(range(len(plan.items))))
+    shuffled, _ = spread(plan, [0] * (len(plan.items) + 1), order)
+
+    def shape(chunks: list[Chunk]) -> list[object]:
+        return [
+            (*chunk[:3], [(op.chunk_offset, op.first_byte, op.nbytes) for op in chunk.ops])
+            for chunk in chunks
+        ]
+
+    assert shape(schedule(shuffled, **limit)[0]) == shape(schedule(plan, **limit)[0])
+
+
+def test_items_far_apart_take_a_write_each() -> None:
+    items = [WriteItem(contiguous(100), 1000 * i + 64) for i in range(50)]
+    (chunks,) = schedule(FilePlan(b"file", bytes(64), items, 50_000))
+    assert [(chunk.file_offset, chunk.nbytes) for chunk in chunks] == [
+        (0, 164),
+        *((1000 * i + 64, 100) for i in range(1, 50)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("items", "size", "what"),
+    [
+        (
+            [contiguous(10), WriteItem(contiguous(10), 80)],
+            None,
+            "a gap before item 1 of file: nothing is at 74 to 80",
+        ),
+        ([WriteItem(contiguous(10), 65)], None, "a gap before item 0 of file"),
+        ([contiguous(10)], 73, "item 0 of file lies beyond the file's 73 bytes: 10 at 64"),
+        ([WriteItem(contiguous(10), (1 << 64) - 5)], 1 << 20, "item 0 of file lies beyond"),
+        ([WriteItem(contiguous(0), 101)], 100, "item 0 of file lies beyond"),
+        ([], 63, "the header of file lies beyond"),
+        ([WriteItem(contiguous(10), 63)], 100, "item 0 of file begins at 63, inside of the header of file"),
+        (
+            [contiguous(10), WriteItem(contiguous(10), 70)],
+            100,
+            "item 1 of file begins at 70, inside of item 0",
+        ),
+        (
+            [WriteItem(contiguous(10), 70), contiguous(3), WriteItem(contiguous(9), 72)],
+            100,
+            "item 2.*inside of item 0",
+        ),
+        ([WriteItem(contiguous(30), 64), WriteItem(contiguous(10), 64)], 100, "item 1 of file begins at 64"),
+        (
+            [contiguous(10), WriteItem(contiguous(10), 64)],
+            None,
+            "item 1 of file begins at 64, inside of item 0",
+        ),
+        ([], (1 << 63), "no file can have so many bytes"),
+    ],
+)
+def test_items_that_do_not_fit(items: list[TensorView | WriteItem], size: int | None, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        schedule(FilePlan(b"file", bytes(64), items, size))
+
+
+def test_whole_blocks_have_no_gaps() -> None:
+    plan = FilePlan(b"file", bytes(64), [], 100)
+    with pytest.raises(ValueError, match="gaps"):
+        schedule(plan, in_place=False, packed_nbytes=PRODUCTION["slot_nbytes"], block_nbytes=PAGE)
+
+
 blocks = st.fixed_dictionaries(
     {
         "slot_nbytes": st.integers(2, 20).map(lambda pages: pages * PAGE),
@@ -346,7 +468,7 @@ def test_bad_views(view: TensorView, what: str) -> None:
 
 def test_memory_target_of_another_size() -> None:
     with pytest.raises(ValueError, match="size"):
-        schedule(FilePlan((ADDRESS, 63), bytes(64), []))
+        schedule(FilePlan(Memory(ADDRESS, 63), bytes(64), []))
 
 
 def test_as_many_dimensions_as_there_may_be() -> None:

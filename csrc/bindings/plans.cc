@@ -20,9 +20,19 @@ struct TensorViewType : RecordType {
               shape = field("shape"), strides = field("strides"), cast = field("cast");
 };
 
+struct WriteItemType : RecordType {
+  WriteItemType() : RecordType("WriteItem") { require_all_known(); }
+  const Field source = field("source"), file_offset = field("file_offset");
+};
+
+struct MemoryType : RecordType {
+  MemoryType() : RecordType("Memory") { require_all_known(); }
+  const Field address = field("address"), nbytes = field("nbytes");
+};
+
 struct FilePlanType : RecordType {
   FilePlanType() : RecordType("FilePlan") { require_all_known(); }
-  const Field target = field("target"), header = field("header"), items = field("items");
+  const Field target = field("target"), header = field("header"), items = field("items"), size = field("size");
 };
 
 struct SaveOptionsType : RecordType {
@@ -33,6 +43,8 @@ struct SaveOptionsType : RecordType {
 
 struct Types {
   const TensorViewType tensor_view;
+  const WriteItemType write_item;
+  const MemoryType memory;
   const FilePlanType file_plan;
   const SaveOptionsType save_options;
 };
@@ -71,6 +83,30 @@ TensorView view_from(py::handle object) {
   return view;
 }
 
+// A WriteItem, or a TensorView that lies behind the item before it, which ends at `end`.
+WriteItem item_from(py::handle object, uint64_t end) {
+  WriteItem item{.source = {}, .file_offset = end};
+  if (types->write_item.holds(object)) {
+    const Record record(types->write_item, object);
+    item.source = view_from(record[types->write_item.source]);
+    item.file_offset = record[types->write_item.file_offset].cast<uint64_t>();
+  } else {
+    item.source = view_from(object);
+  }
+  if (item.source.device == kHost) item.mapped = SourceFile::at(item.source.data);
+  return item;
+}
+
+FileTarget target_from(py::handle object, uint64_t nbytes) {
+  if (py::isinstance<py::bytes>(object)) return NewFile{object.cast<std::string>()};
+  const MemoryType& type = types->memory;
+  const Record record(type, object);
+  if (record[type.nbytes].cast<uint64_t>() != nbytes) {
+    throw std::invalid_argument("the memory target does not have the plan's size");
+  }
+  return Memory{reinterpret_cast<std::byte*>(record[type.address].cast<uintptr_t>())};
+}
+
 FilePlan file_from(py::handle object) {
   const FilePlanType& type = types->file_plan;
   const Record record(type, object);
@@ -81,22 +117,18 @@ FilePlan file_from(py::handle object) {
   const auto items = record[type.items].cast<py::list>();
   file.items.reserve(items.size() + 1);
   file.items.push_back({TensorView{.data = file.header.data(), .run_nbytes = header.size()}, 0});
-  uint64_t offset = header.size();
-  for (const py::handle view : items) {
-    file.items.push_back({view_from(view), offset});
-    WriteItem& item = file.items.back();
-    if (item.source.device == kHost) item.mapped = SourceFile::at(item.source.data);
-    offset += item.source.packed_nbytes();
+  uint64_t end = header.size();  // of the last item
+  for (const py::handle item : items) {
+    file.items.push_back(item_from(item, end));
+    end = file.items.back().file_offset + file.items.back().source.packed_nbytes();
+    file.nbytes = std::max(file.nbytes, end);
   }
-  file.nbytes = offset;
-  const py::handle target = record[type.target];
-  if (py::isinstance<py::bytes>(target)) {
-    file.path = target.cast<std::string>();
-  } else {
-    const auto [address, nbytes] = target.cast<std::pair<uintptr_t, uint64_t>>();
-    if (nbytes != file.nbytes) throw std::invalid_argument("the memory target does not have the plan's size");
-    file.memory.bytes = reinterpret_cast<std::byte*>(address);
+  file.nbytes = std::max<uint64_t>(file.nbytes, header.size());
+  if (const py::handle size = record[type.size]; !size.is_none()) {
+    file.gaps = true;
+    file.nbytes = size.cast<uint64_t>();
   }
+  file.target = target_from(record[type.target], file.nbytes);
   return file;
 }
 

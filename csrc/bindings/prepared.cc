@@ -54,7 +54,7 @@ struct PreparedHandle {
       before->settle();
     }
     const size_t generation = standing->next();
-    plans[generation]->files[0].memory = standing->target(generation);
+    plans[generation]->files[0].target = standing->target(generation);
     read_from_files(*plans[generation]);
     const auto commit = [target = standing, generation, durable = asked.intent.durable] {
       return target->publish(generation, durable);

@@ -100,7 +100,9 @@ FileSystem filesystem_of(int fd, const std::string& path) {
   return described(info);
 }
 
-Choice choose_write_path(const FileSystem& filesystem, const Intent& intent) {
+namespace {
+
+Choice choose(const FileSystem& filesystem, const Intent& intent) {
   if (intent.wanted != WritePath::automatic) return {intent.wanted, "asked for"};
   if (filesystem.memory_backed && intent.writers >= (intent.host_casts ? 2 : kMappingWriters)) {
     return {WritePath::mapped, "new file in memory, and threads enough for each to fill it in parallel"};
@@ -115,6 +117,14 @@ Choice choose_write_path(const FileSystem& filesystem, const Intent& intent) {
   }
   return {WritePath::buffered,
           "new file: preallocated, one writer of large pwrites a file, writeback started behind it"};
+}
+
+}  // namespace
+
+Choice choose_write_path(const FileSystem& filesystem, const Intent& intent) {
+  Choice choice = choose(filesystem, intent);
+  if (intent.gaps && choice.path == WritePath::direct) return {WritePath::buffered, "gaps are no whole blocks"};
+  return choice;
 }
 
 bool is_unsupported(int error) { return error == EOPNOTSUPP || error == ENOSYS || error == EINVAL; }

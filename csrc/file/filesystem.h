@@ -64,6 +64,7 @@ struct Intent {
   bool checksums = false;     // CRC-32 of each tensor, taken as it passes
   bool amended = false;       // some bytes follow when all chunks are written
   bool at_once = false;       // written and published by the next few calls of this thread
+  bool gaps = false;          // some bytes of the file are not written
   bool follow_links = false;  // the file that a symbolic link leads to is replaced, not the link itself
   uint64_t nbytes = 0;        // of all its files together
   size_t writers = 1;         // threads, for each file
@@ -73,7 +74,8 @@ struct Choice {
   WritePath path;
   std::string reason;
 };
-// The write path for new files on `filesystem`; a wanted one wins where it is not automatic.
+// The write path for new files on `filesystem`; a wanted one wins where it is not automatic,
+// but for a direct file with gaps.
 Choice choose_write_path(const FileSystem& filesystem, const Intent& intent);
 
 // Whether an errno says that the filesystem or the kernel does not have what was asked for.

@@ -80,10 +80,10 @@ size_t Standing::next() {
   return next_;
 }
 
-MemoryTarget Standing::target(size_t generation) {
+StandingMapping Standing::target(size_t generation) const {
   const Generation& chosen = *generations_[generation];
-  return {.bytes = chosen.mapping->bytes().data(),
-          .streaming = true,
+  return {.path = path_,
+          .bytes = chosen.mapping->bytes().data(),
           .page_locked = chosen.registration != nullptr,
           .populate = chosen.file.has_writeback()};
 }

@@ -28,7 +28,7 @@ class Standing {
   // The generation to fill next, which is never the published one. It is made anew when somebody has removed or
   // replaced its file meanwhile.
   size_t next();
-  MemoryTarget target(size_t generation);
+  StandingMapping target(size_t generation) const;
   // Puts a filled generation in place of whatever stands under the path, and returns what the filesystem or the driver
   // has refused until now. When it throws an IoError, the path is as it was, unless the error says that the new file
   // stands.

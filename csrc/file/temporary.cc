@@ -71,7 +71,7 @@ TemporaryFile::Site TemporaryFile::site_of(const std::string& path, const Intent
 }
 
 TemporaryFile::TemporaryFile(const std::string& path, uint64_t nbytes, const Intent& intent, Site site)
-    : OutputFile(path, nbytes, intent, site.filesystem), place_(*this, std::move(site.target)) {
+    : OutputFile(path, nbytes, intent, site.filesystem), place_(*this, std::move(site.target)), gaps_(intent.gaps) {
   write_path_ = choose_write_path(site.filesystem, intent).path;
   note_fallbacks(remove_leftovers(place_.target(), one_machine()));  // first, as they take up space
   make(intent.at_once);
@@ -218,9 +218,9 @@ Mapping TemporaryFile::map() {
 }
 
 void TemporaryFile::end_writing() {
-  if (write_path_ != WritePath::direct) return;
+  if (write_path_ != WritePath::direct && !gaps_) return;
   // From here on reads and copies need not be in whole blocks.
-  if (!set_direct(fd_.get(), false)) fail("fcntl");
+  if (write_path_ == WritePath::direct && !set_direct(fd_.get(), false)) fail("fcntl");
   int result;
   do {
     result = ftruncate(fd_.get(), static_cast<off_t>(nbytes_));

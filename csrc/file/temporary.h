@@ -62,6 +62,7 @@ class TemporaryFile final : public OutputFile {
   int remove_old() noexcept;
 
   Placement place_;
+  const bool gaps_;                     // it may end in bytes that are not written
   std::optional<mode_t> new_mode_;      // that a new file under a hidden name will have once it is complete
   std::optional<struct stat> adopted_;  // of the file whose attributes it has
   std::optional<Mapping> mark_;         // of a suspended file: keeps the lock of the descriptor that is gone

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "plan/plan.h"
 
+#include <algorithm>
+#include <limits>
+#include <numeric>
 #include <stdexcept>
 
 namespace fastshard {
@@ -41,6 +44,14 @@ TensorView make_view(const std::byte* data, int device, uint64_t itemsize, const
 
 namespace {
 
+constexpr uint64_t kMaxNbytes = std::numeric_limits<int64_t>::max();
+
+// As users number them: the header, item 0 here, does not count.
+std::string name_of(const FilePlan& file, uint32_t item) {
+  const std::string whose = file.path().empty() ? "the memory target" : file.path();
+  return (item == 0 ? std::string("the header") : "item " + std::to_string(item - 1)) + " of " + whose;
+}
+
 void check_cast(const WriteItem& item) {
   const TensorView& view = item.source;
   if (view.from == DType::raw || view.from == DType::f8_e4m3_sat || view.to == DType::f64) {
@@ -51,25 +62,78 @@ void check_cast(const WriteItem& item) {
   if (item.file_offset % itemsize(view.to) != 0) throw std::invalid_argument("the target of a cast is not aligned");
 }
 
+// Where nothing but the items' own bytes may be missing.
+void check_gap(const FilePlan& file, uint64_t end, uint64_t begin, const std::string& where) {
+  if (file.gaps || end == begin) return;
+  throw std::invalid_argument("a gap before " + where + ": nothing is at " + std::to_string(end) + " to " +
+                              std::to_string(begin) + ", and the plan does not say that there are gaps");
+}
+
+void check_item(const FilePlan& file, uint32_t index) {
+  const WriteItem& item = file.items[index];
+  if (item.source.cast()) check_cast(item);
+  const uint64_t nbytes = item.source.packed_nbytes();
+  if (nbytes != 0 && item.source.data == nullptr && item.source.device != kFetched) {
+    throw std::invalid_argument(name_of(file, index) + " has bytes but no address");
+  }
+  if (item.file_offset > file.nbytes || nbytes > file.nbytes - item.file_offset) {
+    throw std::invalid_argument(name_of(file, index) + " lies beyond the file's " + std::to_string(file.nbytes) +
+                                " bytes: " + std::to_string(nbytes) + " at " + std::to_string(item.file_offset));
+  }
+}
+
+void check(const FilePlan& file) {
+  if (file.nbytes > kMaxNbytes) throw std::invalid_argument("no file can have so many bytes: " + file.path());
+  uint64_t end = 0;
+  uint32_t before = 0;  // that ends there
+  for (const uint32_t index : in_file_order(file)) {
+    check_item(file, index);
+    const WriteItem& item = file.items[index];
+    const uint64_t nbytes = item.source.packed_nbytes();
+    if (nbytes == 0) continue;
+    if (item.file_offset < end) {
+      throw std::invalid_argument(name_of(file, index) + " begins at " + std::to_string(item.file_offset) +
+                                  ", inside of " + name_of(file, before));
+    }
+    check_gap(file, end, item.file_offset, name_of(file, index));
+    end = item.file_offset + nbytes;
+    before = index;
+  }
+  check_gap(file, end, file.nbytes, "the end of " + (file.path().empty() ? "the memory target" : file.path()));
+}
+
 }  // namespace
 
+const std::string& path_of(const FileTarget& target) {
+  static const std::string none;
+  if (const auto* file = std::get_if<NewFile>(&target)) return file->path;
+  if (const auto* standing = std::get_if<StandingMapping>(&target)) return standing->path;
+  return none;
+}
+
+std::byte* memory_of(const FileTarget& target) {
+  if (const auto* standing = std::get_if<StandingMapping>(&target)) return standing->bytes;
+  if (const auto* memory = std::get_if<Memory>(&target)) return memory->bytes;
+  return nullptr;
+}
+
+uint64_t FilePlan::written_nbytes() const {
+  if (!gaps) return nbytes;
+  uint64_t total = 0;
+  for (const WriteItem& item : items) total += item.source.packed_nbytes();
+  return total;
+}
+
+std::vector<uint32_t> in_file_order(const FilePlan& file) {
+  std::vector<uint32_t> order(file.items.size());
+  std::iota(order.begin(), order.end(), uint32_t{0});
+  const auto offset = [&](uint32_t item) { return file.items[item].file_offset; };
+  if (!std::ranges::is_sorted(order, {}, offset)) std::ranges::stable_sort(order, {}, offset);
+  return order;
+}
+
 void check(const SavePlan& plan) {
-  for (const FilePlan& file : plan.files) {
-    uint64_t expected = 0;
-    for (const WriteItem& item : file.items) {
-      if (item.file_offset != expected) {
-        throw std::invalid_argument("items do not tile " + file.path + ": offset " + std::to_string(item.file_offset) +
-                                    " where " + std::to_string(expected) + " was expected");
-      }
-      if (item.source.cast()) check_cast(item);
-      const uint64_t nbytes = item.source.packed_nbytes();
-      if (nbytes != 0 && item.source.data == nullptr && item.source.device != kFetched) {
-        throw std::invalid_argument("an item of " + file.path + " has bytes but no address");
-      }
-      expected += nbytes;
-    }
-    if (file.nbytes != expected) throw std::invalid_argument("items do not fill " + file.path);
-  }
+  for (const FilePlan& file : plan.files) check(file);
 }
 
 }  // namespace fastshard

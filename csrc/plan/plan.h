@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // What is to be written, as plain data. Nothing here owns tensor memory, opens a file or copies a byte.
-// The Python side (fastshard/plan.py) has the same nouns.
+// The Python side (fastshard/engine/plan.py) has the same nouns.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <variant>
 #include <vector>
 
 // For what the kernels use, too (cast.h, pack.h); nvcc compiles it as C++17.
@@ -22,7 +23,7 @@ inline constexpr int kHost = -1;
 // Only Python can produce the bytes (accelerators without a native device, tensors loaded on demand).
 inline constexpr int kFetched = -2;
 
-// Dimensions left after neighbouring ones are merged; fastshard/tensors.py makes anything above contiguous.
+// Dimensions left after neighbouring ones are merged; fastshard/engine/tensors.py makes anything above contiguous.
 inline constexpr int kMaxDims = 8;
 
 // Element types that can be cast (cast.h) on the way out. raw: the bytes are copied as they are. f8_e4m3_sat is
@@ -92,28 +93,54 @@ struct WriteItem {
   const SourceFile* mapped = nullptr;  // that `source` lies in (source_file.h)
 };
 
-// Memory of exactly the plan's size that takes the place of a file.
-struct MemoryTarget {
+// A new file, which appears under its path when the save ends.
+struct NewFile {
+  std::string path;
+};
+
+// The memory of a file that a prepared save fills and publishes. It is larger than any cache, and its pages are there.
+struct StandingMapping {
+  std::string path;
   std::byte* bytes = nullptr;
-  bool streaming = false;    // larger than any cache and its pages are there: stores go past the caches
   bool page_locked = false;  // devices copy straight into it
   bool populate = false;     // a disk's page cache: pages must be made writable again before each store
 };
 
-// One output file: the items back to back, `nbytes` in all. The first item is the header.
-struct FilePlan {
-  std::string path;
-  MemoryTarget memory;  // instead of a file, where it has an address
-  std::vector<std::byte> header;
-  std::vector<WriteItem> items;
-  uint64_t nbytes = 0;
+// Memory of the file's size.
+struct Memory {
+  std::byte* bytes = nullptr;
 };
+
+// What a file's bytes go into.
+using FileTarget = std::variant<NewFile, StandingMapping, Memory>;
+
+// Empty where it has none.
+const std::string& path_of(const FileTarget& target);
+// Null where the target is no memory.
+std::byte* memory_of(const FileTarget& target);
+
+// One output of `nbytes`. The first item is the header.
+struct FilePlan {
+  FileTarget target;
+  std::vector<std::byte> header;
+  std::vector<WriteItem> items;  // in any order
+  uint64_t nbytes = 0;
+  bool gaps = false;  // there may be bytes that belong to no item: they are not written
+
+  const std::string& path() const { return path_of(target); }
+  // Of the items.
+  uint64_t written_nbytes() const;
+};
+
+// Indices of the items, by their offsets.
+std::vector<uint32_t> in_file_order(const FilePlan& file);
 
 struct SavePlan {
   std::vector<FilePlan> files;
 };
 
-// Throws std::invalid_argument unless the items tile every file exactly, and casts are possible and aligned.
+// Throws std::invalid_argument unless the items of every file lie inside of it, without overlaps, and without gaps but
+// where the plan says that there may be some, and casts are possible and aligned.
 void check(const SavePlan& plan);
 
 }  // namespace fastshard

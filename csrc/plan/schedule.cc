@@ -14,8 +14,12 @@ class Builder {
  public:
   Builder(FileSchedule& out, const ScheduleLimits& limits) : out_(out), limits_(limits) {}
 
-  void add(const TensorView& source, uint32_t item) {
+  void add(const WriteItem& added, uint32_t item) {
+    const TensorView& source = added.source;
     const uint64_t nbytes = source.packed_nbytes();
+    if (nbytes == 0) return;
+    if (added.file_offset != end_) close();  // behind a gap
+    end_ = added.file_offset;
     for (uint64_t done = 0; done < nbytes;) {
       const Route route = route_of(source, nbytes - done);
       if (open_ && !can_take(route)) close();
@@ -29,6 +33,7 @@ class Builder {
       out_.ops.push_back({&source, item, static_cast<uint32_t>(chunk.nbytes), done, take});
       chunk.op_count += 1;
       chunk.nbytes += take;
+      end_ += take;
       if (route == Route::device) chunk.route = Route::device;
       pieces_ += chunk.route == Route::in_place ? runs_touched(source, done, take) : 1;
       done += take;
@@ -57,14 +62,13 @@ class Builder {
   }
 
   void open(Route route) {
-    const uint64_t offset = out_.chunks.empty() ? 0 : out_.chunks.back().file_offset + out_.chunks.back().nbytes;
     const uint64_t limit = route == Route::in_place ? limits_.in_place_nbytes
                            : route == Route::device ? limits_.slot_nbytes
                                                     : std::min(limits_.packed_nbytes, limits_.slot_nbytes);
     const uint64_t alignment = std::max(kChunkAlignment, limits_.block_nbytes);
-    const uint64_t end = (offset + limit) / alignment * alignment;
-    capacity_ = end > offset ? end - offset : limit;
-    out_.chunks.push_back({offset, 0, static_cast<uint32_t>(out_.ops.size()), 0, route});
+    const uint64_t end = (end_ + limit) / alignment * alignment;
+    capacity_ = end > end_ ? end - end_ : limit;
+    out_.chunks.push_back({end_, 0, static_cast<uint32_t>(out_.ops.size()), 0, route});
     pieces_ = 0;
     open_ = true;
   }
@@ -92,6 +96,7 @@ class Builder {
   FileSchedule& out_;
   const ScheduleLimits& limits_;
   bool open_ = false;
+  uint64_t end_ = 0;  // in the file, of what was added
   uint64_t capacity_ = 0;
   uint32_t pieces_ = 0;
 };
@@ -106,10 +111,11 @@ FileSchedule make_schedule(const FilePlan& file, const ScheduleLimits& limits) {
                                   limits.slot_nbytes < std::max(kChunkAlignment, limits.block_nbytes))) {
     throw std::invalid_argument("chunks of whole blocks are staged, and as large as a slot of at least one");
   }
+  if (limits.block_nbytes > 1 && file.gaps) throw std::invalid_argument("a file with gaps has no whole blocks");
   FileSchedule schedule;
   schedule.ops.reserve(file.items.size());
   Builder builder(schedule, limits);
-  for (uint32_t item = 0; item < file.items.size(); ++item) builder.add(file.items[item].source, item);
+  for (const uint32_t item : in_file_order(file)) builder.add(file.items[item], item);
   return schedule;
 }
 

@@ -35,7 +35,7 @@ struct Chunk {
   Route route;
 };
 
-// The chunks of one file in order; they tile [0, nbytes).
+// The chunks of one file in order. They cover the items exactly: none reaches into a gap.
 struct FileSchedule {
   std::vector<CopyOp> ops;
   std::vector<Chunk> chunks;

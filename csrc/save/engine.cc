@@ -53,7 +53,9 @@ std::shared_ptr<Standing> Engine::stand(const SavePlan& plan, size_t generations
   std::vector<Device*> devices;
   for (const auto& [ordinal, device] : devices_of(plan)) devices.push_back(device);
   const FilePlan& file = plan.files.at(0);
-  return std::make_shared<Standing>(file.path, file.nbytes, generations, std::move(devices), workers_);
+  const auto* target = std::get_if<NewFile>(&file.target);
+  if (target == nullptr) throw std::invalid_argument("only a new file can be prepared");
+  return std::make_shared<Standing>(target->path, file.nbytes, generations, std::move(devices), workers_);
 }
 
 std::map<int, Device*> Engine::devices_of(const SavePlan& plan) {

@@ -67,26 +67,44 @@ class IntoMemoryWriter : public InTurnWriter {
   }
 };
 
-class MemoryWriter final : public IntoMemoryWriter {
+class MemoryWriter : public IntoMemoryWriter {
  public:
   using IntoMemoryWriter::IntoMemoryWriter;
 
+ protected:
+  std::span<std::byte> memory_of(const Chunk& chunk) const {
+    return {fastshard::memory_of(plan_.target) + chunk.file_offset, chunk.nbytes};
+  }
+
  private:
-  std::span<std::byte> memory_of(const Chunk& chunk) {
-    const std::span<std::byte> bytes{plan_.memory.bytes + chunk.file_offset, chunk.nbytes};
-    if (plan_.memory.populate) {
+  void pack_into_target(const Chunk& chunk) override { pack(chunk, memory_of(chunk), false); }
+  std::span<std::byte> target_of(StagedChunk& staged) override { return memory_of(staged.chunk); }
+  void place(StagedChunk& staged) override { place_in_slot(staged); }
+};
+
+// The memory of a file that stands.
+class StandingWriter final : public MemoryWriter {
+ public:
+  using MemoryWriter::MemoryWriter;
+
+ private:
+  std::span<std::byte> writable_memory_of(const Chunk& chunk) {
+    const std::span<std::byte> bytes = memory_of(chunk);
+    if (standing_.populate) {
       const Timer timer(progress_.write_ns);
-      populate(bytes, plan_.path);
+      populate(bytes, standing_.path);
     }
     return bytes;
   }
 
-  void pack_into_target(const Chunk& chunk) override { pack(chunk, memory_of(chunk), plan_.memory.streaming); }
-  std::span<std::byte> target_of(StagedChunk& staged) override { return memory_of(staged.chunk); }
+  void pack_into_target(const Chunk& chunk) override { pack(chunk, writable_memory_of(chunk), true); }
+  std::span<std::byte> target_of(StagedChunk& staged) override { return writable_memory_of(staged.chunk); }
 
   void place(StagedChunk& staged) override {
-    plan_.memory.page_locked ? staged.copy_into_target(memory_of(staged.chunk)) : place_in_slot(staged);
+    standing_.page_locked ? staged.copy_into_target(writable_memory_of(staged.chunk)) : place_in_slot(staged);
   }
+
+  const StandingMapping& standing_ = std::get<StandingMapping>(plan_.target);
 };
 
 class MappedWriter : public IntoMemoryWriter {
@@ -149,6 +167,9 @@ std::unique_ptr<FileWriter> make_windows_writer(WriterParts parts, std::shared_p
 std::unique_ptr<FileWriter> make_memory_writer(WriterParts parts) {
   const ScheduleLimits limits = limits_of(parts, kMemoryChunkNbytes);
   const size_t threads = parts.resources.workers.threads();
+  if (std::holds_alternative<StandingMapping>(parts.plan.target)) {
+    return std::make_unique<StandingWriter>(std::move(parts), limits, threads);
+  }
   return std::make_unique<MemoryWriter>(std::move(parts), limits, threads);
 }
 

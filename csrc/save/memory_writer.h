@@ -9,7 +9,7 @@
 
 namespace fastshard {
 
-// Into the memory that the plan names. Devices copy straight into it where it is page-locked.
+// Into the memory that the plan's target names. Devices copy straight into it where it is page-locked.
 std::unique_ptr<FileWriter> make_memory_writer(WriterParts parts);
 // Into windows of the file.
 std::unique_ptr<FileWriter> make_mapped_writer(WriterParts parts, std::shared_ptr<OutputFile> file);

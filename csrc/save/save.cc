@@ -30,7 +30,7 @@ Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>&
     const auto stream = streams.find(ordinal);
     streams_.emplace(ordinal, device->open(stream == streams.end() ? 0 : stream->second));
   }
-  for (const FilePlan& file : plan_->files) nbytes_ += file.nbytes;
+  for (const FilePlan& file : plan_->files) nbytes_ += file.written_nbytes();
   intent_.nbytes = nbytes_;
   intent_.from_device = !resources_.devices.empty();
   const auto any_source = [&](auto is) {
@@ -44,10 +44,12 @@ Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>&
   bounded_ = too_many_to_keep_open(plan_->files.size());
   for (uint32_t index = 0; index < plan_->files.size(); ++index) {
     const FilePlan& file = plan_->files[index];
-    if (file.memory.bytes != nullptr) {
+    if (memory_of(file.target) != nullptr) {
       files_.push_back(nullptr);
     } else {
-      auto made = std::make_shared<TemporaryFile>(file.path, file.nbytes, intent_);
+      Intent intended = intent_;
+      intended.gaps = file.gaps;
+      auto made = std::make_shared<TemporaryFile>(file.path(), file.nbytes, intended);
       open_files_.push_back(made.get());
       files_.push_back(std::move(made));
     }
@@ -77,7 +79,7 @@ void Save::start(bool here) {
           continue;
         } catch (const std::system_error& error) {
           // No thread: this one, unless it is the one that has to serve what it would wait for.
-          if (fetches()) fail(std::make_exception_ptr(IoError(error.code().value(), plan_->files[index].path, "thread")));
+          if (fetches()) fail(std::make_exception_ptr(IoError(error.code().value(), plan_->files[index].path(), "thread")));
         } catch (...) {
           fail(std::current_exception());
         }
@@ -191,7 +193,7 @@ void Save::amend(std::vector<Amendment> amendments) {
 void Save::write(const Amendment& amendment) {
   if (amendment.bytes.empty()) return;
   const Timer timer(progress_.write_ns);
-  std::byte* const memory = plan_->files[amendment.file].memory.bytes;
+  std::byte* const memory = memory_of(plan_->files[amendment.file].target);
   if (memory != nullptr) {
     std::ranges::copy(std::as_bytes(std::span(amendment.bytes)), memory + amendment.offset);
   } else {
@@ -336,9 +338,8 @@ void Save::describe_files(Stats& stats) const {
   std::set<std::string> paths, fallbacks;
   for (size_t index = 0; index < files_.size(); ++index) {
     const OutputFile* file = files_[index].get();
-    paths.insert(file != nullptr                        ? name_of(file->write_path())
-                 : plan_->files[index].memory.streaming ? "standing"
-                                                        : "memory");
+    const bool standing = std::holds_alternative<StandingMapping>(plan_->files[index].target);
+    paths.insert(file != nullptr ? name_of(file->write_path()) : standing ? "standing" : "memory");
     if (file != nullptr) fallbacks.insert(file->fallbacks().begin(), file->fallbacks().end());
   }
   if (progress_.io_uring_refused != 0) {

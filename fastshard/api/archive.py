@@ -217,7 +217,7 @@ def _write(path: str, skeleton: Skeleton, planned: Plan, how: How, began: float)
         future = engine_for(how.engine).submit(
             [file],
             keep_alive=(planned, skeleton),
-            streams=_tensors.current_streams(view.device for view in file.items),
+            streams=_tensors.current_streams(view.device for view in planned.items),
             durable=how.durable,
             keep_cached=how.keep_cached,
             checksums=planned.amend is not None,

@@ -24,7 +24,7 @@ from ..engine.pipeline import (
     plan_file,
     write_files,
 )
-from ..engine.plan import FilePlan
+from ..engine.plan import FilePlan, Memory
 from ..engine.sharing import duplicates
 
 
@@ -195,7 +195,7 @@ def save(
     data, address = load("fastshard._native").new_bytes(
         len(head) + sum(entry.view.nbytes for entry in entries)
     )
-    plan = FilePlan((address, len(data)), head, [entry.view for entry in entries])
+    plan = FilePlan(Memory(address, len(data)), head, [entry.view for entry in entries])
     how = How(progress=progress, dtype=dtype, engine=engine)
     with one_save("save", "memory"):
         write_files({"": PlannedFile(plan, entries)}, how, began, "Saving to memory")

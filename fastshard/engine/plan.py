@@ -7,7 +7,7 @@ as long as both sides know them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 HOST = -1
@@ -46,18 +46,47 @@ class TensorView(NamedTuple):
     """From and to: numbers of :data:`CASTS`; ``None``: the bytes as they are."""
 
 
-class FilePlan(NamedTuple):
-    """One output: ``header``, then the views back to back."""
+class WriteItem(NamedTuple):
+    """A tensor's place in a file: its bytes, cast and packed, begin at ``file_offset``."""
 
-    target: bytes | tuple[int, int]
-    """Encoded path, or ``(address, nbytes)`` of memory of exactly the file's size."""
+    source: TensorView
+    file_offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file."""
+        return self.source.nbytes
+
+
+class Memory(NamedTuple):
+    """Memory of exactly the file's size, which takes the place of a file."""
+
+    address: int
+    nbytes: int
+
+
+FileTarget = bytes | Memory
+"""What a file's bytes go into; its type says what happens to that. ``bytes``: the encoded path of a new file, which appears
+there, complete, when the save ends."""
+
+
+class FilePlan(NamedTuple):
+    """One output: ``header``, then the items."""
+
+    target: FileTarget
     header: bytes
-    items: list[TensorView]
+    items: Sequence[TensorView | WriteItem]
+    """A view lies right behind the item before it; a :class:`WriteItem` says where. In any order, without overlaps."""
+    size: int | None = None
+    """Of the file, in which there may then be gaps: bytes that belong to no item and are not written, which in a new file
+    are zeros. ``None``: the items fill the file."""
 
     @property
     def nbytes(self) -> int:
         """Size of the finished file in bytes."""
-        return len(self.header) + sum(view.nbytes for view in self.items)
+        if self.size is not None:
+            return self.size
+        return len(self.header) + sum(item.nbytes for item in self.items)
 
 
 class SaveOptions(NamedTuple):
