@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // LD_PRELOAD for tests: a filesystem that refuses what some mounts refuse. REFUSE holds words such as
-// "tmpfile fallocate exchange link unlink rename fsync range xattr chmod locks direct pwrite statx io_uring"; each makes that
+// "tmpfile fallocate exchange link linkat unlink rename fsync range xattr chmod locks direct pwrite statx io_uring"; each makes that
 // call fail with ENOTSUP, or with the number behind a colon ("rename:5"); with 999 the process is killed there.
 // "rename@2" refuses the second call only. "short" refuses nothing: pwrite then writes half of what it is given and a
 // piece of a block. "late": what "range" refuses takes half a second. `refused_calls` counts.
@@ -66,6 +66,11 @@ int renameat2(int from_dir, const char* from, int to_dir, const char* to, unsign
 int link(const char* from, const char* to) {
   static int calls;
   return refused("link", &calls) ? -1 : REAL(link)(from, to);
+}
+
+int linkat(int from_dir, const char* from, int to_dir, const char* to, int flags) {
+  static int calls;
+  return refused("linkat", &calls) ? -1 : REAL(linkat)(from_dir, from, to_dir, to, flags);
 }
 
 int unlink(const char* path) {

@@ -25,12 +25,12 @@ NATIVE_LAYERS = {
     "file": """
         filesystem.h filesystem.cc mapping.h mapping.cc output.h output.cc suspended.cc threads.h threads.cc
         attributes.h attributes.cc target.h target.cc hidden_names.h hidden_names.cc probe.h probe.cc closing.h
-        closing.cc placement.h placement.cc temporary.h temporary.cc publish.h publish.cc holders.h holders.cc
+        closing.cc placement.h placement.cc linked.h linked.cc temporary.h temporary.cc publish.h publish.cc holders.h holders.cc
         in_place.h in_place.cc direct_io.h direct_io.cc standing.h standing.cc source_file.h source_file.cc
     """,
     "save": """
         crc32.h crc32.cc writer.h source_pages.h source_pages.cc chunk_writer.h chunk_writer.cc page_cache_writer.h
-        page_cache_writer.cc direct_writer.h direct_writer.cc memory_writer.h memory_writer.cc writer.cc save.h save.cc
+        page_cache_writer.cc direct_writer.h direct_writer.cc memory_writer.h memory_writer.cc writer.cc targets.h targets.cc save.h save.cc
         engine.h engine.cc
     """,
     "bindings": """

@@ -45,7 +45,7 @@ struct NewFileHandle {
     if (fstat(open().descriptor(), &info) != 0) throw IoError(errno, file->path(), "fstat");
     const std::unique_ptr<TemporaryFile> published = std::move(file);
     if (durable || !published->keep_cached()) published->sync();
-    TemporaryFile* const alone = published.get();
+    PlacedFile* const alone = published.get();
     fastshard::publish({&alone, 1}, durable);
     return {static_cast<uint64_t>(info.st_size), published->fallbacks()};
   }

@@ -30,6 +30,16 @@ struct MemoryType : RecordType {
   const Field address = field("address"), nbytes = field("nbytes");
 };
 
+struct ForeignFileType : RecordType {
+  ForeignFileType() : RecordType("ForeignFile") { require_all_known(); }
+  const Field path = field("path"), descriptor = field("descriptor");
+};
+
+struct LinkType : RecordType {
+  LinkType() : RecordType("Link") { require_all_known(); }
+  const Field path = field("path"), existing = field("existing");
+};
+
 struct FilePlanType : RecordType {
   FilePlanType() : RecordType("FilePlan") { require_all_known(); }
   const Field target = field("target"), header = field("header"), items = field("items"), size = field("size");
@@ -45,6 +55,8 @@ struct Types {
   const TensorViewType tensor_view;
   const WriteItemType write_item;
   const MemoryType memory;
+  const ForeignFileType foreign_file;
+  const LinkType link;
   const FilePlanType file_plan;
   const SaveOptionsType save_options;
 };
@@ -97,14 +109,41 @@ WriteItem item_from(py::handle object, uint64_t end) {
   return item;
 }
 
-FileTarget target_from(py::handle object, uint64_t nbytes) {
-  if (py::isinstance<py::bytes>(object)) return NewFile{object.cast<std::string>()};
+// A path, of a field that must not be text.
+std::string path_from(py::handle object) { return object.cast<py::bytes>(); }
+
+Memory memory_from(py::handle object, uint64_t nbytes) {
   const MemoryType& type = types->memory;
   const Record record(type, object);
   if (record[type.nbytes].cast<uint64_t>() != nbytes) {
     throw std::invalid_argument("the memory target does not have the plan's size");
   }
-  return Memory{reinterpret_cast<std::byte*>(record[type.address].cast<uintptr_t>())};
+  return {reinterpret_cast<std::byte*>(record[type.address].cast<uintptr_t>())};
+}
+
+ForeignFile foreign_file_from(py::handle object) {
+  const ForeignFileType& type = types->foreign_file;
+  const Record record(type, object);
+  const py::handle descriptor = record[type.descriptor];
+  if (descriptor.is_none()) return {.path = path_from(record[type.path])};
+  const int number = descriptor.cast<int>();
+  if (number < 0) throw std::invalid_argument("a descriptor is not negative");
+  return {.path = path_from(record[type.path]), .descriptor = number};
+}
+
+Link link_from(py::handle object) {
+  const LinkType& type = types->link;
+  const Record record(type, object);
+  return {.path = path_from(record[type.path]), .existing = path_from(record[type.existing])};
+}
+
+FileTarget target_from(py::handle object, uint64_t nbytes) {
+  if (py::isinstance<py::bytes>(object)) return NewFile{path_from(object)};
+  if (types->memory.holds(object)) return memory_from(object, nbytes);
+  if (types->foreign_file.holds(object)) return foreign_file_from(object);
+  if (types->link.holds(object)) return link_from(object);
+  throw py::type_error(std::string("a file's target is a path (bytes), ForeignFile, Memory or Link, not a ") +
+                       Py_TYPE(object.ptr())->tp_name);
 }
 
 FilePlan file_from(py::handle object) {

@@ -142,6 +142,13 @@ int mark_in_use(int fd) noexcept {
   return errno == EACCES ? EAGAIN : errno;
 }
 
+// Both locks that lock_leftover() may try.
+void mark_as_read(int fd) noexcept {
+  struct flock lock = whole_file(F_RDLCK);
+  fcntl(fd, F_OFD_SETLK, &lock);
+  flock(fd, LOCK_SH | LOCK_NB);
+}
+
 void give_up(int fd) noexcept {
   struct flock lock = whole_file(F_UNLCK);
   fcntl(fd, F_OFD_SETLK, &lock);

@@ -28,6 +28,8 @@ int take_name(const Target& target, const std::string& path, const std::function
 // Tells remove_leftovers() that the file behind `fd` belongs to a living process, until it is closed or given up.
 // Returns 0, or an errno: EAGAIN when somebody else has marked it.
 int mark_in_use(int fd) noexcept;
+// The same of a file that this process only reads and gives a second name; where that is refused the file has none.
+void mark_as_read(int fd) noexcept;
 void give_up(int fd) noexcept;
 
 // Removes what is under the target's hidden names and belongs to nobody. Returns what could not be removed, in words.

@@ -47,6 +47,19 @@ void Placement::link_hidden() {
   take_hidden_name([this](const std::string& name) { return link_as(name); }, "link");
 }
 
+int Placement::link_refusal() {
+  std::string name;
+  const auto link_it = [this](const std::string& tried) { return link_as(tried); };
+  const int error = take_name(target_, file_.path(), link_it, name);
+  if (error == 0) {
+    if (unlink(name.c_str()) != 0 && errno != ENOENT) file_.fail("unlink");
+    return 0;
+  }
+  const bool without_proc = access(self_path(file_.descriptor()).c_str(), F_OK) != 0;
+  if (!without_links(error) && !without_proc) file_.fail("link", error);
+  return error;
+}
+
 void Placement::put(bool keep_old) {
   if (hidden_.empty()) {
     const int error = target_.replaced ? EEXIST : link_as(target_.path);
@@ -209,6 +222,12 @@ bool Placement::lost(const std::string& name) const {
   if (lstat(name.c_str(), &theirs) != 0) return errno == ENOENT;
   const auto ours = file_.identity();
   return ours && (ours->st_dev != theirs.st_dev || ours->st_ino != theirs.st_ino);
+}
+
+PlacedFile::Site PlacedFile::site_of(const std::string& path, const Intent& intent) {
+  Target target = find_target(path, intent.follow_links);
+  FileSystem filesystem = filesystem_of(target.directory, path);
+  return {.target = std::move(target), .filesystem = std::move(filesystem)};
 }
 
 }  // namespace fastshard

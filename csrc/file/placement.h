@@ -5,6 +5,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "file/output.h"
 #include "file/target.h"
@@ -39,6 +40,8 @@ class Placement {
   void take_hidden_name(const std::function<int(const std::string&)>& make, const char* action);
   // Gives a nameless file a hidden name.
   void link_hidden();
+  // Why the file cannot be linked here: 0, or an errno. Tries it, under a hidden name.
+  int link_refusal();
 
   // Puts the file, whose contents are complete, under its target's name. With `keep_old` that can be undone, as the old
   // file is then under the hidden name, if the filesystem allows that.
@@ -72,6 +75,35 @@ class Placement {
   Target target_;
   std::string hidden_;
   State state_ = State::temporary;
+};
+
+// A file that a save gives its name, together with the others (publish.h). The destructor undoes what was not published.
+class PlacedFile : public OutputFile {
+ public:
+  ~PlacedFile() override { discard(); }
+  // Removes the file, unless it is published.
+  void discard() noexcept { place_.discard(); }
+
+  friend class Publication;  // in publish.cc
+
+ protected:
+  // Where the file gets its name.
+  struct Site {
+    Target target;
+    FileSystem filesystem;
+  };
+  // Checks the target. Throws IoError.
+  static Site site_of(const std::string& path, const Intent& intent);
+  PlacedFile(const std::string& path, uint64_t nbytes, const Intent& intent, Site site)
+      : OutputFile(path, nbytes, intent, site.filesystem), place_(*this, std::move(site.target)) {}
+
+  Placement place_;
+
+ private:
+  // What a publication does with each file: puts it in place, and, once all of them stand, removes the old one (0, or the
+  // errno of what failed).
+  virtual void put_in_place(bool keep_old) = 0;
+  virtual int remove_old() noexcept = 0;
 };
 
 }  // namespace fastshard

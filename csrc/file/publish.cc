@@ -46,12 +46,12 @@ IoError not_removed(int error, const std::string& path, size_t files) {
 
 }  // namespace
 
-// What publish() and swap_into_place() may do with a temporary.
+// What publish() and swap_into_place() may do with a file that they put in place.
 class Publication {
  public:
-  Publication(std::span<TemporaryFile* const> files, bool durable) : files_(files) {
+  Publication(std::span<PlacedFile* const> files, bool durable) : files_(files) {
     if (!durable) return;
-    for (const TemporaryFile* file : files) directories_.insert(file->place_.target().directory);
+    for (const PlacedFile* file : files) directories_.insert(file->place_.target().directory);
   }
 
   // For a single file nothing comes after its rename that could fail and make it necessary to undo it.
@@ -59,7 +59,7 @@ class Publication {
     const bool keep_old = files_.size() > 1;
     int unsynced = 0;
     try {
-      for (TemporaryFile* file : files_) file->put_in_place(keep_old);
+      for (PlacedFile* file : files_) file->put_in_place(keep_old);
       const bool can_be_undone = keep_old && std::ranges::none_of(files_, is_irrevocable);
       unsynced = sync_directories(directories_);
       if (unsynced != 0 && can_be_undone) files_.front()->fail("fsync", unsynced);
@@ -74,8 +74,8 @@ class Publication {
   }
 
   // Of a single file.
-  void swap(TemporaryFile* previous) {
-    TemporaryFile& file = *files_.front();
+  void swap(PlacedFile* previous) {
+    PlacedFile& file = *files_.front();
     // Before it is hidden, so that nobody takes it for a leftover. A reader's lock is not in the way of anything else.
     if (previous != nullptr) mark_in_use(previous->descriptor());
     file.put_in_place(true);
@@ -87,7 +87,7 @@ class Publication {
   }
 
  private:
-  static bool is_irrevocable(const TemporaryFile* file) { return file->place_.state() == Placement::State::replaced; }
+  static bool is_irrevocable(const PlacedFile* file) { return file->place_.state() == Placement::State::replaced; }
 
   // Returns the paths of the files that could not be put back.
   std::string put_back_all() {
@@ -104,9 +104,9 @@ class Publication {
 
   // Removes the old files, as all new ones stand. What fails from here on is told by an error that says so.
   void end(int unsynced) {
-    const TemporaryFile* not_removed_of = nullptr;
+    const PlacedFile* not_removed_of = nullptr;
     int refused = 0;
-    for (TemporaryFile* file : files_) {
+    for (PlacedFile* file : files_) {
       const int error = file->remove_old();
       if (error == 0 || refused != 0) continue;
       refused = error;
@@ -116,14 +116,14 @@ class Publication {
     if (refused != 0) throw not_removed(refused, not_removed_of->path(), files_.size());
   }
 
-  const std::span<TemporaryFile* const> files_;
+  const std::span<PlacedFile* const> files_;
   std::set<std::string> directories_;  // to be synced
 };
 
-void publish(std::span<TemporaryFile* const> files, bool durable) { Publication(files, durable).publish_all(); }
+void publish(std::span<PlacedFile* const> files, bool durable) { Publication(files, durable).publish_all(); }
 
 void swap_into_place(TemporaryFile& file, TemporaryFile* previous, bool durable) {
-  TemporaryFile* const alone = &file;
+  PlacedFile* const alone = &file;
   Publication({&alone, 1}, durable).swap(previous);
 }
 

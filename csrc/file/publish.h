@@ -12,7 +12,7 @@ namespace fastshard {
 // their old contents back. Contents must be complete. With `durable` the names are on stable storage, too, when it
 // returns. A process that is killed between the first and the last rename leaves some files new and some old, each
 // complete. An error that comes when all files stand is an IoError that says so.
-void publish(std::span<TemporaryFile* const> files, bool durable);
+void publish(std::span<PlacedFile* const> files, bool durable);
 
 // As publish(), for a file that will be written again: `previous`, the file that was published before, is a hidden file
 // afterwards, and can be published again. If somebody has put another file in its place, that one is removed.

@@ -64,14 +64,8 @@ bool set_direct(int fd, bool direct) {
 TemporaryFile::TemporaryFile(const std::string& path, uint64_t nbytes, const Intent& intent)
     : TemporaryFile(path, nbytes, intent, site_of(path, intent)) {}
 
-TemporaryFile::Site TemporaryFile::site_of(const std::string& path, const Intent& intent) {
-  Target target = find_target(path, intent.follow_links);
-  FileSystem filesystem = filesystem_of(target.directory, path);
-  return {.target = std::move(target), .filesystem = std::move(filesystem)};
-}
-
-TemporaryFile::TemporaryFile(const std::string& path, uint64_t nbytes, const Intent& intent, Site site)
-    : OutputFile(path, nbytes, intent, site.filesystem), place_(*this, std::move(site.target)), gaps_(intent.gaps) {
+TemporaryFile::TemporaryFile(const std::string& path, uint64_t nbytes, const Intent& intent, const Site& site)
+    : PlacedFile(path, nbytes, intent, site), gaps_(intent.gaps) {
   write_path_ = choose_write_path(site.filesystem, intent).path;
   note_fallbacks(remove_leftovers(place_.target(), one_machine()));  // first, as they take up space
   make(intent.at_once);
@@ -83,8 +77,6 @@ TemporaryFile::TemporaryFile(const std::string& path, uint64_t nbytes, const Int
     throw;
   }
 }
-
-TemporaryFile::~TemporaryFile() { discard(); }
 
 std::string TemporaryFile::space_needed(int error) const {
   std::string text = OutputFile::space_needed(error);

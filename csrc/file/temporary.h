@@ -16,12 +16,11 @@ namespace fastshard {
 
 // A new file, nameless or under a hidden name beside its target. It appears under its target's name complete or not at
 // all: the destructor removes what was not published.
-class TemporaryFile final : public OutputFile {
+class TemporaryFile final : public PlacedFile {
  public:
   // Checks the target, removes what killed saves of it have left, makes the file, which nobody may read who may not
   // read the target, and preallocates `nbytes` where that is of use; a full disk is IoError(ENOSPC). 0: not known.
   TemporaryFile(const std::string& path, uint64_t nbytes, const Intent& intent);
-  ~TemporaryFile() override;
 
   // The memory of the whole file, which gets its size by this.
   Mapping map();
@@ -30,22 +29,13 @@ class TemporaryFile final : public OutputFile {
   void sync() override;
   // The file has a hidden name from here on, and is still marked as in use.
   void suspend() override;
-  // Removes the file, unless it is published.
-  void discard() noexcept { place_.discard(); }
   // Whether the file can be filled and published again: nobody has cut it or taken its name.
   bool intact() const;
 
   friend void require_space(std::span<TemporaryFile* const> files);
-  friend class Publication;  // in publish.cc
 
  private:
-  // Where the file is made.
-  struct Site {
-    Target target;
-    FileSystem filesystem;
-  };
-  static Site site_of(const std::string& path, const Intent& intent);
-  TemporaryFile(const std::string& path, uint64_t nbytes, const Intent& intent, Site site);
+  TemporaryFile(const std::string& path, uint64_t nbytes, const Intent& intent, const Site& site);
 
   void make(bool at_once);
   bool make_nameless();
@@ -57,11 +47,9 @@ class TemporaryFile final : public OutputFile {
   void take_attributes();
   std::string space_needed(int error) const override;
 
-  // What a publication does with each file.
-  void put_in_place(bool keep_old);
-  int remove_old() noexcept;
+  void put_in_place(bool keep_old) override;
+  int remove_old() noexcept override;
 
-  Placement place_;
   const bool gaps_;                     // it may end in bytes that are not written
   std::optional<mode_t> new_mode_;      // that a new file under a hidden name will have once it is complete
   std::optional<struct stat> adopted_;  // of the file whose attributes it has

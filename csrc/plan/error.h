@@ -39,7 +39,7 @@ class CudaError : public std::runtime_error {
 // The caller gave the save up. Never seen by users: the caller already holds the reason.
 class Cancelled : public std::runtime_error {
  public:
-  Cancelled() : std::runtime_error("save cancelled") {}
+  explicit Cancelled(const std::string& what = "save cancelled") : std::runtime_error(what) {}
 };
 
 }  // namespace fastshard

@@ -84,6 +84,9 @@ void check_item(const FilePlan& file, uint32_t index) {
 
 void check(const FilePlan& file) {
   if (file.nbytes > kMaxNbytes) throw std::invalid_argument("no file can have so many bytes: " + file.path());
+  if (std::holds_alternative<Link>(file.target) && file.nbytes != 0) {
+    throw std::invalid_argument("a link has no bytes of its own: " + file.path());
+  }
   uint64_t end = 0;
   uint32_t before = 0;  // that ends there
   for (const uint32_t index : in_file_order(file)) {
@@ -106,9 +109,12 @@ void check(const FilePlan& file) {
 
 const std::string& path_of(const FileTarget& target) {
   static const std::string none;
-  if (const auto* file = std::get_if<NewFile>(&target)) return file->path;
-  if (const auto* standing = std::get_if<StandingMapping>(&target)) return standing->path;
-  return none;
+  return std::visit(
+      [](const auto& what) -> const std::string& {
+        if constexpr (requires { what.path; }) return what.path;
+        return none;
+      },
+      target);
 }
 
 std::byte* memory_of(const FileTarget& target) {

@@ -111,8 +111,23 @@ struct Memory {
   std::byte* bytes = nullptr;
 };
 
+// A file that somebody else has made and will publish, of which others may write other parts meanwhile. The items are
+// written to their offsets, and synced if the save is durable. The file is never cut, renamed or removed; what was
+// written of it stays when the save fails.
+struct ForeignFile {
+  std::string path;     // only for messages if there is a descriptor
+  int descriptor = -1;  // stays the caller's
+};
+
+// No bytes, but a second name for a file that has them: a hard link, or a copy where there can be none. The name
+// appears together with the other files of the save.
+struct Link {
+  std::string path;
+  std::string existing;
+};
+
 // What a file's bytes go into.
-using FileTarget = std::variant<NewFile, StandingMapping, Memory>;
+using FileTarget = std::variant<NewFile, ForeignFile, StandingMapping, Memory, Link>;
 
 // Empty where it has none.
 const std::string& path_of(const FileTarget& target);

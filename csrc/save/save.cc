@@ -42,22 +42,20 @@ Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>&
   fetches_bytes_ = any_source([](const TensorView& source) { return source.device == kFetched; });
   intent_.writers = resources_.workers.threads() / std::max<size_t>(1, plan_->files.size());
   bounded_ = too_many_to_keep_open(plan_->files.size());
+  std::vector<TemporaryFile*> made;
   for (uint32_t index = 0; index < plan_->files.size(); ++index) {
-    const FilePlan& file = plan_->files[index];
-    if (memory_of(file.target) != nullptr) {
-      files_.push_back(nullptr);
-    } else {
-      Intent intended = intent_;
-      intended.gaps = file.gaps;
-      auto made = std::make_shared<TemporaryFile>(file.path(), file.nbytes, intended);
-      open_files_.push_back(made.get());
-      files_.push_back(std::move(made));
-    }
-    writers_.push_back(make_writer(file, files_.back(), resources_, streams_, fetches_.stream(index),
-                                   intent_.checksums, progress_));
+    OpenTarget target = open_target(plan_->files[index], intent_);
+    if (target.placed != nullptr) placed_files_.push_back(target.placed);
+    if (target.made != nullptr) made.push_back(target.made);
+    files_.push_back(std::move(target.file));
+    copies_.push_back(std::move(target.copy));
+    const FilePlan& file = copies_.back() != nullptr ? copies_.back()->plan : plan_->files[index];
+    if (copies_.back() != nullptr) nbytes_ += file.nbytes;
+    writers_.push_back(
+        make_writer(file, files_.back(), resources_, streams_, fetches_.stream(index), intent_.checksums, progress_));
     if (bounded_ && files_.back() != nullptr) files_.back()->suspend();
   }
-  if (nbytes_ > kUnasked) require_space(open_files_);
+  if (nbytes_ > kUnasked) require_space(made);
 }
 
 Save::~Save() = default;
@@ -79,7 +77,8 @@ void Save::start(bool here) {
           continue;
         } catch (const std::system_error& error) {
           // No thread: this one, unless it is the one that has to serve what it would wait for.
-          if (fetches()) fail(std::make_exception_ptr(IoError(error.code().value(), plan_->files[index].path(), "thread")));
+          if (fetches())
+            fail(std::make_exception_ptr(IoError(error.code().value(), plan_->files[index].path(), "thread")));
         } catch (...) {
           fail(std::current_exception());
         }
@@ -120,21 +119,27 @@ void Save::write_share(size_t index) {
     wake();
     const Timer timer(progress_.sync_ns);
     file->end_writing();
-    if (must_sync() && !synced_together(*file)) sync(*file);
+    if (!stored_together(*file)) store(index);
   });
   awake.reset();
   if (--unfinished_files_ == 0 && !await_amendment()) finish();
 }
 
-// An error of writeback that was asked for in the background is this file's, too, and fsync() may not repeat it.
-void Save::sync(OutputFile& file) {
-  resources_.write_behind.settle(&file);
-  file.sync();
+// Sees to it that what was written of a file is where it has to be before anything is published. An error of writeback
+// that was asked for in the background is this file's, too, and fsync() may not repeat it.
+void Save::store(size_t index) {
+  OutputFile& file = *files_[index];
+  if (must_sync()) {
+    resources_.write_behind.settle(&file);
+    file.sync();
+  } else if (foreign(index)) {
+    file.check_stored();  // whoever publishes it cannot ask
+  }
 }
 
 // Direct writes are on the disk already, all but sizes and extents: synced one by one while others write, each would
 // wait for these to pause. What is to be amended is synced afterwards.
-bool Save::synced_together(const OutputFile& file) const {
+bool Save::stored_together(const OutputFile& file) const {
   return intent_.amended || (file.write_path() == WritePath::direct && !bounded_);
 }
 
@@ -238,39 +243,66 @@ void Save::finish() {
   if (!error) {
     try {
       const Timer timer(progress_.sync_ns);
-      for (TemporaryFile* file : open_files_) {
-        if (!must_sync() || !synced_together(*file)) continue;
-        const OutputFile::Awake awake(*file);
-        sync(*file);
+      for (size_t index = 0; index < files_.size(); ++index) {
+        if (files_[index] == nullptr || !stored_together(*files_[index])) continue;
+        const OutputFile::Awake awake(*files_[index]);
+        store(index);
       }
-      publish(open_files_, intent_.durable);
+      publish(placed_files_, intent_.durable);
       if (commit_) use.fallbacks = commit_();
     } catch (...) {
       error = std::current_exception();
     }
   }
-  for (TemporaryFile* file : open_files_) {
-    resources_.write_behind.forget(file);
-    file->discard();
+  for (const auto& file : files_) {
+    if (file != nullptr) resources_.write_behind.forget(file.get());
   }
+  for (PlacedFile* file : placed_files_) file->discard();
+  if (error) error = with_what_stays(std::move(error));
   describe_end(use);
   streams_.clear();
   commit_ = nullptr;  // and what it holds
   // Whoever waits may count on the files being closed: a nameless one holds its space until then.
   std::vector<std::shared_ptr<OutputFile>> closing;
+  std::vector<std::unique_ptr<LinkCopy>> copied;
   {
     const std::lock_guard lock(mutex_);
     closing.swap(files_);
-    open_files_.clear();
+    copied.swap(copies_);
+    placed_files_.clear();
     if (error) checksums_.clear();
   }
   writers_.clear();
   closing.clear();
   const std::lock_guard lock(mutex_);
-  if (!error_) error_ = error;
+  error_ = error;
   final_.seconds = std::chrono::duration<double>(Clock::now() - started_).count();
   finished_ = true;
   changed_.notify_all();
+}
+
+// The error, which says of files that somebody else has made that they are not as they were.
+std::exception_ptr Save::with_what_stays(std::exception_ptr error) const try {
+  std::string names;
+  for (size_t index = 0; index < plan_->files.size(); ++index) {
+    if (foreign(index)) names += (names.empty() ? "" : ", ") + plan_->files[index].path();
+  }
+  if (names.empty()) return error;
+  const std::string what = "; what was written of " + names + " until then stays there";
+  try {
+    std::rethrow_exception(error);
+  } catch (const IoError& failed) {
+    const std::string detail = failed.detail().empty() ? what.substr(2) : failed.detail() + what;
+    return std::make_exception_ptr(IoError(failed.code().value(), failed.path(), "save", detail, failed.published()));
+  } catch (const CudaError& failed) {
+    return std::make_exception_ptr(CudaError(failed.what() + what));
+  } catch (const Cancelled& failed) {
+    return std::make_exception_ptr(Cancelled(failed.what() + what));
+  } catch (...) {
+    return error;
+  }
+} catch (const std::exception&) {
+  return error;  // no memory for it
 }
 
 // Figures, of which some are missing where there is no memory for them: the files stand.
@@ -334,12 +366,19 @@ Stats Save::stats() const {
   return stats;
 }
 
+const char* Save::route_of(size_t index) const {
+  const FileTarget& target = plan_->files[index].target;
+  if (std::holds_alternative<StandingMapping>(target)) return "standing";
+  if (std::holds_alternative<Memory>(target)) return "memory";
+  if (std::holds_alternative<Link>(target) && copies_[index] == nullptr) return "link";
+  return name_of(files_[index]->write_path());
+}
+
 void Save::describe_files(Stats& stats) const {
   std::set<std::string> paths, fallbacks;
   for (size_t index = 0; index < files_.size(); ++index) {
     const OutputFile* file = files_[index].get();
-    const bool standing = std::holds_alternative<StandingMapping>(plan_->files[index].target);
-    paths.insert(file != nullptr ? name_of(file->write_path()) : standing ? "standing" : "memory");
+    paths.insert(route_of(index));
     if (file != nullptr) fallbacks.insert(file->fallbacks().begin(), file->fallbacks().end());
   }
   if (progress_.io_uring_refused != 0) {

@@ -15,19 +15,19 @@
 #include <vector>
 
 #include "device/fetch.h"
-#include "file/temporary.h"
+#include "save/targets.h"
 #include "save/writer.h"
 
 namespace fastshard {
 
 struct Stats {
   uint64_t files = 0;
-  uint64_t nbytes = 0;                 // of the finished files
+  uint64_t nbytes = 0;                 // that it writes: of the finished files, without what is linked or others write
   double seconds = 0;                  // from submit to finish
   double copy_seconds = 0;             // thread-seconds spent packing or waiting for device copies
   double write_seconds = 0;            // thread-seconds in pwrite (direct: waiting for writes; mapped: populating)
   double sync_seconds = 0;             // thread-seconds in fsync
-  std::string write_path;              // name_of(WritePath), "standing" or "memory"; joined by "+" where files differ
+  std::string write_path;              // name_of(WritePath), "standing", "memory" or "link"; joined by "+"
   std::string staging;                 // "none", "in place" (devices copied into the target), "pageable", "pinned"
   uint64_t staging_nbytes = 0;         // peak of staged bytes held at once
   uint64_t device_scratch_nbytes = 0;  // device memory that was packed in
@@ -93,8 +93,11 @@ class Save : public std::enable_shared_from_this<Save> {
   bool await_amendment();
   void write(const Amendment& amendment);
   void take_checksums();
-  bool synced_together(const OutputFile& file) const;
-  void sync(OutputFile& file);
+  bool stored_together(const OutputFile& file) const;
+  void store(size_t index);
+  bool foreign(size_t index) const { return std::holds_alternative<ForeignFile>(plan_->files[index].target); }
+  const char* route_of(size_t index) const;
+  std::exception_ptr with_what_stays(std::exception_ptr error) const;
   bool must_sync() const { return intent_.durable || !intent_.keep_cached; }
   template <typename Step>
   void attempt(const Step& step);
@@ -115,8 +118,9 @@ class Save : public std::enable_shared_from_this<Save> {
   Progress progress_;
   // By index in the plan; null where the target is memory.
   std::vector<std::shared_ptr<OutputFile>> files_;
-  std::vector<TemporaryFile*> open_files_;  // those there are
-  bool bounded_ = false;                 // they are open only while they are worked on
+  std::vector<PlacedFile*> placed_files_;          // those that get their names from this save
+  std::vector<std::unique_ptr<LinkCopy>> copies_;  // by index in the plan; null but for a link that was refused
+  bool bounded_ = false;                           // files are open only while they are worked on
   std::vector<std::unique_ptr<FileWriter>> writers_;
   std::vector<std::atomic<size_t>> unfinished_shares_;  // of each file
   std::atomic<size_t> unfinished_files_ = 0;

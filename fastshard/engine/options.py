@@ -112,7 +112,7 @@ class Stats:
 
     files: int
     nbytes: int
-    """Bytes of the finished files."""
+    """Bytes of the finished files, but for those that are linked or that others write."""
     seconds: float
     """From the call of the function to the finished files."""
     plan_seconds: float
@@ -124,8 +124,8 @@ class Stats:
     sync_seconds: float
     """In fsync and rename."""
     write_path: str
-    """``"buffered"``, ``"direct"``, ``"mapped"``, ``"registered"``, ``"standing"`` (a prepared save) or
-    ``"memory"``."""
+    """``"buffered"``, ``"direct"``, ``"mapped"``, ``"registered"``, ``"standing"`` (a prepared save),
+    ``"memory"`` or ``"link"``."""
     staging: str
     """``"none"`` (written from the tensors' own memory), ``"in place"`` (devices copied into the target itself),
     ``"pageable"`` or ``"pinned"``."""

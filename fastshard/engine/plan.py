@@ -65,9 +65,32 @@ class Memory(NamedTuple):
     nbytes: int
 
 
-FileTarget = bytes | Memory
+class ForeignFile(NamedTuple):
+    """A file that somebody else has made and will publish, of which others may write other parts meanwhile.
+
+    The items are written to their offsets, and synced if the save is durable. The file must be there, and as large as
+    the plan. It is never cut, renamed or removed; what was written of it stays when the save fails.
+    """
+
+    path: bytes
+    descriptor: int | None = None
+    """Of the file, open for writing; it stays the caller's, and ``path`` is then only for messages."""
+
+
+class Link(NamedTuple):
+    """No bytes, but a second name for a file that has them, together with the other files of a save.
+
+    The name becomes a hard link, so both share mode and times; the file is copied where there can be no such link, and
+    ``Stats.fallbacks`` says so.
+    """
+
+    path: bytes
+    existing: bytes
+
+
+FileTarget = bytes | ForeignFile | Memory | Link
 """What a file's bytes go into; its type says what happens to that. ``bytes``: the encoded path of a new file, which appears
-there, complete, when the save ends."""
+there, complete, when the save ends, or of one that is to be prepared."""
 
 
 class FilePlan(NamedTuple):

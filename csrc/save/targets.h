@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a save has open of each of its files' targets.
+#pragma once
+
+#include <memory>
+
+#include "file/placement.h"
+#include "file/source_file.h"
+#include "file/temporary.h"
+#include "plan/plan.h"
+
+namespace fastshard {
+
+// Instead of a link that was refused: the existing file, and the plan of a new one with its bytes.
+struct LinkCopy {
+  std::unique_ptr<SourceFile> source;  // none of an empty file
+  FilePlan plan;
+};
+
+struct OpenTarget {
+  std::shared_ptr<OutputFile> file;  // null where the target is memory
+  PlacedFile* placed = nullptr;      // the same, where the save gives it its name
+  TemporaryFile* made = nullptr;     // the same, where the save makes it
+  std::unique_ptr<LinkCopy> copy = nullptr;
+};
+
+// Makes or opens what the plan's bytes go into. Throws IoError, with nothing left behind, for what cannot be had: no
+// directory, no space, a file of somebody else that is not there, not open for writing or too small.
+OpenTarget open_target(const FilePlan& plan, const Intent& intent);
+
+}  // namespace fastshard
