@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // LD_PRELOAD for tests: a filesystem that refuses what some mounts refuse. REFUSE holds words such as
-// "tmpfile fallocate exchange link linkat unlink rename fsync range xattr chmod locks direct pwrite statx io_uring"; each makes that
-// call fail with ENOTSUP, or with the number behind a colon ("rename:5"); with 999 the process is killed there.
+// "tmpfile fallocate exchange link linkat unlink rename fsync range xattr chmod locks direct pwrite statx io_uring"; each
+// makes that call fail with ENOTSUP, or with the number behind a colon ("rename:5"); with 999 the process is killed there.
 // "rename@2" refuses the second call only. "short" refuses nothing: pwrite then writes half of what it is given and a
-// piece of a block. "late": what "range" refuses takes half a second. `refused_calls` counts.
+// piece of a block. "pause" neither: rename then waits half a second. "late": what "range" refuses takes half a second. `refused_calls` counts.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -101,7 +101,8 @@ int fchmod(int fd, mode_t mode) {
 }
 
 int rename(const char* from, const char* to) {
-  static int calls;
+  static int calls, pauses;
+  if (refused("pause", &pauses)) usleep(500000);
   return refused("rename", &calls) ? -1 : REAL(rename)(from, to);
 }
 

@@ -8,7 +8,6 @@ import errno
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from conftest import SLOT, assert_same
 from helpers import names, preload, run_engine
 from test_fetch import fetched, noise
 
-from fastshard import SaveError, _native
+from fastshard import SaveError
 from fastshard.engine.engine import Engine
 from fastshard.engine.plan import FilePlan, Link
 
@@ -132,29 +131,36 @@ def test_one_save_may_link_what_the_one_before_wrote(folder: Path, new_engine: N
     ]
 
 
+@pytest.mark.parametrize("mode", [0o640, 0o440])
 def test_others_who_clean_up_do_not_take_the_name_away(
-    existing: Path, folder: Path, new_engine: NewEngine
+    existing: Path, folder: Path, preloaded: Path, mode: int
 ) -> None:
     """It is hidden for the moment until it replaces a file."""
-    path, engine = folder / "shard", new_engine()
-    stop = threading.Event()
-
-    def clean_up() -> None:
-        while not stop.is_set():
-            _native.remove_leftovers(os.fsencode(path))
-
+    path = folder / "shard"
+    path.write_bytes(OLD)
+    existing.chmod(mode)
+    script = """
+    import threading
+    from fastshard import _native
+    from fastshard.engine.plan import Link
+    existing, path = map(os.fsencode, sys.argv[1:])
+    ended, seen = threading.Event(), set()
+    def clean_up():
+        while not ended.is_set():
+            seen.update(os.listdir(os.path.dirname(path)))
+            _native.remove_leftovers(path)
     cleaner = threading.Thread(target=clean_up)
     cleaner.start()
     try:
-        for _ in range(300):
-            path.unlink(missing_ok=True)
-            path.write_bytes(OLD)
-            engine.submit([link(path, existing)], keep_alive=None).result()
-            assert same_file(path, existing)
+        Engine().submit([FilePlan(Link(path, existing), b"", [])], keep_alive=None).result()
     finally:
-        stop.set()
+        ended.set()
         cleaner.join()
-    assert names(folder) == ["shard"] and existing.stat().st_nlink == 2
+    print(len(seen))
+    """
+    done = run_engine(script, existing, path, env=preload(preloaded, "pause"))
+    assert done.stdout == "2\n", done.stderr  # the hidden name was there to be seen
+    assert same_file(path, existing) and names(folder) == ["shard"]
 
 
 # Where there can be no hard link.
