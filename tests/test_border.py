@@ -169,9 +169,7 @@ def test_a_gap_in_a_prepared_file(path: Path, new_engine: NewEngine) -> None:
     engine = new_engine()
     prepared = engine.prepare(FilePlan(os.fsencode(path), b"head", [WriteItem(view, 5000)], 6000), 2)
     for _ in range(3):
-        future = engine.submit_prepared(
-            prepared, keep_alive=memory, streams={}, durable=False, fetch=None, description=""
-        )
+        future = engine.submit_prepared(prepared, keep_alive=memory, streams={}, durable=False, fetch=None)
         assert future is not None
         future.result()
         assert path.read_bytes() == b"head" + bytes(4996) + b"0123456789" + bytes(990)

@@ -177,9 +177,8 @@ def stays_unfinished(future: SaveFuture) -> bool:
     target = ctypes.create_string_buffer(MIB)
     for _ in range(3):
         with Engine(Options(threads=2)) as other:
-            plan = FilePlan(
-                (ctypes.addressof(target), MIB), b"", [TensorView(ctypes.addressof(memory), MIB, HOST)]
-            )
+            where = Memory(ctypes.addressof(target), MIB)
+            plan = FilePlan(where, b"", [TensorView(ctypes.addressof(memory), MIB, HOST)])
             other.submit([plan], keep_alive=memory).result()
         time.sleep(0.03)
     return not future.done()

@@ -77,7 +77,8 @@ class Placement {
   State state_ = State::temporary;
 };
 
-// A file that a save gives its name, together with the others (publish.h). The destructor undoes what was not published.
+// A file that a save gives its name, together with the others (publish.h). The destructor undoes what was not
+// published.
 class PlacedFile : public OutputFile {
  public:
   ~PlacedFile() override { discard(); }
@@ -100,8 +101,8 @@ class PlacedFile : public OutputFile {
   Placement place_;
 
  private:
-  // What a publication does with each file: puts it in place, and, once all of them stand, removes the old one (0, or the
-  // errno of what failed).
+  // What a publication does with each file: puts it in place, and, once all of them stand, removes the old one (0, or
+  // the errno of what failed).
   virtual void put_in_place(bool keep_old) = 0;
   virtual int remove_old() noexcept = 0;
 };

@@ -46,10 +46,11 @@ namespace {
 
 constexpr uint64_t kMaxNbytes = std::numeric_limits<int64_t>::max();
 
+std::string name_of(const FilePlan& file) { return file.path().empty() ? "the memory target" : file.path(); }
+
 // As users number them: the header, item 0 here, does not count.
 std::string name_of(const FilePlan& file, uint32_t item) {
-  const std::string whose = file.path().empty() ? "the memory target" : file.path();
-  return (item == 0 ? std::string("the header") : "item " + std::to_string(item - 1)) + " of " + whose;
+  return (item == 0 ? std::string("the header") : "item " + std::to_string(item - 1)) + " of " + name_of(file);
 }
 
 void check_cast(const WriteItem& item) {
@@ -62,11 +63,9 @@ void check_cast(const WriteItem& item) {
   if (item.file_offset % itemsize(view.to) != 0) throw std::invalid_argument("the target of a cast is not aligned");
 }
 
-// Where nothing but the items' own bytes may be missing.
-void check_gap(const FilePlan& file, uint64_t end, uint64_t begin, const std::string& where) {
-  if (file.gaps || end == begin) return;
-  throw std::invalid_argument("a gap before " + where + ": nothing is at " + std::to_string(end) + " to " +
-                              std::to_string(begin) + ", and the plan does not say that there are gaps");
+[[noreturn]] void refuse_gap(uint64_t begin, uint64_t end, const std::string& before) {
+  throw std::invalid_argument("a gap before " + before + ": nothing is at " + std::to_string(begin) + " to " +
+                              std::to_string(end) + ", and the plan does not say that there are gaps");
 }
 
 void check_item(const FilePlan& file, uint32_t index) {
@@ -98,11 +97,11 @@ void check(const FilePlan& file) {
       throw std::invalid_argument(name_of(file, index) + " begins at " + std::to_string(item.file_offset) +
                                   ", inside of " + name_of(file, before));
     }
-    check_gap(file, end, item.file_offset, name_of(file, index));
+    if (!file.gaps && item.file_offset != end) refuse_gap(end, item.file_offset, name_of(file, index));
     end = item.file_offset + nbytes;
     before = index;
   }
-  check_gap(file, end, file.nbytes, "the end of " + (file.path().empty() ? "the memory target" : file.path()));
+  if (!file.gaps && end != file.nbytes) refuse_gap(end, file.nbytes, "the end of " + name_of(file));
 }
 
 }  // namespace
