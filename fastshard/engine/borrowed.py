@@ -44,7 +44,7 @@ def _users() -> Callable[[int], int] | None:
 
 
 def storage_number(storage: Any) -> int:
-    """What tells a storage from others, and what :data:`storage_users` takes."""
+    """Returns the number that tells a storage from others, for :data:`storage_users`."""
     number: int = storage._cdata
     return number
 
@@ -67,6 +67,7 @@ is_traceable_wrapper_subclass: Callable[[object], bool] = _borrowed(
 )
 """Returns whether a tensor is a wrapper whose data lies in other tensors."""
 is_lazy: Callable[[object], bool] = _borrowed("torch.nn.parameter", "is_lazy", _waits_for_shape)
-"""Whether it is a parameter or a buffer that has no shape yet."""
+"""Returns whether a tensor is a parameter or a buffer that has no shape yet."""
 storage_users = _users()
-"""How many tensors and others hold a storage, by its number; ``None``: this torch does not tell."""
+"""Returns how many objects hold a storage, which is given by its number; ``None`` if this torch does not
+tell."""
