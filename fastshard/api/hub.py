@@ -209,11 +209,11 @@ _UNSAFE: Final = (
     "pickled models from untrusted sources. If you intend to share your model, we strongly recommend "
     "using safe serialization by installing `safetensors` with `pip install safetensors`."
 )
-"""huggingface_hub's own words, as all that its logger is told."""
+"""The text that huggingface_hub itself logs."""
 
 
 class _Place:
-    """Where the files of a pattern go, which may lead into a folder: ``"sub/w{suffix}.safetensors"``."""
+    """The place of the files of a pattern, which may lead into a folder: ``"sub/w{suffix}.safetensors"``."""
 
     def __init__(self, directory: str, pattern: str) -> None:
         inner, self._pattern = os.path.split(pattern)
@@ -228,7 +228,8 @@ class _Place:
         """What :meth:`earlier` has seen in the folder."""
 
     def check(self, error: type[SaveError] | type[ArchiveError]) -> None:
-        """Raises ``error`` where the pattern leads into a folder that is not there, as the saver of a file does."""
+        """Raises ``error`` if the pattern leads into a folder that does not exist, as the saver of a file
+        does."""
         if self._inner:
             try:
                 os.stat(self.folder)
@@ -236,8 +237,10 @@ class _Place:
                 raise error(found.errno, found.strerror, self.folder) from None
 
     def earlier(self) -> Collection[str]:
-        """Files of an earlier save with this pattern, in the order of the folder; as in huggingface_hub, none in a folder
-        that the pattern leads into."""
+        """Returns the files of an earlier save with this pattern, in the order of the folder.
+
+        As in huggingface_hub, there are none if the pattern leads into a folder.
+        """
         if self._inner:
             return ()
         is_of_it = names_of(self._pattern).fullmatch
@@ -245,11 +248,11 @@ class _Place:
         return {found: None for found in self.listed if is_of_it(found)}.keys()
 
     def inside(self, filename: str) -> str:
-        """What a file is called in the folder."""
+        """Returns a file's path relative to the folder."""
         return os.path.relpath(filename, self._inner) if self._inner else filename
 
     def staged(self, filename: str, stage: str) -> str:
-        """Where a file is made."""
+        """Returns the path where a file is made."""
         path = os.path.join(stage, self.inside(filename))
         if os.sep in filename and not self._inner:
             folder = os.path.join(self.folder, os.path.dirname(filename))
