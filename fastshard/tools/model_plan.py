@@ -127,7 +127,7 @@ class ModelPlan:
         return followed
 
     def _place(self, name: str) -> _Place | None:
-        """Returns the place of a tensor; ``None`` if the model does not load it."""
+        """Returns the place of a tensor; ``None`` if the model ignores it when it is loaded."""
         from transformers.core_model_loading import rename_source_key
 
         prefix = self._model.base_model_prefix
@@ -191,10 +191,11 @@ class ModelPlan:
 def _followed(
     split: Split, wholes: Sequence[tuple[int, ...]], place: _Place, shape: tuple[int, ...]
 ) -> Split | None:
-    """How a tensor of this shape is split that becomes parameters of shapes ``wholes`` with that split; ``None``: by
-    operations that no slice can be followed through.
+    """Returns how a tensor of this shape is split that becomes parameters of shapes ``wholes`` with that
+    split.
 
-    Backwards through transformers' operations, from the parameters to what lies in the file.
+    It goes backwards through transformers' operations, from the parameters to the tensor in the file. Returns
+    ``None`` if an operation is not one that slices can be followed through.
     """
     dim, groups, sizes = split.dim, split.groups, list(wholes[0])
     joined: int | None = None
@@ -290,9 +291,10 @@ def _on_meta(folder: str) -> Iterator[Any]:
 
 
 def _class_named(name: object, config: Any) -> Any:
-    """A model's class by its name, but nothing else that transformers may hold; ``None``: it has none.
+    """Returns a model's class by its name; ``None`` if transformers has no such model.
 
-    Models that are parts of others are not exported: they are in the module beside their configuration's.
+    Models that are parts of others are not exported by transformers: they are in the module beside their
+    configuration's.
     """
     import transformers
 
@@ -311,8 +313,11 @@ def _class_named(name: object, config: Any) -> Any:
 
 
 def _of_layer(config: Any, parameter: str) -> Any:
-    """The configuration of the layer that a parameter belongs to, where the layers' are not alike; ``None``: of a layer
-    of which it says nothing, as those of another part of the model."""
+    """Returns the configuration of the layer that a parameter belongs to, which matters if the layers differ.
+
+    Returns ``None`` if the configuration says nothing of that layer, as for layers of another part of the
+    model.
+    """
     if not getattr(config, "is_heterogeneous", False):
         return config
     layer = re.search(r"\.layers\.(\d+)\.", f".{parameter}")

@@ -106,7 +106,8 @@ class Part(NamedTuple):
         return self.tensor.name, self.tensor.code, self.shape, self.nbytes
 
     def views(self, address: int, rank: int) -> list[TensorView]:
-        """What lies one behind the other in the rank's file, of a tensor that is mapped there."""
+        """Returns the views that lie one behind the other in the rank's file, of a tensor that is mapped at
+        ``address``."""
         if self.split is None or self.nbytes == 0:
             return [TensorView(address, self.nbytes, HOST)]
         outer = math.prod(self.tensor.shape[: self.split.dim])
@@ -121,7 +122,7 @@ class Part(NamedTuple):
         return [TensorView(address, self.nbytes, HOST, 1, (outer, groups, run), strides)]
 
     def _views_of_groups(self, address: int, rank: int, rows: int) -> list[TensorView]:
-        """No strides lead through groups that are not of one size: each run by itself."""
+        """Returns each run as a view of its own, as groups of different sizes have no common stride."""
         ranks = len(self.intervals)
         begins = itertools.accumulate((run * ranks for run in self.runs), initial=0)
         runs = [(begin + rank * run, run) for begin, run in zip(begins, self.runs) if run]
