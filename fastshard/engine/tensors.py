@@ -105,12 +105,10 @@ def describe(
 
 
 def each_alone(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Returns whether each of these tensors is contiguous and the only one in its storage, all of which it
-    takes.
+    """Returns whether each tensor is contiguous and alone in its storage, and takes all of it.
 
-    They must be of torch's own classes, in host memory or on a GPU. Then none shares memory and none has to
-    be made contiguous, which need not be searched for (20,000 tensors: 42 ms instead of a second). ``False``
-    means only that a closer look is needed.
+    They must be of torch's own classes, in host memory or on a GPU. Then shared memory need not be searched for
+    (20,000 tensors: 42 ms instead of a second). ``False`` means only that a closer look is needed.
     """
     addresses = set()
     for tensor in tensors.values():
@@ -124,8 +122,7 @@ def each_alone(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def stored_as(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
-    """Returns dtype and shape as a header says them. Raises ``KeyError`` for a dtype that the format does not
-    have."""
+    """Returns dtype and shape as in a header. Raises ``KeyError`` for a dtype that the format does not have."""
     shape = tuple(tensor.shape)
     return _DTYPES[tensor.dtype][1], _unpacked(shape) if tensor.dtype is _FLOAT4 else shape
 
@@ -175,10 +172,7 @@ def _cast(entry: Entry, dtype: torch.dtype) -> Entry:
 
 @functools.cache
 def _number_of(dtype: torch.dtype) -> int:
-    """Returns the number of the engine's cast that does what this torch does.
-
-    Up to torch 2.12, numbers that are too large for float8_e4m3fn become NaN.
-    """
+    """Returns the number of the engine's cast. Up to torch 2.12, what is too large for float8_e4m3fn becomes NaN."""
     saturates = dtype is torch.float8_e4m3fn and not torch.tensor(1e4, device="cpu").to(dtype).float().isnan()
     return CASTS["F8_E4M3_SAT" if saturates else _TARGETS[dtype]]
 
@@ -257,11 +251,8 @@ def _refuse(tensors: dict[str, Any], allow_strided: bool) -> None:
 
 
 def _check_memory(name: str, tensor: torch.Tensor) -> None:
-    """Raises for a tensor whose elements are not in its storage.
-
-    The storage may have been freed (FSDP does that), it may be fake, or the tensor may compute its values
-    from others.
-    """
+    """Raises for a tensor whose elements are not in its storage: freed (by FSDP, say), fake, or computed from
+    others."""
     if device_number(tensor.device) == FETCHED or tensor.numel() == 0 or tensor.data_ptr() != 0:
         return
     tensor.untyped_storage().data_ptr()  # torch's own error, if it is no real one
@@ -281,8 +272,7 @@ def _naming(name: object) -> Iterator[None]:
 
 
 def _check_names(tensors: Mapping[Any, torch.Tensor]) -> None:
-    """Raises ``TypeError`` for a name that is not a string, ``UnicodeEncodeError`` for a lone surrogate in
-    one."""
+    """Raises ``TypeError`` for a name that is not a string, ``UnicodeEncodeError`` for a lone surrogate in one."""
     for name in tensors:
         if not isinstance(name, str):
             raise TypeError(f"argument 'tensor_dict': {what_it_is(name)} is not an instance of 'str'")
@@ -307,10 +297,9 @@ def check_format(entries: list[Entry]) -> None:
 
 
 def current_streams(devices: Iterable[int]) -> dict[int, int]:
-    """Returns the handle of the current stream of every CUDA device among these device numbers of views.
+    """Returns the handle of the current stream of every CUDA device among these, behind whose work the copies run.
 
-    The copies run behind what the streams hold now. Raises ``RuntimeError`` while such a stream is being
-    captured into a graph.
+    Raises ``RuntimeError`` while such a stream is being captured into a graph.
     """
     streams = {}
     for ordinal in sorted({device for device in devices if device >= 0}):
