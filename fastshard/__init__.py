@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fastest safe way to put PyTorch weights on disk.
 
-``import fastshard as st`` stands in for ``import safetensors.torch as st``. Importing costs nothing: torch,
-safetensors and the native module are loaded by the first use.
+``import fastshard as st`` replaces ``import safetensors.torch as st``. The import itself loads neither torch
+nor safetensors nor the native module; each is loaded at its first use.
 """
 
 from __future__ import annotations

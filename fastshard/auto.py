@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``import fastshard.auto`` is ``fastshard.install()``, unless the environment says ``FASTSHARD_DISABLE=1``.
+"""``import fastshard.auto`` calls ``fastshard.install()``, unless the environment variable
+``FASTSHARD_DISABLE`` is set to 1.
 
-With ``FASTSHARD_AUTO=1`` in the environment every Python that fastshard is installed for does it when it starts, without
-a line in any script: ``fastshard_auto.pth`` beside the package (setup.py) sees to it.
+With ``FASTSHARD_AUTO=1`` in the environment, every Python in whose environment fastshard is installed does
+this when it starts, without a line in any script. The file ``fastshard_auto.pth`` beside the package, which
+setup.py installs, does it.
 """
 
 from .base.settings import flag

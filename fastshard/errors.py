@@ -12,14 +12,14 @@ from safetensors import SafetensorError
 class SaveError(SafetensorError, OSError):
     """A file could not be written.
 
-    Both what safetensors raises and what ``open`` raises: ``errno`` and ``filename`` are set, so a full disk
-    (``errno.ENOSPC``) can be told from a missing directory. The target is as it was before the save, unless
-    ``published`` is true.
+    This is both what safetensors raises and what ``open`` raises. ``errno`` and ``filename`` are set, so a
+    full disk (``errno.ENOSPC``) can be told from a missing directory. The target is as it was before the
+    save, unless ``published`` is true.
     """
 
     published: bool = False
-    """Whether the new file stands under its name all the same: what failed came after that, the sync of its folder
-    for instance, so that it is not known to be on stable storage."""
+    """Whether the new file stands under its name although the call has failed. Then a step after the rename
+    has failed, for instance the sync of its folder, and the file is not known to be on stable storage."""
 
     def __str__(self) -> str:
         if self.errno is None:
@@ -29,15 +29,18 @@ class SaveError(SafetensorError, OSError):
 
 
 class ArchiveError(SaveError, RuntimeError):
-    """The same of an archive: ``torch.save`` raises ``RuntimeError`` where a file cannot be written."""
+    """A file of ``torch.save`` could not be written. It is a ``RuntimeError``, too, which ``torch.save``
+    raises then."""
 
 
 _Kind = TypeVar("_Kind", bound=SaveError)
 
 
 def rewritten(error: OSError, kind: type[_Kind], filename: str | bytes | None = None) -> _Kind:
-    """The same error as another class, with ``published`` and notes. ``filename``: the name that the caller gave,
-    where it is not the error's own."""
+    """Returns an error as one of another class, with its ``published`` and its notes.
+
+    ``filename`` is the name that the caller gave, if the error has another one.
+    """
     if error.errno is None:  # made of a text only
         made = kind(*error.args)
     else:

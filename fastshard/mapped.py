@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that lie in files, by the address that users have."""
+"""The public address of :mod:`fastshard.engine.mapped`: tensors that lie in files, without reading them."""
 
 from .engine.mapped import MappedFile as MappedFile
 from .engine.mapped import lies_in_file as lies_in_file

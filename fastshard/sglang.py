@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fastshard in SGLang, by the address that users have: the plugin."""
+"""The public address of the SGLang plugin, :mod:`fastshard.integrations.sglang`."""
 
 from .integrations.sglang import register as register
 from .integrations.sglang import save_model as save_model

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fastshard in vLLM, by the addresses that users have: the plugin, and the worker extension."""
+"""The public addresses of the vLLM plugin and its worker extension, :mod:`fastshard.integrations.vllm`."""
 
 from .integrations.vllm import WorkerExtension as WorkerExtension
 from .integrations.vllm import register as register

@@ -288,7 +288,7 @@ def test_of_the_target_type_already() -> None:
     assert entries == tensors.describe(tensors_, allow_strided=False)
 
 
-# The doors -----------------------------------------------------------------------------------------------
+# The public functions ------------------------------------------------------------------------------------
 
 
 def test_save_files(tmp_path: Path) -> None:
@@ -333,7 +333,7 @@ def test_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Errors --------------------------------------------------------------------------------------------------
 
-DOORS: list[Callable[..., object]] = [
+FUNCTIONS: list[Callable[..., object]] = [
     lambda tensors_, path, **options: fastshard.save(tensors_, **options),
     fastshard.save_file,
     lambda tensors_, path, **options: fastshard.save_files({path: tensors_}, **options),
@@ -343,27 +343,27 @@ DOORS: list[Callable[..., object]] = [
 ]
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("dtype", [F64, torch.int8, torch.complex64, torch.bool, "float15", "f", "", 16])
-def test_no_such_target(tmp_path: Path, door: Callable[..., object], dtype: object) -> None:
+def test_no_such_target(tmp_path: Path, function: Callable[..., object], dtype: object) -> None:
     with pytest.raises(
         ValueError,
         match=f"^cannot save as {dtype}: dtype must be one of float32 .*float8_e5m2 .*, not {dtype}$",
     ):
-        door({"a": numbers(3)}, tmp_path / "weights", dtype=dtype)
+        function({"a": numbers(3)}, tmp_path / "weights", dtype=dtype)
     assert snapshot(tmp_path) == {}
 
 
-@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize(
     "name", ["bf16", "bfloat16", "torch.bfloat16", "BF16", "fp8_e4m3fn", "float8_e4m3fn", "half"]
 )
-def test_targets_by_name(tmp_path: Path, door: Callable[..., object], name: str) -> None:
+def test_targets_by_name(tmp_path: Path, function: Callable[..., object], name: str) -> None:
     target = {"b": BF16, "f": torch.float8_e4m3fn, "h": torch.float16}[name.lower().removeprefix("torch.")[0]]
     state = {"a": numbers(300)}
     found: list[object] = [
-        door(state, tmp_path / "weights", dtype=target),
-        door(state, tmp_path / "other", dtype=name),
+        function(state, tmp_path / "weights", dtype=target),
+        function(state, tmp_path / "other", dtype=name),
     ]
     if found[0] is None:
         found = [(tmp_path / "weights").read_bytes(), (tmp_path / "other").read_bytes()]

@@ -921,7 +921,7 @@ def test_nobody_asks_what_is_behind_an_address() -> None:
     assert "cuPointerGetAttribute" not in header
 
 
-# The doors, with tensors that torch believes to be on a GPU.
+# The public functions, with tensors that torch believes to be on a GPU.
 
 
 class SimTensor(torch.Tensor):

@@ -292,7 +292,7 @@ def test_cancelled_by_another_thread_while_a_piece_is_brought(new_engine: NewEng
     assert os.listdir(path.parent) == [path.name]
 
 
-# The doors, with tensors that torch believes to be on another accelerator.
+# The public functions, with tensors that torch believes to be on another accelerator.
 
 
 class ElsewhereTensor(torch.Tensor):

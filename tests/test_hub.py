@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doors of huggingface_hub against the originals: files, errors, what happens to the caller's dicts."""
+"""The functions for huggingface_hub against the originals: files, errors, what happens to the caller's dicts."""
 
 import copy
 import errno

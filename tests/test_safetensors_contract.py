@@ -845,8 +845,8 @@ assert "torch" not in sys.modules
 # Threads and processes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("door", ["save_file", "save"])
-def test_other_threads_run_meanwhile(tmp_path, door):
+@pytest.mark.parametrize("function", ["save_file", "save"])
+def test_other_threads_run_meanwhile(tmp_path, function):
     tensors = {str(number): torch.ones(25 * MIB // 4) for number in range(8)}
     call = {
         "save_file": lambda: fastshard.save_file(tensors, tmp_path / "big"),
@@ -854,7 +854,7 @@ def test_other_threads_run_meanwhile(tmp_path, door):
     }
     ticks = 0
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(call[door])
+        future = pool.submit(call[function])
         while not future.done():
             ticks += 1
             time.sleep(0.001)

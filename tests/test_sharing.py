@@ -248,7 +248,7 @@ def test_contiguous_slices_are_refused_where_the_reference_refuses_them(spans):
     assert answer == truly_shared(tensors)
 
 
-# At the doors --------------------------------------------------------------------------------------------
+# In the public functions ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tensors", DISJOINT.values(), ids=DISJOINT.keys())

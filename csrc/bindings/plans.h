@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is to be written and how, from the NamedTuples of fastshard/engine/plan.py.
+// Makes plans and options of the NamedTuples of fastshard/engine/plan.py.
 #pragma once
 
 #include <cstdint>
@@ -13,10 +13,10 @@
 
 namespace fastshard {
 
-// A list of FilePlan. The header of each becomes its item 0.
+// Makes a plan of a list of FilePlan. The header of each becomes its item 0.
 std::shared_ptr<SavePlan> plan_from(const py::list& files);
 
-// What is asked of a save besides its files.
+// The options of a save.
 struct SaveOptions {
   std::map<int, uintptr_t> streams;  // by CUDA ordinal
   Intent intent;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The border to Python: pybind11, which this folder alone includes, and the interpreter's lock, which is free in every
-// call that can block.
+// pybind11, which only this folder includes, and the interpreter's lock (GIL), which is released in every call that can
+// block.
 #pragma once
 
 #include <cxxabi.h>
@@ -13,9 +13,9 @@ namespace fastshard {
 namespace py = pybind11;
 using namespace py::literals;
 
-// As py::gil_scoped_release. A daemon thread that comes back when the interpreter ends is ended by Python before 3.14
-// with pthread_exit(), which unwinds the stack through destructors that must not throw: all of the process would be
-// aborted. It waits for the end of the process instead, as newer versions let it.
+// Like py::gil_scoped_release. When the interpreter ends, Python before 3.14 ends a returning daemon thread with
+// pthread_exit(). That unwinds the stack through destructors that must not throw, so the process would be aborted. Here
+// the thread waits for the end of the process instead, as in newer versions.
 class GilReleased {
  public:
   GilReleased() : state_(PyEval_SaveThread()) {}

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// NamedTuples of fastshard/engine/plan.py, whose fields are read by name: where a name lies in the tuple is looked up
-// once, so that a field costs what a position would.
+// NamedTuples of fastshard/engine/plan.py, whose fields are read by name. The position of a name in the tuple is looked
+// up once, so reading a field costs as much as reading a position.
 #pragma once
 
 #include "bindings/python.h"
 
 namespace fastshard {
 
-// Where a field lies in the tuples of its class.
+// The position of a field in the tuples of its class.
 enum class Field : Py_ssize_t {};
 
-// One class of NamedTuples. A class for each derives from it, with a Field for each name.
+// A class of NamedTuples. For each one a class derives from this, with a Field for each name.
 class RecordType {
  public:
   explicit RecordType(const char* name);
@@ -23,9 +23,9 @@ class RecordType {
   }
 
  protected:
-  // Throws ImportError where the class has no such field.
+  // Throws ImportError if the class has no such field.
   Field field(const char* name);
-  // Throws ImportError where the class has a field that was not asked for.
+  // Throws ImportError if the class has a field that was not asked for.
   void require_all_known() const;
 
  private:

@@ -23,10 +23,10 @@ struct EngineHandle {
   std::shared_ptr<Engine> engine;
 };
 
-// A save as Python holds it. Should it be dropped while running (an exception that arrived between two
-// bytecodes), it is stopped first: the tensors may go right after.
+// A save as Python holds it. If it is dropped while running, by an exception that arrives between two bytecodes, it is
+// stopped first, as the tensors may go right after.
 struct SaveHandle {
-  // `alive`: what the save reads from, kept until the handle goes. Made, and dropped, with the GIL held.
+  // `alive` is what the save reads from. It is kept as long as the handle, which is made and dropped with the GIL held.
   explicit SaveHandle(py::object alive) : kept(std::move(alive)) {}
   SaveHandle(const SaveHandle&) = delete;
   SaveHandle& operator=(const SaveHandle&) = delete;

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Casts of floating-point elements, bit for bit those of torch's `tensor.to(dtype)`: to nearest, ties to even,
-// by way of float32 (so a float64 is rounded twice, as there). What is too large for float8_e4m3fn, which has no
-// infinity, is NaN in torch up to 2.12, and the largest number from 2.13 on (f8_e4m3_sat). Shared by the CPU pack and
-// kernels/pack.cu, in integer arithmetic, so that rounding modes, flushed subnormals and fast-math mean nothing to it;
-// and free of branches, so that compilers vectorise it.
+// Casts of floating-point elements, bit for bit those of torch's `tensor.to(dtype)`: to nearest, ties to even, by way
+// of float32 (so a float64 is rounded twice, as in torch). float8_e4m3fn has no infinity. A number that is too large
+// for it becomes NaN in torch up to 2.12, and the largest number from 2.13 on (f8_e4m3_sat). The CPU and
+// kernels/pack.cu share this file. It uses integer arithmetic, so that rounding modes, flushed subnormals and fast-math
+// have no influence, and no branches, so that compilers vectorise it.
 //
-// NaNs stay NaNs. To bfloat16 each becomes 0x7fc0, to a float8 0x7f with its sign; elsewhere it keeps its
-// sign and the leading bits of its payload, and is made quiet (bfloat16 to float32: kept as it is). Torch does
-// the same wherever it is of one mind; its vectorised loops write 0xffff for some NaNs as bfloat16.
+// NaNs stay NaNs. As bfloat16 each becomes 0x7fc0, as a float8 0x7f with its sign. Otherwise a NaN keeps its sign and
+// the leading bits of its payload, and is made quiet; from bfloat16 to float32 it is not changed. Torch does the same,
+// except that its vectorised loops write some NaNs as 0xffff in bfloat16.
 #pragma once
 
 #include <cstdint>
@@ -51,7 +51,7 @@ struct Element<DType::f8_e5m2> {
 
 namespace casting {
 
-// As `condition ? yes : no`, which compilers on the CPU make branches of, and then no vector loop.
+// Like `condition ? yes : no`, for which compilers on the CPU make branches, and then no vector loop.
 template <typename Word>
 FASTSHARD_HOST_DEVICE inline Word chosen(bool condition, Word yes, Word no) {
 #ifdef __CUDA_ARCH__
@@ -82,8 +82,8 @@ FASTSHARD_HOST_DEVICE inline Word shifted(Word value, Word shift) {
   return static_cast<Word>((value + (Word{1} << (shift - 1)) - 1 + ((value >> shift) & 1)) >> shift);
 }
 
-// float32 bits of value * 2^exponent, for results that float32 holds as normal numbers. The one operation here
-// that is no integer's: an int below 2^24 becomes a float exactly, in any rounding mode.
+// The float32 bits of value * 2^exponent, for results that are normal numbers of float32. This is the only operation
+// here that is not an integer's: an int below 2^24 becomes a float exactly, in any rounding mode.
 FASTSHARD_HOST_DEVICE inline uint32_t scaled(uint32_t value, int exponent) {
   const auto number = static_cast<float>(static_cast<int32_t>(value));
 #ifdef __CUDA_ARCH__

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What has to be released in the right order: a device's primary context, and streams and events in it.
+// A device's primary context, and the streams and events in it, which must be released before the context.
 #pragma once
 
 #include <array>
@@ -29,7 +29,7 @@ class Context {
   const CudaDriver& driver() const { return driver_; }
   CUcontext get() const { return context_; }
   unsigned processors() const { return static_cast<unsigned>(processors_); }
-  // As the folders of /sys/bus/pci/devices are called; empty where the driver does not say.
+  // The device's name in /sys/bus/pci/devices; empty if the driver does not tell.
   std::string pci_address() const {
     std::array<char, 32> address = {};
     const CUresult found = driver_.cuDeviceGetPCIBusId(address.data(), static_cast<int>(address.size()) - 1, device_);
@@ -43,7 +43,7 @@ class Context {
   CUcontext context_ = nullptr;
 };
 
-// Makes the device current on this thread for a scope; what was current before comes back.
+// Makes the device current on this thread for a scope, and restores what was current before.
 class Current {
  public:
   explicit Current(const Context& context) : driver_(context.driver()) {
@@ -85,7 +85,7 @@ class Event {
   CUevent event_ = nullptr;
 };
 
-// A stream that, like torch's, does not wait for the legacy one.
+// A stream that, like torch's streams, does not wait for the legacy default stream.
 class Stream {
  public:
   explicit Stream(std::shared_ptr<Context> context) : context_(std::move(context)) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the copy engine of a device does by itself: ranges, rows with a pitch, and gathers made of these.
+// Copies that the copy engine of a device can do by itself: ranges, rows with a pitch, and gathers made of these.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace fastshard {
 // A contiguous range of at least this many bytes is copied by the copy engine; smaller ones are cheaper
 // together in one kernel launch than one by one.
 inline constexpr uint64_t kEngineCopyNbytes = 64 << 10;
-// Of the staging scratch, what gather() needs for a cast at least.
+// Bytes of the staging scratch that gather() needs at least for a cast.
 inline constexpr uint64_t kCastNbytes = 4096;
 
 // Copies to the host on one stream, enqueued in the order of the calls. The context must be current.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How what is strided, cast or small leaves a device: packed by the kernel in device memory and copied from there,
-// stored by the kernel over the link, or copied piece by piece.
+// Gathers of strided, cast and small tensors: the kernel packs them in device memory, from where they are copied, or it
+// stores them over the link, or they are copied piece by piece.
 #pragma once
 
 #include <memory>
@@ -18,7 +18,7 @@
 
 namespace fastshard {
 
-// The way gathers travel. For benchmarks: $FASTSHARD_GATHER chooses another one than the engine would.
+// The way that gathers take. For benchmarks, $FASTSHARD_GATHER chooses another one than the engine would.
 enum class GatherWay {
   automatic,  // through device scratch; without any: long rows by the copy engine, the others by the kernel
   link,       // by the kernel, over the link

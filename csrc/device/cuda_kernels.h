@@ -19,8 +19,8 @@ class CudaKernels {
   CudaKernels(const CudaKernels&) = delete;
   CudaKernels& operator=(const CudaKernels&) = delete;
 
-  // Loads the kernels into the context, once. Null where none were built, or the driver has no use for them (an
-  // architecture older than the PTX).
+  // Loads the kernels into the context, once. Null if none were built, or if the driver cannot use them, as the
+  // architecture is older than the PTX.
   CUfunction pack(const std::shared_ptr<Context>& context);
 
  private:

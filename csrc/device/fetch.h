@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bytes that only Python can bring: accelerators without a native device, tensors loaded on demand. Writer
-// threads post requests for slot-sized pieces; the thread that waits for the save serves them. So such a
-// save, too, needs no more memory than the staging slots.
+// Bytes that only Python can bring: from accelerators without a native device, and of tensors that are loaded on
+// demand. Writers post requests for pieces of at most a slot, and the thread that serves the save answers them. So such
+// a save needs no more memory than the staging slots, either.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@
 
 namespace fastshard {
 
-// Put the packed bytes [first_byte, first_byte + nbytes) of `item` of `file` at `out`.
+// A request to put the packed bytes [first_byte, first_byte + nbytes) of `item` of `file` at `out`.
 struct FetchRequest {
   uint64_t id;
   uint32_t file;
@@ -55,7 +55,8 @@ class FetchQueue {
     return waiting_.empty();
   }
 
-  // Gives up what nobody has taken; what was taken is waited for, as somebody may be writing to its slot.
+  // Withdraws requests that nobody has taken. Those that were taken are waited for, as somebody may be writing to their
+  // slots.
   void abort() {
     {
       const std::lock_guard lock(mutex_);
@@ -64,7 +65,7 @@ class FetchQueue {
     }
     settled_.notify_all();
   }
-  // Gives up what was taken, too: by the calling thread, or by anybody.
+  // Also withdraws requests that were taken, by the calling thread or by anybody.
   void disown(bool anybodys) {
     {
       const std::lock_guard lock(mutex_);

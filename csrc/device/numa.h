@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory next to a device, on machines with more than one memory node. Everywhere else nothing here does anything.
+// Memory next to a device, on machines with several memory nodes. On other machines the functions do nothing.
 #pragma once
 
 #include <cstddef>
@@ -8,11 +8,11 @@
 
 namespace fastshard {
 
-// The node of a PCI device ("0000:3b:00.0"), or -1: unknown, or the machine has one node only.
+// Returns the node of a PCI device ("0000:3b:00.0"); -1 if it is not known, or the machine has only one.
 int node_of_pci_device(const std::string& address);
 
-// Lets pages of `memory` that are not there yet come from `node`, where there is room. A refusal costs nothing but
-// speed, and is ignored; so is -1.
+// Asks the kernel to take pages of `memory` that do not exist yet from `node`, if it has any free. A refusal costs only
+// speed and is ignored. Nothing happens for -1.
 void prefer_node(std::span<std::byte> memory, int node);
 
 }  // namespace fastshard

@@ -26,7 +26,7 @@ class Ring {
     std::byte* memory;
     std::unique_ptr<Registration> registration;
     bool registration_tried = false;
-    int node = -1;  // of its memory, where somebody wished for one
+    int node = -1;  // of its memory, if one was asked for
   };
 
  public:
@@ -55,7 +55,7 @@ class Ring {
     Block* block_;
   };
 
-  // A writer at work. It holds no more than its share of the slots, so that none is left without for long.
+  // A writer at work. It holds at most its share of the slots, so that no other writer is without one for long.
   class Share {
    public:
     explicit Share(Ring& ring) : ring_(ring) { ++ring_.writers_; }
@@ -82,8 +82,8 @@ class Ring {
   Ring(const Ring&) = delete;
   Ring& operator=(const Ring&) = delete;
 
-  // Blocks until a slot is free. The most recently used one comes first: its pages are there and warm. Those on
-  // memory node `node` come before all others, and -1 is content with any.
+  // Blocks until a slot is free. Prefers slots on memory node `node` (-1: any), and among these the one that was used
+  // last, whose pages exist and may be in a cache.
   Slot acquire(int node = -1) {
     std::unique_lock lock(mutex_);
     freed_.wait(lock, [&] { return available(); });

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a file has besides its contents, taken over from the file that it replaces.
+// Owner, mode, access control list and extended attributes, which a file takes over from the one that it replaces.
 #pragma once
 
 #include <sys/stat.h>
@@ -11,10 +11,10 @@
 
 namespace fastshard {
 
-// Gives the file behind `fd` the owner, mode, access control list and extended attributes of the file at `path`, which
-// is not followed if it is a link and whose stat is `of`. Returns what was refused, in words. Where owner or group
-// cannot be given, the bits that would then speak of somebody else (setuid, setgid, the group's) are left out.
-// Throws IoError, naming `shown`, when the new file itself cannot be looked at.
+// Gives the file behind `fd` the attributes of the file at `path`, whose stat is `of`; a link at `path` is not
+// followed. Returns descriptions of what was refused. If owner or group cannot be given, the mode bits that would apply
+// to another owner or group (setuid, setgid, the group's) are left out. Throws IoError, naming `shown`, if the new file
+// itself cannot be examined.
 std::vector<std::string> adopt_attributes(int fd, const std::string& path, const struct stat& of,
                                           const std::string& shown);
 

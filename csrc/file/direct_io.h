@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Writes past the page cache, several at a time: io_uring, or a few threads of blocking pwrite where that is
-// forbidden (seccomp filters of containers, the sysctl kernel.io_uring_disabled).
+// Writes past the page cache, several at a time: by io_uring, or by a few threads with blocking pwrite where io_uring
+// is forbidden (by seccomp filters of containers, or the sysctl kernel.io_uring_disabled).
 #pragma once
 
 #include <cstddef>
@@ -18,18 +18,18 @@ class DirectQueue {
   // Waits for the writes in flight: only then may their memory go.
   virtual ~DirectQueue() = default;
 
-  // Starts writing `bytes` at `offset`: address, length and offset multiples of the file's block. The bytes must
-  // stay as they are until `token` was reaped. No more than `depth` writes may be in flight.
+  // Starts writing `bytes` at `offset`. Address, length and offset must be multiples of the file's block, and the bytes
+  // must not change until `token` has been reaped. At most `depth` writes may be in flight.
   virtual void submit(std::span<const std::byte> bytes, uint64_t offset, uint64_t token) = 0;
-  // The token of a write that is complete. Without one: null, or with `wait` blocks until there is one, which there
-  // must be. Throws IoError, naming the file, for a write that failed.
+  // Returns the token of a completed write. If there is none, returns null, or with `wait` blocks until there is one; a
+  // write must be in flight then. Throws IoError, naming the file, for a write that has failed.
   virtual std::optional<uint64_t> reap(bool wait) = 0;
 };
 
-// 0 where this process may use io_uring, else why not (errno).
+// Returns 0 if this process may use io_uring, else the errno of the refusal.
 int io_uring_refusal();
 
-// `path` is for messages. Without `io_uring`, and where it is refused after all, threads write.
+// `path` is for messages. Threads write if `io_uring` is false, or if io_uring is refused after all.
 std::unique_ptr<DirectQueue> make_direct_queue(int fd, const std::string& path, uint64_t block_nbytes, unsigned depth,
                                                bool io_uring);
 

@@ -23,11 +23,14 @@ struct KnownType {
 
 // Smaller saves are over before direct writes could overlap.
 constexpr uint64_t kMinDirectSaveNbytes = 16 << 20;
-// Durable saves of device memory: staged in any case, so that direct writes save them a copy. Not measured on a GPU
-// yet; from host memory it costs one, and gains nothing (DESIGN.md).
+// Durable saves of device memory are staged in any case, so direct writes spare them a copy. That is not measured on a
+// GPU yet. From host memory direct writes cost a copy and gain nothing (DESIGN.md). When other processes use up the
+// memory, they keep their 1.6 to 1.9 GiB/s, while buffered writes fall to 0.4 to 1.5.
 constexpr bool kDirectFromDevice = true;
 
-// Magic numbers that linux/magic.h does not have are the filesystems' own (statfs(2)).
+// Magic numbers that linux/magic.h does not have are the filesystems' own (statfs(2)). Files cannot be saved to
+// hugetlbfs: it has no write(2), and its sizes are whole huge pages, which readers of safetensors refuse. A tmpfs
+// mounted with `huge=` has huge pages, too.
 constexpr KnownType kKnownTypes[] = {
     {EXT4_SUPER_MAGIC, "ext4"}, {0x58465342, "xfs"},      {BTRFS_SUPER_MAGIC, "btrfs"},
     {TMPFS_MAGIC, "tmpfs"},     {RAMFS_MAGIC, "ramfs"},   {OVERLAYFS_SUPER_MAGIC, "overlayfs"},
@@ -38,11 +41,12 @@ constexpr KnownType kKnownTypes[] = {
     {0x19830326, "beegfs"},
 };
 
-// Populating pages costs a thread about twice the time of a write(2) into them, but any number of threads can do it
-// for one file, of which only one can write.
+// Populating pages takes a thread about twice as long as a write(2) into them (2.6 GiB/s with two threads against 3.1
+// with one that writes), but any number of threads can populate a file, and only one can write it. On a mount with
+// `huge=advise` mapping is already faster with two (3.6 against 3.2).
 constexpr size_t kMappingWriters = 4;
 
-// Filesystems of one machine: whoever has a file open is seen there.
+// Filesystems of which only one machine has the files, so whoever has one open is seen there.
 constexpr std::string_view kOneMachine[] = {"ext4", "xfs", "btrfs", "tmpfs", "ramfs", "overlayfs", "zfs", "f2fs"};
 
 FileSystem described(const struct statfs& info) {

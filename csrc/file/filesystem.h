@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the filesystem of a directory can do, and which way of writing follows from it.
+// What the filesystem of a directory can do, and which write path follows from it.
 #pragma once
 
 #include <cstdint>
@@ -32,10 +32,10 @@ class Descriptor {
   ~Descriptor();
 
   int get() const { return fd_; }
-  // Closes it and returns what the filesystem has to say about that: 0, or an errno. Some tell only now that what was
-  // written could not be stored (close(2)).
+  // Closes it and returns 0, or an errno: some filesystems tell only now that what was written could not be stored (see
+  // close(2)).
   int close() noexcept;
-  // Gives it away: it is closed by somebody else.
+  // Gives it away. The caller closes it.
   int release() noexcept { return std::exchange(fd_, -1); }
   explicit operator bool() const { return fd_ >= 0; }
 
@@ -50,11 +50,11 @@ struct FileSystem {
   bool one_machine = false;    // no other machine can have its files open
 };
 
-// Of a directory, or of an open file. Throws IoError, naming `path`, when it cannot be looked at.
+// Returns the filesystem of a directory, or of an open file. Throws IoError, naming `path`, if that cannot be told.
 FileSystem filesystem_of(const std::string& directory, const std::string& path);
 FileSystem filesystem_of(int fd, const std::string& path);
 
-// What a save asks of its files.
+// The options of a save that concern its files.
 struct Intent {
   WritePath wanted = WritePath::automatic;
   bool durable = false;       // on stable storage when the save returns
@@ -78,10 +78,10 @@ struct Choice {
 // but for a direct file with gaps.
 Choice choose_write_path(const FileSystem& filesystem, const Intent& intent);
 
-// Whether an errno says that the filesystem or the kernel does not have what was asked for.
+// Returns whether an errno says that the filesystem or the kernel does not have what was asked for.
 bool is_unsupported(int error);
 
-// The file behind a descriptor as a path, through which it can be given a name; there where /proc is mounted.
+// Returns a path to the file behind a descriptor, by which the file can be given a name. It needs a mounted /proc.
 std::string self_path(int fd);
 
 }  // namespace fastshard

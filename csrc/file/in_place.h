@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whether a file can be replaced by a new one, or has to be written over where it is.
+// Decides whether a file can be replaced by a new one, or has to be written over where it is.
 #pragma once
 
 #include <string>
@@ -7,12 +7,12 @@
 namespace fastshard {
 
 struct Look {
-  const char* why_in_place = nullptr;  // in words; null: what is known of it leaves it replaceable
-  bool held = false;                   // unless this process has the file open, or may have it open
+  const char* why_in_place = nullptr;  // the reason; null if nothing known so far is against a replacement
+  bool held = false;                   // the caller has to find out whether this process has the file open
 };
 
-// Looks at the file in as few system calls as it takes, none of which changes it. Throws IoError, of ENOENT too, where
-// it can neither be looked at nor be opened for writing, as opening it does.
+// Examines the file with as few system calls as possible, none of which changes it. Throws the IoError of opening it
+// (ENOENT, too) if it can neither be examined nor be opened for writing.
 Look look_at_file(const std::string& path);
 
 }  // namespace fastshard

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// New names of files that are there already.
+// New names for files that exist already.
 #pragma once
 
 #include <string>
@@ -8,16 +8,16 @@
 
 namespace fastshard {
 
-// A hard link to a file that has the contents, which is put in place with the other files of a save. The file itself
-// stays as it is: its mode, its times, its other names. Until it is published there is no link.
+// A hard link to a file that has the contents. It is put in place together with the other files of a save, and does not
+// exist before. The file itself keeps its mode, its times and its other names.
 class LinkedFile final : public PlacedFile {
  public:
   // Checks the target, and removes what killed saves of it have left. Throws IoError unless `existing` is a regular
   // file; a symbolic link is followed.
   LinkedFile(const std::string& path, const std::string& existing, const Intent& intent);
 
-  // 0, or why the file cannot have a name there (errno): another filesystem, one without hard links, no permission, too
-  // many links. Then its contents have to be copied.
+  // Returns 0, or the errno that says why the file cannot have a name there: another filesystem, one without hard
+  // links, no permission, too many links. Then its contents have to be copied.
   int refusal();
   // Its name is opened again, and must lead to the same file.
   void suspend() override { suspend_under(existing_, 0); }

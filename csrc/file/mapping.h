@@ -26,7 +26,7 @@ class Mapping {
   }
   ~Mapping();
   std::span<std::byte> bytes() const { return bytes_; }
-  // All pages that hold a part of it: what can be page-locked.
+  // All pages that hold a part of the range, which can be page-locked.
   std::span<std::byte> pages() const { return {static_cast<std::byte*>(base_), mapped_nbytes_}; }
 
  private:
@@ -35,10 +35,10 @@ class Mapping {
   std::span<std::byte> bytes_;
 };
 
-// Makes the pages of a mapped range writable: one call instead of a fault for each, and IoError(ENOSPC), naming
-// `path`, where a store would be a SIGBUS.
+// Makes the pages of a mapped range writable, with one call instead of a fault for each page. Throws IoError(ENOSPC),
+// naming `path`, where a store would raise SIGBUS.
 void populate(std::span<std::byte> bytes, const std::string& path);
-// Whether this kernel has a way to (Linux 5.14); populate() does nothing where it has none.
+// Returns whether this kernel can do that (Linux 5.14). populate() does nothing if it cannot.
 bool can_populate();
 
 }  // namespace fastshard

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a directory's filesystem can do, found out by doing it.
+// Finds out by trying what a directory's filesystem can do.
 #pragma once
 
 #include <string>
@@ -8,7 +8,8 @@
 
 namespace fastshard {
 
-// Each ability tried with a temporary file in `directory`: (ability, "yes" or why not). For `fastshard env`.
+// Tries each ability with a temporary file in `directory`. Returns each with "yes" or the reason why not, for
+// `fastshard env`.
 std::vector<std::pair<std::string, std::string>> probe(const std::string& directory);
 
 }  // namespace fastshard

@@ -22,7 +22,7 @@ class TemporaryFile final : public PlacedFile {
   // read the target, and preallocates `nbytes` where that is of use; a full disk is IoError(ENOSPC). 0: not known.
   TemporaryFile(const std::string& path, uint64_t nbytes, const Intent& intent);
 
-  // The memory of the whole file, which gets its size by this.
+  // Maps the whole file, which gets its size by this.
   Mapping map();
   void end_writing() override;
   // Before that, gives the file the attributes that it will be published with.

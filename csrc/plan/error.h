@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The errors the native side throws. No Python and no CUDA here: csrc/bindings/errors.cc translates, once.
+// The errors that the native module throws. They know neither Python nor CUDA; csrc/bindings/errors.cc translates them.
 #pragma once
 
 #include <cerrno>
@@ -36,7 +36,7 @@ class CudaError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The caller gave the save up. Never seen by users: the caller already holds the reason.
+// The caller has cancelled the save. Users never see it, as the caller has the reason already.
 class Cancelled : public std::runtime_error {
  public:
   explicit Cancelled(const std::string& what = "save cancelled") : std::runtime_error(what) {}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is to be written, as plain data. Nothing here owns tensor memory, opens a file or copies a byte.
-// The Python side (fastshard/engine/plan.py) has the same nouns.
+// Plans of saves, as plain data. Nothing here owns tensor memory, opens a file or copies a byte.
+// The Python side (fastshard/engine/plan.py) has the same names.
 #pragma once
 
 #include <cstddef>

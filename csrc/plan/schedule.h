@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// SavePlan -> Schedule: which bytes travel together. A pure function; no thread, device or file is touched.
+// Divides the files of a plan into chunks, whose bytes are copied and written together. It is a pure function: no
+// thread, device or file is used.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,7 @@
 
 namespace fastshard {
 
-// One gather: the (cast and) packed bytes [first_byte, first_byte + nbytes) of `source` go to `chunk_offset` of the
+// A gather: the (cast and) packed bytes [first_byte, first_byte + nbytes) of `source` go to `chunk_offset` of the
 // chunk.
 struct CopyOp {
   const TensorView* source;
@@ -51,15 +52,14 @@ struct ScheduleLimits {
   uint64_t in_place_nbytes = 16 << 20;  // a chunk written from its own memory
   uint32_t max_ops = 1024;              // ops (staged) or runs (in place: IOV_MAX) in a chunk
   bool in_place = true;                 // false: pack everything (the target is memory)
-  // Every chunk but the last ends on a multiple of this, a power of two (direct I/O): then a chunk may have as many ops
-  // more as end in its last block, and host and device memory share chunks. Needs in_place == false.
+  // For direct I/O: every chunk but the last ends on a multiple of this, a power of two. A chunk may exceed `max_ops`
+  // to reach the next block boundary, and host and device memory share chunks. Needs in_place == false.
   uint64_t block_nbytes = 1;
 };
 
-// Runs of at least this many bytes are handed to pwritev as they are; shorter ones are packed first.
+// Runs of at least this many bytes are written by pwritev from where they lie; shorter ones are packed first.
 inline constexpr uint64_t kInPlaceRunNbytes = 4096;
-// Chunks end on multiples of this where they can: whole pages of the page cache, and items never split
-// inside an element.
+// Chunks end on multiples of this where they can. So they are whole pages of the page cache, and no element is divided.
 inline constexpr uint64_t kChunkAlignment = 4096;
 
 // `file` must outlive the schedule: ops point into it.

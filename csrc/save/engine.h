@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The conductor: owns what saves share - staging ring, writer threads, devices - and starts them.
+// The engine, which starts saves and owns what they share: staging buffers, writer threads, devices.
 #pragma once
 
 #include <map>
@@ -7,8 +7,8 @@
 #include <mutex>
 
 #include "file/direct_io.h"
-#include "save/save.h"
 #include "file/standing.h"
+#include "save/save.h"
 
 namespace fastshard {
 
@@ -26,14 +26,14 @@ class Engine {
   // Throws std::invalid_argument for a budget below 1 MiB or no threads.
   explicit Engine(const Options& options);
 
-  // Starts a save and returns while it runs; the write path it wants is the engine's. Throws what stops it before
-  // the first copy.
+  // Starts a save and returns while it runs. Its write path is that of the engine's options. Throws what stops it
+  // before the first copy.
   std::shared_ptr<Save> submit(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams,
                                Intent intent, std::function<std::vector<std::string>()> commit = {});
   // Makes the standing target of a prepared save, a plan of one file. The engine must outlive its use.
   std::shared_ptr<Standing> stand(const SavePlan& plan, size_t generations);
 
-  // A CUDA device, opened by the first who asks and kept.
+  // Returns a CUDA device, which is opened by the first call and kept.
   Device& device(int ordinal);
 
  private:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One save under way: its files, their chunks, and what the writers do with them.
+// A save under way: its files, their writers, and its end.
 #pragma once
 
 #include <atomic>
@@ -34,7 +34,7 @@ struct Stats {
   std::vector<std::string> fallbacks;
 };
 
-// Bytes that are known only when all others are in place (checksums of them, say), and where they go.
+// Bytes that are known only when all others are in place, for instance checksums of these, and where they belong.
 struct Amendment {
   uint32_t file;
   uint64_t offset;
@@ -44,46 +44,46 @@ struct Amendment {
 // Thread-safe. Tensors must stay alive and unchanged until the save is finished.
 class Save : public std::enable_shared_from_this<Save> {
  public:
-  // Orders the copies behind the caller's `streams` (by CUDA ordinal), makes and reserves every file. Throws
-  // with nothing left behind. `commit`, where given, runs when every byte is in its place: what makes targets
-  // that are memory visible; it returns fallbacks.
+  // Orders the copies behind the caller's `streams` (by CUDA ordinal), makes every file and reserves its space. After
+  // an exception nothing is left behind. `commit`, if given, runs when every byte is in its place: it publishes targets
+  // that are memory, and returns fallbacks.
   Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams, const Intent& intent,
        std::function<std::vector<std::string>()> commit, Resources resources);
   ~Save();
 
-  // Gives the work to the writers; once. What no thread is to be had for is done before it returns, and so is all of it
-  // with `here`.
+  // Gives the work to the writers. Called once. The calling thread does the work for which no thread can be started,
+  // and all of it with `here`.
   void start(bool here);
 
-  // True when finished, false after `seconds`, when fetch() has something or an amendment is due. Throws what the
-  // save failed with.
+  // Returns true when the save is finished, and false after `seconds`, or when fetch() has a request or an amendment is
+  // due. Throws what the save has failed with.
   bool wait(double seconds);
   bool finished() const;
   // Blocks until the save is finished, however it ends.
   void settle();
-  // Stops as soon as the chunks under way are done; a save that is through with them stays as it is. Whether it stops.
+  // Stops the save when the chunks under way are done. Returns false if it is too late, as all chunks are written.
   bool cancel();
-  // What this thread, or anybody, took with fetch() will not be brought any more.
+  // Says that bytes which this thread, or anybody, has taken with fetch() will not be brought any more.
   void disown_fetches(bool anybodys) { fetches_.disown(anybodys); }
 
   std::optional<FetchRequest> fetch() { return fetches_.take(); }
   void fetched(uint64_t id) { fetches_.complete(id); }
 
-  // With Intent::amended: true, once, when every chunk is written and checksums() are there. The save then waits,
-  // without a thread, for amend() or cancel().
+  // With Intent::amended, returns true once, when every chunk is written and checksums() are known. The save then waits
+  // for amend() or cancel(), without a thread.
   bool take_amendment();
-  // What to write over before the files are synced and published. Nothing happens when the save has been stopped.
-  // Throws std::invalid_argument for what lies outside of a file.
+  // Gives the bytes that are written over others before the files are synced and published. Nothing happens if the save
+  // has been stopped. Throws std::invalid_argument for bytes outside of a file.
   void amend(std::vector<Amendment> amendments);
 
-  // Whether some of its bytes only Python can bring.
+  // Returns whether only Python can bring some of the bytes.
   bool fetches() const { return fetches_bytes_; }
-  // Whether all of it lies in host memory.
+  // Returns whether all bytes lie in host memory.
   bool on_host() const { return resources_.devices.empty() && !fetches_bytes_; }
   uint64_t nbytes() const { return nbytes_; }
   uint64_t nbytes_written() const { return progress_.nbytes_written.load(std::memory_order_relaxed); }
   Stats stats() const;
-  // Of the items of each file, once finished or to be amended, if they were asked for.
+  // Returns the CRC-32 of each file's items, if they were asked for, when the save is finished or to be amended.
   std::vector<std::vector<uint32_t>> checksums() const;
 
  private:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pages of the files that a plan's tensors lie in: there while a chunk's bytes are read, dropped afterwards.
+// The pages of files that a plan's tensors lie in. They are in memory while a chunk's bytes are read, and dropped then.
 #pragma once
 
 #include <span>
@@ -10,19 +10,19 @@
 
 namespace fastshard {
 
-// Chunks of tensors that lie in files are at most this large, as what all writers have of them at once is resident.
+// Chunks of tensors that lie in files are at most this large, as the chunks of all writers are resident at once.
 inline constexpr uint64_t kFromFilesNbytes = 4 << 20;
 
-// Whether some items of the plan lie in files.
+// Returns whether some items of the plan lie in files.
 bool reads_files(const FilePlan& plan);
 
-// Of one file of the plan; both arguments outlive it. Thread-safe.
+// The source pages of one file of the plan. Both arguments outlive it. Thread-safe.
 class SourcePages {
  public:
   SourcePages(const FilePlan& plan, const FileSchedule& schedule);
 
   bool any() const { return any_; }
-  // Has the disk begin with a chunk whose turn comes later.
+  // Asks the disk for a chunk that will be read later.
   void ask_for(const Chunk& chunk) const;
 
  private:

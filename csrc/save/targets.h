@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a save has open of each of its files' targets.
+// The targets of a save's files, made or opened.
 #pragma once
 
 #include <memory>
@@ -11,7 +11,7 @@
 
 namespace fastshard {
 
-// Instead of a link that was refused: the existing file, and the plan of a new one with its bytes.
+// Replaces a link that was refused: the existing file, and the plan of a new file with its bytes.
 struct LinkCopy {
   std::unique_ptr<SourceFile> source;  // none of an empty file
   FilePlan plan;
@@ -24,8 +24,8 @@ struct OpenTarget {
   std::unique_ptr<LinkCopy> copy = nullptr;
 };
 
-// Makes or opens what the plan's bytes go into. Throws IoError, with nothing left behind, for what cannot be had: no
-// directory, no space, a file of somebody else that is not there, not open for writing or too small.
+// Makes or opens what the plan's bytes go into. Throws IoError, and leaves nothing behind, if that is not possible:
+// there is no directory or no space, or somebody else's file is missing, not open for writing or too small.
 OpenTarget open_target(const FilePlan& plan, const Intent& intent);
 
 }  // namespace fastshard

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One file of a save on its way, from where the tensors lie to where the file's bytes belong. There is a writer for
+// The writer of one file of a save, which brings the tensors' bytes to their places in the file. There is a writer for
 // each route: through the page cache, past it, and into memory.
 #pragma once
 
@@ -18,7 +18,7 @@
 
 namespace fastshard {
 
-// What a save uses of its engine; all of it outlives the save.
+// The parts of its engine that a save uses. All of them outlive the save.
 struct Resources {
   Ring& ring;
   WorkerPool& workers;

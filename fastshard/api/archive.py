@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``torch.save``'s own archives, the storages streamed in by the engine.
+"""Archives of ``torch.save``, written by torch and by the engine together.
 
-Torch writes everything but what is large: an archive in memory with holes (``archive_skeleton.py``). The engine puts
-it and the storages together, and what depends on the storages' CRC-32 is amended when their bytes have passed.
-Where a new file cannot take the place of the old one (``in_place.py``), torch writes over it.
+Torch writes everything but large records: an archive in memory with holes (``archive_skeleton.py``). The
+engine writes it and the storages into the file, and amends what depends on the storages' CRC-32 when their
+bytes have passed. If a new file cannot take the place of the old one (:mod:`fastshard.publish.in_place`),
+torch writes over it.
 """
 
 from __future__ import annotations
@@ -57,23 +58,25 @@ def torch_save(
 ) -> None:
     """Saves any object as ``torch.save`` does: the same file, byte for byte, which ``torch.load`` reads.
 
-    The file appears under its name complete or not at all; its mode follows the umask, or is that of the file it
-    replaces, with owner, access list and extended attributes, and a symbolic link keeps pointing where it points.
+    The file appears under its name complete or not at all. Its mode follows the umask. If it replaces a file,
+    it takes over that one's mode, owner, access list and extended attributes. A symbolic link keeps pointing
+    where it points.
 
-    Where a new file in the place of the old one would not be what others see, or cannot be made, torch writes over
-    the old one: another name of it (a hard link), a file that this process holds open and has not mapped, a path
-    through ``/proc``, a file that is a mount point or another user's, a folder that may not be written to. What the
-    engine cannot do is left to ``torch.save`` as well: a file-like object as ``f``, a device or a pipe, the old
-    format, an active ``skip_data()``, storages without memory, a torch before 2.6. ``fastshard.status()`` counts it.
+    In some cases a new file in the place of the old one would not be what others see, or cannot be made: if
+    the file has another name (a hard link), if this process has it open and not mapped, if the path leads
+    through ``/proc``, if the file is a mount point or another user's, and if the folder may not be written
+    to. Torch then writes over the old file. What the engine cannot do is left to ``torch.save`` as well: a
+    file-like object as ``f``, a device or a pipe, the old format, an active ``skip_data()``, storages without
+    memory, a torch before 2.6. ``fastshard.status()`` counts all of these.
 
     Args:
         obj: what to pickle. Storages are saved whole, shared ones once, from any device, behind what was enqueued
             on its current stream before the call.
-        f: where to, a path; or, as there, an object with ``write``.
+        f: the path of the file; or, as there, an object with ``write``.
         pickle_module: as there.
         pickle_protocol: as there.
-        in_place: let torch write over the file that is there, as ``torch.save`` does: needs no room for a second
-            one, and leaves part of one if it fails. Needs a path.
+        in_place: let torch write over the existing file, as ``torch.save`` does. That needs no space for a second
+            file, and leaves part of a file if it fails. It needs a path.
         durable, keep_cached, progress, engine: as for :func:`fastshard.save_file`; the first two need a path.
 
     Raises:
@@ -99,7 +102,7 @@ def in_the_place_of_torch(
     _use_new_zipfile_serialization: bool = True,
     _disable_byteorder_record: bool = False,
 ) -> None:
-    """The same for callers of ``torch.save``, with the function that it was."""
+    """Does the same for callers of ``torch.save``, whose original function is the first argument."""
     pickling = Pickling(
         obj, pickle_module, pickle_protocol, _use_new_zipfile_serialization, _disable_byteorder_record
     )
@@ -157,7 +160,10 @@ def _save(original: Callable[..., None], pickling: Pickling, f: Any, how: How, i
 
 
 def _write_new(pickling: Pickling, path: str, how: How, began: float) -> str | None:
-    """By the engine, or, if it is small, at once. Why it cannot be; ``None``: it stands."""
+    """Writes a new file: by the engine, or at once if it is small.
+
+    Returns why that cannot be done; ``None`` if the file stands.
+    """
     needed = None
 
     def small(nbytes: int) -> _native.NewFile:
@@ -184,7 +190,7 @@ def _write_new(pickling: Pickling, path: str, how: How, began: float) -> str | N
 
 
 def _publish(made: _native.NewFile, path: str, how: How, began: float) -> None:
-    """A small archive that torch has written."""
+    """Publishes a small archive that torch has written."""
     try:
         with archive_errors(path):
             nbytes, refused = made.publish(how.durable)
@@ -194,7 +200,7 @@ def _publish(made: _native.NewFile, path: str, how: How, began: float) -> None:
 
 
 def _stats_of(nbytes: int, seconds: float, refused: Sequence[str]) -> Stats:
-    """Of a file that this thread has written at once."""
+    """Returns the figures of a file that this thread has written at once."""
     return Stats(
         files=1,
         nbytes=nbytes,
@@ -234,7 +240,7 @@ def _write(path: str, skeleton: Skeleton, planned: Plan, how: How, began: float)
 
 
 def _write_over(by_torch: Callable[[Any], None], path: str, reason: str, how: How) -> None:
-    """As torch does, and leaves what it leaves."""
+    """Writes as torch does, and leaves what torch leaves."""
     count_left(_CALL, reason)
     by_torch(path)
     if not how.durable and how.keep_cached:
@@ -254,19 +260,19 @@ def _write_over(by_torch: Callable[[Any], None], path: str, reason: str, how: Ho
 
 
 def _kind_of(f: object) -> str:
-    """One of a few texts."""
+    """Returns one of a few texts for the kind of object."""
     if isinstance(f, io.BytesIO):
         return "a BytesIO"
     return "an open file" if hasattr(f, "fileno") else "a file-like object"
 
 
 def _original() -> Callable[..., None]:
-    """``torch.save`` itself, whoever has put what in its place."""
+    """Returns ``torch.save`` itself, whoever has replaced it."""
     return original_of("torch.serialization", "save")
 
 
 def _check_folder(path: str) -> None:
-    """Raises where there is none, before anything is pickled, as torch does."""
+    """Raises if the folder does not exist, before anything is pickled, as torch does."""
     folder = os.path.dirname(path)
     try:
         is_folder = not folder or stat.S_ISDIR(os.stat(folder).st_mode)

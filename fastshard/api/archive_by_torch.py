@@ -20,7 +20,8 @@ from .archive_skeleton import named_like
 
 
 def can_replace(path: str) -> bool:
-    """Whether a file can be opened by its descriptor. Raises :class:`ArchiveError` where that cannot be told."""
+    """Returns whether a file can be opened by its descriptor. Raises :class:`ArchiveError` if that cannot be
+    told."""
     with archive_errors(path):
         try:
             os.stat("/proc/self/fd")
@@ -30,8 +31,11 @@ def can_replace(path: str) -> bool:
 
 
 def new_file(path: str, keep_cached: bool, at_once: bool = False) -> _native.NewFile:
-    """To take the place of ``path`` when it is published. ``at_once``: that is in a moment, so that where it replaces
-    one it has its hidden name from the beginning. Raises :class:`ArchiveError`."""
+    """Makes a file that takes the place of ``path`` when it is published.
+
+    ``at_once``: it is published in a moment, so if it replaces a file it has its hidden name from the
+    beginning. Raises :class:`ArchiveError`.
+    """
     with archive_errors(path):
         return _native.NewFile(os.fsencode(path), keep_cached, at_once)
 
@@ -39,9 +43,9 @@ def new_file(path: str, keep_cached: bool, at_once: bool = False) -> _native.New
 def replace_by_torch(
     write: Callable[[Any], None], path: str, by_name: bool, durable: bool, keep_cached: bool
 ) -> None:
-    """Lets ``write`` write to what it is given, and puts that in the place of ``path``.
+    """Lets ``write`` write into a new file, and puts that in the place of ``path``.
 
-    ``by_name``: it is given a path that it opens itself, as the name goes into what it writes.
+    ``by_name``: ``write`` is given a path that it opens itself, as the name goes into what it writes.
     """
     new = new_file(path, keep_cached)
     raw = None
@@ -69,7 +73,7 @@ def replace_by_torch(
 
 
 class _Noting(io.FileIO):
-    """Tells its own errors from those of pickling."""
+    """A file that notes its own errors, which tells them from those of pickling."""
 
     failed: OSError | None = None
 

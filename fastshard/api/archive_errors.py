@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes wrong while an archive is written, as ``torch.save``'s callers may expect it."""
+"""The errors of writing an archive, as callers of ``torch.save`` expect them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ _OF_TORCH_WRITING = (
     "write(): ",
     "open file failed",
 )
-"""In the texts of torch's errors when it cannot write a file."""
+"""Parts of the texts of torch's errors when it cannot write a file."""
 _BY_DESCRIPTOR: Final = re.compile(r"write\(\): fd (\d+) failed with (.+)")
-"""How torch's old format says which descriptor and why."""
+"""In torch's old format, the text that names the descriptor and the reason."""
 _NUMBERS: Final = {os.strerror(number): number for number in errno.errorcode}
 _OF_WRITES: Final = frozenset(
     (errno.EIO, errno.EFBIG, errno.ENOMEM, errno.EROFS, errno.EPERM, errno.ESTALE, errno.ENXIO, *NO_SPACE)
 )
-"""Of writing to a file that is open."""
+"""Errors of writing to a file that is open."""
 _classes: dict[type[OSError], type[ArchiveError]] = {}
 
 
 def archive_error(number: int, text: str, path: Any, *, published: bool = False) -> ArchiveError:
-    """An :class:`ArchiveError` that is also what ``open`` would raise, as ``PermissionError``: torch raises either
-    class, by format and name of the file."""
+    """Returns an :class:`ArchiveError` that is also what ``open`` would raise, as ``PermissionError``.
+
+    Depending on format and name of the file, torch raises either class.
+    """
     error: ArchiveError = _class_for(type(OSError(number, text)))(number, text, path)
     error.published = published
     return error
@@ -60,7 +62,8 @@ def _restored(number: int, text: str, path: Any, attributes: dict[str, Any]) -> 
 
 
 class archive_errors:  # noqa: N801 (used as a function is)
-    """Failed system calls as :class:`ArchiveError`. Not to be used around pickling, which raises as it likes."""
+    """Turns failed system calls into :class:`ArchiveError`. Not for code that pickles, whose errors stay as
+    they are."""
 
     __slots__ = ("_path",)
 
@@ -81,7 +84,10 @@ class archive_errors:  # noqa: N801 (used as a function is)
 
 
 def no_space(number: int, path: str, needed: int | None) -> ArchiveError:
-    """Why there is none, and what can be done about it. ``needed``: bytes of the records, or of all of the file."""
+    """Returns an error that says why there is no space, and what can be done about it.
+
+    ``needed`` are the bytes of the records, or of the whole file.
+    """
     said = [f"at least {needed:,} bytes are needed"] if needed is not None else []
     folder = os.path.dirname(os.path.realpath(path))
     with contextlib.suppress(OSError):
@@ -95,8 +101,11 @@ def no_space(number: int, path: str, needed: int | None) -> ArchiveError:
 
 
 def why_torch_failed(error: Exception, descriptor: int, path: str, skipped: int = 0) -> ArchiveError | None:
-    """Why torch could not write the file, which it does not tell, or not with the name. ``None``: it was something
-    else, pickling perhaps. ``skipped``: bytes that torch has left out."""
+    """Returns why torch could not write the file, which torch's own error does not say, or not with the name.
+
+    Returns ``None`` if something else has failed, for instance pickling. ``skipped`` are the bytes that torch
+    has left out.
+    """
     left = _errno_left()
     if isinstance(error, OSError):
         known = error.filename is None
@@ -129,7 +138,7 @@ def of_writing(number: int, path: str) -> ArchiveError:
 
 
 def _errno_left() -> int:
-    """By the last system call of this thread that failed: torch's streams do not keep it."""
+    """Returns the errno of the last system call of this thread that failed. Torch's streams do not keep it."""
     try:
         location = ctypes.CDLL(None).__errno_location
     except AttributeError:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An archive of ``torch.save`` without what is large in it: torch writes it, into memory, with holes.
+"""Lets torch write an archive of ``torch.save`` into memory, with holes in the place of large records.
 
-Torch's own function pickles the object and writes the records; in the place of its zip writer it has one that passes
-on what is small, and makes a hole of the record's size, by torch's ``write_record_metadata``, for what is large.
-Nothing of torch is changed meanwhile: a signal handler, a finalizer or another thread that saves something in the
-middle of it writes what it would write at any time.
+Torch's own function pickles the object and writes the records. Instead of torch's zip writer it gets one that
+passes on small records, and for large ones makes a hole of the record's size by torch's
+``write_record_metadata``. Nothing of torch's state is changed. So a signal handler, a finalizer or another
+thread that saves something meanwhile writes what it would write at any time.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from .. import _native
 
 Held: TypeAlias = Any
-"""What a hole is for: an ``UntypedStorage``, or the ``bytes`` of a pickle."""
+"""What belongs into a hole: an ``UntypedStorage``, or the ``bytes`` of a pickle."""
 
 _LARGE: Final = 64 << 10
-"""Records of this size are holes."""
+"""Records of at least so many bytes become holes."""
 _MOST_INSIDE: Final = 1 << 20
-"""Bytes of storages that are no holes, all together."""
+"""The most bytes of storages that do not become holes, all together."""
 _SMALL: Final = 256 << 10
-"""Bytes that torch has written before the engine would have made its plan."""
+"""The bytes that torch could write in the time in which the engine makes a plan."""
 
 
 class NotByEngine(Exception):
@@ -45,7 +45,7 @@ class NotByEngine(Exception):
 
 
 class Pickling(NamedTuple):
-    """The arguments of ``torch.save`` but for where it saves to."""
+    """The arguments of ``torch.save``, except where it saves to."""
 
     obj: object
     module: Any
@@ -57,11 +57,11 @@ class Pickling(NamedTuple):
 class Skeleton(NamedTuple):
     mapping: mmap.mmap
     holes: dict[str, Held]
-    """By the names of their records."""
+    """What belongs into each hole, by the name of its record."""
 
     @property
     def nbytes(self) -> int:
-        """Of the whole archive."""
+        """Bytes of the whole archive."""
         return len(self.mapping)
 
 
@@ -74,10 +74,11 @@ class Plan(NamedTuple):
 def make_skeleton(
     pickling: Pickling, path: str, small: Callable[[int], _native.NewFile] | None = None
 ) -> Skeleton | _native.NewFile:
-    """``small``: makes a file for an archive that is so small that it has no holes, given the bytes of its records; it is
-    to be published and closed.
+    """Lets torch write the archive. ``small`` makes a file for an archive so small that it has no holes.
 
-    Raises :class:`NotByEngine`, what pickling raises, and :class:`ArchiveError` where there is no memory.
+    ``small`` is called with the bytes of the records. The file that it makes is returned, and has to be
+    published and closed. Raises :class:`NotByEngine`, what pickling raises, and :class:`ArchiveError` if
+    there is no memory.
     """
     if not torch_makes_holes():
         raise NotByEngine("a torch that makes no holes")
@@ -103,7 +104,7 @@ def make_skeleton(
 
 
 def torch_makes_holes() -> bool:
-    """Whether this torch has all that is used of it here. It does since 2.6."""
+    """Returns whether this torch has everything that is used of it here, as torch 2.6 and later have."""
     writer = getattr(torch._C, "PyTorchFileWriter", None)
     return hasattr(writer, "write_record_metadata") and all(
         hasattr(torch.serialization, name) for name in ("_save", "_check_dill_version")
@@ -111,11 +112,12 @@ def torch_makes_holes() -> bool:
 
 
 def named_like(path: str, descriptor: int) -> Any:
-    """What torch is told to write to, so that it writes to the descriptor's file what it would write to ``path``.
+    """Returns what torch is told to write to, so that it writes to the descriptor's file what it would write
+    to ``path``.
 
-    An archive's top folder has the name of the file: what stands behind the last slash or backslash. The system call
-    that opens it ends at the zero byte. The folder is called ``archive`` where the path is not ASCII: torch then opens
-    the file in Python.
+    The top folder of an archive has the name of the file, which torch reads from the last slash or backslash
+    on. The system call that opens the path ends at the zero byte. If the path is not ASCII, the folder is
+    called ``archive``, as torch then opens the file in Python.
     """
     if not path.isascii():
         return open(descriptor, "wb", closefd=False)
@@ -123,13 +125,13 @@ def named_like(path: str, descriptor: int) -> Any:
 
 
 def stem_in_archive(path: str) -> str:
-    """The name of the archive's top folder; empty: torch refuses to save."""
+    """Returns the name of the archive's top folder. If it is empty, torch refuses to save."""
     name = os.path.basename(path).rpartition("\\")[2]
     return name.rpartition(".")[0] if "." in name else name
 
 
 class _Writer:
-    """Stands for torch's zip writer, which it makes when pickling has ended and the first record comes."""
+    """Replaces torch's zip writer, which it makes when pickling has ended and the first record is written."""
 
     def __init__(self, path: str, small: Callable[[int], _native.NewFile] | None) -> None:
         self._path = path
@@ -180,7 +182,7 @@ class _Writer:
             opened.__exit__(None, None, None)
 
     def why_failed(self, error: Exception) -> ArchiveError | None:
-        """``None``: what the error says."""
+        """Returns why torch could not write; ``None`` if its own error says it."""
         descriptor = self.memory if self.small_file is None else self.small_file.descriptor()
         if descriptor < 0:
             return None
@@ -226,7 +228,7 @@ class _Writer:
 
 
 class _Elsewhere:
-    """Stands for a storage on a device, in torch's own dict of those that it is going to write."""
+    """Replaces a storage on a device in torch's own dict of storages that it is going to write."""
 
     device: Final = torch.device("cpu")
 
@@ -243,8 +245,10 @@ def _is_elsewhere(storage: Any) -> bool:
 
 
 def plan(skeleton: Skeleton) -> Plan:
-    """Stretches of the skeleton and what its holes are for in turn. Raises :class:`NotByEngine` where they do not
-    fit together."""
+    """Returns the stretches of the skeleton and the contents of its holes, in turn.
+
+    Raises :class:`NotByEngine` if they do not fit together.
+    """
     mapping, holes = skeleton
     base = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
     items: list[TensorView] = []
@@ -293,7 +297,7 @@ def _fetcher(held: Sequence[Held]) -> Callable[[int, int, int, int, int], None]:
 
 
 def view_of(held: Held) -> TensorView | None:
-    """All of its bytes; ``None``: it has no memory."""
+    """Returns a view of all bytes of a storage; ``None`` if it has no memory."""
     if isinstance(held, bytes):
         address = ctypes.cast(held, ctypes.c_void_p).value  # type: ignore[arg-type]
         return TensorView(address or 0, len(held), HOST)

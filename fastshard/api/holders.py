@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who else holds the tensors of a dict: where nobody does any more, saving them again repeats old values.
+"""Finds out who else holds the tensors of a dict. If nobody does any more, saving them again repeats old
+values.
 
 The tensors of ``module.state_dict()`` share the memory of the module's. After ``parameter.data = ...``,
 ``load_state_dict(assign=True)`` or ``module.to(...)`` they keep memory that nobody writes to.
@@ -25,22 +26,22 @@ _SHOWN: Final = 3  # names in a warning
 
 @dataclass
 class _Watched:
-    """A tensor that somebody else held, itself or its memory."""
+    """A tensor of which somebody else held the object or its memory."""
 
     name: str
     tensor: torch.Tensor
     storage: torch.UntypedStorage
-    """Held, so that its number stays its own."""
+    """It is held, so that no other storage gets its number."""
     number: int
     own: int
-    """Users of the storage when only tensors of the dict are left."""
+    """The number of users of the storage when only tensors of the dict are left."""
     version: int
 
 
 class Holders:
-    """Watches those tensors of a dict that somebody else held, themselves or their memory, at the beginning.
+    """Watches those tensors of a dict of which somebody else held the object or its memory at the beginning.
 
-    Left out is memory that is not torch's own: others may write to numpy's, or another process's, unseen.
+    Memory that is not torch's own is left out, as others (numpy, another process) may write to it unseen.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -61,10 +62,10 @@ class Holders:
                 self._watched.append(_Watched(name, tensor, storage, number, own, tensor._version))
 
     def abandoned(self, tensors: Mapping[str, torch.Tensor], reachable: bool) -> list[str]:
-        """Names of those that cannot have changed since this was asked last; each is named once.
+        """Returns the names of tensors that cannot have changed since the last call; each is returned once.
 
-        ``reachable``: somebody else holds the dict, and may have filled them through it. Then only those of a module's
-        dict count whose version says that nobody has.
+        ``reachable``: somebody else holds the dict, and may have written to the tensors through it. Then only
+        those of a module's dict count whose version says that nobody has.
         """
         if not self._watched or storage_users is None:
             return []
@@ -89,24 +90,25 @@ class Holders:
 
 
 def held_elsewhere(values: list[Any], own: int) -> list[bool]:
-    """Whether there are references to each of them besides the list's and ``own`` others."""
+    """Returns for each object whether there are references to it besides the list's and ``own`` others."""
     return [count > _unheld() + 1 + own for count in _references(values)]
 
 
 def _references(values: list[Any]) -> list[int]:
-    """Counted in one way only: versions of Python differ in what counts besides."""
+    """Counts references. They are always counted in this way, as versions of Python count different ones in
+    others."""
     return [sys.getrefcount(value) for value in values]
 
 
 @functools.cache
 def _unheld() -> int:
-    """What is counted for a value that nothing holds."""
+    """Returns the count for a value that nothing holds."""
     return _references([object()])[0] - 1
 
 
 @functools.cache
 def _unused() -> int:
-    """The same for a storage."""
+    """Returns the count for a storage that nothing uses."""
     assert storage_users is not None
     tensor = torch.empty(1, device="cpu")
     storage = tensor.untyped_storage()
@@ -124,7 +126,7 @@ def _has_countable_memory(tensor: object) -> bool:
 
 
 def warn_stale(names: list[str]) -> None:
-    """In the log, and as a warning of the line that saves."""
+    """Warns in the log, and with a warning at the line that saves."""
     shown = ", ".join(f"`{name}`" for name in names[:_SHOWN])
     more = f" (and {len(names) - _SHOWN} others)" if len(names) > _SHOWN else ""
     text = (

@@ -77,26 +77,27 @@ def save_torch_state_dict(
     dtype: torch.dtype | str | None = None,
     engine: Engine | Options | None = None,
 ) -> None:
-    """Saves a state dict in shards with an index, to the byte the files of ``huggingface_hub.save_torch_state_dict``.
+    """Saves a state dict in shards with an index, to the byte the files of
+    ``huggingface_hub.save_torch_state_dict``.
 
-    Shards are written in parallel, and the directory changes all at once: until every file stands, the checkpoint
-    that was there can be loaded (huggingface_hub deletes it first, so a failed save leaves none). There must be
-    room for both. Of shared tensors one is saved; as there, the others are deleted from ``state_dict``, and their
-    names are added to ``metadata``, both the caller's. Strided tensors are packed on the way into the file, not
-    copied first.
+    Shards are written in parallel, and the directory changes all at once. Until every file stands, the
+    checkpoint that was there can be loaded. (huggingface_hub deletes it first, so a failed save leaves none.)
+    There must be space for both. Of shared tensors one is saved; as there, the others are deleted from
+    ``state_dict``, and their names are added to ``metadata``, both the caller's objects. Strided tensors are
+    packed on the way into the file, not copied first.
 
     Args:
-        state_dict: name -> tensor on any device.
-        save_directory: an existing directory. Files in it that belong to an earlier save with the same
-            ``filename_pattern`` go, if ``is_main_process``; all others stay.
-        filename_pattern: of the shards, with ``{suffix}``; ``None``: ``model{suffix}.safetensors``, or
-            ``pytorch_model{suffix}.bin`` when ``safe_serialization`` is false (pickled then, by
-            :func:`fastshard.torch_save`).
+        state_dict: tensors on any device, by name.
+        save_directory: an existing directory. If ``is_main_process``, files in it that belong to an earlier save
+            with the same ``filename_pattern`` are removed; all others stay.
+        filename_pattern: the pattern of the shards' names, with ``{suffix}``; ``None``:
+            ``model{suffix}.safetensors``, or ``pytorch_model{suffix}.bin`` if ``safe_serialization`` is false (the
+            files are then pickled by :func:`fastshard.torch_save`).
         force_contiguous: save strided tensors instead of refusing them.
-        max_shard_size: bytes, or as ``"5GB"`` (10^9). A larger tensor has a shard to itself.
-        metadata: goes into the file, or into the index if there is one.
+        max_shard_size: in bytes, or a text as ``"5GB"`` (10^9). A larger tensor has a shard to itself.
+        metadata: is written into the file, or into the index if there is one.
         is_main_process: whether to remove files of earlier saves. Every process that calls this writes all files.
-        shared_tensors_to_discard: names not to be kept if there are others for the same memory.
+        shared_tensors_to_discard: names that are not kept if there are others for the same memory.
         durable, keep_cached, progress, dtype, engine: as for :func:`fastshard.save_file`; pickled shards are not cast.
 
     Raises:
@@ -209,11 +210,11 @@ _UNSAFE: Final = (
     "pickled models from untrusted sources. If you intend to share your model, we strongly recommend "
     "using safe serialization by installing `safetensors` with `pip install safetensors`."
 )
-"""huggingface_hub's own words, as all that its logger is told."""
+"""The text that huggingface_hub itself logs."""
 
 
 class _Place:
-    """Where the files of a pattern go, which may lead into a folder: ``"sub/w{suffix}.safetensors"``."""
+    """The place of the files of a pattern, which may lead into a folder: ``"sub/w{suffix}.safetensors"``."""
 
     def __init__(self, directory: str, pattern: str) -> None:
         inner, self._pattern = os.path.split(pattern)
@@ -228,7 +229,8 @@ class _Place:
         """What :meth:`earlier` has seen in the folder."""
 
     def check(self, error: type[SaveError] | type[ArchiveError]) -> None:
-        """Raises ``error`` where the pattern leads into a folder that is not there, as the saver of a file does."""
+        """Raises ``error`` if the pattern leads into a folder that does not exist, as the saver of a file
+        does."""
         if self._inner:
             try:
                 os.stat(self.folder)
@@ -236,8 +238,10 @@ class _Place:
                 raise error(found.errno, found.strerror, self.folder) from None
 
     def earlier(self) -> Collection[str]:
-        """Files of an earlier save with this pattern, in the order of the folder; as in huggingface_hub, none in a folder
-        that the pattern leads into."""
+        """Returns the files of an earlier save with this pattern, in the order of the folder.
+
+        As in huggingface_hub, there are none if the pattern leads into a folder.
+        """
         if self._inner:
             return ()
         is_of_it = names_of(self._pattern).fullmatch
@@ -245,11 +249,11 @@ class _Place:
         return {found: None for found in self.listed if is_of_it(found)}.keys()
 
     def inside(self, filename: str) -> str:
-        """What a file is called in the folder."""
+        """Returns a file's path relative to the folder."""
         return os.path.relpath(filename, self._inner) if self._inner else filename
 
     def staged(self, filename: str, stage: str) -> str:
-        """Where a file is made."""
+        """Returns the path where a file is made."""
         path = os.path.join(stage, self.inside(filename))
         if os.sep in filename and not self._inner:
             folder = os.path.join(self.folder, os.path.dirname(filename))
@@ -262,9 +266,11 @@ class _Place:
 def _made_contiguous(
     state_dict: dict[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The tensors to be saved as contiguous ones, and what the split is to be made from: copies on the meta device,
-    which have the sizes that copies would have. Only strided tensors with memory in common are copied, as nothing
-    could be streamed from them twice."""
+    """Returns the tensors to be saved as contiguous ones, and those that the split is to be made from.
+
+    The latter are copies on the meta device, which have the sizes of real copies. Only strided tensors that
+    share memory are really copied, as nothing could be streamed from them twice.
+    """
     state_dict = dict(state_dict.items())
     if all(tensor.is_contiguous() for tensor in state_dict.values()):
         return state_dict, state_dict

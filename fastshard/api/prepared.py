@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepared saves: planned, reserved, mapped and page-locked once; every save after that is copying."""
+"""Prepared saves: planned, reserved, mapped and page-locked once. Every save after that only copies."""
 
 from __future__ import annotations
 
@@ -38,57 +38,59 @@ def prepare(
     checksums: bool = False,
     engine: Engine | Options | None = None,
 ) -> PreparedSave:
-    """Makes everything ready for saving these tensors to this file again and again.
+    """Prepares saving these tensors to this file again and again.
 
-    For weights that go from a trainer to a server through ``/dev/shm``, and for frequent checkpoints::
+    It is meant for weights that go from a trainer to a server through ``/dev/shm``, and for frequent
+    checkpoints::
 
         with fastshard.prepare(model, "/dev/shm/model.safetensors") as prepared:
             for step in ...:
                 train()
                 prepared.save()
 
-    ``generations`` buffers of the file's size are reserved beside it, mapped, populated, and on filesystems in
-    memory page-locked for the tensors' devices. Each save fills one that nobody is directed to, at the speed of
-    memory or of the link, and publishes it atomically under ``filename``: whoever opens the file finds a complete
-    save, and a crash at any moment leaves the newest one. Nothing stands under the name before the first save.
+    Beside the file, ``generations`` buffers of its size are reserved, mapped, populated, and, on filesystems
+    in memory, page-locked for the tensors' devices. Each save fills a buffer that no reader can find, at the
+    speed of memory or of the link, and publishes it atomically under ``filename``. So whoever opens the file
+    finds a complete save, and a crash at any moment leaves the newest one. There is no file under the name
+    before the first save.
 
     **How long a reader may take.** A buffer is filled again by the ``generations``-th save after the one that
-    published it. So with two generations, what a reader has open or mapped from a save stays as it is during the
-    next save and until the one after that *begins*; a reader that needs longer copies what it wants to keep, or
-    is given more generations.
+    published it. So with two generations, what a reader has open or mapped stays unchanged during the next
+    save and until the one after that *begins*. A reader that needs longer copies what it wants to keep, or
+    gets more generations.
 
     Args:
-        tensors: what is read anew by every save:
+        tensors: where every save reads its tensors anew:
 
-            - a module: its parameters and buffers, as :func:`fastshard.save_model` saves them. Of tied ones one is
-              kept, the names of the others go into the metadata; strided ones are packed. Parameters that are given
+            - a module: its parameters and buffers, as :func:`fastshard.save_model` saves them. One of tied tensors is
+              kept, and the names of the others go into the metadata; strided ones are packed. Parameters that get
               other memory (``.data =``, ``load_state_dict(assign=True)``, ``.to(device)``) are followed.
             - a function without arguments that returns a dict as for :func:`fastshard.save_file`.
-            - such a dict. Its tensors may be replaced in it. The tensors of a module's ``state_dict()`` are *not* the
-              module's: they keep the memory that its parameters had. Where it can be told that nobody writes to that
-              any more, the save warns; a module cannot go wrong.
+            - such a dict, in which tensors may be replaced. The tensors of a module's ``state_dict()`` are *not* the
+              module's: they keep the memory that its parameters had. If it can be told that nobody writes to that
+              memory any more, the save warns. A module avoids this.
 
             Names, shapes and dtypes must stay what they were. Tensors that have to be copied before they can be saved
             (lazy conjugate or negative bits, more than 8 strided dimensions) are refused, as a copy would not follow
             them.
         filename, metadata, durable, allow_strided, dtype, checksums, engine: as for :func:`fastshard.save_file`.
-        generations: buffers; two at least.
+        generations: the number of buffers, at least two.
 
     Raises:
-        What :func:`fastshard.save_file` raises; a filesystem with no room for all buffers is ``SaveError`` with
-        ``errno.ENOSPC`` here, and never later; one in memory that has room, where the memory limit of a container
-        (control group) leaves less, is ``SaveError`` with ``errno.ENOMEM``.
+        What :func:`fastshard.save_file` raises. A filesystem without space for all buffers is ``SaveError`` with
+        ``errno.ENOSPC`` here, and never later. A filesystem in memory that has the space, while the memory limit of
+        a container (control group) leaves less, is ``SaveError`` with ``errno.ENOMEM``.
     """
     how = How(durable=durable, allow_strided=allow_strided, dtype=dtype, checksums=checksums, engine=engine)
     return PreparedSave(tensors, filename, metadata, generations, how)
 
 
 class PreparedSave:
-    """What :func:`prepare` returns. A context manager; its methods may be called from any thread, one save at a
-    time. Not to be used in a forked child.
+    """What :func:`prepare` returns: a context manager.
 
-    A signal handler may save while a save of the same object is under way in its thread: its own file stands first,
-    then the interrupted save begins anew.
+    Its methods may be called from any thread, one save at a time. It must not be used in a forked child. A
+    signal handler may save while a save of the same object is under way in its thread. Then the handler's
+    file is published first, and the interrupted save begins anew.
     """
 
     def __init__(
@@ -124,7 +126,7 @@ class PreparedSave:
 
     @property
     def saves(self) -> int:
-        """How many have been made."""
+        """The number of saves that were made."""
         return self._saves
 
     @property
@@ -139,10 +141,11 @@ class PreparedSave:
     def save(self, tensors: Given | None = None, *, progress: bool | None = None) -> Stats:
         """Saves the tensors as they are now and returns when the file stands under its name.
 
-        What was enqueued on their devices' current streams before the call is in the file. ``tensors``: others,
-        bound first (:meth:`bind`). After an exception the file is as it was, and the next save may be tried.
+        What was enqueued on their devices' current streams before the call is in the file. Other ``tensors``
+        are bound first (:meth:`bind`). After an exception the file is as it was, and the next save may be
+        tried.
 
-        Raises ``ValueError``, naming the tensor, for a name, shape or dtype that is not what it was, and
+        Raises ``ValueError``, naming the tensor, for a name, shape or dtype that has changed, and
         ``RuntimeError`` in a signal handler that has interrupted a save of tensors whose bytes Python brings.
         """
         self._open()
@@ -157,9 +160,10 @@ class PreparedSave:
             return figures
 
     def bind(self, tensors: Given) -> None:
-        """From now on saves these tensors.
+        """Binds other tensors, which are saved from now on.
 
-        Raises ``ValueError``, naming the tensor, unless names, shapes and dtypes are those of the tensors before.
+        Raises ``ValueError``, naming the tensor, unless names, shapes and dtypes are those of the tensors
+        before.
         """
         self._open()
         source = source_of(tensors)
@@ -183,7 +187,7 @@ class PreparedSave:
         self.close()
 
     def _open(self) -> Any:
-        """The native module's object. Raises ``RuntimeError`` where it may not be used."""
+        """Returns the native module's object. Raises ``RuntimeError`` if it may not be used."""
         native = self._native
         if os.getpid() != self._pid:
             raise RuntimeError("this prepared save belongs to the parent process")
@@ -192,11 +196,12 @@ class PreparedSave:
         return native
 
     def _attempt(self, source: Source, progress: bool | None) -> Stats | None:
-        """One save, or ``None`` where a signal handler has used this object meanwhile.
+        """Makes one save. Returns ``None`` if a signal handler has used this object meanwhile.
 
-        A handler may call in anywhere in here. Nothing it finds is half done: what is bound and the tag that says so
-        change in one call, and the engine starts a save only of what has the tag that is expected. A save that the
-        handler finds under way is cancelled by its own, and started again by whoever was interrupted.
+        A handler may interrupt anywhere in here, and finds nothing half done. What is bound and the tag that
+        says so change in one native call, and the engine starts a save only if the tag is the expected one. A
+        save that the handler finds under way is cancelled by the handler's save, and started again by the
+        interrupted call.
         """
         native = self._open()
         if self._fetching:
@@ -236,13 +241,14 @@ class PreparedSave:
             self._fetching = False
 
     def _stand_again(self, native: Any) -> Any:
-        """At the exit of Python engines release what they hold; a save that comes later makes it anew."""
+        """Makes the buffers anew for a save after the exit of Python has begun, when engines release what
+        they hold."""
         bound: _Bound = native.tag
         self._native = self._engine.prepare(bound.file, self.generations, bound)
         return self._native
 
     def _bind(self, native: Any, source: Source) -> tuple[StateDict, _Bound]:
-        """Reads the tensors, and tells the engine where they lie if that is not where they lay."""
+        """Reads the tensors, and tells the engine their addresses if these have changed."""
         tensors = source.read()
         bound: _Bound = native.tag
         if not bound.fits(tensors):
@@ -286,14 +292,14 @@ class PreparedSave:
 
 
 class _Spec(NamedTuple):
-    """What of a tensor must stay as it is."""
+    """The properties of a tensor that must not change."""
 
     shape: torch.Size
     dtype: torch.dtype
 
 
 class _Bound:
-    """Tensors as they were planned. It holds none of them: a module may give their memory back after a save."""
+    """Tensors as they were planned. None of them is held, as a module may release their memory after a save."""
 
     def __init__(self, tensors: StateDict, entries: list[_tensors.Entry], file: FilePlan) -> None:
         self.file = file
@@ -305,13 +311,13 @@ class _Bound:
         self._places = self._places_of(tensors)
 
     def fits(self, tensors: StateDict) -> bool:
-        """Whether these lie where those were planned, in the same way."""
+        """Returns whether these tensors lie where the planned ones lay, in the same way."""
         if list(tensors) != self._keys or list(map(type, tensors.values())) != self._types:
             return False
         return self._places_of(tensors) == self._places
 
     def _places_of(self, tensors: StateDict) -> list[object]:
-        """Where and how each of them lies; all that a view says, and nothing that takes longer to ask for."""
+        """Returns address and layout of each tensor: what its view says, as far as that can be read quickly."""
         rows: list[object] = [
             (t.data_ptr(), t.dtype, t.shape, t.device, t.is_neg(), t.is_contiguous() or t.stride())
             for t in tensors.values()
@@ -322,7 +328,7 @@ class _Bound:
 
 
 def _fetcher(tensors: list[torch.Tensor], dtype: torch.dtype | None) -> Any:
-    """What brings the bytes only Python can bring."""
+    """Returns the function that brings bytes which only Python can bring."""
 
     def fetch(file: int, item: int, first_byte: int, nbytes: int, address: int) -> None:
         _tensors.fetch(tensors[item], first_byte, nbytes, address, dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doors of safetensors.torch: describe the tensors, lay out the files, let the engine write them."""
+"""The functions of ``safetensors.torch``: they plan the files, and the engine writes them."""
 
 from __future__ import annotations
 
@@ -41,37 +41,40 @@ def save_file(
     checksums: bool = False,
     engine: Engine | Options | None = None,
 ) -> None:
-    """Saves a dict of tensors in safetensors format, byte for byte what ``safetensors.torch.save_file`` writes.
+    """Saves a dict of tensors in safetensors format, byte for byte what ``safetensors.torch.save_file``
+    writes.
 
-    The file appears under its name complete or not at all; its mode follows the umask, or is that of the file it
-    replaces, as are access control list and extended attributes. A symbolic link is replaced by the file; what it
-    led to stays as it is.
+    The file appears under its name complete or not at all. Its mode follows the umask. If it replaces a file,
+    it takes over that one's mode, access control list and extended attributes. A symbolic link is replaced by
+    the file; what it led to stays as it is.
 
     Args:
-        tensors: name -> dense, contiguous tensor on any device, each with memory of its own. What was
-            enqueued on its device's current stream before the call is in the file.
-        filename: where to.
-        metadata: written into the header in this order.
-        durable: return when file and directory are on stable storage (fsync), not as soon as others can
-            read the file.
-        keep_cached: ``False``: nothing of the file is left in the page cache when the call returns, so that the
+        tensors: by name, dense and contiguous tensors on any device, each with memory of its own. What was
+            enqueued on a device's current stream before the call is in the file.
+        filename: path of the file.
+        metadata: texts that are written into the header, in this order.
+        durable: return when file and directory are on stable storage (fsync). Otherwise the call returns as soon
+            as others can read the file.
+        keep_cached: with ``False``, nothing of the file is left in the page cache when the call returns, so the
             save pushes nothing else out of it (a live server's working set); the call then waits for the disk.
             ``True`` promises nothing: durable saves from a device go past the page cache. A filesystem in
             memory ignores it.
         progress: show a tqdm bar; ``None``: if the environment variable ``FASTSHARD_PROGRESS`` says so.
         allow_strided: pack non-contiguous tensors straight into the file instead of refusing them. Slices
-            of one tensor are fine as long as they have no element in common.
-        dtype: cast every floating-point tensor to this on its way into the file, as ``module.to(dtype)``
+            of one tensor are accepted as long as they have no element in common.
+        dtype: cast every floating-point tensor to this dtype on its way into the file, as ``module.to(dtype)``
             does, without a second copy in memory: ``torch.float32``, ``float16``, ``bfloat16``,
-            ``float8_e4m3fn`` or ``float8_e5m2``, or a name, as ``"bf16"``. The bytes are those of ``tensor.to(dtype)`` on the CPU,
-            except that a NaN saved as ``bfloat16`` is always 0x7fc0 (torch's depends on strides and length).
+            ``float8_e4m3fn`` or ``float8_e5m2``, or a name, as ``"bf16"``. The bytes are those of
+            ``tensor.to(dtype)`` on the CPU, except that a NaN saved as ``bfloat16`` is always 0x7fc0 (torch's
+            depends on strides and length).
         checksums: take the CRC-32 of each tensor's bytes (that of ``zlib.crc32``) as they pass; afterwards
-            ``stats().checksums`` holds them.
-        engine: an :class:`Engine`, or :class:`Options` (an engine is kept for them), or the default one.
+            ``stats().checksums`` has them.
+        engine: an :class:`Engine`, or :class:`Options` (an engine is kept for them), or ``None`` for the
+            default engine.
 
     Raises:
         ValueError, RuntimeError, KeyError, NotImplementedError, TypeError: for tensors that cannot be
-            saved, as safetensors does; ``ValueError`` also for another ``dtype``.
+            saved, as safetensors does; ``ValueError`` also for a ``dtype`` that is none of these.
         SaveError: a system call failed; both a ``SafetensorError`` and an ``OSError``.
         SafetensorError: the header would be too long for readers.
     """
@@ -105,9 +108,9 @@ def save_files(
 ) -> None:
     """Saves many files at once, in parallel: all of them become visible, or none.
 
-    ``files``: path -> tensors, each as for :func:`save_file`, as are the other arguments and the errors;
-    ``metadata`` goes into every file. Two paths that name the same file are a ``ValueError``.
-    Should the machine stop in the moment between the first and the last rename, some files are new and some
+    ``files`` has the tensors for each path, as for :func:`save_file`; the other arguments and the errors are
+    those of :func:`save_file`, too. ``metadata`` goes into every file. Two paths that name the same file are
+    a ``ValueError``. If the machine stops between the first and the last rename, some files are new and some
     old, each of them complete.
     """
     if not isinstance(files, Mapping):
@@ -147,12 +150,13 @@ def save_model(
     checksums: bool = False,
     engine: Engine | Options | None = None,
 ) -> None:
-    """Saves a module's parameters and buffers, of tied tensors only one; see ``safetensors.torch.save_model``.
+    """Saves a module's parameters and buffers, of tied tensors only one; see
+    ``safetensors.torch.save_model``.
 
-    The names left out are added to ``metadata`` (the caller's dict, as there), pointing to the one kept. A tensor that is
-    part of a larger storage is taken, other than there, if no other one has memory in common with it.
-    With ``force_contiguous`` strided tensors are packed straight into the file. The other arguments and the
-    errors are those of :func:`save_file`.
+    The names left out are added to ``metadata`` (the caller's dict, as there), with the name that is kept.
+    Unlike there, a tensor that is part of a larger storage is accepted if no other tensor shares memory with
+    it. With ``force_contiguous`` strided tensors are packed straight into the file. The other arguments and
+    the errors are those of :func:`save_file`.
     """
     _tensors.check_dtype(dtype)
     state_dict = model.state_dict()
@@ -189,7 +193,7 @@ def save(
     dtype: torch.dtype | str | None = None,
     engine: Engine | Options | None = None,
 ) -> bytes:
-    """The bytes that :func:`save_file` would write. Arguments and errors are the same."""
+    """Returns the bytes that :func:`save_file` would write. Arguments and errors are the same."""
     began = time.perf_counter()
     entries, head = lay_out(tensors, metadata, allow_strided, dtype)
     data, address = load("fastshard._native").new_bytes(

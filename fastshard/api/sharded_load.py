@@ -110,17 +110,21 @@ class _Source(NamedTuple):
     """A tensor in a file."""
 
     name: str
-    """Of the file, without its directory."""
+    """Name of the file, without its directory."""
     file: BinaryIO
     offset: int
-    """From the beginning of the file."""
+    """Offset from the beginning of the file."""
     nbytes: int
     code: str
     shape: tuple[int, ...]
 
 
 def _opened(directory: str, names: Names) -> tuple[Manifest | None, list[BinaryIO]]:
-    """The manifest, if there is one, and the parts, by number: all of one save, whatever is saved meanwhile."""
+    """Opens the manifest, if there is one, and the parts, by number.
+
+    All of them are of one save, whatever is saved meanwhile: if the manifest was replaced, they are opened
+    again.
+    """
     path = os.path.join(directory, names.manifest)
     while True:
         before = _identity(path)
@@ -142,7 +146,7 @@ def _opened(directory: str, names: Names) -> tuple[Manifest | None, list[BinaryI
 
 
 def _identity(path: str) -> tuple[int, int] | None:
-    """Tells a file from those that took its name later."""
+    """Returns what tells a file from files that took its name later."""
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -161,7 +165,7 @@ def _parts_in(directory: str, names: Names) -> list[str]:
 
 
 def _others(directory: str) -> str:
-    """What else there is, for whoever looked for another world's files."""
+    """Returns which other parts there are, for an error about parts that are missing."""
     with contextlib.suppress(OSError, ValueError):
         for name in sorted(os.listdir(directory)):
             if is_manifest(name):
@@ -182,7 +186,7 @@ def _check_manifest(
     quantization: str | None,
     post_processed: bool | None,
 ) -> None:
-    """Raises ``ValueError`` saying why the shards are not for these parameters."""
+    """Raises ``ValueError``, saying why, if the shards are not for these parameters."""
     compared = [
         name for name in Ranks.__dataclass_fields__ if not (manifest.dp_replicated and name.startswith("dp_"))
     ]
@@ -212,7 +216,7 @@ def _check_manifest(
 
 
 def _stored(files: Iterable[BinaryIO]) -> dict[str, _Source]:
-    """Every tensor of the files."""
+    """Returns every tensor of the files."""
     stored: dict[str, _Source] = {}
     for file in files:
         shard = os.path.basename(file.name)
@@ -230,7 +234,7 @@ def _stored(files: Iterable[BinaryIO]) -> dict[str, _Source]:
 def _check_files(
     manifest: Manifest, path: str, files: Iterable[BinaryIO], stored: Mapping[str, _Source]
 ) -> None:
-    """Raises ``ValueError`` unless the files are the ones that the manifest was written with."""
+    """Raises ``ValueError`` unless the files are those that the manifest was written with."""
     sizes = {os.path.basename(file.name): os.fstat(file.fileno()).st_size for file in files}
     places = {name: source.name for name, source in stored.items()}
     expected: Mapping[str, object]
@@ -307,7 +311,11 @@ def _parts_of(
     inside: Iterable[str],
     source_of: Callable[[str], _Source | None],
 ) -> dict[str, _Source]:
-    """Names that lie in the memory of a tensor and can be filled, which fills all of it: none twice. Else nothing."""
+    """Returns names of tensors that can be filled, lie in the memory of this one, and together fill all of
+    it.
+
+    No byte is filled twice. Returns nothing if there are none.
+    """
     whole = tensors[holder]
     parts: dict[str, _Source] = {}
     spans: list[tuple[int, int]] = []
@@ -322,7 +330,7 @@ def _parts_of(
 
 
 def _covers(spans: Iterable[tuple[int, int]], nbytes: int) -> bool:
-    """Whether every byte of so many is in one of them."""
+    """Returns whether these ranges together have every one of so many bytes."""
     reached = 0
     for begin, end in sorted(spans):
         if begin > reached:
@@ -332,7 +340,7 @@ def _covers(spans: Iterable[tuple[int, int]], nbytes: int) -> bool:
 
 
 def _misfit(name: str, tensor: torch.Tensor, source: _Source) -> str:
-    """Why these bytes cannot become that tensor; empty if they can."""
+    """Returns why these bytes cannot become that tensor; an empty text if they can."""
     if not has_memory(tensor):
         return f"{name!r} has no memory to load into"
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
@@ -346,7 +354,7 @@ def _misfit(name: str, tensor: torch.Tensor, source: _Source) -> str:
 
 
 def _fill(sources: Iterable[tuple[torch.Tensor, _Source]]) -> None:
-    """Host tensors by reading into them, all others by copies from the mapped files."""
+    """Fills host tensors by reading into them, and all others by copies from the mapped files."""
     pieces: dict[BinaryIO, list[Piece]] = {}
     mapped: dict[BinaryIO, list[tuple[torch.Tensor, _Source]]] = {}
     for tensor, source in sources:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sharded state, saved: every rank of a serving engine saves its own tensors.
+"""Saves sharded state: every rank of a serving engine saves its own tensors.
 
 The files are those of the ``ShardedStateLoader`` of vLLM and SGLang (vLLM 0.33,
-``vllm/model_executor/model_loader/sharded_state_loader.py``; SGLang 0.5.23, ``sglang/srt/model_loader/loader.py``): the
-same names, the same split, the same bytes. Beside them lies a manifest (:mod:`fastshard.formats.manifest`), which neither
-reads.
+``vllm/model_executor/model_loader/sharded_state_loader.py``; SGLang 0.5.23,
+``sglang/srt/model_loader/loader.py``): the same names, the same split, the same bytes. Beside them is a
+manifest (:mod:`fastshard.formats.manifest`), which neither of them reads.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def save_sharded_state(
 
 
 def _separated(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same, with copies of those that have some memory in common with another one: a file holds no byte twice."""
+    """Returns the tensors, with copies of those that share some memory with another one, as a file holds no
+    byte twice."""
     storages: dict[object, list[str]] = {}
     for name, tensor in tensors.items():
         if has_memory(tensor):
@@ -138,7 +139,7 @@ def _separated(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _split(tensors: Mapping[str, torch.Tensor], max_size: int | None) -> list[dict[str, torch.Tensor]]:
-    """The parts: each takes tensors in order until the next one would be too much."""
+    """Divides the tensors into parts. Each part takes tensors in order until the next one would be too much."""
     parts: list[dict[str, torch.Tensor]] = []
     total = 0
     for name, tensor in tensors.items():

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tensors of a model are stored, and which ones share the memory of these: vLLM's rule, and SGLang's."""
+"""Which tensors of a model are stored, and which share the memory of a stored one, by the rule of vLLM and
+SGLang."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ State = torch.nn.Module | Mapping[str, torch.Tensor]
 
 
 def state_of(model_or_state_dict: State) -> dict[str, torch.Tensor]:
-    """The tensors that are to be saved or filled, in a dict of their own. Raises ``ValueError`` for anything else."""
+    """Returns the tensors that are to be saved or filled, in a new dict. Raises ``ValueError`` for anything
+    else."""
     if isinstance(model_or_state_dict, torch.nn.Module):
         return dict(model_or_state_dict.state_dict())
     if not isinstance(model_or_state_dict, Mapping):
@@ -54,23 +56,23 @@ def without_subtensors(
 
 
 def has_memory(tensor: torch.Tensor) -> bool:
-    """Whether it has memory of its own, at an address."""
+    """Returns whether a tensor has memory of its own, at an address."""
     if tensor.layout != torch.strided or tensor.device.type == "meta":
         return False
     return not is_traceable_wrapper_subclass(tensor)
 
 
 def is_flat(tensor: torch.Tensor) -> bool:
-    """Whether its bytes in a file are those in memory, one after the other."""
+    """Returns whether a tensor's bytes in a file are those in memory, one after the other."""
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _span(name: str, tensor: torch.Tensor) -> tuple[int, int, str]:
-    """What tensors are sorted by, so that one that covers others comes before them."""
+    """Returns a key that sorts tensors so that one that covers others comes before them."""
     begin = tensor.data_ptr()
     return begin, -(begin + nbytes_of(tensor)), name
 
 
 def nbytes_of(tensor: torch.Tensor) -> int:
-    """How many bytes its elements have, one after the other."""
+    """Returns the number of bytes of a tensor's elements."""
     return tensor.numel() * tensor.element_size()

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the tensors of a prepared save come from, read anew by each save: a dict, a module, or a function."""
+"""The sources of a prepared save, from which each save reads its tensors anew: a dict, a module, or a
+function."""
 
 from __future__ import annotations
 
@@ -16,22 +17,22 @@ Given = StateDict | torch.nn.Module | Callable[[], StateDict]
 
 
 class Source(Protocol):
-    """What a prepared save asks for its tensors."""
+    """What a prepared save needs of its source."""
 
     is_module: bool
-    """Whether the file is the one of ``save_model``, which packs strided tensors."""
+    """Whether the file is that of ``save_model``, which packs strided tensors."""
     tied: dict[str, str]
-    """Names that are left out -> the name that is kept for them."""
+    """The names that are left out, each with the name that is kept for it."""
 
     def read(self) -> StateDict:
-        """The tensors as they are now."""
+        """Returns the tensors as they are now."""
 
     def check(self) -> None:
         """Warns of tensors that cannot have changed since the last save."""
 
 
 def source_of(given: Given) -> Source:
-    """Raises ``ValueError`` for what tensors cannot be read from."""
+    """Returns the source for what a user has given. Raises ``ValueError`` if tensors cannot be read from it."""
     if isinstance(given, torch.nn.Module):
         return ModuleSource(given)
     if isinstance(given, dict):
@@ -46,7 +47,7 @@ def source_of(given: Given) -> Source:
 
 
 class FunctionSource:
-    """A function that returns the dict."""
+    """Reads from a function that returns a dict."""
 
     is_module = False
 
@@ -63,11 +64,11 @@ class FunctionSource:
         return tensors
 
     def check(self) -> None:
-        """They are what the function says."""
+        """Does nothing: the function decides which tensors it returns."""
 
 
 class ModuleSource:
-    """A module's ``state_dict()``; of tied tensors one is kept, as ``save_model`` does."""
+    """Reads a module's ``state_dict()``; of tied tensors one is kept, as in ``save_model``."""
 
     is_module = True
 
@@ -96,14 +97,14 @@ class ModuleSource:
         return state
 
     def check(self) -> None:
-        """They are the module's own."""
+        """Does nothing: the tensors are the module's own."""
 
     def _state(self) -> StateDict:
         return dict(self._module.state_dict(keep_vars=True) if self._keep_vars else self._module.state_dict())
 
 
 class _Tie(NamedTuple):
-    """How a tied tensor lies in the memory of the one that is kept."""
+    """How a tied tensor lies in the memory of the tensor that is kept."""
 
     distance: int
     shape: torch.Size
@@ -117,7 +118,7 @@ class _Tie(NamedTuple):
 
 
 class DictSource:
-    """A dict; who fills it may replace its tensors, too."""
+    """Reads from a dict, whose owner may replace the tensors in it."""
 
     is_module = False
 
@@ -130,7 +131,8 @@ class DictSource:
         return self._tensors
 
     def check(self) -> None:
-        """Of those that nobody but the dict has, where the dict is a module's or nobody else has it."""
+        """Warns of tensors that nobody but the dict has, if the dict is a module's or nobody else has the
+        dict."""
         (reachable,) = held_elsewhere([self._tensors], own=1)
         names = self._holders.abandoned(self._tensors, reachable)
         if names:

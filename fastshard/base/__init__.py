@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every layer stands on: settings, loading of modules, counts of saves. Nothing in here needs torch."""
+"""The base of all layers: settings, loading of modules, counts of saves. Nothing in here needs torch."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this process has saved through the engine, and what was left to the replaced function and why.
+"""Counts what this process has saved through the engine, and what was left to the replaced function and why.
 
-:func:`fastshard.status` and the log lines of the logger ``fastshard`` show it. Nothing here takes a lock, as a signal
-handler may save at any moment: each count is a list that is appended to, which is atomic.
+:func:`fastshard.status` and the lines of the logger ``fastshard`` show it. A signal handler may save at any
+moment, so nothing here takes a lock: each count is a list that is appended to, which is atomic.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LOGGER: Final = logging.getLogger("fastshard")
 
 
 class Saved(NamedTuple):
-    """Saves that the engine made."""
+    """The saves that the engine has made for one public function."""
 
     saves: int
     files: int
@@ -30,7 +30,7 @@ _MOST_KEPT: Final = 1024
 _saved: dict[str, list[Saved]] = {}
 _left: dict[tuple[str, str], list[None]] = {}
 _compacting = threading.Lock()
-"""Only ever tried, never waited for."""
+"""A thread only tries to take this lock and never waits for it."""
 
 
 class _OfThisThread(threading.local):
@@ -41,8 +41,11 @@ _this_thread = _OfThisThread()
 
 
 class one_save:  # noqa: N801 (used as a function is)
-    """What is saved in this ``with`` block, on this thread, is one save of one public function, however many files it
-    takes: counted and logged when the block has ended, unless by an exception or with nothing saved."""
+    """Counts what this thread saves in the ``with`` block as one save of one public function.
+
+    However many files it takes, it is counted and logged once, at the end of the block. Nothing is counted if
+    the block ends with an exception or has saved nothing.
+    """
 
     __slots__ = ("_began", "_call", "_files", "_nbytes", "_outer", "_place")
 
@@ -72,8 +75,8 @@ class one_save:  # noqa: N801 (used as a function is)
 def count_saved(call: str, place: object, files: int, nbytes: int, seconds: float) -> None:
     """Counts a save of the engine under the public function that made it, and logs one line (INFO).
 
-    ``call``: as ``"save_file"``; ``place``: the file or folder; ``nbytes``: of all files; ``seconds``: all of it took.
-    Within :class:`one_save` it belongs to that.
+    ``call`` is the function, as ``"save_file"``, and ``place`` the file or folder. ``nbytes`` are the bytes
+    of all files, ``seconds`` the time of the whole save. Within :class:`one_save` it is added to that save.
     """
     if _this_thread.save is not None:
         _this_thread.save.add(files, nbytes)
@@ -93,9 +96,10 @@ def count_saved(call: str, place: object, files: int, nbytes: int, seconds: floa
 
 
 def count_left(call: str, reason: str, *, level: int = logging.INFO) -> None:
-    """Counts a call that was left to the replaced function, and logs the reason when it is seen for the first time.
+    """Counts a call that was left to the replaced function. A reason is logged when it is seen for the first
+    time.
 
-    ``reason``: one of few texts, without names of files, as ``"a file-like object (BytesIO)"``.
+    ``reason`` is one of few texts, without names of files, as ``"a file-like object (BytesIO)"``.
     """
     seen = _left.setdefault((call, reason), [])
     seen.append(None)
@@ -104,7 +108,7 @@ def count_left(call: str, reason: str, *, level: int = logging.INFO) -> None:
 
 
 def saved() -> dict[str, Saved]:
-    """Totals by public function."""
+    """Returns what was saved, by public function."""
     return {call: _total(saves[:]) for call, saves in _saved.copy().items()}
 
 
@@ -118,7 +122,7 @@ def _total(saves: list[Saved]) -> Saved:
 
 
 def left() -> dict[str, dict[str, int]]:
-    """Call -> reason -> how often it was left to the replaced function."""
+    """Returns how often each call was left to the replaced function, by call and reason."""
     found: dict[str, dict[str, int]] = {}
     for (call, reason), seen in _left.copy().items():
         found.setdefault(call, {})[reason] = len(seen)
@@ -126,7 +130,7 @@ def left() -> dict[str, dict[str, int]]:
 
 
 def _forget() -> None:
-    """A forked child counts its own."""
+    """Starts the counts of a forked child at zero."""
     _saved.clear()
     _left.clear()
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A set of objects that others own, without a lock: each step is one of the interpreter's own, so that a signal handler, a
-finalizer or another thread may look at it and change it at any moment (a ``WeakSet`` may not be changed while it is
-looked at)."""
+"""A set of objects that others own, which needs no lock.
+
+Each of its operations is a single step of the interpreter. So a signal handler, a finalizer or another thread
+may read and change it at any moment; a ``WeakSet`` must not be changed while somebody iterates over it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ T = TypeVar("T")
 
 
 class Living(Generic[T]):
-    """Objects that are compared by identity, for as long as they live."""
+    """A set of objects, compared by identity, that holds each only as long as somebody else does."""
 
     def __init__(self) -> None:
         self._references: set[weakref.ref[T]] = set()
@@ -21,6 +23,6 @@ class Living(Generic[T]):
         self._references.add(weakref.ref(item, self._references.discard))
 
     def all(self) -> list[T]:
-        """Those that live now."""
+        """Returns the objects that live now."""
         references = list(self._references)
         return [item for item in (reference() for reference in references) if item is not None]

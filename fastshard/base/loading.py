@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that the first use loads, whole: nobody meets a half of one.
+"""Loads modules at their first use, so that nobody meets a module that is half loaded.
 
-A signal handler runs between any two steps of what it interrupts, an import too, and may save. In the same thread it
-would find modules of which half the code has run. So they are loaded by a thread of their own, in which no handler runs,
-while the caller waits; a handler that interrupts the waiting loads what it needs in the same way, and waits at the
-locks that the import system has for threads.
+A signal handler may interrupt an import and save. In the same thread it would find a module of which half the
+code has run. So a module is loaded by a thread of its own, in which no handler runs, while the caller waits.
+A handler that interrupts the waiting loads what it needs in the same way, and waits at the locks that the
+import system has for threads.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _IMPORTED: Final = frozenset(
     "accelerate fastshard filelock huggingface_hub numpy packaging safetensors sglang torch tqdm transformers"
     " typing_extensions vllm".split()
 )
-"""What modules of ours import, and what these import in turn that knows plugins."""
+"""Modules that ours import, and those among their imports that know about plugins."""
 _STUCK_SECONDS: Final = 60.0
 _loaded: Final[dict[str, ModuleType]] = {}
-"""For finalizers: when the modules go, nothing is found in ``sys.modules`` any more."""
+"""Keeps the modules for finalizers: when the interpreter ends, ``sys.modules`` is empty."""
 _loaders: Final[set[int]] = set()
-"""Threads that load."""
+"""The threads that are loading a module."""
 
 
 def load(name: str) -> ModuleType:
-    """The module of that name, imported by another thread where this one has not been before."""
+    """Returns the module of that name. If it was not imported yet, another thread imports it."""
     module = sys.modules.get(name)
     if module is None and sys.is_finalizing():
         module = _loaded.get(name)
@@ -45,7 +45,7 @@ def load(name: str) -> ModuleType:
 
 
 def _load_apart(name: str) -> None:
-    """Returns when another thread has tried; or at once, where there is none to be had."""
+    """Lets another thread import the module and waits for it. Returns at once if no thread can be started."""
 
     def work(_alive: object) -> None:
         ident = _thread.get_ident()
@@ -78,7 +78,7 @@ class _Alive:
 
 
 def _is_importing() -> bool:
-    """Whether this thread is in the middle of an import that the other one would wait for."""
+    """Returns whether this thread is in the middle of an import that the loading thread would wait for."""
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code

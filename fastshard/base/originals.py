@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions that fastshard stands in for, as their libraries have written them, whoever has put what in their place."""
+"""Finds the functions that fastshard replaces as their libraries have written them, whoever has replaced
+them."""
 
 from __future__ import annotations
 
@@ -12,20 +13,21 @@ from typing import Any, Final, TypeAlias
 Function: TypeAlias = Callable[..., Any]
 
 replaced: Final[dict[int, Function]] = {}
-"""By the id of each replacement of ours ever made, which is kept elsewhere, its original."""
+"""The original of each replacement that was ever made, by the replacement's id. The replacements are kept
+alive elsewhere."""
 _asked_for: dict[tuple[str, str], Function] = {}
-"""Those that others have replaced, as far as somebody has asked for them."""
+"""Originals of functions that somebody else has replaced, as far as they were asked for."""
 
 
 def is_ours(function: object) -> bool:
-    """Whether this is one of the replacements."""
+    """Returns whether a function is one of fastshard's replacements."""
     return id(function) in replaced
 
 
 def original_of(module: str, name: str) -> Function:
-    """The module's own function of that name, whoever has put what in its place.
+    """Returns a module's own function of that name, whoever has replaced it.
 
-    Raises ``LookupError`` where nothing leads to it.
+    Raises ``LookupError`` if nothing leads to it.
     """
     home = namespace(sys.modules.get(module))
     function = home.get(name)
@@ -49,7 +51,7 @@ def original_of(module: str, name: str) -> Function:
 
 
 def is_own(function: object, module: str) -> bool:
-    """Whether this is a function of that module's own."""
+    """Returns whether a function was defined by that module."""
     return type(function) is types.FunctionType and function.__globals__ is namespace(sys.modules.get(module))
 
 
@@ -57,6 +59,6 @@ _module_dict: Final[Any] = vars(types.ModuleType)["__dict__"]
 
 
 def namespace(module: object) -> dict[str, Any]:
-    """A module's dict, past whatever its class makes of attributes; nothing of what is not a module."""
+    """Returns a module's dict without going through its class; an empty dict for what is not a module."""
     found = _module_dict.__get__(module) if issubclass(type(module), types.ModuleType) else None
     return found if isinstance(found, dict) else {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How users write a switch or a size, in the environment, on the command line and in arguments: one rule for each."""
+"""How users write a switch or a size: one rule for the environment, the command line and arguments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import re
 from typing import Final
 
 AUTO_VARIABLE: Final = "FASTSHARD_AUTO"
-"""Where it says yes, every Python does ``import fastshard.auto`` when it starts (by a line that setup.py installs)."""
+"""If it is set to yes, every Python runs ``import fastshard.auto`` when it starts; setup.py installs the line
+for that."""
 
 _NO: Final = frozenset(("", "0", "false", "no", "off", "n", "f", "never"))
 
@@ -20,16 +21,20 @@ _UNITS: Final = {
 
 
 def flag(variable: str, default: bool = False) -> bool:
-    """Whether an environment variable says yes: anything but an empty text, ``0``, ``false``, ``no``, ``off``, ``n``,
-    ``f`` or ``never``, in any case. A variable that is not set says ``default``."""
+    """Returns whether an environment variable says yes, or ``default`` if it is not set.
+
+    Everything says yes but an empty text, ``0``, ``false``, ``no``, ``off``, ``n``, ``f`` and ``never``, in
+    any case.
+    """
     value = os.environ.get(variable)
     return default if value is None else value.strip().lower() not in _NO
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes: a number of them, or a text with a unit, ``"5GB"`` (10^9 each) or ``"5GiB"`` (2^30), in any case.
+    """Returns a size in bytes, from a number or from a text with a unit: ``"5GB"`` (10^9) or ``"5GiB"``
+    (2^30), in any case.
 
-    Raises ``ValueError`` for anything else, and for less than a byte.
+    Raises ``ValueError`` for anything else, and for less than one byte.
     """
     found = None if isinstance(size, bool) else re.fullmatch(r"\s*(\d+)(\.\d+)?\s*([a-zA-Z]*)\s*", str(size))
     unit = found and (1 if not found[3] and not found[2] else _UNITS.get(found[3].upper()))

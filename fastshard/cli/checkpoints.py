@@ -62,7 +62,7 @@ def add_parsers(commands: Commands) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Does what was asked; returns the exit status."""
+    """Runs the command. Returns the exit status."""
     return guarded(lambda: _run(given))
 
 
@@ -103,7 +103,8 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def _described(folder: str) -> str:
-    """Its name, and how much is in its safetensors files, those in the folders of ranks, too."""
+    """Returns the name of a checkpoint and the bytes of its safetensors files, including those in ranks'
+    folders."""
     files, nbytes = 0, 0
     for place in (folder, *_ranks_in(folder)):
         with os.scandir(place) as entries:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastshard env [PATH]``, ``run COMMAND``, ``bench``, ``vllm-save``, and those of cli_files.py and
-cli_checkpoints.py."""
+"""``fastshard env [PATH]``, ``run COMMAND``, ``bench``, ``vllm-save``, and the commands of files.py and
+checkpoints.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .text import fail, guarded, needs_torch, size
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 1 (the input is bad), 2 (the arguments are)."""
+    """Runs the command line. Returns the exit status: 0, 1 if the input is bad, 2 if the arguments are."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["bench"]:  # its own parser, and its own dependencies
         return _bench(arguments[1:])

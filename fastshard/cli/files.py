@@ -50,7 +50,7 @@ def add_parsers(commands: Commands) -> None:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Does what was asked; returns the exit status."""
+    """Runs the command. Returns the exit status."""
     if given.command == "inspect":
         return guarded(lambda: _inspect(given.files, given.json))
     return guarded(lambda: _convert(given), given.file)
@@ -92,7 +92,7 @@ def _inspect(paths: list[str], as_json: bool) -> int:
 
 
 def _files_of(path: str) -> list[str]:
-    """The safetensors files that a path means."""
+    """Returns the safetensors files that a path stands for."""
     what = what_is(path)
     if what.kind == FOLDER:
         with os.scandir(path) as entries:
@@ -204,7 +204,8 @@ def _convert(given: argparse.Namespace) -> int:
 
 
 def _is_to_be_folder(given: argparse.Namespace) -> bool:
-    """Whether DST is a folder. Raises ``ValueError`` where its name says that it is to be a file of another kind."""
+    """Returns whether DST is to be a folder. Raises ``ValueError`` if its name is that of a file of another
+    kind."""
     destination: str = given.destination
     is_there = is_folder(destination)
     kind = format_of_name(destination.rstrip("/"))

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastshard run COMMAND ...``: a command whose Pythons all start with fastshard; what ``fastshard env`` says of libraries."""
+"""``fastshard run COMMAND ...`` runs a command in which every Python starts with fastshard.
+
+:func:`replacements` is what ``fastshard env`` says of the installed libraries.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from ..base.settings import AUTO_VARIABLE, flag
 from ..integrations import patching
 
 STARTUP_FILE: Final = "fastshard_auto.pth"
-"""What Python runs at its start, beside the package."""
+"""The file beside the package whose line Python runs when it starts."""
 
 _USAGE: Final = f"""usage: fastshard run COMMAND [ARGUMENT ...]
 
@@ -25,8 +28,11 @@ Commands are looked for beside this Python first. {patching.DISABLE_VARIABLE}=1 
 
 
 def run(arguments: list[str]) -> int:
-    """Becomes the command; returns only where there is none: 2 for wrong arguments, 1 where Python would not start with
-    fastshard, 126 or 127, as shells do, for a command that cannot be run or found."""
+    """Replaces this process with the command, and returns only if that fails.
+
+    Returns 2 for wrong arguments, 1 if Python would not start with fastshard, and 126 or 127, as shells do,
+    for a command that cannot be run or found.
+    """
     if arguments[:1] in (["-h"], ["--help"]):
         print(_USAGE)
         return 0
@@ -61,7 +67,7 @@ def run(arguments: list[str]) -> int:
 
 
 def startup_file() -> str | None:
-    """Where it is, if Python finds it at its start."""
+    """Returns the path of :data:`STARTUP_FILE`, if Python finds it when it starts."""
     for folder in sys.path:
         path = os.path.join(folder, STARTUP_FILE)
         if os.path.isfile(path):
@@ -70,7 +76,8 @@ def startup_file() -> str | None:
 
 
 def replacements() -> list[tuple[str, str]]:
-    """What `import fastshard.auto` replaces of the libraries that are installed here; imports them."""
+    """Returns what ``import fastshard.auto`` replaces in the libraries that are installed here; imports
+    them."""
     from ..integrations import report
 
     for module in dict.fromkeys(entry.module for entry in patching.TABLE):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How commands say things: sizes, tables, and errors in one line."""
+"""How the commands print sizes, tables, and errors in one line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def size(nbytes: float) -> str:
 
 
 def printable(name: str) -> str:
-    """Names are data: control characters in one must not reach the terminal, nor megabytes of it."""
+    """Returns a name in a form that can be printed. Names are data: control characters and megabytes of text
+    must not reach the terminal."""
     shown = name if name.isprintable() else json.dumps(name)
     if len(shown) > _MOST_OF_A_NAME:
         half = _MOST_OF_A_NAME // 2
@@ -46,7 +47,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[in
 
 
 def fail(error: BaseException | str, name: str | None = None) -> int:
-    """Says in one line what went wrong, with the file's name before it, unless it is in the text; returns the exit status."""
+    """Prints in one line what went wrong, with the file's name before it unless the text has it. Returns the
+    exit status."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         name = name if error.filename is None else os.fsdecode(error.filename)
@@ -65,7 +67,8 @@ def fail(error: BaseException | str, name: str | None = None) -> int:
 
 
 def guarded(run: Callable[[], int | None], name: str | None = None) -> int:
-    """Runs a command: an error is one line, not a traceback; ``name`` stands before one that names no file."""
+    """Runs a command and prints an error as one line without a traceback. ``name`` stands before an error
+    that names no file."""
     try:
         return run() or 0
     except BrokenPipeError:  # `fastshard inspect ... | head`
@@ -79,7 +82,7 @@ def guarded(run: Callable[[], int | None], name: str | None = None) -> int:
 
 
 def needs_torch(command: str) -> str | None:
-    """Why a command cannot run, if torch cannot be imported."""
+    """Returns why a command cannot run, if torch cannot be imported."""
     try:
         import torch  # noqa: F401
     except (ImportError, OSError) as error:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions of torch and safetensors that are not public, with what is done where a version does not have them.
+"""Functions of torch and safetensors that are not public.
 
-Nothing fails before such a function is called. What other libraries do not make public is used by one module each, and not
-when that is imported; ``tests/test_architecture.py`` lists all of it.
+If the installed version does not have one of them, fastshard can be imported all the same; only a call of
+that function fails. Every private name of another library is used by one module only, and never when that
+module is imported; ``tests/test_architecture.py`` lists all of them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def _users() -> Callable[[int], int] | None:
 
 
 def storage_number(storage: Any) -> int:
-    """What tells a storage from others, and what :data:`storage_users` takes."""
+    """Returns the number that tells a storage from others, for :data:`storage_users`."""
     number: int = storage._cdata
     return number
 
@@ -54,18 +55,19 @@ def _dtypes() -> frozenset[Any] | None:
 
 
 dtypes = _dtypes()
-"""Those that this safetensors reads and writes, of torch; ``None``: it does not say."""
+"""The torch dtypes that the installed safetensors reads and writes; ``None`` if it does not list them."""
 find_shared_tensors: Callable[[Any], list[set[str]]] = _borrowed("safetensors.torch", "_find_shared_tensors")
-"""Sets of names of tensors with memory in common, by the rule of safetensors."""
+"""Returns sets of names of tensors that share memory, by safetensors' rule."""
 remove_duplicate_names: Callable[[Any], dict[str, list[str]]] = _borrowed(
     "safetensors.torch", "_remove_duplicate_names"
 )
-"""Which of such names ``save_model`` keeps and leaves out."""
+"""Returns which of such names ``save_model`` keeps, and which it leaves out."""
 is_traceable_wrapper_subclass: Callable[[object], bool] = _borrowed(
     "torch.utils._python_dispatch", "is_traceable_wrapper_subclass", _wraps_others
 )
-"""Whether a tensor wraps others, in which its data lies."""
+"""Returns whether a tensor is a wrapper whose data lies in other tensors."""
 is_lazy: Callable[[object], bool] = _borrowed("torch.nn.parameter", "is_lazy", _waits_for_shape)
-"""Whether it is a parameter or a buffer that has no shape yet."""
+"""Returns whether a tensor is a parameter or a buffer that has no shape yet."""
 storage_users = _users()
-"""How many tensors and others hold a storage, by its number; ``None``: this torch does not tell."""
+"""Returns how many objects hold a storage, which is given by its number; ``None`` if this torch does not
+tell."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine as Python sees it, and the default engine of the functions.
+"""The engine as Python sees it, and the default engine of the public functions.
 
 The native module is loaded by the first engine, never by an import. Torch is not needed here.
 
-No lock is taken here. Signal handlers, finalizers and weak references' callbacks run between any two steps, in the thread
-that they interrupt, and may save: what several calls share changes in steps that are the interpreter's own.
+No lock is taken here. Signal handlers, finalizers and callbacks of weak references interrupt a thread between
+any two steps, and may save. So whatever calls share is changed in single steps of the interpreter.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ F = TypeVar("F", bound="SaveFuture | None")
 
 
 class Engine:
-    """Writer threads, staging memory and devices, shared by all saves given to it; thread-safe.
+    """Writer threads, staging memory and devices, shared by all saves that are submitted to it; thread-safe.
 
-    A context manager: leaving it waits for its saves. In a forked child an engine starts anew by itself.
-    Raises ``ValueError`` for options that cannot work.
+    Used as a context manager, it waits for its saves at the end. In a forked child an engine starts anew by
+    itself. Raises ``ValueError`` for options that cannot work.
     """
 
     def __init__(self, options: Options | None = None) -> None:
@@ -55,9 +55,9 @@ class Engine:
         self._prepared: Living[_native.Prepared] = Living()
         self._spares: Living[_native.Engine] = Living()
         self._submitting: list[int] = []
-        """Threads that are about to have started a save."""
+        """Threads that are in the middle of submitting a save."""
         self._natives: dict[None, _native.Engine] = {None: self._start()}
-        """The one there is; none in a forked child and after :meth:`_rest`, until the next save."""
+        """The native engine. There is none in a forked child and after :meth:`_rest`, until the next save."""
         _engines.add(self)
 
     def _start(self) -> _native.Engine:
@@ -92,18 +92,26 @@ class Engine:
     ) -> SaveFuture:
         """Starts a save of these files: all of them become visible, or none.
 
-        ``streams``: by CUDA ordinal, the stream behind whose present work the copies are ordered. ``fetch``:
-        called as ``fetch(file, item, first_byte, nbytes, address)`` for views on ``plan.FETCHED``; until then such a
-        save occupies a writer. ``amend``: called with the checksums (of each file, of each view), once all is
-        written; what it returns, ``(file, offset, bytes)`` each, is written over that before the files are synced
-        and appear. ``steps``: called one after the other with the handle when the files stand, unless an earlier one
-        raised; the save ends with the last one. ``undo``: called at the end, however the save ends, if it was
-        started. ``explain``: changes an error of the save, what it says or names, before anybody sees it.
-        ``tensor_names``: of each file, for ``Stats.checksums``. ``follow_links``: where a path is a symbolic
-        link, the file that it leads to is replaced, and not the link.
+        Args:
+            files: the plans. Their targets are described in :mod:`fastshard.engine.plan`.
+            keep_alive: what the views point into; it is kept until the save has ended.
+            streams: for each CUDA ordinal, the handle of a stream. The copies run behind what it holds now.
+            durable, keep_cached, checksums: as for :func:`fastshard.save_file`.
+            follow_links: if a path is a symbolic link, the file that it leads to is replaced, and not the link.
+            fetch: called as ``fetch(file, item, first_byte, nbytes, address)`` to bring bytes of views on
+                ``plan.FETCHED``. Until then such a save occupies a writer.
+            amend: called with the checksums (of each view of each file) when everything is written. It returns
+                ``(file, offset, bytes)`` for bytes to write over that before the files are synced and appear.
+            steps: called one after the other with the handle when the files stand, until one raises. The save ends
+                with the last one.
+            undo: called at the end of a save that was started, however it ends.
+            explain: changes what an error of the save says or names, before anybody sees it.
+            tensor_names: of each file, for ``Stats.checksums``.
+            plan_seconds: how long planning has taken, for ``Stats``.
+            serve: a thread of the engine calls these functions. Otherwise whoever waits for the save does.
 
-        ``serve``: a thread of the engine calls these functions; without it whoever waits for the save does. Raises
-        :class:`SaveError` (no space, no directory, ...) before the first copy.
+        Raises:
+            SaveError: there is no space, no directory, ...; raised before the first copy.
         """
         limits.require_room(files)
         asked = SaveOptions(
@@ -137,8 +145,11 @@ class Engine:
         return future
 
     def prepare(self, file: FilePlan, generations: int, tag: object = None) -> _native.Prepared:
-        """Makes the standing files of a prepared save (:func:`fastshard.prepare`). Raises as :meth:`submit`,
-        and ``ValueError`` for less than two generations. ``tag``: of what is bound by that."""
+        """Makes the files of a prepared save (:func:`fastshard.prepare`), ``generations`` of them.
+
+        ``tag`` identifies what is bound by this. Raises as :meth:`submit`, and ``ValueError`` for fewer than
+        two generations.
+        """
         limits.require_room([file], generations)
         with save_errors():
             prepared = self._with_native(lambda native: native.prepare(file, generations, tag))
@@ -157,10 +168,10 @@ class Engine:
         tensor_names: Mapping[str, Sequence[str]] | None = None,
         tag: object = None,
     ) -> SaveFuture | None:
-        """Starts filling the next generation of a prepared save; as :meth:`submit`, and served by whoever waits.
+        """Starts filling the next generation of a prepared save. Whoever waits serves it.
 
-        A save of it that is under way, interrupted by whoever calls this, is cancelled. ``None``, and nothing is done,
-        if what is bound has not this tag.
+        A save of it that this call has interrupted is cancelled. If what is bound has another tag, nothing is
+        done and ``None`` is returned. The arguments are those of :meth:`submit`.
         """
         asked = SaveOptions(dict(streams), durable=durable, checksums=checksums)
 
@@ -209,7 +220,7 @@ class Engine:
         self._rest()
 
     def _rest(self) -> None:
-        """What :meth:`close` does, but that the next save wakes it up."""
+        """Does what :meth:`close` does, but the next save starts the engine again."""
         for future in self._saves.all():
             if not future.done():
                 with contextlib.suppress(Exception):
@@ -229,7 +240,7 @@ class Engine:
         self.close()
 
     def _abandon(self) -> None:
-        """In a forked child: the threads are the parent's, and so are the files they write."""
+        """Gives up, in a forked child, the threads and the files that they write, which are the parent's."""
         leak = load("fastshard._native").leak
         for future in self._saves.all():
             leak(future._native)
@@ -243,12 +254,13 @@ class Engine:
 _engines: Living[Engine] = Living()
 _kept: dict[object, Engine] = {}
 _exiting = False
-"""Whether the interpreter is about to end. Saves of exit hooks, finalizers and daemon threads go on, but nothing is kept
-for the next one."""
+"""Whether the interpreter is about to end. Exit hooks, finalizers and daemon threads may still save, but
+nothing is kept for the next save."""
 
 
 def engine_for(engine: Engine | Options | None) -> Engine:
-    """The engine itself, or the one kept for these options; ``None`` stands for the default options."""
+    """Returns the engine itself, or the one that is kept for these options; ``None`` stands for the default
+    options."""
     if isinstance(engine, Engine):
         return engine
     if engine is not None and not isinstance(engine, Options):
@@ -262,14 +274,15 @@ _DEFAULT: Final = Options()
 
 
 def progress_wanted(progress: bool | None) -> bool:
-    """An argument that was given, else the environment's answer."""
+    """Returns the argument if it was given, and otherwise what the environment says."""
     if progress is None:
         return flag(PROGRESS_VARIABLE)
     return progress
 
 
 def io_uring_allowed() -> bool:
-    """Whether direct writes may use io_uring where the kernel lets them; ``FASTSHARD_IO_URING=0``: threads."""
+    """Returns whether direct writes may use io_uring, if the kernel allows it. ``FASTSHARD_IO_URING=0``
+    forbids it."""
     return flag(IO_URING_VARIABLE, True)
 
 

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The handle of a save: what everybody holds who has started one.
+"""The handle of a save, which everybody holds who has started one.
 
-A save is a list of steps. The native module copies and writes; where bytes can only come from Python, or are known only
-when all others are in place, it asks for them; then come the steps that its caller has given (names change in a folder, say).
-A thread of the engine serves all that, so that a save ends whether or not anybody waits for it. Whoever waits serves, too,
-and saves that are waited for at once need no thread: what the caller has for itself (its current stream, the signals that
-reach it) then is as in any other call.
+A save is a list of steps. The native module copies and writes. It asks Python for bytes that only Python has,
+and for bytes that are known only when all others are in place. Then the steps of the caller run, of which
+publishing a directory is one. A thread of the engine can serve all of this, so that a save ends whether or
+not anybody waits for it. Whoever waits serves, too. A save that is waited for at once needs no thread: it
+then runs with the caller's current stream and thread-local state, and signals reach it as in any other call.
 
-Nothing in here is under a lock that a signal handler, interrupting its holder, could wait for: each change is one step
-of the interpreter.
+No lock is held in here that a signal handler could wait for while it interrupts the holder: each change is a
+single step of the interpreter.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ Fetch = Callable[[int, int, int, int, int], None]
 Amend = Callable[[list[list[int]]], list[tuple[int, int, bytes]]]
 Step = Callable[["SaveFuture"], None]
 _POLL_SECONDS: Final = 0.1
-"""How long Ctrl-C may have to wait."""
+"""The longest time until Ctrl-C is noticed."""
 _START_SECONDS: Final = 1.0
-"""How long a thread may take to begin."""
+"""The time that a thread is given to begin."""
 _log: Final = logging.getLogger("fastshard")
 
 
 class Progress(NamedTuple):
-    """How far a save has come, in bytes of its files."""
+    """How much of a save is done, in bytes of its files."""
 
     nbytes_written: int
     nbytes: int
@@ -50,7 +50,7 @@ class Progress(NamedTuple):
 
 @contextlib.contextmanager
 def save_errors() -> Iterator[None]:
-    """Failed system calls of the native module, as :class:`SaveError`."""
+    """Raises failed system calls of the native module as :class:`SaveError`."""
     try:
         yield
     except OSError as error:
@@ -58,9 +58,9 @@ def save_errors() -> Iterator[None]:
 
 
 class SaveFuture:
-    """A save under way, with the methods of ``concurrent.futures.Future``.
+    """A save under way, with the methods of ``concurrent.futures.Future``. Any thread may use it.
 
-    Keeps its tensors alive; whoever started it must not change them before the end. Any thread may use it.
+    It keeps the tensors alive. Whoever started the save must not change them before it has ended.
     """
 
     def __init__(
@@ -111,21 +111,21 @@ class SaveFuture:
         self._gate.acquire()
 
     def done(self) -> bool:
-        """Whether the save has ended: the files stand, or it has failed or was cancelled."""
+        """Returns whether the save has ended: the files stand, or it has failed or was cancelled."""
         return self._settled or (self._only_native and self._native.finished())
 
     def running(self) -> bool:
-        """Whether the save is under way."""
+        """Returns whether the save is under way."""
         return not self.done()
 
     def cancelled(self) -> bool:
-        """Whether the save was stopped by :meth:`cancel` or by an exception in a waiting thread."""
+        """Returns whether the save was stopped, by :meth:`cancel` or by an exception in a waiting thread."""
         return self.done() and self.wait() and isinstance(self._error, CancelledError)
 
     def cancel(self) -> bool:
         """Stops the save, which leaves everything as it was; :meth:`result` then raises ``CancelledError``.
 
-        Returns ``False`` where it comes too late: the save has ended, or its files are about to appear.
+        Returns ``False`` if it is too late, as the save has ended or its files are about to appear.
         """
         if self.done():
             return False
@@ -135,9 +135,10 @@ class SaveFuture:
         return stopped
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Waits for the end of the save, ``timeout`` seconds at most, and returns whether it has ended.
+        """Waits for the end of the save, at most ``timeout`` seconds, and returns whether it has ended.
 
-        An exception that arrives meanwhile (Ctrl-C) stops the save, which leaves nothing behind.
+        An exception that arrives meanwhile (Ctrl-C) stops the save, which leaves nothing behind. Raises
+        ``RuntimeError`` in a forked child, and in a signal handler that has interrupted a step of this save.
         """
         self._check_process()
         if threading.get_ident() in self._serving:
@@ -157,12 +158,12 @@ class SaveFuture:
         return self._settled
 
     def result(self, timeout: float | None = None) -> Stats:
-        """Waits until the files stand under their names and returns what was done.
+        """Waits until the files stand under their names and returns the figures of the save.
 
         Raises :class:`SaveError` for a failed system call, ``RuntimeError`` for a failed device,
-        ``concurrent.futures.CancelledError`` if the save was cancelled, ``TimeoutError`` if it has not ended after
-        ``timeout`` seconds (it goes on), and what a step of the save raised. An exception that arrives meanwhile
-        (Ctrl-C) stops the save.
+        ``concurrent.futures.CancelledError`` if the save was cancelled, ``TimeoutError`` if it has not ended
+        after ``timeout`` seconds (it goes on), and what a step of the save has raised. An exception that
+        arrives meanwhile (Ctrl-C) stops the save.
         """
         if not self.wait(timeout):
             raise TimeoutError(f"the save has not ended after {timeout} seconds")
@@ -190,8 +191,11 @@ class SaveFuture:
             del error
 
     def _handed_out(self) -> BaseException | None:
-        """The error, of which the handle keeps a copy without its traceback. The frames of that hold the handle, so that
-        only a garbage collection would give back what the frames of the failed call have."""
+        """Returns the error, of which the handle then keeps a copy without its traceback.
+
+        The traceback's frames hold the handle, so only a garbage collection would release the frames of the
+        failed call.
+        """
         error = self._error
         if error is not None:
             try:
@@ -201,8 +205,11 @@ class SaveFuture:
         return error
 
     def add_done_callback(self, function: Callable[[SaveFuture], object]) -> None:
-        """Calls ``function(self)`` when the save has ended: in a thread of the engine or one that waits, or at once, here,
-        if it has ended. What it raises is logged."""
+        """Calls ``function(self)`` when the save has ended, in a thread of the engine or one that waits.
+
+        If it has ended already, the function is called at once by the calling thread. What it raises is
+        logged.
+        """
         self._callbacks.append(function)
         if self._settled:
             self._call_back()
@@ -210,16 +217,19 @@ class SaveFuture:
             self.serve()
 
     def progress(self) -> Progress:
-        """How far the save has come."""
+        """Returns how many bytes of the files are written, and how many there are."""
         return Progress(self._native.nbytes_written, self._native.nbytes)
 
     def checksums(self) -> list[list[int]]:
-        """Of each file, the CRC-32 of each tensor in file order; none unless asked for, or before all is written."""
+        """Returns the CRC-32 of each tensor of each file, in file order.
+
+        The lists are empty unless checksums were asked for, and until everything is written.
+        """
         return [values[1:] for values in self._native.checksums()]  # the first is the header's
 
     @property
     def stats(self) -> Stats:
-        """Figures of the save, final once it is done."""
+        """Figures of the save. They are final once it is done."""
         if self._final is not None:
             return self._final
         ended = self._native.finished()
@@ -235,9 +245,10 @@ class SaveFuture:
         return stats
 
     def serve(self) -> None:
-        """Lets a thread of the engine serve this save, so that it ends without anybody's waiting; once.
+        """Lets a thread of the engine serve this save, so that it ends although nobody waits. Only the first
+        call counts.
 
-        Where no thread is to be had, whoever waits serves it, as without this.
+        If no thread can be started, whoever waits serves it, as without this call.
         """
         claim = object()
         if self._claims.setdefault("thread", claim) is not claim:
@@ -250,7 +261,8 @@ class SaveFuture:
             _log.warning("a save has to be waited for, as no thread is to be had to serve it: %s", error)
 
     def needs(self, thread: int) -> bool:
-        """Whether the save cannot end without that thread: it started it, and brings bytes."""
+        """Returns whether the save cannot end without that thread, which has started it and brings its
+        bytes."""
         return (
             self._starter == thread
             and not self._is_served
@@ -263,7 +275,7 @@ class SaveFuture:
             raise RuntimeError("this save belongs to the parent process")
 
     def _pass(self, seconds: float) -> None:
-        """What a waiting thread does for so long: it serves the save, unless a thread of the engine does."""
+        """Waits for so long, and serves the save unless a thread of the engine does."""
         served = self._is_served
         if (
             not served and self._served_from is not None
@@ -281,7 +293,7 @@ class SaveFuture:
                 self._advance(_POLL_SECONDS)
 
     def _advance(self, seconds: float) -> None:
-        """Serves what the save asks for in the next ``seconds``, and ends it when all is written."""
+        """Serves what the save asks for in the next ``seconds``, and ends it when everything is written."""
         error = None
         try:
             written = self._native.wait(seconds)
@@ -318,7 +330,8 @@ class SaveFuture:
             self._serving.remove(me)
 
     def _end(self, error: BaseException | None, seconds: float) -> None:
-        """Runs the steps that are left if all went well, and settles the save; or waits while another thread does."""
+        """Runs the steps that are left if all went well, and settles the save. Waits if another thread does
+        that."""
         me = threading.get_ident()
         self._serving.append(me)
         try:
@@ -365,7 +378,7 @@ class SaveFuture:
                     _log.exception("a callback of a save has failed")
 
     def _stop(self) -> None:
-        """Cancels, and waits until nothing touches the tensors or the files any more."""
+        """Cancels the save, and waits until nothing touches the tensors or the files any more."""
         self._stopped = True
         self._native.cancel()
         self._native.disown_fetches()  # of this thread: an exception has ended what it was bringing

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory this process may still take: what a file on a filesystem in memory has to fit into.
+"""How much memory this process may still use, which limits files on a filesystem in memory.
 
-Such a file counts against the memory limit of the control groups (cgroups) that the process is in, as a container sets
-one. Over the limit nothing fails: a process is killed. So what a save needs is compared with the limits before anything
-is changed.
+Such a file counts against the memory limit of the control groups (cgroups) of the process, which a container
+sets, for instance. Beyond the limit no call fails: the kernel kills a process. So a save compares what it
+needs with the limits before it changes anything.
 """
 
 from __future__ import annotations
@@ -20,25 +20,27 @@ from ..errors import SaveError
 from .plan import FilePlan
 
 LEAST_NBYTES: Final = 16 << 20
-"""Smaller saves are not worth a look."""
+"""The limits are not read for smaller saves, for which that would take too long."""
 
 _IN_MEMORY: Final = frozenset({"tmpfs", "ramfs"})
 _UNLIMITED: Final = 1 << 60
-"""Version 1 says "none" as the largest number of pages."""
+"""Version 1 of cgroups reports the largest number of pages where there is no limit."""
 
 
 class Room(NamedTuple):
-    """What a control group lets its processes take besides what they have."""
+    """What a control group lets its processes use in addition."""
 
     nbytes: int
     limit: int
     group: str
-    """The folder that describes it."""
+    """The folder in which the kernel describes the group."""
 
 
 def require_room(files: Sequence[FilePlan], copies: int = 1) -> None:
-    """Raises ``SaveError`` with ``errno.ENOMEM`` where the files are to lie in memory and exceed what the process may
-    take. ``copies``: of each of them."""
+    """Checks that files on filesystems in memory do not exceed what the process may use.
+
+    ``copies`` is the number of copies of each file. Raises ``SaveError`` with ``errno.ENOMEM``.
+    """
     there = [file for file in files if isinstance(file.target, bytes)]
     if copies * sum(file.nbytes for file in there) < LEAST_NBYTES:
         return
@@ -74,7 +76,8 @@ def _in_mib(nbytes: int) -> str:
 
 
 def _may_be_in_memory(folder: bytes) -> bool:
-    """Whether it is on no block device. A folder that cannot be looked at is the save's own affair."""
+    """Returns whether the folder is on no block device. If it cannot be examined, the save itself reports
+    that."""
     try:
         return os.major(os.stat(folder).st_dev) == 0
     except OSError:
@@ -82,7 +85,7 @@ def _may_be_in_memory(folder: bytes) -> bool:
 
 
 def _type_of(folder: bytes) -> str:
-    """Of the filesystem, as the kernel calls it."""
+    """Returns the type of the folder's filesystem, as the kernel calls it."""
     device = os.stat(folder).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     for mount in _mounts("/"):
@@ -98,7 +101,7 @@ class _Mount(NamedTuple):
     point: str
     type: str
     options: frozenset[str]
-    """Of the filesystem: the controllers of a version 1 hierarchy."""
+    """Options of the filesystem. Those of a version 1 hierarchy name its controllers."""
 
 
 def _mounts(root: str) -> Iterator[_Mount]:
@@ -117,13 +120,16 @@ def _mounts(root: str) -> Iterator[_Mount]:
 
 
 def _plain(name: str) -> str:
-    """Blanks stand there as octal numbers."""
+    """Decodes a path of a mount table, in which blanks are octal numbers."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), name)
 
 
 def memory_room(root: str = "/") -> Room | None:
-    """The smallest of what the control groups of this process leave it; ``None``: there is no limit, or none that can
-    be read. ``root``: where ``/proc`` and the mounted groups are looked for."""
+    """Returns the smallest amount that the control groups of this process leave it; ``None`` if there is no
+    limit, or none that can be read.
+
+    ``root`` is where ``/proc`` and the mounted groups are looked for.
+    """
     rooms = []
     with contextlib.suppress(OSError, ValueError):
         groups = dict(_own_groups(root))
@@ -136,7 +142,8 @@ def memory_room(root: str = "/") -> Room | None:
 
 
 def _own_groups(root: str) -> Iterator[tuple[str, str]]:
-    """Controller -> path of this process's group; the one hierarchy of version 2 is ``""``."""
+    """Returns the path of this process's group for each controller; ``""`` stands for the one hierarchy of
+    version 2."""
     with open(os.path.join(root, "proc/self/cgroup"), errors="surrogateescape") as file:
         for line in file:
             _, controllers, path = line.rstrip("\n").split(":", 2)
@@ -145,7 +152,7 @@ def _own_groups(root: str) -> Iterator[tuple[str, str]]:
 
 
 def _walk(mount: _Mount, path: str, root: str) -> Iterator[str]:
-    """Folders of the group and of all above it, as far as they are mounted here."""
+    """Yields the folders of the group and of all groups above it, as far as they are mounted here."""
     point = os.path.join(root, mount.point.lstrip("/"))
     inside = PurePosixPath(path)
     below = inside.relative_to(mount.root) if inside.is_relative_to(mount.root) else PurePosixPath()
@@ -183,20 +190,21 @@ def _room_v1(group: str, root: str) -> Room | None:
 
 
 def _reclaimable(stat: dict[str, int], prefix: str) -> int:
-    """What the kernel takes back before it kills: cached files. Files in memory are not among them."""
+    """Returns the bytes of cached files, which the kernel reclaims before it kills. Files in memory are not
+    among them."""
     names = (f"{prefix}inactive_file", f"{prefix}active_file", "slab_reclaimable")
     return sum(stat.get(name, 0) for name in names)
 
 
 def _swap(limit: int | None, used: int | None, root: str) -> int:
-    """What may go to swap space instead."""
+    """Returns the bytes that can be moved to swap space."""
     meminfo = _figures(os.path.join(root, "proc"), "meminfo")
     free = meminfo.get("SwapFree:", 0) << 10
     return free if limit is None else max(0, min(free, limit - (used or 0)))
 
 
 def _number(group: str, name: str) -> int | None:
-    """``None``: no limit, or no such file, as in the group above all others."""
+    """Reads a number. ``None`` if there is no limit, or no such file, as in the topmost group."""
     try:
         with open(os.path.join(group, name)) as file:
             value = int(file.read())
@@ -206,7 +214,7 @@ def _number(group: str, name: str) -> int | None:
 
 
 def _figures(group: str, name: str) -> dict[str, int]:
-    """Name -> number; none where the file cannot be read."""
+    """Reads a table of names and numbers; it is empty if the file cannot be read."""
     found: dict[str, int] = {}
     with contextlib.suppress(OSError, ValueError), open(os.path.join(group, name)) as file:
         for key, value, *_ in (line.split() for line in file):

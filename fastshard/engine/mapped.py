@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors that lie in files: made without reading the file, saved without taking memory.
+"""Tensors that lie in files. They are made without reading the file and saved without taking memory.
 
-They are ordinary CPU tensors over a private mapping of the file: pages come in when somebody looks at them, and a
-tensor that is changed is changed for this process only. The file must not be cut or written to meanwhile; replaced
-by a rename (as every save of ours does, into the same name too) it may be. The engine knows these mappings
-(csrc/source_file.h): it reads unchanged tensors chunk by chunk past the process's own pages, and reports a file that
-has been cut as :class:`~fastshard.SaveError` where plain mapped memory would be a SIGBUS.
+They are ordinary CPU tensors over a private mapping of the file. Pages are read when they are first used, and
+a tensor that is changed is changed for this process only. Meanwhile the file must not be cut or written to.
+It may be replaced by a rename, as every save of fastshard does, also a save of these tensors into the same
+file.
+
+The engine knows these mappings (csrc/file/source_file.h). It reads unchanged tensors chunk by chunk, without
+adding to the process's resident memory. A file that has been cut is reported as
+:class:`~fastshard.SaveError`; a load from ordinary mapped memory would end the process with SIGBUS.
 """
 
 from __future__ import annotations
@@ -32,11 +35,11 @@ PathLike = str | os.PathLike[str]
 DTYPES: Final[dict[str, torch.dtype]] = {
     code: dtype for name, code in CODES.items() if (dtype := getattr(torch, name, None)) is not None
 }
-"""Code in the header -> torch dtype, as far as this torch has them."""
+"""The torch dtype for each code in a header, as far as the installed torch has it."""
 
 
 class _Identity(NamedTuple):
-    """Tells a file from another one, and from what it was before it was written anew."""
+    """Tells a file from other files, and from itself before it was rewritten."""
 
     device: int
     inode: int
@@ -49,16 +52,16 @@ class _Identity(NamedTuple):
 
 
 class _Contents(NamedTuple):
-    """Of a safetensors file."""
+    """What the header of a safetensors file says."""
 
     begin: int
-    """Where the tensors' bytes begin."""
+    """Offset in the file where the tensors' bytes begin."""
     tensors: dict[str, StoredTensor]
 
 
 _MAX_HEADERS: Final = 64
 _lock = threading.RLock()
-"""A signal handler may map files, too, while its thread holds it."""
+"""It is reentrant, as a signal handler may map files while its thread holds the lock."""
 _mappings: weakref.WeakValueDictionary[_Identity, _native.SourceFile] = weakref.WeakValueDictionary()
 _headers: dict[_Identity, _Contents] = {}
 
@@ -66,10 +69,12 @@ _headers: dict[_Identity, _Contents] = {}
 class MappedFile:
     """A file whose bytes can be had as tensors.
 
-    There is one mapping of a file, however often it is asked for, which lasts as long as one of its tensors or this
-    object. Each tensor has a storage of its own, two of the same bytes the same one by address and size, so code that
-    looks for shared tensors finds those that are. Raises ``OSError`` where the file cannot be opened and
-    ``ValueError`` for what is no regular file; errors name the file.
+    However often a file is asked for, there is one mapping of it, which lasts as long as one of its tensors
+    or this object. Each tensor has a storage object of its own; tensors over the same bytes have equal
+    addresses and sizes, so sharing is still detected.
+
+    Raises ``OSError`` if the file cannot be opened and ``ValueError`` if it is not a regular file; errors
+    name the file.
     """
 
     def __init__(self, path: PathLike) -> None:
@@ -99,13 +104,13 @@ class MappedFile:
 
     @property
     def nbytes(self) -> int:
-        """Size of the file when it was mapped."""
+        """Size of the file in bytes when it was mapped."""
         return self._identity.nbytes
 
     def view(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int = 0) -> torch.Tensor:
-        """A contiguous tensor of this type and shape whose bytes begin at ``offset``.
+        """Returns a contiguous tensor of this dtype and shape whose bytes begin at ``offset`` in the file.
 
-        Raises ``ValueError`` where the file ends before it does.
+        Raises ``ValueError`` if the file ends before the tensor does.
         """
         count = math.prod(shape)
         end = offset + count * dtype.itemsize
@@ -121,13 +126,15 @@ class MappedFile:
         return torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=offset).view(shape)
 
     def names(self) -> Iterator[str]:
-        """Of a safetensors file: its tensors, by position. Raises as :meth:`tensor`."""
+        """Returns the names of the tensors of a safetensors file, in the order of their bytes. Raises as
+        :meth:`tensor`."""
         return iter(self._contents().tensors)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Of a safetensors file: the tensor of that name.
+        """Returns the tensor of that name of a safetensors file.
 
-        Raises ``SafetensorError`` for a file that is none, that has no such tensor, or one that torch cannot hold.
+        Raises ``SafetensorError`` if the file is none, if it has no such tensor, or if torch has no dtype for
+        it.
         """
         begin, tensors = self._contents()
         stored = tensors.get(name)
@@ -175,22 +182,27 @@ class MappedFile:
 
 
 def load_mapped(path: PathLike) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, by position in it, without reading them: see the module's text."""
+    """Returns all tensors of a safetensors file, in the order of their bytes, without reading them.
+
+    They are CPU tensors of the shapes and dtypes in the header; see :mod:`fastshard.engine.mapped` for what
+    may be done with file and tensors. Raises as :class:`MappedFile` and :meth:`MappedFile.tensor`.
+    """
     file = MappedFile(path)
     return {name: file.tensor(name) for name in file.names()}
 
 
 def lies_in_file(tensor: torch.Tensor) -> bool:
-    """Whether this is one of these tensors, or a view of one."""
+    """Returns whether a tensor, or the tensor that it is a view of, lies in a mapped file."""
     from .. import _native
 
     return tensor.is_cpu and _native.SourceFile.at(tensor.data_ptr()) is not None
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two contiguous CPU tensors of one size hold the same bytes, found out without taking memory.
+    """Returns whether two contiguous CPU tensors of equal size hold the same bytes. The comparison takes no
+    memory.
 
-    Raises ``OSError``, naming the file, where one of them has been cut.
+    Raises ``OSError``, naming the file, if a file that one of them lies in has been cut.
     """
     from .. import _native
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine is told, and what it tells of a save."""
+"""The options of an engine, and the figures of a save."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ _MOST_THREADS: Final = 4096
 
 
 def usable_cpus() -> int:
-    """CPUs this process may run on."""
+    """Returns the number of CPUs that this process may run on."""
     return len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
 class Options:
-    """Limits of an engine. Sizes are bytes, or texts as ``"1GB"`` and ``"64MiB"``.
+    """Limits of an engine. Sizes are numbers of bytes, or texts as ``"1GB"`` and ``"64MiB"``.
 
-    Raises ``ValueError`` and ``TypeError``, naming the option, for what cannot work.
+    Raises ``ValueError`` or ``TypeError``, naming the option, for values that cannot work.
     """
 
     memory_budget: int = _BUDGET
-    """Bytes of staging memory, all saves of the engine together; at least 1 MiB. Contiguous host tensors
+    """Bytes of staging memory of all saves of the engine together; at least 1 MiB. Contiguous host tensors
     that are not cast need none of it."""
     threads: int | None = None
-    """Writer threads; ``None``: one for each CPU this process may use, at most 16."""
+    """Number of writer threads; ``None``: one for each CPU that this process may use, at most 16."""
     write_path: str = "auto"
-    """``"buffered"`` (pwrite into the page cache), ``"direct"`` (past it, from staging memory), ``"mapped"``
-    (stores into the mapped file), ``"registered"`` (as mapped, with devices copying straight into page-locked
-    windows), or ``"auto"``: what suits save and filesystem (``fastshard env PATH`` tells)."""
+    """``"buffered"`` (pwrite into the page cache), ``"direct"`` (past the page cache, from staging memory),
+    ``"mapped"`` (stores into the mapped file), ``"registered"`` (as mapped, with devices copying straight
+    into page-locked windows), or ``"auto"``: what suits the save and the filesystem (``fastshard env PATH``
+    tells)."""
     device_scratch: int = _DEVICE_SCRATCH
-    """Bytes of each CUDA device's memory that strided, cast and small tensors may be packed in on their way out;
-    taken when first needed, kept until the engine is closed. 0, or where the device has none to give: none."""
+    """Bytes of each CUDA device's memory in which strided, cast and small tensors may be packed before they
+    are copied to the host. It is allocated when it is first needed and kept until the engine is closed. With
+    0, or if the device has no memory to spare, none is used."""
 
     def __init__(
         self,
@@ -73,12 +75,12 @@ class Options:
 
     @property
     def writers(self) -> int:
-        """Writer threads, decided."""
+        """The number of writer threads, with ``None`` resolved."""
         return min(16, usable_cpus()) if self.threads is None else self.threads
 
     @property
     def key(self) -> tuple[int, int | None, str, int]:
-        """What tells options from others; compared without running any code of Python's."""
+        """Tells these options from others. It is compared without running any Python code."""
         return self.memory_budget, self.threads, self.write_path, self.device_scratch
 
 
@@ -108,21 +110,21 @@ def _integer(option: str, number: object, more: str = "") -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """What one save did. ``*_seconds`` of the stages are thread-seconds: they add up over the writers."""
+    """Figures of one save. The ``*_seconds`` of the stages are thread-seconds: they add up over the writers."""
 
     files: int
     nbytes: int
     """Bytes of the finished files, but for those that are linked or that others write."""
     seconds: float
-    """From the call of the function to the finished files."""
+    """Seconds from the call of the function until the files are finished."""
     plan_seconds: float
-    """Checking the tensors, laying out the files."""
+    """Seconds spent checking the tensors and laying out the files."""
     copy_seconds: float
-    """Packing, and waiting for copies from devices."""
+    """Seconds spent packing and waiting for copies from devices."""
     write_seconds: float
-    """In pwrite, waiting for direct writes, or populating mapped pages."""
+    """Seconds spent in pwrite, waiting for direct writes, or populating mapped pages."""
     sync_seconds: float
-    """In fsync and rename."""
+    """Seconds spent in fsync and rename."""
     write_path: str
     """``"buffered"``, ``"direct"``, ``"mapped"``, ``"registered"``, ``"standing"`` (a prepared save),
     ``"memory"`` or ``"link"``."""
@@ -130,10 +132,11 @@ class Stats:
     """``"none"`` (written from the tensors' own memory), ``"in place"`` (devices copied into the target itself),
     ``"pageable"`` or ``"pinned"``."""
     staging_nbytes: int
-    """Most bytes staged at once."""
+    """The most bytes that were staged at once."""
     device_scratch_nbytes: int
-    """Device memory that tensors were packed in, all devices together."""
+    """Bytes of device memory in which tensors were packed, of all devices together."""
     fallbacks: tuple[str, ...]
-    """What filesystem, kernel or a device refused; something else was done instead."""
+    """What the filesystem, the kernel or a device refused, and what was done instead."""
     checksums: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """File -> tensor -> CRC-32 of its bytes in the file, as ``zlib.crc32`` has it; empty unless asked for."""
+    """By file and tensor, the CRC-32 of the tensor's bytes in the file, as ``zlib.crc32`` computes it; empty
+    unless asked for."""

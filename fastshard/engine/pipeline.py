@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a public function is given -> what the engine is given, and the wait for what it makes of it."""
+"""What all public functions have in common: arguments become plans, plans are submitted, and saves are waited
+for."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def lay_out(
     dtype: torch.dtype | str | None,
     filename: object = "",
 ) -> tuple[Entries, bytes]:
-    """The tensors in file order, and the header that goes before them."""
+    """Returns the tensors in file order, and the header that precedes them. Raises as
+    :func:`fastshard.save_file`."""
     dtype = _tensors.check_dtype(dtype)
     entries = _tensors.describe(tensors, allow_strided=allow_strided, dtype=dtype)
     check_filename(filename)
@@ -46,8 +48,10 @@ def lay_out(
 
 
 def fetcher(entries_of: list[Entries], dtype: torch.dtype | str | None) -> Fetch:
-    """What brings the bytes only Python can bring, for the entries of each file, from any thread: on the streams that are
-    current in this one."""
+    """Returns the function that brings bytes which only Python can bring, for the entries of each file.
+
+    It may run on any thread, and copies on the streams that are current on the thread that calls ``fetcher``.
+    """
     target = _tensors.check_dtype(dtype)
     on_streams = _tensors.on_current_streams(
         entry.tensor.device for entries in entries_of for entry in entries if entry.view.device == FETCHED
@@ -97,21 +101,24 @@ def encoded_path(filename: PathLike) -> bytes:
 
 
 class _Newest:
-    """Figures of the newest save: in a list for each thread, and of them all."""
+    """Figures of the newest save of each thread, and of the newest of all."""
 
     of_thread = threading.local()
     of_all: Stats | None = None
 
 
 def _of_this_thread() -> list[Stats]:
-    """Where the figures of this thread's newest save are kept."""
+    """Returns the list in which the figures of this thread's newest save are kept."""
     found: list[Stats] = _Newest.of_thread.__dict__.setdefault("newest", [])
     return found
 
 
 def stats() -> Stats | None:
-    """Figures of the newest save this thread has made. In a thread that has made none: of the newest that any thread of
-    this process has made; ``None`` before the first. A save counts when it is complete."""
+    """Returns the figures of the newest save that this thread has made.
+
+    In a thread that has made none, they are those of the newest save of the process; ``None`` before the
+    first. A save counts when it is complete.
+    """
     return next(iter(_of_this_thread()), _Newest.of_all)
 
 
@@ -139,7 +146,7 @@ class How(NamedTuple):
 
 
 class PlannedFile(NamedTuple):
-    """What is to be written, and the tensors it points into."""
+    """The plan of a file, and the tensors that it points into."""
 
     file: FilePlan
     entries: Entries
@@ -148,7 +155,7 @@ class PlannedFile(NamedTuple):
 def plan_file(
     tensors: StateDict, filename: PathLike, metadata: dict[str, str] | None, how: How
 ) -> PlannedFile:
-    """One file of a save, checked and laid out. Raises as :func:`save_file`."""
+    """Plans one file of a save. Raises as :func:`fastshard.save_file`."""
     entries, head = lay_out(tensors, metadata, how.allow_strided, how.dtype, filename)
     return PlannedFile(FilePlan(encoded_path(filename), head, [entry.view for entry in entries]), entries)
 
@@ -156,7 +163,7 @@ def plan_file(
 def write_files(
     plans: Mapping[PathLike, PlannedFile], how: How, began: float, description: str | None = None
 ) -> None:
-    """Writes them all, and waits. ``began``: when planning did, by ``time.perf_counter``."""
+    """Writes these files and waits. ``began`` is when planning did, by ``time.perf_counter``."""
     if description is None:
         one = os.path.basename(os.fspath(next(iter(plans)))) if len(plans) == 1 else None
         description = f"{len(plans)} files" if one is None else one
@@ -174,9 +181,12 @@ def start(
     explain: Callable[[BaseException], None] | None = None,
     serve: bool = False,
 ) -> SaveFuture:
-    """Starts writing them all. ``began``: when planning did, by ``time.perf_counter``; ``call``: the public function,
-    under which the save counts when it is complete; ``serve``: nobody may be going to wait for it. ``steps``, ``undo``
-    and ``explain``: as for :meth:`fastshard.Engine.submit`."""
+    """Starts writing these files.
+
+    ``began`` is when planning did, by ``time.perf_counter``. ``call`` is the public function under which the
+    save counts when it is complete. ``serve`` is true if perhaps nobody waits for the save. ``steps``,
+    ``undo`` and ``explain`` are those of :meth:`fastshard.Engine.submit`.
+    """
     entries_of = [planned.entries for planned in plans.values()]
     devices = {entry.view.device for entries in entries_of for entry in entries}
     names = {
@@ -209,13 +219,14 @@ def finish(future: SaveFuture, progress: bool | None, description: str) -> Stats
 
 
 def counted(call: str, place: object) -> Step:
-    """The last step of a save that this thread starts: it is counted as one of the public function ``call``."""
+    """Returns the last step of a save of this thread, which counts it as one of the public function
+    ``call``."""
     of_starter = _of_this_thread()
     return lambda future: _keep(future.stats, call, place, of_starter)
 
 
 def keep_stats(figures: Stats, call: str, place: object) -> None:
-    """The same for a save that this thread has made itself."""
+    """Counts a save that this thread has made without the engine."""
     _keep(figures, call, place, _of_this_thread())
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A progress bar, which watches a save from outside."""
+"""A progress bar that reads a save's counters from outside; the save does not know of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ _SECONDS: Final = 0.1
 
 
 def wait_with_bar(future: SaveFuture, description: str) -> None:
-    """Waits for a save, and shows meanwhile how many of its bytes are written, on ``tqdm``'s bar."""
+    """Waits for a save and shows on a ``tqdm`` bar how many of its bytes are written.
+
+    Does not raise what the save has failed with.
+    """
     # No smoothing: the rate is that of the whole save, which began before the bar.
     bar: Any = load("tqdm.auto").tqdm(
         total=future.progress().nbytes, unit="B", unit_scale=True, desc=description, smoothing=0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of files -> memory that stands: many files at once, no byte copied twice.
+"""Reads bytes of many files at once into memory that exists already, without copying any byte twice.
 
-``read(2)`` copies from the page cache to where the bytes belong and lets the GIL go. A mapping would be copied from
-as well, after a page fault for each page.
+``read(2)`` copies from the page cache to where the bytes belong, and releases the GIL. Reading from a mapping
+would copy the bytes as well, and take a page fault for each page.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from safetensors import SafetensorError
 from .engine import usable_cpus
 
 _READ_NBYTES: Final = 16 << 20
-"""Of one call: enough to cost nothing, little enough to stop soon."""
+"""Bytes of one system call: enough that its cost does not matter, few enough to stop soon."""
 _MAX_BUFFERS: Final = 1024  # IOV_MAX
 _MAX_THREADS: Final = 16
 _POLL_SECONDS: Final = 0.1
 
 
 class Piece(NamedTuple):
-    """Bytes of a file, and where they belong."""
+    """A range of a file, and the address where its bytes belong."""
 
     offset: int
     nbytes: int
@@ -35,7 +35,7 @@ class Piece(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """One call: neighbours in the file."""
+    """One system call, for pieces that are neighbours in the file."""
 
     file: BinaryIO
     pieces: list[Piece]
@@ -44,8 +44,11 @@ class _Read(NamedTuple):
 def read_into(files: Iterable[tuple[BinaryIO, list[Piece]]]) -> None:
     """Reads all the pieces of all the files, in parallel.
 
-    Raises ``OSError`` with the file's name, and ``SafetensorError`` for a file that is shorter than expected; some
-    memory has been written to then. Nothing writes to it any more when the call has ended.
+    A file is read by one thread where there are enough files: two threads that read one file in turn take 1.2
+    to 1.3 times as long, as the kernel reads ahead for neither.
+
+    Raises ``OSError`` with the file's name, and ``SafetensorError`` for a file that is shorter than expected;
+    some memory has been written to then. When the call has ended nothing writes to the memory any more.
     """
     threads = min(_MAX_THREADS, usable_cpus())
     wanted = [(file, pieces) for file, pieces in files if pieces]
@@ -59,10 +62,10 @@ def read_into(files: Iterable[tuple[BinaryIO, list[Piece]]]) -> None:
 
 
 def _perform_all(readers: list[list[_Read]], threads: int) -> None:
-    """Each of them, by the calling thread and by as many more as can be started and are needed.
+    """Performs all reads, by the calling thread and as many others as can be started and are needed.
 
-    A thread may die before its first line of Python (where memory is short), and nobody hears of it: so none is waited
-    for that has not taken something to do.
+    Where memory is short, a thread may end before its first line of Python, and nobody is told. So only those
+    threads are waited for that have taken a read.
     """
     left, changed = deque(readers), threading.Semaphore(0)
     errors: list[BaseException] = []
@@ -113,7 +116,7 @@ def _perform_all(readers: list[list[_Read]], threads: int) -> None:
 
 
 def _shared_out(reads: list[_Read], readers: int) -> list[list[_Read]]:
-    """In stretches of about the same length."""
+    """Divides the reads into stretches of about equal length."""
     each = -(-len(reads) // readers)
     return [reads[i : i + each] for i in range(0, len(reads), each)]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tensors share memory: saved as they are, their bytes would stand in the file twice."""
+"""Finds tensors that share memory. Saved as they are, their bytes would be in the file twice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .borrowed import find_shared_tensors, is_lazy, remove_duplicate_names
 
 
 def overlapping(spans: Iterable[tuple[int, int]]) -> bool:
-    """Whether any two of these ``(begin, end)`` address ranges overlap."""
+    """Returns whether any two of these ``(begin, end)`` address ranges overlap."""
     reached = 0
     for begin, end in sorted(spans):
         if begin < reached:
@@ -22,15 +22,18 @@ def overlapping(spans: Iterable[tuple[int, int]]) -> bool:
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """Addresses from the first to behind the last element."""
+    """Returns the addresses of the first element and of the end of the last one."""
     begin = tensor.data_ptr()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return begin, begin + (last + 1) * tensor.element_size()
 
 
 def storage_of(tensor: torch.Tensor) -> tuple[int, int] | None:
-    """Address and size of a tensor's memory; ``None`` for those that have none of the usual kind (sparse, opaque, not yet
-    initialized, on a device that hides it)."""
+    """Returns address and size in bytes of a tensor's storage.
+
+    Returns ``None`` for tensors that have no ordinary storage: sparse, opaque, not yet initialized, or on a
+    device that hides it.
+    """
     try:
         storage = tensor.untyped_storage()
         return storage.data_ptr(), storage.nbytes()
@@ -39,7 +42,8 @@ def storage_of(tensor: torch.Tensor) -> tuple[int, int] | None:
 
 
 _SEARCH_STEPS = 1000
-"""Views that cannot be told apart in so many steps count as overlapping; slices of one tensor take a few."""
+"""Views that cannot be told apart in so many steps count as overlapping; slices of one tensor take a few
+steps."""
 
 
 def _disjoint(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -79,7 +83,7 @@ def _disjoint(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _clusters(tensors: Mapping[str, torch.Tensor], names: list[str]) -> Iterator[list[str]]:
-    """Names whose address ranges touch each other, by address."""
+    """Groups names whose address ranges touch each other, in the order of addresses."""
     reached = 0
     cluster: list[str] = []
     for begin, end, name in sorted((*_extent(tensors[name]), name) for name in names):
@@ -92,14 +96,17 @@ def _clusters(tensors: Mapping[str, torch.Tensor], names: list[str]) -> Iterator
 
 
 def note_name(error: Exception, name: object) -> None:
-    """Lets an error tell which tensor it is about: in a note (Python 3.11), as its text is that of torch or safetensors."""
+    """Adds a note to an error that names the tensor (Python 3.11); its text stays that of torch or
+    safetensors."""
     if str(name) not in str(error) and hasattr(error, "add_note"):
         error.add_note(f"while saving tensor `{name}`")
 
 
 def by_storage(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
-    """Names grouped by the storage they are views of; tensors that have none (empty, meta, sparse, uninitialized) are
-    left out."""
+    """Groups names by the storage that the tensors are views of.
+
+    Tensors without a storage (empty, meta, sparse, uninitialized) are left out.
+    """
     storages: dict[tuple[torch.device, int, int], list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or is_lazy(tensor):
@@ -115,7 +122,7 @@ def by_storage(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
 
 
 def shared_names(tensors: Mapping[str, torch.Tensor], storages: Iterable[list[str]]) -> list[set[str]]:
-    """Sets of two or more names that have memory in common. Disjoint slices of one storage are not shared."""
+    """Returns sets of two or more names that share memory. Disjoint slices of one storage do not."""
     shared: list[set[str]] = []
     for names in storages:
         for cluster in _clusters(tensors, names):
@@ -128,10 +135,11 @@ def shared_names(tensors: Mapping[str, torch.Tensor], storages: Iterable[list[st
 
 
 def duplicates(tensors: dict[str, torch.Tensor]) -> dict[str, list[str]]:
-    """Of tied tensors, the name that ``safetensors.torch.save_model`` keeps -> those that it leaves out.
+    """Returns for each name that ``safetensors.torch.save_model`` keeps of tied tensors the names that it
+    leaves out.
 
-    Raises its ``RuntimeError`` where none of them covers the memory that they share. One that shares with nobody is
-    tied to none, whatever it covers.
+    Raises its ``RuntimeError`` if none of the tensors covers the memory that they share. A tensor that shares
+    memory with no other is not tied.
     """
     try:
         return remove_duplicate_names(tensors)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch tensors -> views the engine can copy, with the checks (and their texts) of safetensors.torch.
+"""Turns torch tensors into views that the engine can copy, with the checks and error texts of
+safetensors.torch.
 
-Twenty thousand small tensors must cost about a microsecond each, so :func:`describe` runs one lean loop that
-only notices that something is out of the ordinary; :func:`_refuse` then finds out what, in the order in which
-safetensors looks.
+Twenty thousand small tensors must cost about a microsecond each. So :func:`describe` is one short loop that
+only notices that something is unusual. :func:`_refuse` then finds out what it is, in the order in which
+safetensors checks.
 """
 
 from __future__ import annotations
@@ -38,26 +39,27 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 class Entry(NamedTuple):
-    """One tensor's place in a file; entries sort into file order."""
+    """A tensor's place in a file. Entries sort into file order."""
 
     rank: int
     name: str
     code: str
     shape: tuple[int, ...]
-    """As the header says it: logical elements, so twice the last dimension for packed float4."""
+    """The shape in the header. It counts logical elements, so for packed float4 the last dimension is
+    doubled."""
     view: TensorView
     tensor: torch.Tensor
-    """What ``view`` points into."""
+    """The tensor that ``view`` points into."""
 
 
 def describe(
     tensors: dict[str, torch.Tensor], *, allow_strided: bool, dtype: torch.dtype | None = None
 ) -> list[Entry]:
-    """The tensors in file order. Raises what ``safetensors.torch.save_file`` raises for them.
+    """Returns the tensors in file order. Raises what ``safetensors.torch.save_file`` raises for them.
 
-    With ``allow_strided`` non-contiguous tensors are described as they lie; views that overlap are refused
-    all the same. With ``dtype``, one that passed :func:`check_dtype`, floating-point tensors are described as
-    cast to it; what torch raises where it knows no such cast is raised with the tensor's name.
+    With ``allow_strided`` non-contiguous tensors are described as they lie in memory; views that overlap are
+    refused all the same. With ``dtype``, which :func:`check_dtype` must have returned, floating-point tensors
+    are described as cast to it. If torch has no such cast, its error is raised with the tensor's name.
     """
     if not isinstance(tensors, dict):
         raise ValueError(f"Expected a dict of [str, torch.Tensor] but received {type(tensors)}")
@@ -103,9 +105,11 @@ def describe(
 
 
 def each_alone(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether these are contiguous tensors of torch's own classes, in host memory or on a GPU, each of which is all of a
-    storage and the only one there: so that none shares memory, and none has to be made contiguous. ``False`` also where
-    that takes a closer look."""
+    """Returns whether each tensor is contiguous and alone in its storage, and takes all of it.
+
+    They must be of torch's own classes, in host memory or on a GPU. Then shared memory need not be searched for
+    (20,000 tensors: 42 ms instead of a second). ``False`` means only that a closer look is needed.
+    """
     addresses = set()
     for tensor in tensors.values():
         if type(tensor) not in _PLAIN or tensor.dtype not in _DTYPES or not (tensor.is_cpu or tensor.is_cuda):
@@ -118,20 +122,20 @@ def each_alone(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 
 def stored_as(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
-    """Dtype and shape as a header says them. Raises ``KeyError`` for a dtype that the format does not have."""
+    """Returns dtype and shape as in a header. Raises ``KeyError`` for a dtype that the format does not have."""
     shape = tuple(tensor.shape)
     return _DTYPES[tensor.dtype][1], _unpacked(shape) if tensor.dtype is _FLOAT4 else shape
 
 
 def _unpacked(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of packed float4, counted in single elements."""
+    """Returns the shape of packed float4, counted in single elements."""
     return (*shape[:-1], 2 * shape[-1]) if shape else ()
 
 
 def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """What tensors are to be cast to on the way out, which may be given by name; ``None`` is fine.
+    """Returns the dtype that tensors are to be cast to, which may be given by name; ``None`` stays ``None``.
 
-    Raises ``ValueError`` unless tensors can be cast to it.
+    Raises ``ValueError`` if tensors cannot be cast to it.
     """
     if dtype is None or (isinstance(dtype, torch.dtype) and dtype in _TARGETS):
         return dtype
@@ -143,12 +147,12 @@ def check_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _is_cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> bool:
-    """Whether ``module.to(dtype)`` changes such a tensor."""
+    """Returns whether ``module.to(dtype)`` changes such a tensor."""
     return dtype is not None and tensor.dtype is not dtype and tensor.is_floating_point()
 
 
 def _cast(entry: Entry, dtype: torch.dtype) -> Entry:
-    """The entry, its tensor cast if that is a floating-point one: by the engine if it can, else by torch."""
+    """Returns the entry with a floating-point tensor cast: by the engine if it can, else by torch."""
     tensor, view = entry.tensor, entry.view
     if not _is_cast(tensor, dtype):
         return entry
@@ -168,13 +172,13 @@ def _cast(entry: Entry, dtype: torch.dtype) -> Entry:
 
 @functools.cache
 def _number_of(dtype: torch.dtype) -> int:
-    """The engine's cast that does what this torch does: up to 2.12 too large for float8_e4m3fn is NaN there."""
+    """Returns the number of the engine's cast. Up to torch 2.12, what is too large for float8_e4m3fn becomes NaN."""
     saturates = dtype is torch.float8_e4m3fn and not torch.tensor(1e4, device="cpu").to(dtype).float().isnan()
     return CASTS["F8_E4M3_SAT" if saturates else _TARGETS[dtype]]
 
 
 def _unusual_view(tensor: torch.Tensor, device: int, nbytes: int) -> tuple[torch.Tensor, TensorView]:
-    """View of a tensor that is strided, or that only torch can read."""
+    """Returns the view of a tensor that is strided, or that only torch can read."""
     if device == FETCHED:
         return tensor, TensorView(0, nbytes, device)
     if tensor.dim() > _MAX_DIMS:
@@ -196,7 +200,7 @@ def device_number(device: torch.device) -> int:
 
 
 def _refuse(tensors: dict[str, Any], allow_strided: bool) -> None:
-    """Raises for the first fault in safetensors' order of checks; returns when there is none."""
+    """Raises for the first fault in safetensors' order of checks. Returns if there is none."""
     sparse = []
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
@@ -247,8 +251,8 @@ def _refuse(tensors: dict[str, Any], allow_strided: bool) -> None:
 
 
 def _check_memory(name: str, tensor: torch.Tensor) -> None:
-    """Raises for a tensor whose elements are nowhere, as its storage was freed (FSDP does that), is fake, or is not what
-    the tensor's values come from."""
+    """Raises for a tensor whose elements are not in its storage: freed (by FSDP, say), fake, or computed from
+    others."""
     if device_number(tensor.device) == FETCHED or tensor.numel() == 0 or tensor.data_ptr() != 0:
         return
     tensor.untyped_storage().data_ptr()  # torch's own error, if it is no real one
@@ -268,7 +272,7 @@ def _naming(name: object) -> Iterator[None]:
 
 
 def _check_names(tensors: Mapping[Any, torch.Tensor]) -> None:
-    """Raises ``TypeError`` for a name that is no string, ``UnicodeEncodeError`` for a lone surrogate in one."""
+    """Raises ``TypeError`` for a name that is not a string, ``UnicodeEncodeError`` for a lone surrogate in one."""
     for name in tensors:
         if not isinstance(name, str):
             raise TypeError(f"argument 'tensor_dict': {what_it_is(name)} is not an instance of 'str'")
@@ -276,7 +280,7 @@ def _check_names(tensors: Mapping[Any, torch.Tensor]) -> None:
 
 
 def what_it_is(value: object) -> str:
-    """As safetensors calls it in its errors."""
+    """Returns what safetensors calls an object in its errors."""
     return "'None'" if value is None else f"'{type(value).__name__}' object"
 
 
@@ -293,8 +297,7 @@ def check_format(entries: list[Entry]) -> None:
 
 
 def current_streams(devices: Iterable[int]) -> dict[int, int]:
-    """Handle of the current stream of every CUDA device among these device numbers of views: the copies run behind what
-    it holds now.
+    """Returns the handle of the current stream of every CUDA device among these, behind whose work the copies run.
 
     Raises ``RuntimeError`` while such a stream is being captured into a graph.
     """
@@ -313,8 +316,12 @@ def current_streams(devices: Iterable[int]) -> dict[int, int]:
 def on_current_streams(
     devices: Iterable[torch.device],
 ) -> Callable[[torch.device], contextlib.AbstractContextManager[object]]:
-    """Makes work on these devices, in whatever thread, run on the stream that is current for the device in this thread,
-    now: behind what it holds. Devices without streams have nothing to wait for."""
+    """Returns a context manager for a device, in which work of any thread runs on this thread's current
+    stream.
+
+    It is the stream that is current for the device in this thread now, so the work runs behind what that
+    holds. Devices without streams need nothing.
+    """
     streams: dict[torch.device, Any] = {}
     for device in set(devices):
         backend = getattr(torch, device.type, None)
@@ -333,7 +340,8 @@ def on_current_streams(
 
 
 def copy_from(tensor: torch.Tensor, packed: memoryview) -> None:
-    """Copies the bytes that the tensor has in a file into it, wherever and however it lies."""
+    """Copies the bytes that a tensor has in a file into the tensor, on whatever device and with whatever
+    strides."""
     target = tensor.detach()
     if not (target.is_conj() or target.is_neg()):
         # As integers: not every backend copies every dtype.
@@ -346,8 +354,8 @@ def fetch(
 ) -> None:
     """Copies packed bytes ``[first_byte, first_byte + nbytes)`` of a tensor on any device to host memory.
 
-    The way for accelerators without a native device: through torch, a slot at a time. With ``dtype`` the bytes
-    are those of the tensor when saved as that.
+    This is the way for accelerators without a native device: torch copies, a staging buffer at a time. With
+    ``dtype`` the bytes are those of the tensor when saved as that dtype.
     """
     memory = (ctypes.c_char * nbytes).from_address(address)
     # As integers: not every backend copies every dtype (float4, say).
@@ -370,7 +378,7 @@ def fetch(
 
 
 def _copy_range(source: torch.Tensor, first: int, count: int, out: torch.Tensor) -> None:
-    """``out.copy_(source.flatten()[first : first + count])`` without ever flattening a strided tensor."""
+    """Does ``out.copy_(source.flatten()[first : first + count])`` without flattening a strided tensor."""
     if count == 0:
         return
     if source.is_contiguous():

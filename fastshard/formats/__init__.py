@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What files look like: safetensors, archives of ``torch.save``, indexes, manifests. Nothing in here needs torch."""
+"""File formats: safetensors, archives of ``torch.save``, indexes, manifests. Nothing in here needs torch."""

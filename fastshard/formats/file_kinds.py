@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file or a folder is, whatever its name says: for errors that help."""
+"""Finds out what a file or a folder is, whatever its name says, so that errors can say it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .safetensors import MAX_HEADER_NBYTES
 
 SAFETENSORS: Final = "safetensors"
 TORCH: Final = "torch"
-"""An archive that torch.save has made, of either format."""
+"""A file that ``torch.save`` has made, in either of its formats."""
 INDEX: Final = "index"
 FOLDER: Final = "folder"
 OTHER: Final = "other"
@@ -67,20 +67,20 @@ _SUFFIXES: Final[dict[str, str]] = {
 
 
 class What(NamedTuple):
-    """What is there."""
+    """What a path leads to."""
 
     kind: str
     """:data:`SAFETENSORS`, :data:`TORCH`, :data:`INDEX`, :data:`FOLDER` or :data:`OTHER`."""
     text: str
-    """In words that can follow "it is"."""
+    """A description that can follow "it is"."""
     is_whole: bool = True
-    """``False``: something of that kind that has been cut."""
+    """``False`` if it is something of that kind that has been cut."""
 
 
 def what_is(path: str | os.PathLike[str]) -> What:
-    """Looks at the first bytes of a file, its size, or the names in a folder; runs and unpacks nothing.
+    """Examines the first bytes of a file, its size, or the names in a folder. Nothing is run or unpacked.
 
-    Raises ``OSError`` for what cannot be looked at; where a link leads nowhere its text says so.
+    Raises ``OSError`` if it cannot be examined; the text says so if a link leads nowhere.
     """
     name = os.fspath(path)
     try:
@@ -101,8 +101,10 @@ def what_is(path: str | os.PathLike[str]) -> What:
 
 
 def format_of_name(path: str) -> str:
-    """:data:`SAFETENSORS` or :data:`TORCH`: what a file of this name is to be. Raises ``ValueError`` for a suffix that means
-    something else."""
+    """Returns the format that a file of this name is to have: :data:`SAFETENSORS` or :data:`TORCH`.
+
+    Raises ``ValueError`` for a suffix of another format.
+    """
     suffix = os.path.splitext(path)[1].lower()
     if suffix in TORCH_SUFFIXES:
         return TORCH
@@ -192,7 +194,7 @@ def _of_json(data: bytes) -> What:
 
 
 class Watched:
-    """A file that notes a failed system call, which ``zipfile`` takes for an archive that is none."""
+    """A file that notes a failed system call. ``zipfile`` takes one for a sign that the file is no archive."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint folders as Hugging Face lays them out: safetensors files, an index if there are several, other files.
+"""Checkpoint folders as Hugging Face lays them out: safetensors files, an index if there are several, other
+files.
 
-What a folder says of itself is data, not to be trusted: names in an index must be those of files in the folder, and
-index and headers must agree, tensor by tensor. Links are followed: the hub's cache consists of them.
+What a folder says of itself is not to be trusted. Names in an index must be those of files in the folder, and
+index and headers must agree, tensor by tensor. Symbolic links are followed, as the hub's cache consists of
+them.
 """
 
 from __future__ import annotations
@@ -22,32 +24,32 @@ _MAX_JSON_NBYTES: Final = 4 * MAX_HEADER_NBYTES
 
 
 class StoredFile(NamedTuple):
-    """A safetensors file, as far as its header tells."""
+    """A safetensors file, as its header describes it."""
 
     path: str
     raw: bytes
-    """Length prefix and JSON as they are."""
+    """The length prefix and the JSON, as they are in the file."""
     header: FileHeader
 
     def tensor(self, name: str) -> StoredTensor:
-        """Raises ``KeyError``."""
+        """Returns the entry of that name. Raises ``KeyError``."""
         return next(tensor for tensor in self.header.tensors if tensor.name == name)
 
 
 class Checkpoint(NamedTuple):
-    """What a folder holds."""
+    """The contents of a checkpoint folder."""
 
     folder: str
     files: dict[str, StoredFile]
-    """Those with tensors, by name."""
+    """The files with tensors, by name."""
     index_text: str | None
-    """``None``: there is one file and no index."""
+    """The text of the index; ``None`` if there is one file and no index."""
     index_name: str
     others: list[str]
     """Names of the other files that belong to the model: configuration, tokenizer, ..."""
 
     def home(self) -> dict[str, tuple[str, StoredTensor]]:
-        """Tensor -> its file's name and its entry there."""
+        """Returns for each tensor the name of its file and its entry there."""
         return {
             tensor.name: (name, tensor) for name, file in self.files.items() for tensor in file.header.tensors
         }
@@ -56,8 +58,8 @@ class Checkpoint(NamedTuple):
 def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     """Reads index and headers, and checks them against each other.
 
-    Raises ``OSError``, and ``ValueError`` naming the file for what cannot be right: see :func:`check_index` and
-    :func:`fastshard.formats.safetensors.read_header`.
+    Raises ``OSError``, and ``ValueError``, naming the file, for contents that contradict each other: see
+    :func:`check_index` and :func:`fastshard.formats.safetensors.read_header`.
     """
     folder = os.fspath(folder)
     names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
@@ -88,7 +90,7 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 
 
 def other_files(folder: str) -> list[str]:
-    """Names of a model's files that hold no weights; hidden files and folders are nobody's."""
+    """Returns the names of a model's files without weights. Hidden files and folders are not among them."""
     return sorted(
         entry.name
         for entry in os.scandir(folder)
@@ -100,7 +102,7 @@ def other_files(folder: str) -> list[str]:
 
 
 def exists(path: str) -> bool:
-    """Whether there is something of this name. What cannot be looked at is an ``OSError``, not an absence."""
+    """Returns whether there is something of this name. Raises ``OSError`` if that cannot be told."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -109,7 +111,7 @@ def exists(path: str) -> bool:
 
 
 def is_folder(path: str) -> bool:
-    """Whether it is one. What cannot be looked at is an ``OSError``, not an absence."""
+    """Returns whether it is a folder. Raises ``OSError`` if that cannot be told."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -117,7 +119,7 @@ def is_folder(path: str) -> bool:
 
 
 def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
-    """Whether both lead to the same file or folder. What cannot be looked at is an ``OSError``."""
+    """Returns whether both paths lead to the same file or folder. Raises ``OSError`` if that cannot be told."""
     try:
         return os.path.samestat(os.stat(one), os.stat(other))
     except (FileNotFoundError, NotADirectoryError):
@@ -125,7 +127,11 @@ def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> boo
 
 
 def open_file(path: str) -> BinaryIO:
-    """A regular file, to be read. Raises ``OSError``, and ``ValueError`` naming what is none; does not hang on a pipe."""
+    """Opens a regular file for reading.
+
+    Raises ``OSError``, and ``ValueError``, naming it, for anything else. It does not wait for the other end
+    of a pipe.
+    """
     file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")  # noqa: SIM115 - returned
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -138,7 +144,7 @@ def open_file(path: str) -> BinaryIO:
 
 
 def read_stored(path: str) -> StoredFile:
-    """The header of a safetensors file. Raises ``OSError``, and ``ValueError`` naming the file."""
+    """Reads the header of a safetensors file. Raises ``OSError``, and ``ValueError`` naming the file."""
     with open_file(path) as file:
         info = os.fstat(file.fileno())
         try:
@@ -150,7 +156,8 @@ def read_stored(path: str) -> StoredFile:
 
 
 def stored_file(path: str, raw: bytes) -> StoredFile:
-    """What :func:`read_stored` would find in a file that begins like this. Raises ``ValueError`` naming it."""
+    """Returns what :func:`read_stored` would find in a file that begins like this. Raises ``ValueError``
+    naming it."""
     try:
         return StoredFile(path, raw, parse_header(raw[8:]))
     except ValueError as error:
@@ -158,7 +165,8 @@ def stored_file(path: str, raw: bytes) -> StoredFile:
 
 
 def read_text(path: str) -> str:
-    """Of a small file. Raises ``OSError``, and ``ValueError`` for one that is too large or no text."""
+    """Returns the text of a small file. Raises ``OSError``, and ``ValueError`` if it is too large or not
+    text."""
     with open_file(path) as file:
         data = file.read(_MAX_JSON_NBYTES + 1)
     if len(data) > _MAX_JSON_NBYTES:
@@ -170,13 +178,16 @@ def read_text(path: str) -> str:
 
 
 def write_text(path: str, text: str) -> None:
-    """As it is, without translating line ends."""
+    """Writes a text as it is, without translating line ends."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         file.write(text)
 
 
 def read_object(text: str, path: str) -> dict[str, Any]:
-    """The JSON object in a text; ``path`` is for errors. Raises ``ValueError``: see :func:`fastshard.formats.json_text.read_json`."""
+    """Returns the JSON object in a text. ``path`` is named in errors.
+
+    Raises ``ValueError``: see :func:`fastshard.formats.json_text.read_json`.
+    """
     try:
         return read_json_object(text)
     except ValueError as error:
@@ -184,7 +195,7 @@ def read_object(text: str, path: str) -> dict[str, Any]:
 
 
 def is_plain(name: object) -> bool:
-    """Whether this names a file in the folder itself."""
+    """Returns whether this names a file in the folder itself."""
     return (
         isinstance(name, str)
         and name not in ("", ".", "..")
@@ -193,7 +204,10 @@ def is_plain(name: object) -> bool:
 
 
 def weight_map(text: str, path: str, suffix: str = WEIGHTS_SUFFIX) -> dict[str, str]:
-    """Tensor -> file, whose name has this suffix, from an index. Raises ``ValueError`` for what is no index or names files elsewhere."""
+    """Returns the file of each tensor from an index. The files' names have this suffix.
+
+    Raises ``ValueError`` for what is not an index, or names files in other folders.
+    """
     found = read_object(text, path).get("weight_map")
     if not isinstance(found, dict):
         raise ValueError(f"{path!r} has no weight_map")
@@ -204,12 +218,12 @@ def weight_map(text: str, path: str, suffix: str = WEIGHTS_SUFFIX) -> dict[str, 
 
 
 def files_of_index(text: str, path: str) -> set[str]:
-    """Raises as :func:`weight_map`."""
+    """Returns the names of the files of an index. Raises as :func:`weight_map`."""
     return set(weight_map(text, path).values())
 
 
 def check_index(text: str, files: Mapping[str, StoredFile], path: str) -> None:
-    """Raises ``ValueError`` unless every tensor lies in the one file that the index names."""
+    """Raises ``ValueError`` unless every tensor is in the one file that the index names."""
     mapped = weight_map(text, path)
     found: dict[str, str] = {}
     for name, file in files.items():
@@ -228,5 +242,5 @@ def check_index(text: str, files: Mapping[str, StoredFile], path: str) -> None:
 
 
 def make_index(metadata: Mapping[str, object], places: Mapping[str, str]) -> str:
-    """An index as transformers writes it."""
+    """Returns an index as transformers writes it."""
     return json.dumps({"metadata": metadata, "weight_map": places}, indent=2, sort_keys=True) + "\n"

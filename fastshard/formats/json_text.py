@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON that somebody else wrote: read strictly, in time and memory in proportion to the text.
+"""Reads JSON that somebody else wrote, strictly, in time and memory in proportion to the text.
 
-:func:`read_json` is for small files (indices, manifests, plans). :class:`Scanner` walks through a text value by value and
-builds nothing that is not asked for: headers of safetensors files are read with it, by the rules of the parser that
-safetensors has (serde_json), which differ from Python's: no numbers too large for a double, no lone surrogates, no more
-than 127 levels.
+:func:`read_json` is for small files: indices, manifests, plans. :class:`Scanner` reads a text value by value
+and builds nothing that is not asked for. Headers of safetensors files are read with it, by the rules of
+serde_json, the parser that safetensors uses. These differ from Python's: numbers too large for a double, lone
+surrogates and more than 127 levels are refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Final
 MAX_UNSIGNED: Final = 2**64 - 1
 MAX_DEPTH: Final = 127
 _MAX_DIGITS: Final = 40
-"""Of a whole number in a small file; longer ones take Python quadratic time."""
+"""The most digits of a whole number in a small file. For longer ones Python takes quadratic time."""
 _MOST_SHOWN: Final = 100
 
 _SPACE: Final = re.compile(r"[ \t\n\r]*")
@@ -30,8 +30,10 @@ _SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
-    """The object of these pairs, as ``json.loads(..., object_pairs_hook=unique)`` makes it. Raises ``ValueError`` for
-    a name that stands there twice."""
+    """Makes an object of these pairs, for ``json.loads(..., object_pairs_hook=unique)``.
+
+    Raises ``ValueError`` for a name that occurs twice.
+    """
     found = dict(pairs)
     if len(found) != len(pairs):
         seen: set[str] = set()
@@ -43,14 +45,17 @@ def unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
 
 
 def shown(value: object) -> str:
-    """What stands in an untrusted file, as it can stand in an error."""
+    """Returns text from an untrusted file in a form that can stand in an error message."""
     text = repr(value[: _MOST_SHOWN + 1] if isinstance(value, (str, bytes, list, tuple)) else value)
     return text if len(text) <= _MOST_SHOWN + 2 else f"{text[:_MOST_SHOWN]}..."
 
 
 def read_json(data: bytes | str) -> Any:
-    """What a small JSON file holds. Raises ``ValueError``, also for names that stand twice in an object, for lone
-    surrogates, and for texts that are nothing but brackets, which would take many times their size."""
+    """Returns what a small JSON file holds.
+
+    Raises ``ValueError``, also for names that occur twice in an object, for lone surrogates, and for texts
+    that consist of brackets only, which would take many times their size in memory.
+    """
     text = data if isinstance(data, str) else data.decode()
     if text.count("[") + text.count("{") > 10_000 + len(text) // 8:
         raise ValueError("it is nothing but brackets")
@@ -65,7 +70,7 @@ def read_json(data: bytes | str) -> Any:
 
 
 def read_json_object(data: bytes | str) -> dict[str, Any]:
-    """The same of a file that holds one object."""
+    """Returns the object that a small JSON file holds. Raises as :func:`read_json`, and for any other value."""
     found = read_json(data)
     if not isinstance(found, dict):
         raise ValueError("it holds no JSON object")
@@ -83,14 +88,15 @@ def _no_constant(name: str) -> object:
 
 
 class Scanner:
-    """A place in a JSON text; methods read what must stand there and go behind it, or raise ``ValueError``."""
+    """A position in a JSON text. Its methods read what must follow there and move behind it, or raise
+    ``ValueError``."""
 
     def __init__(self, text: str, at: int = 0) -> None:
         self.text = text
         self.at = at
 
     def peek(self) -> str:
-        """The next character that is no white space; empty at the end of the text."""
+        """Returns the next character that is no white space; an empty text at the end."""
         match = _SPACE.match(self.text, self.at)
         assert match is not None
         self.at = match.end()
@@ -101,7 +107,7 @@ class Scanner:
         return ValueError(f"{wanted} is wanted at {self.at}, not {found}")
 
     def end(self) -> None:
-        """The end of the text."""
+        """Checks that nothing but white space follows."""
         if self.peek():
             raise self.wrong("the end")
 
@@ -115,7 +121,7 @@ class Scanner:
         return found
 
     def unsigned(self) -> int:
-        """A whole number of at most 64 bits, without sign, point and exponent."""
+        """Reads a whole number of at most 64 bits, without sign, point and exponent."""
         self.peek()
         match = _UNSIGNED.match(self.text, self.at)
         number = MAX_UNSIGNED + 1 if match is None else int(match[1])
@@ -125,28 +131,29 @@ class Scanner:
         return number
 
     def null(self) -> bool:
-        """Whether a null stands there; goes behind it if so."""
+        """Returns whether a null follows, and moves behind it."""
         self.peek()
         found = self.text.startswith("null", self.at)
         self.at += 4 * found
         return found
 
     def members(self, depth: int) -> Iterator[str]:
-        """The keys of an object, each with the scanner in front of its value, which the caller must read.
+        """Yields the keys of an object, each with the scanner before its value, which the caller must read.
 
-        ``depth``: of this object, counted from 1.
+        ``depth`` is the level of this object, counted from 1.
         """
         for _ in self._inside("{", "}", depth):
             yield self.key()
 
     def key(self) -> str:
-        """Of a member, and the colon behind it."""
+        """Reads the key of a member and the colon behind it."""
         found = self.string()
         self.separator(":")
         return found
 
     def begin_object(self) -> str:
-        """Goes behind its opening brace; returns the closing one if that follows, and goes behind it."""
+        """Moves behind the opening brace of an object. Returns the closing one, and moves behind it, if it
+        follows at once."""
         if self.peek() != "{":
             raise self.wrong("an object")
         self.at += 1
@@ -156,7 +163,8 @@ class Scanner:
         return "}"
 
     def elements(self, depth: int) -> Iterator[int]:
-        """The numbers of an array's elements, each with the scanner in front of one, which the caller must read."""
+        """Yields the numbers of an array's elements, each with the scanner before the element, which the
+        caller must read."""
         yield from self._inside("[", "]", depth)
 
     def _inside(self, opening: str, closing: str, depth: int) -> Iterator[int]:
@@ -176,8 +184,8 @@ class Scanner:
                 return
 
     def separator(self, wanted: str) -> str:
-        """Goes behind the one of these characters that stands there, which it returns, and white space after a comma or a
-        colon."""
+        """Reads one of these characters and returns it. White space after a comma or a colon is skipped,
+        too."""
         match = _SEPARATOR.match(self.text, self.at)
         assert match is not None
         if not match[1] or match[1] not in wanted:
@@ -187,7 +195,8 @@ class Scanner:
         return match[1]
 
     def skip(self, depth: int, most: int) -> None:
-        """Any value, ``depth`` levels deep. Raises ``ValueError``, too, where it goes on behind ``most``."""
+        """Skips any value, whose level is ``depth``. Also raises ``ValueError`` if the value goes on behind
+        ``most``."""
         first = self.peek()
         if self.at > most:
             raise ValueError("too much in fields that the format does not have")
@@ -216,7 +225,8 @@ class Scanner:
 
 
 def _is_out_of_range(digits: str, fraction: str | None, sign: str | None, power: str | None) -> bool:
-    """Whether serde_json refuses this number, which it makes of the first 64 bits of the digits and a power of ten."""
+    """Returns whether serde_json refuses this number, which it makes of the first 64 bits of the digits and a
+    power of ten."""
     if fraction is None and power is None and len(digits) < 300:
         return False
     taken = 0

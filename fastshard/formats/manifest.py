@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies beside a rank's shards and says what they are: for which rank of how many, saved by whom, in which state.
+"""The manifest beside a rank's shards, which says for which rank they are, who saved them, and in which
+state.
 
-The shards have vLLM's names and hold nothing but tensors, so nothing in them tells a shard of two ranks from one of
-four, or weights as the model defines them from weights that a quantization method has rearranged. Their manifest
-does, one for each rank, as ranks know nothing of each other. It is JSON, and no loader's glob finds it.
+The shards have vLLM's names and hold nothing but tensors. So nothing in them tells a shard of two ranks from
+one of four, or weights as the model defines them from weights that a quantization method has rearranged. The
+manifest does. There is one for each rank, as ranks know nothing of each other. It is JSON, and no loader's
+pattern matches its name.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ VERSION: Final = 1
 
 
 class Alias(NamedTuple):
-    """A tensor that is not in the files, as its memory is all in that of another one."""
+    """A tensor that is not in the files because another tensor holds all of its memory."""
 
     tensor: str
-    """The one that is."""
+    """Name of the tensor that is in the files."""
     offset: int
-    """Where in its bytes it begins."""
+    """Offset in that tensor's bytes where the alias begins."""
     code: str
-    """Its dtype, as safetensors calls it."""
+    """Dtype of the alias, as safetensors calls it."""
     shape: tuple[int, ...]
 
 
@@ -43,14 +45,14 @@ class Manifest:
     dp_replicated: bool
     """Whether all ranks of data parallelism have the same weights."""
     writer: tuple[str, str] | None
-    """Name and version of the engine that the weights lay in."""
+    """Name and version of the engine that the weights come from."""
     quantization: str | None
     post_processed: bool | None
-    """Whether the engine had rearranged the weights after loading them; ``None``: not known."""
+    """Whether the engine had rearranged the weights after loading them; ``None`` if that is not known."""
     files: Mapping[str, int] = field(default_factory=dict)
-    """Name -> size in bytes."""
+    """Size in bytes of each file, by its name."""
     tensors: Mapping[str, str] = field(default_factory=dict)
-    """Name -> the file it is in."""
+    """Name of the file that holds each tensor, by the tensor's name."""
     aliases: Mapping[str, Alias] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -67,10 +69,10 @@ class Manifest:
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """Reads and checks a manifest. What it says of the files is compared with them by who reads those.
+    """Reads and checks a manifest. What it says of the files is compared with them when they are read.
 
-    Raises ``FileNotFoundError`` and other ``OSError``, and ``ValueError`` with the file's name for anything that is
-    not a manifest this version understands.
+    Raises ``FileNotFoundError`` and other ``OSError``, and ``ValueError`` with the file's name for anything
+    that is not a manifest which this version understands.
     """
     with open(path, "rb") as file:
         data = file.read(MAX_HEADER_NBYTES + 1)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names of checkpoint files: which one is a shard, an index, a rank's part or a manifest.
 
-Four families of names meet in a folder of weights, and every pattern of each of them is here:
+A folder of weights can have names of four families, and all their patterns are here:
 
 - Hugging Face's: ``model.safetensors``, ``model-00001-of-00002.safetensors``, ``model.safetensors.index.json``, the same
   for ``pytorch_model.bin``, and those of a variant (``model.fp16-00001-of-00002.safetensors`` and
   ``model.safetensors.index.fp16.json``);
 - those of sharded state in vLLM and SGLang: ``model-rank-0-part-0.safetensors`` (:class:`Names`);
-- fastshard's own for what lies beside sharded state: ``fastshard-model-rank-0.json``;
+- fastshard's own for the manifest beside sharded state: ``fastshard-model-rank-0.json``;
 - fastshard's own for a checkpoint that was cut into the parts of ranks: ``rank-0/`` and ``tensor_parallel.json``.
 
-A name is only a text here: nothing is looked for on a disk.
+The functions work on names only; no file is looked for.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from typing import Final
 
 WEIGHTS_SUFFIX: Final = ".safetensors"
 PICKLED_SUFFIX: Final = ".bin"
-"""Of the files that transformers and huggingface_hub save with ``torch.save``."""
+"""Suffix of the files that transformers and huggingface_hub save with ``torch.save``."""
 TORCH_SUFFIXES: Final = (".pt", ".pth", PICKLED_SUFFIX, ".ckpt")
-"""Of files that ``torch.save`` makes."""
+"""Suffixes of files that ``torch.save`` makes."""
 
 _INDEX_ENDING: Final = ".index.json"
 INDEX_SUFFIX: Final = f"{WEIGHTS_SUFFIX}{_INDEX_ENDING}"
@@ -36,19 +36,19 @@ INDEX_NAME: Final = f"model{INDEX_SUFFIX}"
 PICKLED_NAME: Final = f"pytorch_model{PICKLED_SUFFIX}"
 PICKLED_INDEX_NAME: Final = f"{PICKLED_NAME}{_INDEX_ENDING}"
 HUB_PATTERN: Final = f"model{{suffix}}{WEIGHTS_SUFFIX}"
-"""huggingface_hub's default."""
+"""The default pattern of huggingface_hub."""
 
 TP_PATTERN: Final = f"model-rank-{{rank}}-part-{{part}}{WEIGHTS_SUFFIX}"
-"""vLLM's and SGLang's default, without pipeline parallelism."""
+"""The default pattern of vLLM and SGLang, without pipeline parallelism."""
 PP_PATTERN: Final = f"model-pp-{{pp_rank}}-tp-{{tp_rank}}-part-{{part}}{WEIGHTS_SUFFIX}"
-"""vLLM's default with it."""
+"""The default pattern of vLLM with pipeline parallelism."""
 _MANIFEST_PREFIX: Final = "fastshard-"
 _MANIFEST_SUFFIX: Final = ".json"
 
 ROOT_MANIFEST: Final = f"tensor_parallel{_INDEX_ENDING}"
 RANK_MANIFEST: Final = "tensor_parallel.json"
 MANIFESTS: Final = (ROOT_MANIFEST, RANK_MANIFEST)
-"""Of a checkpoint that was cut into the parts of ranks (:mod:`fastshard.tools.rank_folders`)."""
+"""The manifests of a checkpoint that was cut into the parts of ranks (:mod:`fastshard.tools.rank_folders`)."""
 
 _ALL_WEIGHTS: Final = (WEIGHTS_SUFFIX, *TORCH_SUFFIXES, ".h5", ".msgpack", ".gguf", ".onnx")
 _SERVED_WEIGHTS: Final = (WEIGHTS_SUFFIX, PICKLED_SUFFIX, ".pt", ".pth", ".gguf")
@@ -60,27 +60,28 @@ _RANK_FOLDER: Final = re.compile(r"rank-\d+")
 
 
 def is_weights(name: str) -> bool:
-    """Whether a loader of Hugging Face takes it for a file of weights."""
+    """Returns whether a Hugging Face loader takes a file of this name for weights."""
     return _WEIGHTS.fullmatch(name) is not None
 
 
 def is_numbered(name: str) -> bool:
-    """Whether loaders may find it by a pattern, and open it: the shard of a checkpoint, or a rank's part."""
+    """Returns whether loaders may find the file by a pattern and open it: a shard, or a rank's part."""
     return _NUMBERED.fullmatch(name) is not None
 
 
 def goes_with_weights(name: str) -> bool:
-    """Whether it holds a model's weights in some format, or is an index of such files."""
+    """Returns whether the file holds a model's weights in some format, or is an index of such files."""
     return name.endswith((*_ALL_WEIGHTS, *(f"{suffix}{_INDEX_ENDING}" for suffix in _ALL_WEIGHTS)))
 
 
 def is_served(name: str) -> bool:
-    """Whether vLLM may load weights from it, or look for them by it: a file of weights, or an index."""
+    """Returns whether vLLM may load weights from the file, or find them through it: weights, or an index."""
     return name.endswith((*_SERVED_WEIGHTS, INDEX_SUFFIX, f"{PICKLED_SUFFIX}{_INDEX_ENDING}"))
 
 
 def are_of_the_same_weights(names: Iterable[str], name: str) -> bool:
-    """Whether a file is of the same weights as one of ``names``: a shard, the only file, or an index."""
+    """Returns whether a file belongs to the same weights as one of ``names``: as a shard, the only file, or
+    an index."""
     found = _WEIGHTS.fullmatch(name)
     stem = found and found["stem"]
     if found is None:
@@ -94,7 +95,8 @@ def are_of_the_same_weights(names: Iterable[str], name: str) -> bool:
 
 
 def pickled_stems(names: Iterable[str]) -> set[str]:
-    """What the names of safetensors files begin with that loaders look for before the pickled files ``names``."""
+    """Returns how the names of those safetensors files begin that loaders prefer to the pickled files
+    ``names``."""
     found = {
         match["stem"]
         for match in map(_WEIGHTS.fullmatch, names)
@@ -104,49 +106,56 @@ def pickled_stems(names: Iterable[str]) -> set[str]:
 
 
 def is_safetensors_of(stems: set[str], name: str) -> bool:
-    """Whether it is a safetensors file, or an index of some, whose name begins with one of ``stems``."""
+    """Returns whether it is a safetensors file, or an index of such files, whose name begins with one of
+    ``stems``."""
     found = _WEIGHTS.fullmatch(name) or _INDEX.fullmatch(name)
     return found is not None and found["suffix"] == WEIGHTS_SUFFIX and found["stem"] in stems
 
 
 def visibility(path: str) -> tuple[int, str]:
-    """Sorts paths: an index or a manifest shows its shards, and a single file is looked for before an index, so these are
-    the last to come."""
+    """Sorts paths in the order in which they may appear.
+
+    An index or a manifest makes loaders open its shards, and a single file is preferred to an index, so these
+    come last.
+    """
     name = os.path.basename(path)
     shows = name.endswith(_INDEX_ENDING) or name.startswith(_MANIFEST_PREFIX)
     return (2 if shows else 1 if path.endswith((WEIGHTS_SUFFIX, PICKLED_SUFFIX)) else 0), path
 
 
 def index_of(pattern: str) -> str:
-    """The name of the index of files of a pattern with ``{suffix}``."""
+    """Returns the name of the index of files of a pattern with ``{suffix}``."""
     return pattern.format(suffix="") + _INDEX_ENDING
 
 
 @functools.lru_cache(maxsize=64)
 def names_of(pattern: str) -> re.Pattern[str]:
-    """Matches the only file, the shards and the index of a save with a pattern with ``{suffix}``."""
+    """Returns a pattern that matches the only file, the shards and the index of a save."""
     prefix, _, suffix = pattern.partition("{suffix}")
     return re.compile(f"{re.escape(prefix)}{_SHARD}{re.escape(suffix)}({re.escape(_INDEX_ENDING)})?")
 
 
 def rank_folder(rank: int) -> str:
-    """The folder of one rank in a checkpoint that was cut into the parts of ranks."""
+    """Returns the name of a rank's folder in a checkpoint that was cut into the parts of ranks."""
     return f"rank-{rank}"
 
 
 def is_rank_folder(name: str) -> bool:
-    """Whether it is what :func:`rank_folder` calls some rank's."""
+    """Returns whether it is the name of some rank's folder, as :func:`rank_folder` makes it."""
     return _RANK_FOLDER.fullmatch(name) is not None
 
 
 def is_manifest(name: str) -> bool:
-    """Whether it is the manifest of some rank's sharded state."""
+    """Returns whether it is the name of the manifest of some rank's sharded state."""
     within = len(name) > len(_MANIFEST_PREFIX) + len(_MANIFEST_SUFFIX)
     return within and name.startswith(_MANIFEST_PREFIX) and name.endswith(_MANIFEST_SUFFIX)
 
 
 def stale_parts(pattern: str | None) -> Callable[[str], bool]:
-    """Tells the files of any rank of earlier saves with this pattern or vLLM's own ones, and their manifests."""
+    """Returns a function that tells whether a name is of an earlier save, of any rank.
+
+    These are parts with this pattern or vLLM's own ones, and their manifests.
+    """
     patterns = []
     for known in {TP_PATTERN, PP_PATTERN, pattern or TP_PATTERN}:
         pieces = (
@@ -159,20 +168,21 @@ def stale_parts(pattern: str | None) -> Callable[[str], bool]:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """A process's place among those that serve one model. Raises ``ValueError`` for a rank that is none."""
+    """The rank of a process among those that serve one model. Raises ``ValueError`` for a rank that cannot
+    be."""
 
     tp_rank: int = 0
     tp_size: int = 1
-    """Tensor parallelism."""
+    """Number of ranks of tensor parallelism."""
     pp_rank: int = 0
     pp_size: int = 1
-    """Pipeline parallelism."""
+    """Number of ranks of pipeline parallelism."""
     dp_rank: int = 0
     dp_size: int = 1
-    """Data parallelism."""
+    """Number of ranks of data parallelism."""
     ep_rank: int = 0
     ep_size: int = 1
-    """Expert parallelism: its ranks are those of the other dimensions, counted once more."""
+    """Number of ranks of expert parallelism. They are the ranks of the other dimensions, numbered once more."""
 
     def __post_init__(self) -> None:
         for kind in ("tp", "pp", "dp", "ep"):
@@ -184,7 +194,8 @@ class Ranks:
 class Names:
     """The names of one rank's files: a pattern with this rank's numbers in it.
 
-    Raises ``ValueError`` for a pattern by which ranks would overwrite each other or files would not be found again.
+    Raises ``ValueError`` for a pattern with which ranks would overwrite each other, or files would not be
+    found again.
     """
 
     def __init__(self, pattern: str | None, ranks: Ranks) -> None:
@@ -210,7 +221,7 @@ class Names:
             raise ValueError(f"pattern {pattern!r} would make loaders take {self.manifest!r} for a shard")
 
     def _fields(self) -> list[str]:
-        """In order; the text between two of them keeps their numbers apart."""
+        """The fields of the pattern in order. The text between two of them keeps their numbers apart."""
         found: list[str] = []
         before = "-"
         for text, name, spec, conversion in self._parsed():
@@ -264,11 +275,11 @@ class Names:
         return self.pattern.format(part=part, **self._numbers)
 
     def part(self, number: int) -> str:
-        """The file of this part."""
+        """Returns the name of the file of this part."""
         if number and "part" not in self.fields:
             raise self._wrong("has no {part}, and there is more than one")
         return self._render(str(number))
 
     def is_part(self, name: str) -> bool:
-        """Whether it is the name of a part of this rank."""
+        """Returns whether it is the name of a part of this rank."""
         return self._parts.fullmatch(name) is not None

@@ -44,7 +44,7 @@ CODES: Final[Mapping[str, str]] = {
     "float8_e8m0fnu": "F8_E8M0",
     "float4_e2m1fn_x2": "F4",
 }
-"""torch dtype name -> code in the header. ``float4_e2m1fn_x2`` holds two elements a byte."""
+"""The code in the header for each torch dtype. ``float4_e2m1fn_x2`` has two elements in a byte."""
 
 CAST_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "float32": ("fp32", "f32", "float"),
@@ -53,7 +53,7 @@ CAST_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "float8_e4m3fn": ("fp8_e4m3fn", "f8_e4m3fn", "fp8_e4m3", "f8_e4m3"),
     "float8_e5m2": ("fp8_e5m2", "f8_e5m2"),
 }
-"""What tensors can be cast to: torch's names, and the other ones that people write."""
+"""The dtypes that tensors can be cast to: torch's names, and the other names that people write."""
 
 _BY_WIDTH: Final = {
     64: "U64 I64 F64 C64",
@@ -67,17 +67,21 @@ BITS: Final[Mapping[str, int]] = {
     **{code: bits for bits, codes in _BY_WIDTH.items() for code in codes.split()},
     "BOOL": 8,
 }
-"""Of one element."""
+"""Bits of one element, by code."""
 DTYPE_ORDER: Final[Mapping[str, int]] = {code: place for place, code in enumerate(BITS)}
-"""Tensors lie in the file by ascending (place, name): widest dtypes first, so that each is aligned to itself."""
+"""The order of dtypes in a file. Tensors are sorted by (order, name); the widest dtypes come first, so each
+tensor is aligned to its element size."""
 
 quote = json.JSONEncoder(ensure_ascii=False).encode
-"""A JSON string as serde_json writes it: non-ASCII raw, control characters as ``\\u00xx``."""
+"""Returns a JSON string as serde_json writes it: non-ASCII as it is, control characters as ``\\u00xx``."""
 
 
 def cast_name(name: str) -> str:
-    """torch's name of a dtype that tensors can be cast to: ``"bf16"``, ``"BF16"``, ``"bfloat16"`` and
-    ``"torch.bfloat16"`` are ``"bfloat16"``. Raises ``ValueError`` for another one."""
+    """Returns torch's name of a dtype that tensors can be cast to: ``"bf16"``, ``"BF16"``, ``"bfloat16"`` and
+    ``"torch.bfloat16"`` all give ``"bfloat16"``.
+
+    Raises ``ValueError`` for any other dtype.
+    """
     short = name.strip().lower().removeprefix("torch.")
     for known, others in CAST_NAMES.items():
         if short == known or short in others:
@@ -93,9 +97,10 @@ class HeaderTooLarge(ValueError):
 def header(
     tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None
 ) -> bytes:
-    """Length prefix and JSON of a file with these ``(name, code, shape, nbytes)``, already in file order.
+    """Returns length prefix and JSON of a file with these ``(name, code, shape, nbytes)``, which are in file
+    order.
 
-    ``metadata=None`` leaves the entry out, an empty mapping writes it empty: loaders tell them apart.
+    ``metadata=None`` leaves the entry out, an empty mapping writes an empty one: loaders tell them apart.
     Raises :class:`HeaderTooLarge`, and ``UnicodeEncodeError`` for a name with a lone surrogate.
     """
     parts = []
@@ -125,30 +130,30 @@ class StoredTensor(NamedTuple):
     code: str
     shape: tuple[int, ...]
     begin: int
-    """First byte, counted from the end of the header."""
+    """Offset of the first byte, counted from the end of the header."""
     end: int
 
 
 class FileHeader(NamedTuple):
-    """What a file says of itself."""
+    """The header of a file."""
 
     nbytes: int
-    """Length of prefix and JSON together: where the tensors' bytes begin."""
+    """Length in bytes of prefix and JSON together, which is the offset where the tensors' bytes begin."""
     metadata: dict[str, str] | None
     tensors: list[StoredTensor]
-    """By position in the file."""
+    """The tensors in the order of their bytes."""
 
     @property
     def data_nbytes(self) -> int:
-        """Of all tensors together."""
+        """Bytes of all tensors together."""
         return self.tensors[-1].end if self.tensors else 0
 
 
 def read_header(file: BinaryIO, file_nbytes: int) -> FileHeader:
-    """Reads and checks the header at the beginning of ``file``, which is ``file_nbytes`` long.
+    """Reads and checks the header at the beginning of ``file``, which has ``file_nbytes`` bytes.
 
-    Raises ``ValueError`` saying what is wrong where safetensors refuses the file: see :func:`parse_header`; and a header
-    that does not end, or whose tensors do not end, where the file does.
+    Raises ``ValueError``, saying what is wrong, where safetensors refuses the file: see :func:`parse_header`.
+    It is also raised if the file ends before or behind the header and the tensors.
     """
     prefix = file.read(8)
     if len(prefix) < 8:
@@ -164,12 +169,13 @@ def read_header(file: BinaryIO, file_nbytes: int) -> FileHeader:
 
 
 def parse_header(encoded: bytes) -> FileHeader:
-    """The header of which this is the JSON.
+    """Returns the header that has this JSON.
 
-    The verdict is that of safetensors 0.8: of names that stand there twice the last one counts, fields that the format
-    does not have are passed over. Raises ``ValueError`` saying what is wrong with JSON that is none, entries that lack
-    something or have it in another type, are not of the size of their shape, overlap or leave gaps. Stricter than there
-    in two points that no writer meets: a tensor has at most 65,536 dimensions, and a header 1 MiB of other fields.
+    It is accepted or refused as by safetensors 0.8: of names that occur twice the last one counts, and
+    unknown fields are skipped. Raises ``ValueError``, saying what is wrong, for invalid JSON, and for entries
+    that lack a field, have one of another type, do not have the size of their shape, overlap or leave gaps.
+    Two limits are fastshard's own, which no writer meets: a tensor has at most 65,536 dimensions, and a
+    header at most 1 MiB of unknown fields.
     """
     try:
         metadata, tensors = _Entries(encoded.decode()).read()
@@ -201,7 +207,7 @@ def _position(tensor: StoredTensor) -> tuple[int, int]:
 
 _MAX_DIMS: Final = 1 << 16
 _MAX_OTHER: Final = 1 << 20
-"""Characters of fields that the format does not have."""
+"""The most characters of unknown fields."""
 _S: Final = r"[ \t\n\r]*"
 _WORD: Final = r'"([^"\\\x00-\x1f]*)"'
 _INT: Final = r"(0|[1-9][0-9]{0,18})"
@@ -211,14 +217,14 @@ _ENTRY: Final = re.compile(
         + ['"data_offsets"', ":", r"\[", _INT, ",", _INT, r"\]", r"\}", "([,}])", ""]
     )
 )
-"""An entry as all writers make it, behind the white space before it."""
+"""An entry as all writers make it, with the white space before it."""
 _PAIR: Final = re.compile(_S.join([_WORD, ":", _WORD, "([,}])", ""]))
 _SHAPE: Final = re.compile(r"(?:0|[1-9][0-9]{0,18})(?:, ?(?:0|[1-9][0-9]{0,18})){0,31}")
 
 
 class _Entries(Scanner):
-    """The entries of a header, read one by one: by a regular expression those that look as writers make them, value by
-    value what does not."""
+    """Reads the entries of a header one by one: those that look as writers make them by a regular expression,
+    all others value by value."""
 
     _other = 0
 
@@ -244,7 +250,7 @@ class _Entries(Scanner):
         return metadata, list(found.values())
 
     def _usual(self, found: dict[str, StoredTensor]) -> str:
-        """Reads tensors as long as their entries are as usual; returns what stands behind the last of them."""
+        """Reads tensors as long as their entries are as usual. Returns what follows the last of them."""
         separator = ""
         shapes: dict[str, tuple[int, ...]] = {"": ()}
         while separator != "}" and (match := _ENTRY.match(self.text, self.at)) is not None:
@@ -262,7 +268,7 @@ class _Entries(Scanner):
         return separator
 
     def _texts(self) -> dict[str, str]:
-        """An object of strings."""
+        """Reads an object whose values are strings."""
         found: dict[str, str] = {}
         separator = self.begin_object()
         while separator != "}":
@@ -344,7 +350,7 @@ class _Entries(Scanner):
         return offsets[0], offsets[1]
 
     def _pass_over(self) -> None:
-        """A field that the format does not have."""
+        """Skips an unknown field."""
         began = self.at
         most = self.at + _MAX_OTHER - self._other
         self.skip(3, most)

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The archives of ``torch.save``: where their records lie, and what in them depends on the records' bytes.
+"""The archives of ``torch.save``: where their records lie, and which bytes depend on the records' contents.
 
-They are zip files whose records are stored, not compressed. A record's CRC-32 stands behind it, in its data
-descriptor, and in the central directory; sizes and offsets of 4 GiB and more are in "zip64" extra fields (PKWARE's
-APPNOTE.TXT, 4.3). The last record is the serialization id: 20 digits for the names of the records and 20 for their
-CRCs, combined in file order as PyTorch does (``writeSerializationId`` in caffe2/serialize/inline_container.cc,
-``hash_combine`` in c10/util/hash.h).
+They are zip files whose records are stored, not compressed. The CRC-32 of a record is in the data descriptor
+behind it, and in the central directory. Sizes and offsets of 4 GiB and more are in "zip64" extra fields
+(PKWARE's APPNOTE.TXT, 4.3). The last record is the serialization id: 20 digits for the names of the records
+and 20 for their CRCs, combined in file order as PyTorch does (``writeSerializationId`` in
+caffe2/serialize/inline_container.cc, ``hash_combine`` in c10/util/hash.h). Torch takes the bytes ``PK\\7\\8``
+at the beginning of a storage for the end of a record, and computes another serialization id then.
 """
 
 from __future__ import annotations
@@ -33,20 +34,20 @@ _HASH: Final = (1 << 64) - 1
 
 
 class UnknownLayout(ValueError):
-    """Not an archive as this module knows them."""
+    """An archive whose layout this module does not know."""
 
 
 class Record(NamedTuple):
-    """One file of the archive."""
+    """A record, which is one file of the archive."""
 
     name: str
-    """Without the top folder, which all have in common."""
+    """Name of the record without the top folder, which all records have in common."""
     begin: int
     """Offset of its data in the archive."""
     nbytes: int
     crc: int
     described: int | None
-    """Offset of the CRC behind the data; ``None``: there is none, which is so for empty records."""
+    """Offset of the CRC behind the data; ``None`` for empty records, which have none."""
     listed: int
     """Offset of the CRC in the central directory."""
 
@@ -54,7 +55,7 @@ class Record(NamedTuple):
 class Archive:
     """The records of an archive in file order.
 
-    Raises :class:`UnknownLayout` for anything but what ``torch.save`` writes, so that whoever changes the bytes of
+    Raises :class:`UnknownLayout` for anything but what ``torch.save`` writes, so whoever changes the bytes of
     a record can rely on :meth:`amendments`.
     """
 
@@ -75,11 +76,11 @@ class Archive:
 
     @property
     def has_crcs(self) -> bool:
-        """Whether CRCs were computed at all: ``torch.serialization.set_crc32_options``."""
+        """Whether CRCs were computed at all: see ``torch.serialization.set_crc32_options``."""
         return any(record.crc for record in self.records)
 
     def amendments(self, crcs: Mapping[str, int]) -> list[tuple[int, bytes]]:
-        """What changes when the CRCs of these records are others: (offset, bytes)."""
+        """Returns what has to be changed if these records have other CRCs, as (offset, bytes)."""
         crcs = dict(crcs)
         identity = self.records[-1]
         digits = self._digits[:_DIGITS] + _digits(self._crcs(crcs))
@@ -95,7 +96,7 @@ class Archive:
         return [*changed, (begin, bytes(directory))]
 
     def _crcs(self, changed: Mapping[str, int]) -> Iterable[int]:
-        """Of what goes into the serialization id."""
+        """Returns the CRCs that go into the serialization id."""
         return (
             changed.get(record.name, record.crc)
             for record in self.records[:-1]
@@ -111,7 +112,7 @@ def _digits(crcs: Iterable[int]) -> bytes:
 
 
 def _central_directory(memory: Memory) -> tuple[int, int, int]:
-    """Its offset and size in bytes, and the number of records."""
+    """Returns offset and size in bytes of the central directory, and the number of records."""
     end = len(memory) - _END.size  # no comment
     signature, _, _, _, count, nbytes, begin, _ = _END.unpack_from(memory, end)
     _expect(signature, b"PK\x05\x06")
@@ -152,7 +153,8 @@ def _records(memory: Memory, at: int, count: int) -> list[Record]:
 
 
 def _from_extra(extra: Memory, packed: int, nbytes: int, local: int) -> tuple[int, int, int]:
-    """The numbers that are too large for their fields: the "zip64" extra field holds just these, in this order."""
+    """Returns the numbers that are too large for their fields. The "zip64" extra field has just these, in
+    this order."""
     at = 0
     while True:
         kind, length = struct.unpack_from("<2H", extra, at)

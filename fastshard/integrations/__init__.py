@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calls of other libraries, led to the public functions."""
+"""Leads calls of other libraries to the public functions."""

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``Accelerator.save_model``: accelerate's own code, run into a stage, so that every quirk is its own.
+"""``Accelerator.save_model``: accelerate's own code writes into a hidden directory, so its results are its
+own.
 
-:func:`fastshard.install` puts these functions in the place of accelerate's. Each gets the original first.
+:func:`fastshard.install` replaces accelerate's functions with these. Each gets the original as its first
+argument.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ def save_model(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Saves shards and index as one: shards in parallel, and the directory all or nothing. Shards and indexes of an
-    earlier save go, if this is the main process."""
+    """Saves shards and index as one save: the shards in parallel, and the directory all at once.
+
+    On the main process, shards and indexes of an earlier save are removed in the same moment.
+    """
     reason = _why_left(accelerator)
     if reason is not None or os.path.isfile(save_directory):
         if reason is not None:
@@ -62,6 +66,7 @@ def _nothing(name: str) -> bool:
 def get_state_dict_offloaded_model(
     original: Callable[..., Any], model: torch.nn.Module
 ) -> dict[str, torch.Tensor]:
-    """While a model is saved, its offloaded weights are mapped from their files, not read into memory."""
+    """While a model is being saved, maps its offloaded weights from their files. Accelerate reads them into
+    memory."""
     stage = current()
     return original(model) if stage is None else offloaded_state_dict(model, stage.hidden)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs in place of a replaced function; ``patch_groups.TABLE`` says which one.
+"""The implementations of replaced functions that are public functions of the same name.
 
-Each is called as ``implementation(original, *args, **kwargs)``. A public function that stands for its namesake takes
-what that takes and no more, so that nobody comes to depend on arguments of ours through somebody else's name.
+:data:`fastshard.integrations.patch_groups.TABLE` says which function each one replaces. They are called as
+``implementation(original, *args, **kwargs)``. They take the original's parameters and no others, so that
+nobody comes to depend on fastshard's own arguments through another library's function.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from .overrides import bound, wrapped
 
 
 def _namesake(function: Callable[..., Any], by_saver: bool = False) -> Callable[..., Any]:
-    """The function for callers of the original: without the parameters that only fastshard has.
+    """Returns the public function for callers of the original: without the parameters that only fastshard
+    has.
 
-    ``by_saver``: the original calls ``safetensors.torch.save_file``, or ``torch.save`` for pickled files, and so does
-    the call where somebody else has put his own in the place of that.
+    ``by_saver``: the original calls ``safetensors.torch.save_file``, or ``torch.save`` for pickled files. If
+    somebody has replaced that with a function of his own, the original is called.
     """
     signature = inspect.signature(function)
     theirs = [p for p in signature.parameters.values() if p.name not in How._fields]
@@ -41,7 +43,7 @@ def _namesake(function: Callable[..., Any], by_saver: bool = False) -> Callable[
 
 
 def _save_file(tensors: StateDict, filename: PathLike, metadata: dict[str, str] | None = None) -> None:
-    """At once, or with the other files of the checkpoint that it belongs to."""
+    """Saves a file at once, or together with the other files of the checkpoint that it belongs to."""
     stage = staged.current()
     if stage is not None and stage.holds(filename):
         stage.add(tensors, filename, metadata)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in a replaced function's place: which calls are the implementation's, and which go to the original."""
+"""The function that takes a replaced function's place, and the choice which calls go to the original."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ if TYPE_CHECKING:
 class _OfThisThread(threading.local):
     @property
     def running(self) -> set[Entry]:
-        """Made in one step: whoever interrupts an ``__init__`` finds an object without it."""
+        """The set is made in one step: a signal handler that interrupts an ``__init__`` would find an object
+        without it."""
         found: set[Entry] = self.__dict__.setdefault("_running", set())
         return found
 
 
 _this_thread = _OfThisThread()
 refused: dict[str, str] = {}
-"""Groups that turned out not to fit when they were called first, and why."""
+"""The groups that were found not to fit at their first call, and why."""
 
 
 def replacement_of(
     original: Function, entry: Entry, is_active: Callable[[], bool], told: Callable[[], None]
 ) -> Function:
-    """The replacement of a function. ``told``: is called when :data:`refused` has got another group."""
+    """Returns the replacement of a function. ``told`` is called when a group is added to :data:`refused`."""
     takes: Function | None = None
     implementation: Function = original
 
@@ -71,7 +72,7 @@ def _by_the_original(original: Function, entry: Entry, args: tuple[Any, ...], kw
 
 
 def _prepared(original: Function, entry: Entry, told: Callable[[], None]) -> tuple[Function, Function]:
-    """The implementation, and a function that takes the calls which it can do and raises ``TypeError`` for others."""
+    """Returns the implementation, and a function that raises ``TypeError`` for calls that it cannot take."""
     import inspect
 
     misfit = None
@@ -104,7 +105,7 @@ def _prepared(original: Function, entry: Entry, told: Callable[[], None]) -> tup
 
 
 def _is_no_stricter(known: inspect.Parameter, there: inspect.Parameter | None) -> bool:
-    """Whether the original takes a parameter wherever the implementation does."""
+    """Returns whether the original takes a parameter in every way in which the implementation does."""
     return there is not None and (there.kind, there.default is there.empty) == (
         known.kind,
         known.default is known.empty,
@@ -112,12 +113,14 @@ def _is_no_stricter(known: inspect.Parameter, there: inspect.Parameter | None) -
 
 
 def binder(signature: inspect.Signature) -> Function:
-    """A function that takes what the signature takes, in a fraction of the time of its ``bind``."""
+    """Returns a function that takes the arguments of a signature and nothing else, much faster than its
+    ``bind``."""
     return _compiled(signature, "pass")
 
 
 def arguments_of(signature: inspect.Signature) -> Function:
-    """A function that takes what the signature takes, and gives a dict of all arguments, the defaults among them."""
+    """Returns a function that takes the arguments of a signature and returns a dict of all of them, with
+    defaults."""
     return _compiled(signature, "return locals()")
 
 

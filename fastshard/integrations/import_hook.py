@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hearing of modules when their code has run, without importing them."""
+"""Calls a function when the code of a module has run, without importing the module."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 class _OfThisThread(threading.local):
     @property
     def finding(self) -> set[str]:
-        """Made in one step: whoever interrupts an ``__init__`` finds an object without it."""
+        """The set is made in one step: a signal handler that interrupts an ``__init__`` would find an object
+        without it."""
         found: set[str] = self.__dict__.setdefault("_finding", set())
         return found
 
 
 class Hook:
-    """A finder that finds what the finders behind it find, and only for wanted modules has a word with the loader."""
+    """A finder that finds what the finders behind it find. It wraps the loaders of wanted modules only."""
 
     def __init__(self, wanted: Callable[[str], bool], imported: Callable[[str], None]) -> None:
         self._wanted = wanted
@@ -58,7 +59,7 @@ class Hook:
 
 
 class _Loader:
-    """The loader of a wanted module, which it leaves the module to when its code runs."""
+    """Wraps the loader of a wanted module. Before the module's code runs, its own loader is put back."""
 
     def __init__(self, loader: Any, imported: Callable[[str], None]) -> None:
         self._loader = loader
@@ -76,12 +77,12 @@ class _Loader:
 
 
 def begin(hook: Hook) -> None:
-    """Puts it before all other finders, once."""
+    """Puts the hook before all other finders, unless it is there already."""
     if not any(finder is hook for finder in sys.meta_path):
         sys.meta_path.insert(0, hook)
 
 
 def end(hook: Hook) -> None:
-    """Takes it away."""
+    """Removes the hook."""
     # A new list: removed from the old one, an import under way on another thread would miss the next finder.
     sys.meta_path = [finder for finder in sys.meta_path if finder is not hook]

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that accelerate has offloaded to memory or to files: where they are, without loading them.
+"""Weights that accelerate has offloaded to memory or to files, found without loading them.
 
-Such a parameter is on the meta device, and a hook of its module (or of one around it) has a ``weights_map`` to load it
-from. What lies in files comes back as a tensor over the file (:mod:`fastshard.engine.mapped`), so a state dict of any size
-takes no memory. Formats and rules: accelerate.utils.offload, accelerate.hooks, transformers.integrations.accelerate.
+Such a parameter is on the meta device. A hook of its module, or of one around it, has a ``weights_map`` to
+load it from. What lies in files is returned as a tensor over the file (:mod:`fastshard.engine.mapped`), so a
+state dict of any size takes no memory. Formats and rules are those of accelerate.utils.offload,
+accelerate.hooks and transformers.integrations.accelerate.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from ..formats.naming import WEIGHTS_SUFFIX
 
 
 def offloaded_tensor(model: torch.nn.Module, name: str, scratch: str | None = None) -> torch.Tensor:
-    """The parameter or buffer of that name, which a hook of accelerate holds somewhere else.
+    """Returns the parameter or buffer of that name, which a hook of accelerate holds.
 
-    Stands in for ``transformers.integrations.accelerate.load_offloaded_parameter``. Returns the tensor itself if it is held
-    in memory, a CPU tensor mapped over its file if it was offloaded to disk (whatever device it is to be loaded to), and
-    otherwise whatever the mapping returns. Where the index asks for another dtype than the file has, a copy is made: in
-    memory, or, if ``scratch`` is given, in a file of that directory, which has no name any more. The innermost module that
-    has a hook with a ``weights_map`` decides, also where hooks were chained.
+    Returns the tensor itself if it is held in memory, a CPU tensor mapped over its file if it was offloaded
+    to disk, and otherwise whatever the mapping returns. If the index asks for another dtype than the file
+    has, the tensor is copied: in memory, or in a file without a name in the directory ``scratch``. The
+    innermost module that has a hook with a ``weights_map`` decides, also where hooks were chained. It
+    replaces ``transformers.integrations.accelerate.load_offloaded_parameter``.
 
-    Raises ``ValueError`` where no hook holds it, ``KeyError`` where the hook does not know it, and what
+    Raises ``ValueError`` if no hook holds it, ``KeyError`` if the hook does not know it, and what
     :class:`fastshard.engine.mapped.MappedFile` raises, naming the file.
     """
     weights_map, key = _weights_map_of(model, name)
@@ -38,19 +39,21 @@ def offloaded_tensor(model: torch.nn.Module, name: str, scratch: str | None = No
 
 
 def offloaded_state_dict(model: torch.nn.Module, scratch: str | None = None) -> dict[str, Any]:
-    """``model.state_dict()`` with everything that is offloaded in its place.
+    """Returns ``model.state_dict()`` with everything that is offloaded in its place.
 
-    Stands in for ``accelerate.utils.modeling.get_state_dict_offloaded_model``, which leaves out what belongs to the
-    root module and loses ties. Names and their order are those of ``model.state_dict()``, and tied parameters are
-    one tensor under several names, so what is saved is what the same model would save if it were not offloaded. As
-    there, values have the dtypes of the model's parameters. What is not offloaded stays where it is. ``scratch``: as for
-    :func:`offloaded_tensor`.
+    Names and their order are those of ``model.state_dict()``, and tied parameters are one tensor under
+    several names. So a save of it has what a save of the model would have if it were not offloaded. Values
+    have the dtypes of the model's parameters. What is not offloaded stays where it is. ``scratch`` is that of
+    :func:`offloaded_tensor`. It replaces ``accelerate.utils.modeling.get_state_dict_offloaded_model``, which
+    leaves out what belongs to the root module and loses ties.
 
-    Two weights in files that are said to be tied (by hooks of ``dispatch_model``, by transformers) are taken for one
-    only if their bytes agree. ``disk_offload`` of a plain module leaves no trace of its ties: both are saved.
+    Two weights in files that are said to be tied (by hooks of ``dispatch_model``, by transformers) are taken
+    for one only if their bytes agree. ``disk_offload`` of a plain module leaves no trace of its ties: both
+    are saved.
 
-    Raises ``RuntimeError``, naming them, if there are tensors on the meta device that nobody holds: a model that lacks
-    them must not look saved. ``ValueError`` for a weight that has not the shape of its parameter.
+    Raises ``RuntimeError``, naming them, if there are tensors on the meta device that nobody holds, as a
+    model that lacks them must not look saved. Raises ``ValueError`` for a weight whose shape is not that of
+    its parameter.
     """
     values: dict[str, Any] = {}
     lost: list[str] = []
@@ -79,7 +82,7 @@ def offloaded_state_dict(model: torch.nn.Module, scratch: str | None = None) -> 
 
 
 def held_in_memory(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Offloaded weights that hooks of accelerate hold as tensors."""
+    """Yields the offloaded weights that hooks of accelerate hold as tensors."""
     for held in _holders(model):
         tensors = getattr(held, "state_dict", held)
         if isinstance(tensors, dict):
@@ -87,7 +90,8 @@ def held_in_memory(model: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 
 def held_elsewhere(model: torch.nn.Module) -> bool:
-    """Whether hooks load weights from a mapping of a kind unknown here, which may give the same memory again and again."""
+    """Returns whether hooks load weights from a mapping of an unknown kind, which may return the same memory
+    again and again."""
     return any(
         type(held) is not dict and not type(held).__module__.startswith("accelerate.")
         for held in _holders(model)
@@ -95,8 +99,12 @@ def held_elsewhere(model: torch.nn.Module) -> bool:
 
 
 def follow_weights(model: torch.nn.Module, directory: str) -> None:
-    """Tells the hooks of accelerate where weights lie that have just been saved over the files they came from: in which
-    file of ``directory`` now, if they are no longer in theirs. Without it the model could not be used any more."""
+    """Tells the hooks of accelerate in which file of ``directory`` weights are that were saved over their own
+    files.
+
+    Only weights that are no longer in their files are concerned. Without it the model could not be used any
+    more.
+    """
     places: dict[str, str] = {}
     for held in _holders(model):
         index = getattr(held, "index", None)
@@ -115,7 +123,7 @@ def follow_weights(model: torch.nn.Module, directory: str) -> None:
 
 
 def _holders(model: torch.nn.Module) -> Iterator[Any]:
-    """What hooks of accelerate load weights from, each once."""
+    """Yields the objects that hooks of accelerate load weights from, each once."""
     seen: set[int] = set()
     for module in model.modules():
         for hook in _hooks(getattr(module, "_hf_hook", None)):
@@ -131,7 +139,7 @@ class _NotHeldError(ValueError):
 
 
 def _hooks(hook: Any) -> Iterator[Any]:
-    """A hook, or those chained in a ``SequentialHook``."""
+    """Returns a hook, or those chained in a ``SequentialHook``."""
     for part in getattr(hook, "hooks", None) or (hook,):
         if part is hook:
             yield hook
@@ -183,7 +191,8 @@ def _dtype(name: str, key: str) -> torch.dtype:
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype, scratch: str | None) -> torch.Tensor:
-    """``tensor.to(dtype)``; of what lies in a file, in a file, as the engine casts without taking memory."""
+    """Returns ``tensor.to(dtype)``. If the tensor lies in a file, so does the result, as the engine casts
+    without taking memory."""
     if tensor.dtype == dtype or scratch is None or not tensor.is_floating_point() or not lies_in_file(tensor):
         return tensor.to(dtype)
     path = os.path.join(scratch, "cast")
@@ -198,7 +207,7 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, scratch: str | None) -> torc
 
 
 def _first_held(model: torch.nn.Module, names: Iterable[str], scratch: str | None) -> torch.Tensor | None:
-    """What is held under the first of the names that is known; ``None`` if none is."""
+    """Returns what is held under the first of the names that is known; ``None`` if none is."""
     for name in names:
         with contextlib.suppress(_NotHeldError, KeyError):
             return offloaded_tensor(model, name, scratch)
@@ -206,8 +215,11 @@ def _first_held(model: torch.nn.Module, names: Iterable[str], scratch: str | Non
 
 
 def _state_dict(model: torch.nn.Module) -> dict[str, Any]:
-    """``model.state_dict()``. Modules that make entries of their own of their weights (quantized ones) do so with the
-    weights loaded, which takes memory for these; entries that are not there without weights come last."""
+    """Returns ``model.state_dict()``.
+
+    Modules that make entries of their own from their weights (quantized ones) do so with the weights loaded,
+    which takes memory for these. Entries that are missing without weights come last.
+    """
     state: dict[str, Any] = dict(model.state_dict())
     for prefix, module in model.named_modules():
         if type(module)._save_to_state_dict is torch.nn.Module._save_to_state_dict:
@@ -221,7 +233,7 @@ def _state_dict(model: torch.nn.Module) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _loaded(module: torch.nn.Module, hook: Any) -> Iterator[None]:
-    """Has a hook of accelerate load the module's weights for a while."""
+    """Lets a hook of accelerate load the module's weights for the duration of the block."""
     device, hook.execution_device = hook.execution_device, "cpu"
     try:
         hook.pre_forward(module)
@@ -232,7 +244,7 @@ def _loaded(module: torch.nn.Module, hook: Any) -> Iterator[None]:
 
 
 def _same_objects(model: torch.nn.Module) -> dict[str, list[str]]:
-    """Name -> all names of the same parameter or buffer, for those that have several."""
+    """Returns all names of each parameter or buffer that has several, by each name."""
     named = itertools.chain(
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
     )
@@ -243,7 +255,7 @@ def _same_objects(model: torch.nn.Module) -> dict[str, list[str]]:
 
 
 def _said_to_be_tied(model: torch.nn.Module) -> Iterator[list[str]]:
-    """Names of which some may be tied, by those who knew the model before it was offloaded."""
+    """Yields names that may be tied, according to those who knew the model before it was offloaded."""
     by_source: dict[str, list[str]] = {}
     keys = getattr(model, "all_tied_weights_keys", None)  # transformers: target -> source
     if isinstance(keys, Mapping):
@@ -259,7 +271,7 @@ def _said_to_be_tied(model: torch.nn.Module) -> Iterator[list[str]]:
 
 
 def _tie(values: dict[str, Any], names: Iterable[str]) -> None:
-    """Gives names whose tensors are equal, byte for byte, the same one."""
+    """Gives names whose tensors are equal, byte for byte, the same tensor."""
     kept: list[torch.Tensor] = []
     for name in names:
         tensor = values.get(name)

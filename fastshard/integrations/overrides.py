@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether somebody else's code takes part in another library's save.
+"""Finds out whether a user's own code takes part in another library's save.
 
-A library's own code can be run into a stage, where files are hidden and are written later. What a user has put into it
-(a subclass's method, a wrapper of the saver) is to see what it sees without fastshard: the caller's paths, and files
-that are complete. Where there is such code, the save is left to the library, file by file.
+A library's own code can be run on a hidden directory, where files are written later. Code that a user has
+added to it (a method of a subclass, a wrapper of the saver) must see what it sees without fastshard: the
+caller's paths, and files that are complete. Where there is such code, the save is left to the library, file
+by file.
 """
 
 from __future__ import annotations
@@ -26,24 +27,25 @@ _LIBRARIES: Final = frozenset(
         "fastshard",
     )
 )
-"""Whose code does nothing with a file that it has just saved."""
+"""Libraries whose code does nothing with a file that it has just saved."""
 _SAVERS: Final = ("safetensors.torch", "torch.serialization")
 
 
 def bound(module: str, name: str) -> object:
-    """What a module binds to a name now; nothing of the module runs."""
+    """Returns what a module binds to a name now, without running code of the module."""
     return namespace(sys.modules.get(module)).get(name)
 
 
 def wrapped(*savers: object) -> bool:
-    """Whether one of these is somebody else's, put in the place of ``safetensors.torch.save_file`` or ``torch.save``."""
+    """Returns whether one of these functions is a user's that replaces ``safetensors.torch.save_file`` or
+    ``torch.save``."""
     return not all(
         saver is None or is_ours(saver) or any(is_own(saver, home) for home in _SAVERS) for saver in savers
     )
 
 
 def overridden(holder: object, *names: str) -> str | None:
-    """The first of these methods that is not a library's own, as ``"Config.save_pretrained"``."""
+    """Returns the first of these methods that is not a library's own, as ``"Config.save_pretrained"``."""
     for name in names:
         method = getattr(holder, name, None)
         if method is not None and not is_of_a_library(method):
@@ -52,7 +54,7 @@ def overridden(holder: object, *names: str) -> str | None:
 
 
 def is_of_a_library(method: Any) -> bool:
-    """Whether a function or a method is one of the libraries that are known here."""
+    """Returns whether a function or a method belongs to one of the libraries that are known here."""
     function: Callable[..., Any] = getattr(method, "__func__", method)
     # The module of a wrapper's code, and the one that it says.
     said = getattr(function, "__globals__", {}).get("__name__"), getattr(function, "__module__", None)

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fastshard replaces, and whether that fits the libraries that are installed.
+"""The table of what fastshard replaces, and whether that fits the installed libraries.
 
-To add a replacement: a row in :data:`TABLE` and its implementation. A row names the module that *defines* the function,
-the attribute in there (``"save_file"``; ``"PreTrainedModel.save_pretrained"`` for what a class holds, static and class
-methods included), and the implementation, which is imported by the first call. Rows that only hold together have a
-group: it is replaced whole or not at all. Rows without one are each their own.
+To add a replacement, add a row to :data:`TABLE` and write its implementation. A row names the module that
+*defines* the function, the attribute in it (``"save_file"``; ``"PreTrainedModel.save_pretrained"`` for what a
+class holds, static and class methods included), and the implementation, which is imported by the first call.
+Rows that work only together have a group, which is replaced whole or not at all. Each row without one is its
+own group.
 
-:func:`examine` looks at the installed library before anything is replaced: whether the functions are there, are still the
-library's own, and take the arguments that the implementation knows by their places, and whether what the
-implementation uses of the library (:data:`NEEDS`) is there. Nothing of a module runs for it.
+:func:`examine` examines the installed library before anything is replaced. The functions must exist, be the
+library's own, and take the parameters that the implementation knows by their positions, and what the
+implementation uses of the library (:data:`NEEDS`) must exist. No code of a module runs for that.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from ..base.originals import is_own, namespace
 
 
 class Entry(NamedTuple):
-    """A function to be replaced: ``implementation`` as ``"module:function"``."""
+    """A function to be replaced. ``implementation`` is written ``"module:function"``."""
 
     module: str
     attribute: str
     implementation: str
     parameters: str = ""
-    """Names of the parameters that the implementation takes by their places."""
+    """Names of the parameters that the implementation takes by position."""
     group: str = ""
     since: str = ""
-    """The version of the library that has brought the function; in older ones nothing is missing."""
+    """The version of the library that introduced the function. It is not missed in older ones."""
 
     @property
     def call(self) -> str:
-        """What users call it."""
+        """Returns what users call the function."""
         return "torch.save" if self.module == "torch.serialization" else self.attribute
 
     @property
@@ -47,7 +48,7 @@ class Entry(NamedTuple):
 
     @property
     def belongs_to(self) -> str:
-        """The name of its group."""
+        """Returns the name of its group."""
         return self.group or f"{self.library}: {self.attribute}"
 
     def __str__(self) -> str:
@@ -140,11 +141,11 @@ NEEDS: Final[dict[str, tuple[str, ...]]] = {
         "accelerate.utils.offload:PrefixedDataset",
     ),
 }
-"""Group -> what its implementations use of the library besides the functions they replace."""
+"""What the implementations of each group use of the library besides the functions they replace."""
 
 
 class Target(NamedTuple):
-    """A function in its place: a module's, or a class's, which may hold it as a static or a class method."""
+    """A function where it is bound: in a module or a class, which may hold it as a static or a class method."""
 
     entry: Entry
     function: Function
@@ -157,19 +158,19 @@ class Found(NamedTuple):
     """What :func:`examine` has found of a group."""
 
     entries: tuple[Entry, ...]
-    """Those that the installed version should have."""
+    """The functions that the installed version should have."""
     targets: tuple[Target, ...] = ()
-    """What is there to be replaced, if nothing speaks against it."""
+    """The functions that can be replaced, if there is no reason against it."""
     awaited: str | None = None
     """A module that has to be imported first."""
     misfit: str | None = None
     """Why the group does not fit the installed version."""
     foreign: tuple[Entry, ...] = ()
-    """Those that somebody else has replaced."""
+    """The functions that somebody else has replaced."""
 
 
 def groups(table: Iterable[Entry]) -> dict[str, list[Entry]]:
-    """The rows of a table by the names of their groups, each in the order of the table."""
+    """Returns the rows of a table by the names of their groups, in the order of the table."""
     found: dict[str, list[Entry]] = {}
     for entry in table:
         found.setdefault(entry.belongs_to, []).append(entry)
@@ -177,7 +178,7 @@ def groups(table: Iterable[Entry]) -> dict[str, list[Entry]]:
 
 
 def version_of(library: str) -> str:
-    """Of a library that is imported; an empty text where it does not say."""
+    """Returns the version of a library that is imported; an empty text if it does not tell."""
     said = namespace(sys.modules.get(library)).get("__version__")
     if isinstance(said, str):
         return said
@@ -186,7 +187,7 @@ def version_of(library: str) -> str:
 
 @functools.cache
 def _installed_version(library: str) -> str:
-    """For those that have put something lazy in the place of their module."""
+    """Returns the installed version, for libraries whose module in ``sys.modules`` is a lazy object."""
     from importlib import metadata
 
     try:
@@ -196,7 +197,7 @@ def _installed_version(library: str) -> str:
 
 
 def expected(entries: Iterable[Entry]) -> list[Entry]:
-    """Those of a group that the imported version of the library should have."""
+    """Returns the functions of a group that the imported version of the library should have."""
     return [
         entry
         for entry in entries
@@ -205,15 +206,17 @@ def expected(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """The numbers that a version begins with; what does not say is taken for new."""
+    """Returns the numbers that a version begins with. A version without any counts as new."""
     return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3]) or (
         sys.maxsize,
     )
 
 
 def bring(group: str, entries: Sequence[Entry], ready: Callable[[str], bool]) -> None:
-    """Imports what a group needs besides the module of its first row, once that is there: all of it belongs to the same
-    library, and most of it is imported with it."""
+    """Imports what a group needs besides the module of its first row, once that is imported.
+
+    All of it belongs to the same library, and most of it is imported with that module.
+    """
     if ready(entries[0].module):
         for module in _modules(group, expected(entries)):
             if module not in sys.modules:

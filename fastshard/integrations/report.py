@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastshard.status()``: where the engine is in the way of this process's saves, and where it is not."""
+"""``fastshard.status()``: which saves of this process the engine makes, and which it does not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNSEEN = (
     "writers of torch.distributed.checkpoint, but for what they give to torch.save",
     "references to an original that were taken before install(): default arguments, functools.partial, closures",
 )
-"""Ways to the disk on which no function of ours stands: what is saved by them is not counted."""
+"""Functions that fastshard does not replace. What is saved through them is not counted."""
 
 
 class Replacement(NamedTuple):
@@ -23,22 +23,22 @@ class Replacement(NamedTuple):
 
     library: str
     version: str
-    """Empty where it is not imported."""
+    """Version of the library; empty if it is not imported."""
     functions: tuple[str, ...]
     replaced: bool
     why_not: str = ""
 
 
 class Status(NamedTuple):
-    """What :func:`status` tells; ``print`` it."""
+    """What :func:`status` returns. ``print`` shows it."""
 
     version: str
     installed: bool
     replacements: tuple[Replacement, ...]
     saved: dict[str, Saved]
-    """Public function -> what the engine has saved for it."""
+    """What the engine has saved, by public function."""
     left: dict[str, dict[str, int]]
-    """Public function -> reason -> how many calls were left to the original."""
+    """How many calls were left to the original, by public function and reason."""
 
     def __str__(self) -> str:
         state = "installed" if self.installed else "not installed: fastshard.install(), or FASTSHARD_AUTO=1"
@@ -55,7 +55,7 @@ class Status(NamedTuple):
         return "\n".join(lines)
 
     def lines_of_replacements(self) -> list[str]:
-        """What is replaced, and what is not and why."""
+        """Returns lines of text that say what is replaced, and what is not and why."""
         lines = []
         for title, wanted in (("replaced:", True), ("not replaced:", False)):
             found = [r for r in self.replacements if r.replaced is wanted]
@@ -75,8 +75,11 @@ def _described(total: Saved) -> str:
 
 
 def status() -> Status:
-    """What is replaced in this process, what is not and why, what the engine has saved, and what was left to the
-    functions that it stands for. ``print(fastshard.status())`` shows it; ``fastshard env`` the first half for a machine."""
+    """Returns what is replaced in this process, what is not and why, what the engine has saved, and what was
+    left to the original functions.
+
+    ``print(fastshard.status())`` shows it; ``fastshard env`` shows the first half for a machine.
+    """
     from .. import __version__
 
     replacements = []

@@ -2,8 +2,9 @@
 """fastshard in SGLang: what its plugin sets up, in every process of an engine.
 
 SGLang's ``ShardedStateLoader`` (0.5.23, ``sglang/srt/model_loader/loader.py``) saves a model's state after
-``process_weights_after_loading``, and calls that step before it loads one, too: what it has saved is what it expects.
-So only the saving is replaced, by :func:`save_model`. Strided weights, which SGLang 0.5.23 fails on, are saved, too.
+``process_weights_after_loading``. It also calls that step before it loads a state, so what it has saved is
+what it expects. Therefore only the saving is replaced, by :func:`save_model`. It also saves strided weights,
+on which SGLang 0.5.23 fails.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """The entry point (``sglang.srt.plugins``). Never raises: an engine starts with fastshard or without it. Does nothing where
-    ``FASTSHARD_DISABLE`` says so."""
+    """The entry point (``sglang.srt.plugins``). It does nothing if ``FASTSHARD_DISABLE`` is set to yes.
+
+    It never raises, so an engine starts with fastshard or without it.
+    """
     if flag(DISABLE_VARIABLE):
         return
     try:
@@ -38,14 +41,15 @@ def register() -> None:
 def save_model(
     model: torch.nn.Module, path: str, pattern: str | None = None, max_size: int | str | None = None
 ) -> None:
-    """In the place of ``ShardedStateLoader.save_model``: saves this rank's part of a live engine's model.
+    """Replaces ``ShardedStateLoader.save_model``: saves this rank's part of a live engine's model.
 
-    Each rank's files stand all at once; those of an earlier save of the same rank go. ``max_size``: bytes, or as
-    ``"5GB"`` (SGLang's own command line passes on a string, which it then fails to compare with a number).
+    Each rank's files appear all at once, and those of an earlier save of the same rank are removed.
+    ``max_size`` is in bytes, or a text as ``"5GB"``. (SGLang's own command line passes a text, and then fails
+    when it compares it with a number.)
 
     Raises:
-        ValueError: for pipeline parallelism, whose stages would overwrite each other's files, as SGLang's loader knows
-            no name for them; for a pattern or a size that cannot be.
+        ValueError: for pipeline parallelism, whose stages would overwrite each other's files, as SGLang's loader has
+            no names for them; for a pattern or a size that is not possible.
         OSError: a system call has failed.
     """
     from sglang import __version__ as version

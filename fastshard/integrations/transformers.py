@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``PreTrainedModel.save_pretrained``: transformers' own code, run into a stage, so that every quirk is its own.
+"""``PreTrainedModel.save_pretrained``: transformers' own code writes into a hidden directory, so its results
+are its own.
 
-:func:`fastshard.install` puts these functions in the place of transformers'. Each gets the original first.
+:func:`fastshard.install` replaces transformers' functions with these. Each gets the original as its first
+argument.
 """
 
 from __future__ import annotations
@@ -33,10 +35,11 @@ _LOGGERS: Final = (
 
 
 def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Saves configuration, shards and index as one: shards in parallel, and the directory all or nothing.
+    """Saves configuration, shards and index as one save: the shards in parallel, and the directory all at
+    once.
 
-    What is pushed to the hub, and distributed checkpoints, are written as transformers does, file by file; so is what
-    somebody else's code takes part in.
+    What is pushed to the hub, and distributed checkpoints, are written as transformers does it, file by file.
+    So are saves in which a user's own code takes part.
     """
     from transformers.utils import logging
 
@@ -73,12 +76,12 @@ def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwar
 
 @functools.cache
 def _arguments(function: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
-    """What gives the arguments of a call by name."""
+    """Returns a function that returns the arguments of a call by name."""
     return arguments_of(inspect.signature(function))
 
 
 def _why_left(original: Callable[..., Any], model: Any, arguments: Mapping[str, Any]) -> str | None:
-    """Why a call is transformers' own to do; ``None``: it is not."""
+    """Returns why a call is left to transformers; ``None`` if it is not."""
     for option in ("push_to_hub", "distributed_checkpoint"):
         if arguments.get(option):
             return f"{option}=True"
@@ -93,7 +96,8 @@ def _why_left(original: Callable[..., Any], model: Any, arguments: Mapping[str, 
 
 
 def _overridden(model: Any) -> Iterator[str | None]:
-    """Methods that the original calls with its directory, or when it has saved a file, and that are a user's."""
+    """Returns methods that a user has overridden and that the original calls with its directory, or after it
+    has saved a file."""
     yield overridden(model, "num_parameters", "barrier_after_gathered_checkpoint_save")
     for config in (getattr(model, "config", None), getattr(model, "generation_config", None)):
         yield overridden(config, "save_pretrained", "to_json_file")
@@ -103,7 +107,8 @@ def _overridden(model: Any) -> Iterator[str | None]:
 
 
 def _changes_between_shards(model: Any, state_dict: object) -> bool:
-    """Whether tensors come from somebody's code one shard after the other, so that memory may serve for several."""
+    """Returns whether a user's code provides the tensors one shard after the other, so that the same memory
+    may serve for several."""
     return (
         type(state_dict) not in (type(None), dict, OrderedDict)
         or overridden(model, "state_dict") is not None
@@ -116,14 +121,15 @@ def _nothing(name: str) -> bool:
 
 
 def load_offloaded_parameter(original: Callable[..., Any], model: Any, param_name: str) -> torch.Tensor:
-    """While a model is saved, its offloaded weights are mapped from their files, not read into memory."""
+    """While a model is being saved, maps its offloaded weights from their files. Transformers reads them into
+    memory."""
     stage = current()
     return original(model, param_name) if stage is None else offloaded_tensor(model, param_name, stage.hidden)
 
 
 def progress_bar(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """While a model is saved, the only bar is that of the bytes written; transformers' own would count shards that
-    are not written yet."""
+    """While a model is being saved, hides transformers' own bar, which would count shards that are not
+    written yet."""
     if current() is None:
         return original(*args, **kwargs)
     from transformers.utils import logging
@@ -132,13 +138,14 @@ def progress_bar(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 
 
 def _lasting(model: Any, besides: set[int]) -> set[int]:
-    """What lives on when the model is saved: what it has, and what hooks of accelerate hold for it."""
+    """Returns the storages that outlive the save: the model's own, and those that hooks of accelerate hold
+    for it."""
     held = held_in_memory(model) if hasattr(model, "hf_device_map") else ()
     return besides | _storages(model.parameters(), model.buffers(), held)
 
 
 def _storages(*groups: Iterable[object]) -> set[int]:
-    """Addresses of the memory of these tensors."""
+    """Returns the addresses of the memory of these tensors."""
     return {
         found[0]
         for group in groups

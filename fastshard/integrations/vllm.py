@@ -50,7 +50,8 @@ from .vllm_states import (
 )
 
 REQUEST: Final = "fastshard_save"
-"""Key in ``VllmConfig.additional_config``, which reaches every worker: the fields of :class:`Request`."""
+"""The key in ``VllmConfig.additional_config``, which reaches every worker. The value has the fields of
+:class:`Request`."""
 
 logger = logging.getLogger(__name__)
 
@@ -65,14 +66,14 @@ class Request(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What has become of it in one of them."""
+    """The result of the request in one worker."""
 
     rank: str
     files: tuple[str, ...] = ()
-    """Names in the directory, if it was saved."""
+    """Names of the files in the directory, if it was saved."""
     error: str | None = None
     untied: bool = False
-    """Whether the model's own config says that embeddings are tied which are not."""
+    """Whether embeddings are not tied although the model's config says that they are."""
 
 
 @dataclass
@@ -82,9 +83,9 @@ class _Loaded:
     config: Any
     """``vllm.config.VllmConfig``"""
     expected: dict[str, Form]
-    """What a loader of sharded state finds, to be filled."""
+    """The tensors that a loader of sharded state would fill."""
     refusal: str | None = "what vLLM's process_weights_after_loading did to the weights was not seen"
-    """Why its state may not be what a loader expects; ``None``: it is."""
+    """Why the state may not be what a loader expects; ``None`` if it is."""
     outcome: Outcome | None = None
 
 
@@ -92,10 +93,10 @@ _models: weakref.WeakKeyDictionary[torch.nn.Module, _Loaded] = weakref.WeakKeyDi
 
 
 def register() -> None:
-    """The entry point (``vllm.general_plugins``). Never raises: an engine starts with fastshard or without it. Does
-    nothing where ``FASTSHARD_DISABLE`` says so.
+    """The entry point (``vllm.general_plugins``). It does nothing if ``FASTSHARD_DISABLE`` is set to yes.
 
-    vLLM's loaders are not imported for it: that takes seconds, and not all of an engine's processes load a model.
+    It never raises, so an engine starts with fastshard or without it. vLLM's loaders are not imported for it:
+    that takes seconds, and not all of an engine's processes load a model.
     """
     if flag(DISABLE_VARIABLE):
         return
@@ -189,7 +190,7 @@ def _watching_process(process: Callable[..., None]) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def _logged(what: str) -> Iterator[None]:
-    """An engine does not stop because something could not be noted; saves from it will be refused."""
+    """Logs what fails in the block: an engine must not stop for it. Saves from this engine are refused then."""
     try:
         yield
     except Exception as error:
@@ -199,8 +200,10 @@ def _logged(what: str) -> Iterator[None]:
 def _before_processing(
     model: torch.nn.Module, model_config: Any, loaded: _Loaded
 ) -> dict[str, Sampled] | None:
-    """Looks at a model whose weights are loaded, and saves them if that is what the engine was started for. Returns what
-    post-processing is to leave as it is; ``None`` where the state is not to be saved later."""
+    """Examines a model whose weights are loaded, and saves them if the engine was started for that.
+
+    Returns what post-processing must not change; ``None`` if the state is not to be saved later.
+    """
     request = _request(loaded.config)
     try:
         untied = _settle_ties(model, model_config, loaded)
@@ -232,10 +235,10 @@ def _request(config: Any) -> Request | None:
 
 
 def _settle_ties(model: torch.nn.Module, model_config: Any, loaded: _Loaded) -> bool:
-    """Whether the model's embeddings are not tied although its config says so.
+    """Returns whether the model's embeddings are not tied although its config says so.
 
-    vLLM builds such a model untied when its files have an ``lm_head``, and ties it in post-processing if that is
-    the same as the embeddings after all. A loader of sharded state goes by the config alone.
+    vLLM builds such a model untied if its files have an ``lm_head``, and ties it in post-processing if that
+    equals the embeddings after all. A loader of sharded state goes by the config alone.
     """
     if not getattr(model_config, "word_embeddings_untied_by_checkpoint", False):
         return False
@@ -252,7 +255,7 @@ def _settle_ties(model: torch.nn.Module, model_config: Any, loaded: _Loaded) -> 
 
 
 def _save(model: torch.nn.Module, loaded: _Loaded, request: Request) -> tuple[str, ...]:
-    """This rank's parts and their manifest; returns the names of the files."""
+    """Saves this rank's parts and their manifest. Returns the names of the files."""
     from vllm import __version__ as version
     from vllm.distributed import get_pp_group, get_tp_group
 
@@ -302,8 +305,11 @@ def _rank_name() -> str:
 
 
 def outcome(worker: Any) -> Outcome | None:
-    """What has become of the request in a worker; for ``Executor.collective_rpc``. ``None``: nothing, as the plugin is
-    not at work or the weights did not come by vLLM's base loader."""
+    """Returns the result of the request in a worker; for ``Executor.collective_rpc``.
+
+    Returns ``None`` if there is none, as the plugin is not active or the weights were not loaded by vLLM's
+    base loader.
+    """
     loaded = _models.get(_unwrapped(worker.get_model()))
     return loaded.outcome if loaded is not None else None
 
@@ -311,16 +317,17 @@ def outcome(worker: Any) -> Outcome | None:
 def save_model(
     model: torch.nn.Module, path: str, pattern: str | None = None, max_size: int | None = None
 ) -> None:
-    """In the place of ``ShardedStateLoader.save_model``: saves this rank's part of a live engine's model.
+    """Replaces ``ShardedStateLoader.save_model``: saves this rank's part of a live engine's model.
 
-    All ranks of the engine call it, with the same arguments. The parts of all of them stand in ``path``, an existing
-    directory that all of them see, at the same moment, or none does; parts of earlier saves there go.
+    All ranks of the engine call it, with the same arguments. The parts of all of them appear in ``path``, an
+    existing directory that all of them see, at the same moment, or none does. Parts of earlier saves there
+    are removed.
 
     Raises:
         ValueError: the state is not what ``load_format="sharded_state"`` expects (the text says which tensors
-            and why), or it cannot be shown that it is; the pattern or the size cannot be.
+            and why), or it cannot be shown that it is; or pattern or size are not possible.
         RuntimeError: another rank has failed.
-        OSError: a system call has.
+        OSError: a system call has failed.
     """
     model = _unwrapped(model)
     loaded = _models.get(model)
@@ -348,24 +355,27 @@ def save_model(
 
 
 def _unwrapped(model: Any) -> torch.nn.Module:
-    """What lies in vLLM's CUDA graph and micro-batching wrappers."""
+    """Returns the model within vLLM's CUDA graph and micro-batching wrappers."""
     inner: torch.nn.Module = model.unwrap() if hasattr(model, "unwrap") else model
     return inner
 
 
 class WorkerExtension:
-    """For ``LLM(..., worker_extension_cls="fastshard.vllm.WorkerExtension")``; then
-    ``llm.collective_rpc("fastshard_save", args=(path,))``."""
+    """Adds a save to vLLM's workers: ``LLM(..., worker_extension_cls="fastshard.vllm.WorkerExtension")``.
+
+    Then ``llm.collective_rpc("fastshard_save", args=(path,))`` saves the engine's model.
+    """
 
     def fastshard_save(
         self, path: str, pattern: str | None = None, max_size: int | str | None = None
     ) -> None:
-        """:func:`save_model` for this worker's model. ``max_size``: bytes, or as ``"5GB"``."""
+        """Calls :func:`save_model` for this worker's model. ``max_size`` is in bytes, or a text as
+        ``"5GB"``."""
         save_model(self.get_model(), path, pattern, None if max_size is None else parse_size(max_size))  # type: ignore[attr-defined]
 
 
 def _world() -> Agreement:
-    """All processes of the engine that this one belongs to."""
+    """Returns the agreement of all processes of this engine."""
     from vllm.distributed import get_world_group
 
     group = get_world_group()

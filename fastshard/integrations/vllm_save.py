@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastshard vllm-save``: a model folder -> the same folder with the weights as vLLM's ranks want them.
+"""``fastshard vllm-save`` makes a copy of a model folder with the weights as vLLM's ranks load them.
 
-The flags are those of vLLM's ``examples/features/sharded_state/save_sharded_state_offline.py``: every engine argument,
-``--output``, ``--file-pattern``, ``--max-file-size``. The workers of a vLLM engine load the weights, and each saves its
-own in the moment when they are loaded but not yet rearranged (:mod:`fastshard.integrations.vllm`), into a hidden directory; what
-else the model folder has is copied there, and when all of it stands it becomes visible at once. No engine is started
-around the workers: no memory is profiled or set aside for a KV cache, nothing is compiled.
+The flags are those of vLLM's ``examples/features/sharded_state/save_sharded_state_offline.py``: every engine
+argument, ``--output``, ``--file-pattern``, ``--max-file-size``. The workers of a vLLM engine load the
+weights. Each saves its own into a hidden directory when they are loaded but not yet rearranged
+(:mod:`fastshard.integrations.vllm`). The other files of the model folder are copied there, and then
+everything becomes visible at once. No engine is started around the workers: no memory is profiled or reserved
+for a KV cache, and nothing is compiled.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from .vllm import REQUEST, Outcome, Request, outcome
 PLUGIN: Final = "fastshard"
 """The name of the entry point in ``vllm.general_plugins``."""
 DEFAULT_MAX_FILE_SIZE: Final = 5 * 1024**3
-"""vLLM's."""
+"""vLLM's default, in bytes."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command; returns the exit status: 0, 1 (it failed, and the output is as it was), 2 (wrong arguments)."""
+    """Runs the command. Returns the exit status: 0, 1 (it failed, and the output is as it was), 2 (wrong
+    arguments)."""
     try:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def add_arguments(parser: Any) -> None:
-    """Those that are not the engine's."""
+    """Adds the arguments that are not the engine's."""
     group = parser.add_argument_group("sharded state")
     group.add_argument("--output", "-o", required=True, help="the folder to be made or replaced in")
     group.add_argument(
@@ -72,8 +74,10 @@ def add_arguments(parser: Any) -> None:
 
 
 def check_engine(engine: Any) -> None:
-    """Raises ``ValueError`` for engine arguments with which sharded state cannot be saved. ``engine``: vLLM's
-    ``EngineArgs``."""
+    """Raises ``ValueError`` for engine arguments with which sharded state cannot be saved.
+
+    ``engine`` is vLLM's ``EngineArgs``.
+    """
     if getattr(engine, "enable_lora", False):
         raise ValueError(
             "LoRA adapters cannot be saved as sharded state: leave --enable-lora out, and serve with it"
@@ -98,10 +102,10 @@ def save(
     *,
     durable: bool = False,
 ) -> int:
-    """What the command does. ``engine``: vLLM's ``EngineArgs``. Returns the bytes of weights.
+    """Does what the command does. Returns the bytes of weights. ``engine`` is vLLM's ``EngineArgs``.
 
-    Raises ``ValueError`` where the weights are not what ``load_format="sharded_state"`` expects or the arguments make
-    no sense, ``OSError`` for system calls, and what vLLM raises. The output is as it was then.
+    Raises ``ValueError`` if the weights are not what ``load_format="sharded_state"`` expects or the arguments
+    make no sense, ``OSError`` for failed system calls, and what vLLM raises. The output is as it was then.
     """
     model = os.path.realpath(engine.model)
     if os.path.realpath(output) == model:
@@ -117,7 +121,7 @@ def save(
 
 
 def _load_and_save(engine: Any, request: Request) -> list[Outcome | None]:
-    """Starts the workers, which load and save; what each of them says of it."""
+    """Starts the workers, which load and save. Returns the outcome of each."""
     # As vLLM's own command does: its default, fork, is not for processes that have used CUDA.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     from vllm.usage.usage_lib import UsageContext
@@ -136,7 +140,7 @@ def _load_and_save(engine: Any, request: Request) -> list[Outcome | None]:
 
 
 def _checked(outcomes: Sequence[Outcome | None], staging: str) -> list[str]:
-    """The names of all ranks' files, if all have saved."""
+    """Returns the names of all ranks' files, if all ranks have saved."""
     for said in outcomes:
         if said is None:
             allowed = os.environ.get("VLLM_PLUGINS")
@@ -154,10 +158,11 @@ def _checked(outcomes: Sequence[Outcome | None], staging: str) -> list[str]:
 
 
 def copy_metadata(model: str, target: str, leave_out: str | None = None) -> None:
-    """Copies everything of a model folder but weights and their indexes, which describe files that are not there.
+    """Copies everything of a model folder except weights and their indexes, which describe files that are not
+    there.
 
-    As vLLM's script does: folders in it are copied whole. Hidden entries and the folder ``leave_out`` are not. Links are
-    followed, as those of Hugging Face's cache lead elsewhere.
+    As in vLLM's script, folders in it are copied whole. Hidden entries and the folder ``leave_out`` are not
+    copied. Links are followed, as those of Hugging Face's cache lead elsewhere.
     """
 
     def left_out(folder: str, names: list[str]) -> list[str]:
@@ -178,7 +183,7 @@ def copy_metadata(model: str, target: str, leave_out: str | None = None) -> None
 
 
 def _mode(path: str) -> int:
-    """Of what is there; 0 where nothing is. What cannot be looked at is an ``OSError``, not an absence."""
+    """Returns the mode of what is there; 0 if nothing is. Raises ``OSError`` if that cannot be told."""
     try:
         return os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -186,7 +191,7 @@ def _mode(path: str) -> int:
 
 
 def _untie(path: str) -> None:
-    """Lets a config say what is so: embeddings and head are not the same."""
+    """Changes a config so that it does not say that embeddings and head are tied, as they are not."""
     with open(path) as file:
         config = json.load(file)
     for part in (config, config.get("text_config")):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a loader of vLLM's sharded state expects of a model, and whether the model still is what it expects.
 
-A state is noted when the model is new, compared with that when its weights are loaded, and compared once more when vLLM
-has processed them. What cannot be compared byte by byte without a second copy is looked at in some elements.
+A state is noted when the model is new, compared with that note when its weights are loaded, and compared once
+more when vLLM has processed them. Comparing every byte would take a second copy, so only some elements are
+compared.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import Any, Final, NamedTuple
 import torch
 
 _SAMPLES: Final = 64
-"""Elements of a tensor that are looked at, evenly spread: whatever repacks a tensor moves most of them."""
+"""Number of elements of a tensor that are compared. They are evenly spread, as whatever repacks a tensor
+moves most of them."""
 _SHOWN: Final = 5
 
 
 class Form(NamedTuple):
-    """What a tensor is, apart from its values."""
+    """The properties of a tensor, apart from its values."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -34,11 +36,11 @@ class Sampled(NamedTuple):
 
     form: Form
     elements: torch.Tensor | None
-    """``None``: it has no memory."""
+    """``None`` if the tensor has no memory."""
 
 
 def sampled(state: Mapping[str, torch.Tensor]) -> dict[str, Sampled]:
-    """What is kept of a state, so that a later one can be compared with it."""
+    """Returns what is kept of a state, so that a later one can be compared with it."""
     return {
         name: Sampled(form, None if form.meta else _sample(state[name]))
         for name, form in forms(state).items()
@@ -46,7 +48,7 @@ def sampled(state: Mapping[str, torch.Tensor]) -> dict[str, Sampled]:
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Some elements' bits, on the tensor's own device."""
+    """Returns the bits of some elements, on the tensor's own device."""
     tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
@@ -61,26 +63,28 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def filter_of(loader: Any) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """The rule by which vLLM's ``ShardedStateLoader`` leaves tensors out, which is a private method of it. Raises
-    ``AttributeError`` where a version has none."""
+    """Returns the rule by which vLLM's ``ShardedStateLoader`` leaves tensors out, which is a private method.
+
+    Raises ``AttributeError`` if the installed version has none.
+    """
     rule: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = loader._filter_subtensors
     return rule
 
 
 def filtered(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What vLLM's loader fills, by its own rule."""
+    """Returns the tensors that vLLM's loader fills, by its own rule."""
     from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 
     return filter_of(ShardedStateLoader)(model.state_dict())
 
 
 def forms(state: Mapping[str, torch.Tensor]) -> dict[str, Form]:
-    """The forms of a state's tensors."""
+    """Returns the forms of a state's tensors."""
     return {name: Form(tuple(t.shape), t.dtype, t.is_meta) for name, t in state.items()}
 
 
 def why_unloadable(expected: Mapping[str, Form], found: Mapping[str, Form]) -> str | None:
-    """Why a loader could not fill a new model with this state; ``None``: it could."""
+    """Returns why a loader could not fill a new model with this state; ``None`` if it could."""
     differences = _differences(expected, found)
     return (
         f"vLLM has changed the weights while it loaded them, so they are not what a loader of sharded state "
@@ -91,7 +95,7 @@ def why_unloadable(expected: Mapping[str, Form], found: Mapping[str, Form]) -> s
 
 
 def why_changed(before: Mapping[str, Sampled], after: Mapping[str, Sampled]) -> str | None:
-    """What post-processing has done to a state; ``None``: nothing that is seen in the elements that were kept."""
+    """Returns what post-processing has done to a state; ``None`` if the kept elements show nothing."""
     differences = _differences(
         {name: sampled.form for name, sampled in before.items()},
         {name: sampled.form for name, sampled in after.items()},
@@ -128,6 +132,6 @@ def _listed(differences: Sequence[str]) -> str:
 
 
 def why_changed_since(expected: Mapping[str, Form], found: Mapping[str, Form]) -> str | None:
-    """What has become of a model since it was loaded; ``None``: its tensors have the same names and forms."""
+    """Returns what has changed in a model since it was loaded; ``None`` if names and forms are the same."""
     differences = _differences(expected, found)
     return f"the model has changed since it was loaded: {_listed(differences)}" if differences else None

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names in a folder change all at once."""
+"""Gives several files their names at the same moment."""

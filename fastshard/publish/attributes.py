@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a new file or folder takes over from the one whose place it gets: owner, mode, lists, extended attributes.
+"""What a new file or folder takes over from the one that it replaces: owner, mode, access lists, extended
+attributes.
 
-This is for what Python puts in place. The files that the engine publishes get theirs from ``csrc/file/attributes.cc``,
-those in a hidden folder, too.
+This is for what Python puts in place. ``csrc/file/attributes.cc`` does it for the files that the engine
+publishes, also in a hidden folder.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from .folder import Folder, Named
 
 
 def inherit(old: os.stat_result, folder: Folder, name: str, new: os.stat_result) -> bool:
-    """Gives the new file ``name`` the mode of the file that it replaces, and its owner where that is allowed. Returns
-    whether it had both already."""
+    """Gives the new file ``name`` the mode of the file that it replaces, and its owner where that is allowed.
+
+    Returns whether it had both already.
+    """
     mode = stat.S_IMODE(old.st_mode)
     with Named(folder.place(name)):
         if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
@@ -30,8 +33,11 @@ def inherit(old: os.stat_result, folder: Folder, name: str, new: os.stat_result)
 
 
 def copy_all(source: Folder, target: Folder) -> None:
-    """Gives a folder the owner, the mode and the extended attributes of another one, and with them its access control
-    lists. Raises ``PermissionError`` where that is not allowed."""
+    """Gives a folder the owner, the mode and the extended attributes of another one, including access control
+    lists.
+
+    Raises ``PermissionError`` where that is not allowed.
+    """
     with Named(source.path):
         old, new = os.fstat(source.fd), os.fstat(target.fd)
         if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
@@ -55,7 +61,7 @@ def _extended(fd: int) -> dict[str, bytes]:
 
 
 def let_pass(top: Folder, path: str = "") -> None:
-    """Lets everybody pass through a folder, or one in it, to the names that they know."""
+    """Lets everybody pass through a folder, or one in it, to names that they know."""
     with Named(path, top):
         found = os.stat(path, dir_fd=top.fd, follow_symlinks=False) if path else os.fstat(top.fd)
         mode = stat.S_IMODE(found.st_mode)

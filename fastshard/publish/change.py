@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a save changes in a folder: which names are replaced, which come, which go."""
+"""What a save changes in a folder: which names are replaced, which appear, and which are removed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ REFUSED: Final = frozenset(
         errno.EROFS,
     )
 )
-"""Of a way to change names that a filesystem does not have, or does not allow: there is another one."""
+"""Errors of a way to change names that a filesystem does not have or does not allow. Then there is another
+way."""
 
 _SMALL_TEXTS: Final = (".json", ".jinja", ".txt", ".md")
 _MOST_COMPARED: Final = 64 << 10
@@ -37,21 +38,22 @@ Stale = Callable[[str], bool]
 
 
 class Places:
-    """A folder and those in it, opened once, each from the one above it, and no link among them."""
+    """A folder and the folders in it. Each is opened once, from the one above it, and none of them is a
+    link."""
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
         self._open = {"": folder}
 
     def close(self) -> None:
-        """All but the folder itself."""
+        """Closes all of them but the folder itself."""
         for folder in self._open.values():
             if folder is not self.folder:
                 folder.close()
         self._open = {"": self.folder}
 
     def find(self, path: str) -> Folder | None:
-        """A folder in the folder; ``None`` if it is missing."""
+        """Returns a folder in the folder; ``None`` if it is missing."""
         if path not in self._open:
             above = self.find(os.path.dirname(path))
             if above is None or above.stat(os.path.basename(path)) is None:
@@ -60,7 +62,7 @@ class Places:
         return self._open[path]
 
     def of(self, name: str) -> tuple[Folder, str]:
-        """Where a file is, and what it is called there."""
+        """Returns the folder in which a file is, and its name there."""
         folder = self.find(os.path.dirname(name))
         if folder is None:
             path = self.folder.place(os.path.dirname(name))
@@ -69,8 +71,10 @@ class Places:
 
 
 class Change:
-    """From what is in a folder to what is in ``.new`` of the hidden folder in it. Everything is listed before anything
-    is changed."""
+    """The change from what is in a folder to what is in ``.new`` of the hidden folder in it.
+
+    Everything is listed before anything is changed.
+    """
 
     def __init__(self, hidden: Hidden, durable: bool, held: list[int]) -> None:
         self.folder = hidden.parent
@@ -112,7 +116,7 @@ class Change:
                 self.new.sync(name)
 
     def compare(self, stale: Stale, obsolete: Collection[str], must_be_empty: bool) -> None:
-        """Looks what is there. Raises ``IsADirectoryError`` where a folder is in the place of a file."""
+        """Lists what is there. Raises ``IsADirectoryError`` if a folder is in the place of a file."""
         concerned = {""}
         for name in (*self.files, *obsolete):
             while name := os.path.dirname(name):
@@ -139,8 +143,11 @@ class Change:
             self._inherit(name)
 
     def differing(self) -> list[str]:
-        """The new files, without those that are there already, to the byte: configurations, mostly. Of these nothing but the
-        time of the last change is to be seen. Weights count as new, as does what may not be on stable storage yet."""
+        """Returns the new files that are not there already, to the byte.
+
+        Those that are there are mostly configurations, and only get a new time of change. Weights always
+        count as new, and so does everything in a durable save and every file with a second name.
+        """
         if self.durable:
             return self.files
         kept = {*self.kept}
@@ -158,13 +165,13 @@ class Change:
             return False
 
     def touch(self, name: str) -> None:
-        """Of a file that is there already: it is of now, as if it had been replaced."""
+        """Gives a file that is there already the present time, as if it had been replaced."""
         folder, base = self.places.of(name)
         with contextlib.suppress(OSError):
             os.utime(base, dir_fd=folder.fd, follow_symlinks=False)
 
     def present(self) -> list[tuple[str, str, bool]]:
-        """Each entry: the folder's path, its name, whether it is a folder."""
+        """Returns for each entry the folder's path, its name, and whether it is a folder."""
         return [
             (path, name, is_folder)
             for path, names in self.entries.items()
@@ -172,7 +179,7 @@ class Change:
         ]
 
     def _inherit(self, name: str) -> None:
-        """The mode and the owner of the file that is replaced."""
+        """Gives a new file the mode and the owner of the file that it replaces."""
         folder, base = self.places.of(name)
         old, new = folder.stat(base), self.new.stat(name)
         if old is None or new is None or not stat.S_ISREG(old.st_mode) or not stat.S_ISREG(new.st_mode):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory whose files change all at once: whoever looks finds the old checkpoint or the new one, never a mixture.
+"""A directory whose files change all at once: readers find the old checkpoint or the new one, never a
+mixture.
 
-New files are made in a hidden folder (:mod:`fastshard.publish.staging`): in the directory, or where that is missing, above the
-topmost missing one, which then appears by one rename with all that is in it. How files get to their places in a
-directory that is there says :mod:`fastshard.publish.switching`.
+New files are made in a hidden folder (:mod:`fastshard.publish.staging`) in the directory. If the directory is
+missing, it is made in a hidden folder above the topmost missing one, which then appears by one rename with
+everything in it. :mod:`fastshard.publish.switching` puts files in place in a directory that exists.
 """
 
 from __future__ import annotations
@@ -40,17 +41,19 @@ def replacing(
     create: bool = False,
     durable: bool = False,
 ) -> Iterator[str]:
-    """Gives a hidden directory to write files to. When the block ends they stand in ``directory``, all at once.
+    """Gives a hidden directory to write files to. When the block ends, they stand in ``directory``, all at
+    once.
 
-    Files that stand there under the same names are replaced, and those for whose names ``stale`` holds and those of
-    ``obsolete``, paths relative to ``directory``, are removed, in the same moment; ``stale`` is asked, too, for files in
-    the folders that new files are for. Replaced files hand on their mode (and owner, where that is allowed); a symbolic
-    link is replaced itself. After an exception everything is as it was. ``create``: ``directory`` may be missing; it is
-    not there before the block ends. ``durable``: all of it is on stable storage when the block has ended.
+    In the same moment, files of the same names are replaced. Files whose names satisfy ``stale``, and those
+    of ``obsolete``, which are paths relative to ``directory``, are removed; ``stale`` is also asked about
+    files in the folders that new files are for. Replaced files hand on their mode (and owner, where that is
+    allowed); a symbolic link is replaced itself. After an exception everything is as it was. With ``create``
+    the directory may be missing, and does not appear before the block ends. With ``durable`` everything is on
+    stable storage when the block has ended.
 
-    Raises ``FileNotFoundError`` or ``NotADirectoryError`` for the directory, ``IsADirectoryError`` where one stands
-    in the place of a file, and other ``OSError``; their ``filename`` is that of the final place. One that has
-    ``published`` was raised when the new files stood.
+    Raises ``FileNotFoundError`` or ``NotADirectoryError`` for the directory, ``IsADirectoryError`` if one
+    stands in the place of a file, and other ``OSError``; their ``filename`` is that of the final place. An
+    error with ``published`` was raised when the new files stood.
     """
     change = Replacement(directory, stale, obsolete=obsolete, create=create, durable=durable)
     with change:
@@ -60,7 +63,8 @@ def replacing(
 
 @contextlib.contextmanager
 def creating(directory: str, *, durable: bool = False) -> Iterator[str]:
-    """As :func:`replacing`, for a ``directory`` that is missing or empty; folders in it may be, too."""
+    """Does what :func:`replacing` does for a ``directory`` that is missing or empty. Folders in it may be
+    new, too."""
     change = Replacement(os.path.realpath(directory), create=True, durable=durable, must_be_empty=True)
     with change:
         yield change.path
@@ -68,10 +72,11 @@ def creating(directory: str, *, durable: bool = False) -> Iterator[str]:
 
 
 class Replacement:
-    """What :func:`replacing` does, step by step: files are made in the hidden directory :attr:`path`, :meth:`publish`
-    puts them in place, and :meth:`close` gives back what was needed, whether they were put in place or not.
+    """Does what :func:`replacing` does in steps: it is a step of a save's handle.
 
-    As a context manager it closes, and explains what is raised. Raises as :func:`replacing`.
+    Files are made in the hidden directory :attr:`path`. :meth:`publish` puts them in place, and :meth:`close`
+    releases everything, whether they were put in place or not. As a context manager it closes, and explains
+    errors. Raises as :func:`replacing`.
     """
 
     def __init__(
@@ -96,16 +101,17 @@ class Replacement:
         self.path: Final = self._staging.path
 
     def publish(self) -> None:
-        """All files appear at once."""
+        """Lets all files appear at once."""
         self._publishing = True
         self._staging.publish(*self._what)
 
     def close(self) -> None:
-        """Removes what is hidden."""
+        """Removes the hidden folder."""
         self._staging.close()
 
     def explain(self, error: BaseException) -> None:
-        """Lets an error name final places; and it says that files stand only if they do where they were to."""
+        """Lets an error name final places. ``published`` stays true only if files stand at their final
+        places."""
         if isinstance(error, OSError):
             if getattr(error, "published", False) and not self._publishing:  # in the hidden directory
                 error.published = False  # type: ignore[attr-defined]
@@ -137,7 +143,7 @@ class Replacement:
 
 
 class _Staging:
-    """Where the files of a save are made, and how they become visible."""
+    """The hidden folder in which the files of a save are made, and the way they become visible."""
 
     def __init__(self, directory: str, create: bool, durable: bool) -> None:
         self.directory = directory
@@ -178,7 +184,8 @@ class _Staging:
         self.path = self.hidden.place(self.inner)
 
     def close(self) -> None:
-        """Removes the hidden folder, unless names still lead into it: the next save ends that then."""
+        """Removes the hidden folder, unless names still lead into it; then the next save completes the
+        change."""
         if os.getpid() != self._process:  # forked in the block: it is the parent's
             return
         if not self.leads_here:
@@ -231,7 +238,8 @@ class _Staging:
                 raise published(error, self.directory) from error
 
     def _in(self, directory: str) -> tuple[Folder, Hidden]:
-        """The directory, and a hidden folder in it, after what a killed save has left has gone."""
+        """Returns the directory and a new hidden folder in it, after what killed saves have left has been
+        removed."""
         for last in [False] * _MOST_TRIES + [True]:
             folder = open_folder(directory)
             hidden = None
@@ -261,15 +269,15 @@ class _Staging:
 
 
 def was_left(directory: str, names: Iterable[str]) -> bool:
-    """Whether hidden folders of other saves are in a directory that has these names, or above it."""
+    """Returns whether hidden folders of other saves are in a directory that has these names, or above it."""
     if any(name.startswith(PREFIX) and STAGING.fullmatch(name) for name in names):
         return True
     return any(True for _ in _places_left(directory))
 
 
 def _places_left(directory: str) -> Iterator[str]:
-    """Folders in which a killed save may have left what it made the directory in, or folders above it, or what it was
-    to be exchanged with."""
+    """Yields folders in which a killed save may have left a hidden folder for this directory or for one above
+    it."""
     for above, hidden in _beside(*real_place(directory), os.geteuid()):
         with Named(directory):
             found = _is_there(hidden)
@@ -279,7 +287,8 @@ def _places_left(directory: str) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=256)
 def _beside(above: str, base: str, user: int) -> tuple[tuple[str, str], ...]:
-    """A folder above, and what is hidden there by saves of this user: of this folder and of all above it."""
+    """Returns for a folder and all above it the folder around it, and the path of this user's hidden folder
+    there."""
     found = []
     while base:
         found.append((above, os.path.join(above, name_beside(base))))
@@ -296,7 +305,7 @@ def _is_there(path: str) -> bool:
 
 
 def _missing(directory: str) -> tuple[str, list[str]]:
-    """What there is of a path, and the names that are to be made in it."""
+    """Returns the part of a path that exists, and the names that are to be made in it."""
     path, names = directory, list[str]()
     while path and not _is_there(path):
         path, name = os.path.split(path.rstrip(os.sep))
@@ -313,7 +322,7 @@ def _missing(directory: str) -> tuple[str, list[str]]:
 
 
 class _Freeing(NamedTuple):
-    """What has lost its name and is being freed."""
+    """Files that have lost their names and are being freed."""
 
     closing: Closing
     nbytes: int
@@ -323,9 +332,12 @@ _freeing: list[_Freeing] = []
 
 
 def _let_go(descriptors: list[int]) -> None:
-    """Closes them. With the last descriptor the kernel frees what has lost its name, which takes time where that is
-    large: on a thread of their own then. A small file is only waited for while it is still being written back; a folder is
-    closed now, as its lock ends by that."""
+    """Closes descriptors of files that have lost their names.
+
+    With the last descriptor the kernel frees the file. That takes time for a large one, which is closed on a
+    thread of its own. For a small file it takes time only while that is being written back. A folder is
+    closed at once, as that releases its lock.
+    """
     nbytes, files = 0, set()
     for fd in descriptors:
         with contextlib.suppress(OSError):
@@ -344,7 +356,7 @@ def _let_go(descriptors: list[int]) -> None:
 
 
 def _wait_for_space(directory: str) -> None:
-    """What was let go may be what the next save needs room for."""
+    """Waits for files that are being freed, if the next save may need their space."""
     going = [going for going in _freeing if not going.closing.done()]
     if not going:
         return

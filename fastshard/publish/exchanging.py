@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder is exchanged for one made beside it, which has the new files and hard links to all others.
+"""Exchanges a folder for one made beside it, which has the new files and hard links to all others.
 
-So names come and go at once, which no link can make them do: one that leads nowhere, before or after, is in the way of
-loaders that open whatever matches a pattern. It is not done where somebody would be left in the old folder: where it is
-the working directory, a mount point, or has folders in it that are not part of what changes.
+So names appear and disappear at once. A link cannot do that, as it leads nowhere before or after, and loaders
+that open whatever matches a pattern fail on such a link. Processes that use the old folder would be left in
+it. So it is not done if the folder is the working directory or a mount point, or has folders in it that are
+not part of the change.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _EXCHANGE: Final = 2
 
 
 def name_beside(base: str, slot: int = 0) -> str:
-    """Of a hidden folder beside the one called ``base``."""
+    """Returns the name of a hidden folder beside the one called ``base``."""
     return hidden_name(_purpose(base), slot)
 
 
@@ -39,7 +40,7 @@ def _purpose(base: str) -> str:
 
 
 def real_place(path: str) -> tuple[str, str]:
-    """The folder above, and the name in it, of where a folder really is."""
+    """Returns the folder above, and the name in it, of the place where a folder really is."""
     above, base = os.path.split(path)
     if base in ("", ".", "..") or _is_link(path):
         above, base = os.path.split(os.path.realpath(path))
@@ -55,8 +56,10 @@ def _is_link(path: str) -> bool:
 
 
 def exchange(change: Change) -> bool:
-    """Whether that was possible; if not, everything is as it was. An error that is raised when the new files stand finds
-    :attr:`Change.published` set."""
+    """Exchanges the folder, and returns whether that was possible; if not, everything is as it was.
+
+    An error that is raised when the new files stand leaves :attr:`Change.published` set.
+    """
     above, base = real_place(change.folder.path)
     if not base or _is_working_directory(change.folder):
         return False
@@ -147,7 +150,7 @@ def _exchange(change: Change, parent: Folder, base: str, beside: Hidden, linked:
 
 
 def _follow(change: Change, scans: list[tuple[str, Scan]], linked: dict[str, Identity | None]) -> None:
-    """What others have changed in the old folder while the new one was made is done in the new one."""
+    """Repeats in the new folder what others have changed in the old one while the new one was made."""
     new = change.new
     for path, scan in scans:
         for entry in scan:

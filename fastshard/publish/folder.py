@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders by descriptor: what is done in one is done in that one, whatever happens to the names above it.
+"""Folders that are open: what is done in one is done by its descriptor, whatever happens to the names above
+it.
 
-Absence is what the kernel calls so (``ENOENT``, ``ENOTDIR``); any other failure of a system call is an error. Errors name
-the final place of the file that they are about.
+Something is missing only if the kernel says ``ENOENT`` or ``ENOTDIR``; any other failure of a system call is
+an error. Errors name the final place of the file that they are about.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .hidden_names import final_places
 
 OPEN_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 SMALL_NBYTES: Final = 1 << 20
-"""What takes so little room is freed by the thread that saves: to start another one takes longer."""
+"""Files up to this size are freed by the thread that saves, as starting another thread takes longer."""
 _MOST_HELD: Final = 256
 
 Identity = tuple[int, int]
@@ -25,7 +26,7 @@ Scan: TypeAlias = "os._ScandirIterator[str]"
 
 
 class Named:
-    """Errors of the block are about this path, or this name in a folder; they say its final place."""
+    """Lets errors of the block name this path, or this name in a folder, by its final place."""
 
     __slots__ = ("folder", "name")
 
@@ -45,7 +46,7 @@ class Named:
 
 
 class Folder:
-    """An open directory. What is done in it is done by its descriptor, whatever happens to the names above."""
+    """An open directory. Everything is done by its descriptor, whatever happens to the names above it."""
 
     def __init__(self, path: str, fd: int) -> None:
         self.path = path
@@ -68,24 +69,27 @@ class Folder:
         return os.path.join(self.path, name) if name else self.path
 
     def open(self, name: str) -> Folder:
-        """A folder in it, which is no link."""
+        """Opens a folder in this one; a symbolic link is an error."""
         with Named(name, self):
             return Folder(self.place(name), os.open(name, OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=self.fd))
 
     def entries(self) -> list[tuple[str, bool]]:
-        """Names, sorted, and whether they are folders."""
+        """Returns the names in the folder, sorted, and whether each is a folder."""
         with Named(self.path), self.scan() as found:
             return sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in found)
 
     def scan(self) -> Scan:
-        """Its entries, from the first one on: the descriptor keeps the position of whoever has listed it before, and
-        where that could not be taken back then, the list would be empty."""
+        """Returns an iterator over the folder's entries, from the first one on.
+
+        The descriptor keeps the position of whoever has listed it before. If that could not be reset, the
+        list would be empty.
+        """
         with Named(self.path):
             os.lseek(self.fd, 0, os.SEEK_SET)
             return os.scandir(self.fd)
 
     def stat(self, name: str) -> os.stat_result | None:
-        """Of what has the name, a link too; ``None`` if nothing has."""
+        """Returns the status of what has the name, without following a link; ``None`` if nothing has."""
         try:
             with Named(name, self):
                 return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
@@ -93,12 +97,12 @@ class Folder:
             return None
 
     def status(self) -> os.stat_result:
-        """Of the folder itself."""
+        """Returns the status of the folder itself."""
         with Named(self.path):
             return os.fstat(self.fd)
 
     def identity(self, name: str = "") -> Identity | None:
-        """What tells it, or what has the name in it, from all others."""
+        """Returns what tells the folder, or what has the name in it, from all others."""
         if not name and self._identity is not None:
             return self._identity  # an open folder keeps it
         found = self.stat(name) if name else self.status()
@@ -108,7 +112,7 @@ class Folder:
         return identity
 
     def read(self, name: str, most: int) -> bytes:
-        """The first bytes of a file, which is no link."""
+        """Returns the first bytes of a file; a symbolic link is an error."""
         with Named(name, self):
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self.fd)
             try:
@@ -117,7 +121,7 @@ class Folder:
                 os.close(fd)
 
     def readlink(self, name: str) -> str | None:
-        """What a link says; ``None`` if it is none."""
+        """Returns the target of a symbolic link; ``None`` if it is none."""
         try:
             with Named(name, self):
                 return os.readlink(name, dir_fd=self.fd)
@@ -129,8 +133,11 @@ class Folder:
             raise
 
     def held(self, name: str) -> list[int]:
-        """A descriptor of what a rename is about to replace, so that it is not freed by that: it may have to be written
-        back first. On disks of this machine only, as others keep a name for what is open."""
+        """Returns a descriptor of the file that a rename is about to replace, so the rename does not free it.
+
+        Freeing a file can mean waiting until it is written back. Only on disks of this machine, as other
+        filesystems keep a name for an open file.
+        """
         identity = self.identity()
         with contextlib.suppress(OSError):
             if identity is not None and os.major(identity[0]):
@@ -142,7 +149,7 @@ class Folder:
             os.mkdir(name, mode, dir_fd=self.fd)
 
     def mkdirs(self, name: str) -> None:
-        """With those above it; they may be there."""
+        """Makes a folder and the folders above it; they may exist."""
         parts = name.split("/") if name else []
         for count in range(len(parts)):
             with contextlib.suppress(FileExistsError):
@@ -153,17 +160,17 @@ class Folder:
             os.rmdir(name, dir_fd=self.fd)
 
     def unlink(self, name: str) -> None:
-        """It may be gone."""
+        """Removes a file, which may be missing."""
         with Named(name, self), contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.fd)
 
     def rename(self, name: str, to: Folder, new: str) -> None:
-        """Errors name the new place."""
+        """Renames a file. Errors name the new place."""
         with Named(new, to):
             os.rename(name, new, src_dir_fd=self.fd, dst_dir_fd=to.fd)
 
     def link(self, name: str, to: Folder, new: str) -> None:
-        """A hard link to it, of a symbolic link too."""
+        """Makes a hard link to a file, or to a symbolic link itself."""
         with Named(name, self):
             os.link(name, new, src_dir_fd=self.fd, dst_dir_fd=to.fd, follow_symlinks=False)
 
@@ -176,7 +183,7 @@ class Folder:
             os.fchmod(self.fd, mode)
 
     def sync(self, name: str = "") -> None:
-        """What it, or the file in it, holds is on stable storage."""
+        """Returns when the contents of the folder, or of a file in it, are on stable storage."""
         with Named(name, self):
             if not name:
                 os.fsync(self.fd)
@@ -188,7 +195,7 @@ class Folder:
                 os.close(fd)
 
     def tree(self, top: str = "") -> tuple[list[str], list[str]]:
-        """Paths of all files and of all folders in it, relative to it."""
+        """Returns the paths of all files and of all folders in it, relative to it."""
         files, folders = [], []
         for name, is_folder in self.entries():
             path = f"{top}/{name}" if top else name
@@ -203,8 +210,11 @@ class Folder:
         return files, folders
 
     def clear(self, held: list[int]) -> None:
-        """Removes everything in it. ``held`` gets descriptors of folders and large files that have lost their last name:
-        to free these takes time."""
+        """Removes everything in it.
+
+        Descriptors of folders and large files that have lost their last name are added to ``held``, as
+        freeing these takes time.
+        """
         for name, is_folder in self.entries():
             if is_folder:
                 inner = self.open(name)

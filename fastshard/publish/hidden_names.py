@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names of hidden folders and of what lies in them; what a path in one of them means to a user.
+"""The names of hidden folders and of what is in them, and what a path into one means to a user.
 
-A hidden folder is called ``.fastshard-<16 hex digits>.staging``. The digits follow from the user and from what the folder
-is for, so that the next save through the same path meets what a killed one has left.
+A hidden folder is called ``.fastshard-<16 hex digits>.staging``. The digits follow from the user and from the
+purpose of the folder, so the next save through the same path finds what a killed one has left.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import re
 from typing import Final
 
 PREFIX: Final = ".fastshard-"
-"""What everything hidden begins with, the engine's temporary files too."""
+"""The names of everything hidden begin with this, also those of the engine's temporary files."""
 STAGING: Final = re.compile(rf"{re.escape(PREFIX)}[0-9a-f]{{16}}\.staging")
-"""A hidden folder."""
+"""Matches the name of a hidden folder."""
 NEW: Final = ".new"
 OLD: Final = ".old"
 NOW: Final = ".now"
@@ -24,18 +24,19 @@ _STAGED: Final = re.compile(rf"/{STAGING.pattern}(/\.(new|old|now)(?=/|$|\W))?")
 
 
 def final_places(text: str) -> str:
-    """A path or a message, in which staged files have their final places."""
+    """Returns a path or a message in which the paths of staged files are replaced by their final ones."""
     return _STAGED.sub("", text)
 
 
 def hidden_folder_of(path: str) -> str:
-    """The innermost hidden folder that a path leads into. What is left in it goes when it is removed."""
+    """Returns the innermost hidden folder that a path leads into. What is left in it is removed with it."""
     *_, found = STAGING.finditer(path)
     return path[: found.end()]
 
 
 def hidden_name(purpose: str, slot: int = 0) -> str:
-    """What a hidden folder is called that is for this purpose of this user. ``slot``: the next names, where others are taken."""
+    """Returns the name of this user's hidden folder for a purpose. ``slot`` gives further names, where others
+    are taken."""
     return f"{PREFIX}{_digits(os.geteuid(), purpose)}{slot:02x}.staging"
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a file can be replaced by a new one, or has to be written over where it is.
+"""Decides whether a file can be replaced by a new one, or has to be written over where it is.
 
-``torch.save`` opens a file and writes over it. A new file that takes its name is better, as it is there at once or not
-at all, but it is another file: who holds the old one open, or knows it by another name, sees nothing of it. Links are
-followed by the kernel alone, which knows whose links may be followed.
+``torch.save`` opens a file and writes over it. A new file that takes its name is better, as it appears
+complete or not at all. But it is another file: whoever has the old one open, or knows it by another name,
+sees nothing of it. Symbolic links are followed by the kernel only, which knows whose links may be followed.
 """
 
 from __future__ import annotations
@@ -30,24 +30,28 @@ LATE: Final = frozenset(
         errno.EXDEV,
     )
 )
-"""Errors of making a new file and renaming it where the file that is there can be written to nevertheless."""
+"""Errors of making and renaming a new file that can occur although the existing file can be written to."""
 
 _LET_GO_SECONDS: Final = 2.0
 _made: Final[collections.deque[tuple[int, int]]] = collections.deque(maxlen=256)
-"""Device and inode of the newest files of the engine."""
+"""Device and inode of the newest files that the engine has made."""
 
 
 def why_in_place(path: str) -> str | None:
-    """Why the file has to be written over; ``None``: it can be replaced, or (``FileNotFoundError``) is not there.
+    """Returns why the file has to be written over; ``None`` if it can be replaced.
 
-    Raises ``OSError`` where the file can neither be looked at nor be opened for writing, as opening it does.
+    Raises ``FileNotFoundError`` if there is none, and the ``OSError`` of opening it if it can neither be
+    examined nor opened for writing.
     """
     why, held = _native.look_at_file(os.fsencode(path))
     return _why_held(path) if held else why
 
 
 def _why_held(path: str) -> str | None:
-    """Whether this process would go on to read and write the old file, once the engine has let go of it."""
+    """Returns why the file counts as held by this process; ``None`` if it does not.
+
+    A file that the engine has made may be open for another moment, which is waited for.
+    """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o666)
     try:
         info = os.fstat(descriptor)
@@ -67,9 +71,11 @@ def _why_held(path: str) -> str | None:
 
 
 def _why_open(descriptor: int, info: os.stat_result) -> str | None:
-    """Whether this process has it open by another descriptor.
+    """Returns why the file counts as open through another descriptor of this process; ``None`` if it does
+    not.
 
-    Not where it has mapped it: a mapped file that is cut kills who reads it.
+    A file that it has mapped does not count: if that were written over, it would be cut, which kills whoever
+    reads the mapping.
     """
     holders = _native.holders_of(descriptor)
     if holders is None:  # no /proc here
@@ -84,7 +90,7 @@ def _why_open(descriptor: int, info: os.stat_result) -> str | None:
 
 
 def _is_nameless(descriptor: int) -> bool:
-    """Whether the file had no name when it was opened."""
+    """Returns whether the file had no name when it was opened."""
     try:
         return fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_TMPFILE == os.O_TMPFILE
     except OSError as error:
@@ -94,7 +100,8 @@ def _is_nameless(descriptor: int) -> bool:
 
 
 def note_made(path: str) -> None:
-    """The engine has made this file, and may have it open for a moment: what was written is on its way to the disk."""
+    """Remembers that the engine has made this file. It may have it open for a moment, while bytes are on
+    their way to the disk."""
     info = os.stat(path)
     _made.append((info.st_dev, info.st_ino))
 

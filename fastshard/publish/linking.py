@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A symbolic link decides for all names of a change.
+"""Names that change at once because one symbolic link decides for all of them.
 
 The hidden folder gets::
 
@@ -7,19 +7,20 @@ The hidden folder gets::
     .old/    hard links to the files they replace
     .now     -> .old, later -> .new
 
-1. Every name concerned is replaced by a link to ``.now/<name>``, so far the same contents as before.
-2. A rename points ``.now`` to ``.new``: all names change at once.
+1. Every name concerned is replaced by a link to ``.now/<name>``, which still leads to the old contents.
+2. A rename lets ``.now`` lead to ``.new``: all names change at once.
 3. The links are replaced by the files they lead to.
 
-Killed before 2 every name leads to the old file, killed after it to the new one; :func:`settle` puts files in the place
-of links, either way, however often it is begun.
+After a kill before step 2 every name leads to the old file, after a later one to the new file. Either way
+:func:`settle` replaces the links by files, however often it is begun.
 
-Names that come lead nowhere before 2, names that go do so after it: loaders that ask whether a file exists (an index,
-a single file) are told that it does not. Shards are found by a pattern, and opened: they lead to a safetensors file
-without tensors (``.blank``) for that moment.
+New names lead nowhere before step 2, and removed names lead nowhere after it. Loaders that ask whether a file
+exists (an index, a single file) are told that it does not. Shards are found by a pattern and opened, so they
+lead to a safetensors file without tensors (``.blank``) for that moment. An empty single file or index, on the
+other hand, would be taken for the checkpoint.
 
-The hidden folder has mode 0711 meanwhile: whoever may read the files passes, nobody else can list or lock it, and by
-now every file in it has its final mode.
+The hidden folder has mode 0711 meanwhile: whoever may read the files can pass, and nobody else can list or
+lock it. By then every file in it has its final mode.
 """
 
 from __future__ import annotations
@@ -55,8 +56,10 @@ class Linking:
         self.names = [*change.kept, *change.gone, *change.fresh]
 
     def run(self) -> bool:
-        """Whether that was possible; if not, everything is as it was. An error that is raised when the new files stand
-        finds :attr:`Change.published` set."""
+        """Changes the names, and returns whether that was possible; if not, everything is as it was.
+
+        An error that is raised when the new files stand leaves :attr:`Change.published` set.
+        """
         change = self._change
         change.leads_here = True
         try:
@@ -70,13 +73,13 @@ class Linking:
         return True
 
     def repeat(self) -> None:
-        """For a save that was interrupted in :meth:`run`."""
+        """Continues a save that was interrupted in :meth:`run`."""
         if self._hidden.readlink(NOW) != NEW:
             self.redirect()
         self.finish()
 
     def redirect(self) -> None:
-        """Steps 1 and 2."""
+        """Does steps 1 and 2."""
         change, hidden = self._change, self._hidden
         hidden.chmod(0o711)
         for name in ("", *change.folders):
@@ -113,7 +116,7 @@ class Linking:
         _put_symlink(hidden, NEW, hidden, NOW)
 
     def finish(self) -> None:
-        """Step 3, or back to what was there. What fails is tried once more."""
+        """Does step 3, or goes back to what was there. What fails is tried once more."""
         change = self._change
         failed: OSError | None = None
         for last in (False, True):
@@ -143,7 +146,7 @@ class Linking:
             self._old.close()
 
     def _folders(self) -> list[Folder]:
-        """In which names change."""
+        """Returns the folders in which names change."""
         found = (self._change.places.find(path) for path in {os.path.dirname(name) for name in self.names})
         return [folder for folder in found if folder is not None]
 
@@ -177,7 +180,7 @@ class Linking:
 
 
 def settle(hidden: Hidden, places: Places, names: Iterable[str], side: Folder, forward: bool) -> None:
-    """Puts the files of ``side``, ``.new`` (``forward``) or ``.old``, in the place of the links that lead here."""
+    """Replaces the links that lead here by the files of ``.new`` (``forward``) or ``.old``."""
     for name in names:
         folder, base = places.find(os.path.dirname(name)), os.path.basename(name)
         if folder is None or folder.readlink(base) != _target(hidden, name):
@@ -195,7 +198,7 @@ def settle(hidden: Hidden, places: Places, names: Iterable[str], side: Folder, f
 
 
 def settle_left(hidden: Hidden, folder: Folder) -> None:
-    """What :func:`settle` does, for a save that was killed."""
+    """Does what :func:`settle` does for a save that was killed."""
     decided = hidden.readlink(NOW)
     if decided is None:
         return
@@ -212,7 +215,8 @@ def settle_left(hidden: Hidden, folder: Folder) -> None:
 
 
 def is_placeholder(path: str) -> bool:
-    """Whether a name is there only until the next save ends what a killed one has begun: it has no contents of its own."""
+    """Returns whether a name has no contents of its own and exists only until the next save settles what a
+    killed one has left."""
     try:
         text = os.readlink(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -231,7 +235,7 @@ def is_placeholder(path: str) -> bool:
 
 
 def _remove_made(hidden: Hidden, places: Places, old: Folder) -> None:
-    """Folders that were made for files that do not come after all."""
+    """Removes folders that were made for files that do not appear after all."""
     with hidden.open(NEW) as new:
         for path in sorted(new.tree()[1], reverse=True):
             if old.stat(path) is None and places.folder.stat(path) is not None:
@@ -240,18 +244,18 @@ def _remove_made(hidden: Hidden, places: Places, old: Folder) -> None:
 
 
 def _up(name: str) -> str:
-    """From a file's place in ``.new`` or ``.old`` to the hidden folder."""
+    """Returns the relative path from a file's place in ``.new`` or ``.old`` to the hidden folder."""
     return "../" * (name.count("/") + 1)
 
 
 def _from_old(name: str) -> str:
-    """From a file's place in ``.old`` to the folder it came from."""
+    """Returns the relative path from a file's place in ``.old`` to the folder it came from."""
     path = os.path.dirname(name)
     return _up(name) + "../" + (path + "/" if path else "")
 
 
 def _target(hidden: Hidden, name: str) -> str:
-    """What a name's link says."""
+    """Returns the target of the link for a name."""
     return "../" * name.count("/") + f"{hidden.name}/{NOW}/{name}"
 
 
@@ -265,7 +269,8 @@ def _put_symlink(hidden: Hidden, text: str, folder: Folder, base: str) -> None:
 
 
 def _put_file(hidden: Hidden, side: Folder, name: str, folder: Folder, base: str) -> None:
-    """A second name of it: whoever has just read the link still finds it behind that."""
+    """Replaces a link by a second name of its file. Whoever has just read the link still finds the file
+    through it."""
     try:
         try:
             side.link(name, hidden, _LINK)

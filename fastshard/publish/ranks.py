@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes make one save: they agree at each step whether it goes on.
+"""Several processes make one save, and agree at each step whether it goes on.
 
-How the processes reach each other is the caller's affair: it gives a function that hands every one of them what all of
+The caller decides how the processes reach each other: it gives a function that hands each of them what all of
 them have said.
 """
 
@@ -11,11 +11,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 Gather = Callable[[str | None], list[str | None]]
-"""Is called by all processes; each gets the texts of all of them, in the order of their ranks."""
+"""Is called by all processes. Each gets the texts of all of them, in the order of their ranks."""
 
 
 class Agreement:
-    """What the processes of one save agree on."""
+    """The agreement between the processes of one save."""
 
     def __init__(self, rank: int, gather: Gather) -> None:
         self.first = rank == 0
@@ -24,10 +24,11 @@ class Agreement:
 
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:
-        """A step that all processes take. A step that fails in one of them has failed in all, so nobody waits for the
+        """A step that all processes take. If it fails in one of them it fails in all, so nobody waits for the
         others.
 
-        Raises what the block raises, and ``RuntimeError``, saying which rank and why, where only others have failed.
+        Raises what the block raises, and ``RuntimeError``, saying which rank and why, if only others have
+        failed.
         """
         failure = None
         try:
@@ -42,10 +43,10 @@ class Agreement:
             raise RuntimeError(f"rank {failed[0]} could not save its part: {texts[failed[0]]}")
 
     def broadcast(self, value: str) -> str:
-        """The value that the first process has given."""
+        """Returns the value that the first process has given."""
         return self._gather(value)[0] or ""
 
 
 def described(error: BaseException) -> str:
-    """An error in one line, with its class where that says something."""
+    """Returns an error in one line, with its class where that says something."""
     return str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of several files: shards are collected, written in parallel, and stand all at once.
+"""Checkpoints of several files as one save: files are collected, written in parallel, and stand all at once.
 
-Other libraries call ``save_file`` once for each shard, then write an index. :func:`staged` gives them a hidden
-directory to do that in, and :func:`save_file`, which :func:`fastshard.install` puts in the place of safetensors',
-does not write there but collects.
+Other libraries call ``save_file`` once for each shard, and then write an index. :func:`staged` gives them a
+hidden directory for that. The :func:`save_file` that :func:`fastshard.install` puts in the place of
+safetensors' does not write there, but collects.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .folder import Named
 from .hidden_names import hidden_folder_of
 
 DESCRIPTION: Final = "Saving checkpoint shards"
-"""Of the progress bar."""
+"""The text of the progress bar."""
 _TEMPORARY_NBYTES: Final = 128 << 20
 _log: Final = logging.getLogger("fastshard")
 
@@ -37,17 +37,19 @@ _running = threading.local()
 
 
 class Stage:
-    """Files of one checkpoint that are not visible yet. For one thread."""
+    """Files of one checkpoint that are not visible yet. It belongs to one thread."""
 
     def __init__(self, path: str, how: How) -> None:
         self.path = path
         self.hidden = hidden_folder_of(path)
         """A folder for temporary files. What is left in it goes with the stage."""
         self.lasting: Callable[[], set[int]] | None = None
-        """Gives addresses of storages that live on after the save in any case. If this is there, files are written as
-        soon as the others, kept alive by what was added, take too much memory together."""
+        """Returns the addresses of storages that outlive the save in any case. If it is given, files are
+        written as soon as the other storages, which only the collected files keep alive, take too much memory
+        together."""
         self.at_once = False
-        """Write each file when it is added: between two of them somebody else's code may change the tensors."""
+        """Whether each file is written when it is added, as somebody else's code may change the tensors
+        between two of them."""
         self._how = how
         self._files: dict[PathLike, PlannedFile] = {}
         self._unseen: list[torch.Tensor] = []
@@ -57,8 +59,10 @@ class Stage:
         self._began: float | None = None
 
     def add(self, tensors: StateDict, filename: PathLike, metadata: dict[str, str] | None) -> None:
-        """A file to be written. Its tensors stay alive until then. Raises what :func:`fastshard.save_file` raises
-        for them."""
+        """Adds a file to be written. Its tensors are kept alive until then.
+
+        Raises what :func:`fastshard.save_file` raises for the tensors.
+        """
         if self._began is None:
             self._began = time.perf_counter()
         self._files[filename] = plan_file(tensors, filename, metadata, self._how)
@@ -80,28 +84,28 @@ class Stage:
         self._unseen = []
 
     def write(self) -> None:
-        """Writes what was added, in parallel, and waits."""
+        """Writes in parallel what was added, and waits."""
         if self._files:
             finish(self.start(), self._how.progress, DESCRIPTION)
 
     def start(self, **steps: Any) -> SaveFuture:
-        """Starts writing what was added; ``steps`` as for :func:`fastshard.engine.pipeline.start`."""
+        """Starts writing what was added. ``steps`` are those of :func:`fastshard.engine.pipeline.start`."""
         files, began = self._files, self._began
         self._files, self._temporary, self._began = {}, {}, None
         self._unseen, self._nbytes = [], 0
         return start(files, self._how, time.perf_counter() if began is None else began, **steps)
 
     def holds(self, filename: object) -> bool:
-        """Whether a file of this name belongs to the checkpoint."""
+        """Returns whether a file of this name belongs to the checkpoint."""
         return isinstance(filename, (str, os.PathLike)) and os.fspath(filename).startswith(self.path + os.sep)
 
     def write_text(self, path: str, text: str) -> None:
-        """Writes a small file of the stage at once. Errors name it, which an open file does not."""
+        """Writes a small file at once. Errors name it, which they would not if it was opened before."""
         with Named(path), open(path, "w") as file:
             file.write(text)
 
     def weights(self) -> set[str]:
-        """Names of the files of weights in it, added ones too."""
+        """Returns the names of the checkpoint's files of weights, including those that were added."""
         added = (os.path.basename(os.fspath(name)) for name in self._files)
         return {name for name in (*os.listdir(self.path), *added) if is_weights(name)}
 
@@ -116,11 +120,14 @@ def staged(
     create: bool = False,
     loggers: tuple[str, ...] = (),
 ) -> Iterator[Stage]:
-    """A stage for a checkpoint in ``directory``: see :func:`fastshard.publish.directory.replacing`. When the block ends, what
-    was added is written, and then all files stand. Until then :func:`save_file` on this thread adds.
+    """A context manager that gives a stage for a checkpoint in ``directory``.
 
-    ``call``: the public function whose save it is. ``stale``: which files to remove; ``None``: other files of the weights that this save has. ``loggers``: names of
-    those whose messages are about files; these come when the files stand, and name the final places.
+    Inside the block, :func:`save_file` on this thread only collects. At its end the files are written and
+    published: see :func:`fastshard.publish.directory.replacing`.
+
+    ``call`` is the public function whose save it is. ``stale`` tells which files to remove; ``None`` stands
+    for other files of the weights that this save has. ``loggers`` are the names of loggers whose messages are
+    about files; these messages are held back until the files stand, and name the final places.
     """
     outer = current()
     names: set[str] = set()
@@ -163,8 +170,11 @@ def save_alone(
     call: str,
     listed: list[str] | None = None,
 ) -> bool:
-    """Saves a checkpoint of one file, where nothing else is to change in the directory: it needs no stage then. Whether
-    it did. ``listed``: the names in the directory, if they are known."""
+    """Saves a checkpoint of one file without a stage, if nothing else changes in the directory. Returns
+    whether it did.
+
+    ``listed`` are the names in the directory, if they are known.
+    """
     if os.path.dirname(name) or any(other != name for other in obsolete):
         return False
     if was_left(directory, os.listdir(directory) if listed is None else listed):
@@ -177,8 +187,10 @@ def save_alone(
 
 
 def _preferred(directory: str, names: set[str]) -> list[str]:
-    """Loaders look for safetensors files first: older ones hide the pickled ones that are being saved. They may be
-    there on purpose, so they stay, and a warning tells of them."""
+    """Returns older safetensors files that loaders prefer to the pickled files which are being saved.
+
+    They may be there on purpose, so they stay, and a warning names them.
+    """
     stems = pickled_stems(names)
     if not stems:
         return []
@@ -190,14 +202,16 @@ def _preferred(directory: str, names: set[str]) -> list[str]:
 
 
 def current() -> Stage | None:
-    """The stage that this thread is in."""
+    """Returns the stage that this thread is in."""
     return getattr(_running, "stage", None)
 
 
 @contextlib.contextmanager
 def _held_back(loggers: tuple[str, ...], path: str, held: list[logging.LogRecord]) -> Iterator[None]:
-    """Messages about files in the stage wait until these stand, and name the final places: whoever reads of a file may
-    open it. After an exception they are about nothing."""
+    """Holds messages about files in the stage back until these stand, and lets them name the final places.
+
+    Whoever reads of a file may open it. After an exception the messages are dropped.
+    """
 
     def is_about_others(record: logging.LogRecord) -> bool:
         text = record.getMessage()

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hidden folders for what is not visible yet: making them, telling them from those of others, removing what was left.
+"""Hidden folders for files that are not visible yet: making them, telling whose they are, removing what was
+left.
 
-A hidden folder (:mod:`fastshard.publish.hidden_names` says what it is called) has mode 0700 and is held by an advisory
-lock on itself: nobody else can open it, so nobody else can hold that lock. What is not owned by this user, has another
-mode, or is a link is never touched. Everything is done by descriptor (:mod:`fastshard.publish.folder`), so nothing outside
-can be reached by exchanging what lies above.
+A hidden folder (:mod:`fastshard.publish.hidden_names` has its names) has mode 0700 and is held by an advisory
+lock on itself. Nobody else can open it, so nobody else can hold that lock. A folder that another user owns,
+that has another mode, or that is a link is never touched. Everything is done by descriptor
+(:mod:`fastshard.publish.folder`), so nobody can redirect it by exchanging folders above.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .folder import OPEN_FOLDER, Folder, Named
 from .hidden_names import NEW, NOW, hidden_name
 
 _MODES: Final = (0o700, 0o711)
-"""Of a hidden folder; the second one while names of the folder around it lead into it."""
+"""Modes of a hidden folder. It has the second one while names of the folder around it lead into it."""
 _NO_LOCKS: Final = frozenset((errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL))
 _MOST_SLOTS: Final = 200
 _log: Final = logging.getLogger("fastshard")
@@ -44,7 +45,7 @@ class Hidden(Folder):
         super().close()
 
     def give_away(self) -> int:
-        """The descriptor, to be closed by somebody else."""
+        """Returns the descriptor, which the caller closes from now on."""
         _held.pop(self.fd, None)
         fd, self.fd = self.fd, -1
         return fd
@@ -53,7 +54,7 @@ class Hidden(Folder):
         return self.parent.identity(self.name) == self.identity()
 
     def move(self, name: str) -> None:
-        """Gives it another name, which must be free, or that of an empty folder."""
+        """Gives it another name, which must be free or that of an empty folder."""
         self.parent.rename(self.name, self.parent, name)
         self.is_called(name)
 
@@ -61,8 +62,11 @@ class Hidden(Folder):
         self.name, self.path = name, self.parent.place(name)
 
     def remove_known(self, names: Collection[str]) -> bool:
-        """Removes it where it holds nothing but small files of these names in ``.new``. Whether it did; if not,
-        :meth:`remove` has to look what there is."""
+        """Removes the folder if it has nothing but small files of these names in ``.new``. Returns whether it
+        did.
+
+        If not, :meth:`remove` has to list what there is.
+        """
         try:
             for name in names:
                 os.unlink(f"{NEW}/{name}", dir_fd=self.fd)
@@ -74,7 +78,7 @@ class Hidden(Folder):
         return True
 
     def remove(self, held: list[int]) -> None:
-        """With all that is in it. Whatever fails is tried once more."""
+        """Removes it with everything in it. What fails is tried once more."""
         for last in (False, True):
             try:
                 self.unlink(NOW)  # no name leads here any more
@@ -88,7 +92,7 @@ class Hidden(Folder):
 
 
 _held: dict[int, None] = {}
-"""Descriptors of hidden folders. A forked process must not hold them when its parent has died."""
+"""Descriptors of hidden folders. A forked process must not hold them after its parent has died."""
 
 
 def _let_go_in_child() -> None:
@@ -104,17 +108,20 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def turn_name(folder: Folder, slot: int = 0) -> str:
-    """Of the hidden folder of the save that changes names in a folder. The folder is part of it, so that what was moved
-    there from elsewhere is not taken for it."""
+    """Returns the name of the hidden folder of the save that may change names in a folder.
+
+    The name contains the folder's device and inode, so a hidden folder that was moved there from elsewhere
+    has another one.
+    """
     return hidden_name(f"turn in {folder.identity()}", slot)
 
 
 class InUseError(Exception):
-    """The save that made the hidden folder is under way."""
+    """The save that made the hidden folder is still under way."""
 
 
 def make_hidden(parent: Folder, purpose: str, held: list[int]) -> Hidden:
-    """An empty one for this purpose. Those that killed saves have left for it are emptied on the way."""
+    """Makes an empty hidden folder for this purpose. Folders that killed saves have left for it are emptied."""
     for slot in range(_MOST_SLOTS):
         with contextlib.suppress(InUseError):
             found = adopt(parent, hidden_name(purpose, slot), make=True)
@@ -130,8 +137,11 @@ def make_hidden(parent: Folder, purpose: str, held: list[int]) -> Hidden:
 
 
 def adopt(parent: Folder, name: str, make: bool = False) -> Hidden | None:
-    """The hidden folder of this name, if it is a killed save's of this user, or could be made. ``None``: there is none,
-    or it is others'. Raises ``InUseError``."""
+    """Takes over the hidden folder of this name if a killed save of this user has left it, or makes it if it
+    is to be made.
+
+    Returns ``None`` if there is none, or it is another user's. Raises ``InUseError``.
+    """
     while True:
         fresh = make and _made(parent, name)
         try:
@@ -189,7 +199,8 @@ def _is_ours(fd: int) -> bool:
 
 
 def _lock(fd: int, fresh: bool) -> bool:
-    """Where a filesystem has no locks, what was not made just now may be in use."""
+    """Locks a hidden folder. If a filesystem has no locks, only a folder that was just made is known to be
+    unused."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -202,7 +213,7 @@ def _lock(fd: int, fresh: bool) -> bool:
 
 
 def clear_away(hidden: Hidden, held: list[int]) -> None:
-    """Removes it. What cannot be removed is in nobody's way, and goes with the next save."""
+    """Removes the folder. What cannot be removed does no harm, and is removed by the next save."""
     try:
         hidden.remove(held)
     except OSError as error:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of a folder that change at once: before there are the old files, afterwards the new ones, never a mixture.
+"""Changes names in a folder at once: before there are the old files, afterwards the new ones, never a
+mixture.
 
 No filesystem renames several files in one step. What is done depends on what changes:
 
-- one file comes, and nothing goes: it is renamed; so is the only one that is not there already, to the byte;
-- names come or go: the folder is exchanged for one made beside it (:mod:`fastshard.publish.exchanging`);
+- one file is new, and none is removed: it is renamed, and files that are there already, to the byte, stay;
+- names appear or disappear: the folder is exchanged for one made beside it (:mod:`fastshard.publish.exchanging`);
 - names stay, or the folder cannot be exchanged: a symbolic link decides for all (:mod:`fastshard.publish.linking`);
-- links are refused (FAT, some network mounts): files are renamed one by one, those that make others visible last.
+- links are refused (FAT, some network mounts): files are renamed one by one, and those that make others visible last.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from .linking import Linking, settle_left
 from .staging import Hidden, InUseError, adopt, clear_away, turn_name
 
 _TURN_SECONDS: Final = 60.0
-"""To put files in place takes milliseconds; a process that takes longer has been stopped."""
+"""Changing names takes milliseconds. A process that takes longer than this has been stopped."""
 _MOST_NAMES: Final = 16
 _IN_THE_WAY: Final = frozenset((errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EACCES))
 
 
 class Switch:
-    """Puts in place what a hidden folder has in ``.new``."""
+    """Puts the files in ``.new`` of a hidden folder in place."""
 
     def __init__(self, hidden: Hidden, durable: bool, held: list[int]) -> None:
         self.change = Change(hidden, durable, held)
@@ -47,7 +48,7 @@ class Switch:
         _switches.append(self)
 
     def run(self, stale: Stale, obsolete: Collection[str], must_be_empty: bool) -> None:
-        """Raises an error that has ``published`` when the new files stand nevertheless."""
+        """Puts the files in place. An error that is raised when the new files stand has ``published``."""
         try:
             self._run(stale, obsolete, must_be_empty)
         except OSError as error:
@@ -64,7 +65,7 @@ class Switch:
             self.change.close()
 
     def forget(self) -> None:
-        """When its hidden folder is gone."""
+        """Is called when the hidden folder has been removed."""
         _switches.remove(self)
 
     def _run(self, stale: Stale, obsolete: Collection[str], must_be_empty: bool) -> None:
@@ -101,7 +102,7 @@ class Switch:
             _one_by_one(change)
 
     def _rename_last(self, names: list[str]) -> None:
-        """Where at most one of the files is not there already."""
+        """Puts the files in place if at most one of them is not there already."""
         change = self.change
         if names and change.new.stat(names[0]) is not None:
             _rename_one(change, names[0])
@@ -120,7 +121,7 @@ class Switch:
         )
 
     def _compare(self, stale: Stale, obsolete: Collection[str], must_be_empty: bool) -> None:
-        """After what killed saves have left here has gone."""
+        """Compares with what is there, after what killed saves have left has been removed."""
         change = self.change
         change.compare(stale, obsolete, must_be_empty)
         if any(STAGING.fullmatch(name) and name != change.hidden.name for name in change.entries[""]):
@@ -128,7 +129,8 @@ class Switch:
             change.compare(stale, obsolete, must_be_empty)
 
     def _take_turn(self) -> None:
-        """One save at a time changes names here: the one whose hidden folder has a certain name."""
+        """Waits for the turn. One save at a time changes names here: the one whose hidden folder has a
+        certain name."""
         folder, hidden = self.change.folder, self.change.hidden
         deadline = time.monotonic() + _TURN_SECONDS
         for name in turn_names(folder):
@@ -145,25 +147,28 @@ class Switch:
 
 
 _switches: list[Switch] = []
-"""Under way in this process."""
+"""The changes under way in this process."""
 
 
 def _nothing() -> None:
-    """Is left to do."""
+    """Does nothing."""
 
 
 def _is_race(error: OSError) -> bool:
-    """Whether what was in the way may just have gone."""
+    """Returns whether what was in the way may just have been removed."""
     return error.errno in (errno.ENOTEMPTY, errno.EEXIST)
 
 
 def turn_names(folder: Folder) -> Iterator[str]:
-    """A save takes its turn under the first one that others do not have there."""
+    """Yields the names under which a save takes its turn: it takes the first one that no other user has."""
     return (turn_name(folder, slot) for slot in range(_MOST_NAMES))
 
 
 def wait_for_turn(folder: Folder, name: str, held: list[int], deadline: float) -> bool:
-    """Until no save changes names here under this name; what a killed one has begun is ended. False: it is others'."""
+    """Waits until no save changes names here under this name, and completes what a killed one has begun.
+
+    Returns ``False`` if the name is another user's.
+    """
     while True:
         try:
             left = adopt(folder, name)
@@ -181,7 +186,8 @@ def wait_for_turn(folder: Folder, name: str, held: list[int], deadline: float) -
 
 
 def remove_left(folder: Folder, held: list[int], own: str = "") -> None:
-    """What killed saves of this user have left in a folder; what they have begun there is ended."""
+    """Removes what killed saves of this user have left in a folder, and completes what they have begun
+    there."""
     for name, is_folder in folder.entries():
         if is_folder and name != own and STAGING.fullmatch(name):
             try:
@@ -193,7 +199,7 @@ def remove_left(folder: Folder, held: list[int], own: str = "") -> None:
 
 
 def recover(hidden: Hidden, held: list[int]) -> None:
-    """Ends what a killed save has begun, or removes what it has left."""
+    """Completes what a killed save has begun, or removes what it has left."""
     try:
         if hidden.name in turn_names(hidden.parent):
             settle_left(hidden, hidden.parent)
@@ -203,7 +209,10 @@ def recover(hidden: Hidden, held: list[int]) -> None:
 
 
 def _end_interrupted(folder: Folder, name: str) -> bool:
-    """Whether a save of this very thread, in which a signal's handler saves, was in the way; it is ended then."""
+    """Completes a save of this thread that was interrupted by the signal handler in which this one runs.
+
+    Returns whether there was one.
+    """
     for switch in _switches:
         change = switch.change
         if switch.complete is None or switch.interrupted or switch.thread != threading.get_ident():
@@ -246,7 +255,7 @@ def _one_by_one(change: Change) -> None:
 
 
 def published(error: OSError, path: str) -> OSError:
-    """The error of a save whose files stand nevertheless."""
+    """Returns the error of a save whose files stand although it has failed."""
     reason = error.strerror or str(error)
     text = f"{path} is in place, but not known to be on stable storage: {reason}"
     said = OSError(error.errno or errno.EIO, text, error.filename or path)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A checkpoint in a folder becomes another one."""
+"""Makes another checkpoint of the checkpoint in a folder."""

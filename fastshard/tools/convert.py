@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of ``torch.save`` -> safetensors, and back: mapped on one side and streamed on the other."""
+"""Converts checkpoints of ``torch.save`` to safetensors, and back. The source is mapped, the target is
+streamed."""
 
 from __future__ import annotations
 
@@ -53,13 +54,14 @@ _EXPANDED_NBYTES: Final = 1 << 30
 
 
 class Converted(NamedTuple):
-    """What has become of a checkpoint."""
+    """The result of a conversion."""
 
     tensors: int
     nbytes: int
-    """Of the file written."""
+    """Bytes of the file that was written."""
     dropped: dict[str, str]
-    """Names that stood for the same tensor as another one -> that name, which is in the file."""
+    """Names of tensors that were left out as the same tensor has another name, with the name that is in the
+    file."""
 
 
 def convert(
@@ -161,7 +163,7 @@ def convert_folder(
 
 
 def _size_of(path: str) -> int:
-    """Of the new file, which stands, whether or not it can be looked at."""
+    """Returns the size of the new file, whether or not it can be examined."""
     try:
         return os.stat(path).st_size
     except OSError as error:
@@ -173,9 +175,10 @@ def _size_of(path: str) -> int:
 def _load_all(
     source: str, key: str | None, into: str | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of all files of a checkpoint, and what the safetensors ones among them have in common as metadata.
+    """Returns the tensors of all files of a checkpoint, and the metadata that its safetensors files have in
+    common.
 
-    ``into``: a file that may be written in place, so no tensor of it can stay mapped.
+    ``into`` is a file that may be written in place, so no tensor may stay mapped from it.
     """
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[str, str] | None = None
@@ -193,7 +196,7 @@ def _load_all(
 
 
 def _files_of(source: str) -> dict[str, set[str] | None]:
-    """Paths of a checkpoint's files, and the tensors that an index says are in them."""
+    """Returns the paths of a checkpoint's files, and the tensors that an index says are in them."""
     what = what_is(source)
     index = source
     if what.kind == FOLDER:
@@ -220,7 +223,7 @@ def _files_of(source: str) -> dict[str, set[str] | None]:
 
 @contextlib.contextmanager
 def _named(tensors: dict[str, torch.Tensor], source: str) -> Iterator[None]:
-    """What the format does not have, with the names of the tensors and of the file."""
+    """Lets errors about what the format does not have name the tensors and the file."""
     try:
         yield
     except KeyError as error:
@@ -231,7 +234,7 @@ def _named(tensors: dict[str, torch.Tensor], source: str) -> Iterator[None]:
 
 
 def _load(path: str, key: str | None, mapped: bool) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of one file, whatever its name, and its metadata."""
+    """Returns the tensors of one file, whatever its name, and its metadata."""
     what = what_is(path)
     if what.kind == FOLDER:
         raise ValueError(f"{path}: {what.text}, not a file")
@@ -255,7 +258,7 @@ def _load(path: str, key: str | None, mapped: bool) -> tuple[dict[str, torch.Ten
 
 @contextlib.contextmanager
 def _read_errors(path: str) -> Iterator[None]:
-    """Failed system calls with the name of the file and an errno, which Python leaves out where a position fails."""
+    """Gives failed system calls the name of the file and an errno, which Python leaves out if a seek fails."""
     try:
         yield
     except OSError as error:
@@ -333,7 +336,7 @@ def _tensors_of(loaded: object, key: str | None) -> dict[str, torch.Tensor]:
 
 
 def _cast(tensors: dict[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """Floating-point tensors as another type; one that has several names stays one."""
+    """Returns the tensors with floating-point ones cast. A tensor that has several names stays one."""
     if dtype is None:
         return tensors
     made: dict[tuple[object, ...], torch.Tensor] = {}
@@ -356,7 +359,8 @@ def _is_state_dict(value: object) -> bool:
 
 
 def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Leaves each byte in there once; returns the names left out, and those that are kept for them."""
+    """Changes the dict so that no byte is in it twice. Returns the names left out, with the names that are
+    kept for them."""
     dense = {name: t for name, t in tensors.items() if t.layout == torch.strided}
     dropped = {}
     for group in shared_names(dense, by_storage(dense)):

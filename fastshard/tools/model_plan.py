@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tensor-parallel plan that transformers has for a model, in terms of the tensors of its checkpoint.
 
-A plan speaks of modules and parameters as they are in memory. The model is built from its ``config.json`` on the
-meta device (no weights, no memory, none of the checkpoint's own code), and each name of the checkpoint is followed
-through transformers' own conversions to the parameter it becomes part of: Mixtral's
-``block_sparse_moe.experts.0.w1.weight`` is a slice of ``mlp.experts.gate_up_proj``, split like it.
+A plan names modules and parameters as they are in memory. The model is built from its ``config.json`` on the
+meta device: without weights, memory or code of the checkpoint. Each name of the checkpoint is followed
+through transformers' own conversions to the parameter it becomes part of. For example, Mixtral's
+``block_sparse_moe.experts.0.w1.weight`` is a slice of ``mlp.experts.gate_up_proj`` and is split like it.
+
+Uneven parts are refused, and so are attention heads that ranks cannot share evenly. Transformers leaves the
+last rank a shorter slice and cuts through heads. vLLM copies key and value heads to several ranks, which is
+no slice of the source; a plan file may replicate them. Embeddings are split by vocabulary, as in
+transformers.
 """
 
 from __future__ import annotations
@@ -34,16 +39,16 @@ _AUTOMATIC: Final = (
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
 )
-"""Where a configuration does not name an architecture that transformers has: what the model may be, in this order."""
+"""What the model may be, in this order, if its configuration names no architecture that transformers has."""
 
 
 class _Place(NamedTuple):
-    """What a tensor of the checkpoint becomes part of."""
+    """The parameter that a tensor of the checkpoint becomes part of."""
 
     parameters: tuple[str, ...]
-    """More than one: the tensor is cut into them."""
+    """The parameters. If there are several, the tensor is cut into them."""
     operations: tuple[Any, ...]
-    """Of the conversion; none: the tensor is the parameter."""
+    """The operations of the conversion; none if the tensor is the parameter."""
 
 
 class ModelPlan:
@@ -86,10 +91,10 @@ class ModelPlan:
             raise problem or ValueError(f"{folder!r}: transformers has no model for its config.json")
 
     def splits(self, tensors: Iterable[tuple[str, Sequence[int]]], ranks: int) -> dict[str, Split | None]:
-        """How the tensors of the checkpoint, names and shapes, are split.
+        """Returns how the tensors of the checkpoint, given by names and shapes, are split.
 
-        Raises ``ValueError`` for a tensor that is no part of the model, one that becomes its parameter in a way that
-        slices cannot follow, styles that nobody knows, attention heads that cannot be shared out evenly, and tied
+        Raises ``ValueError`` for a tensor that is no part of the model, one that becomes a parameter in a way
+        that slices cannot follow, unknown styles, attention heads that cannot be shared evenly, and tied
         parameters that would have to be split in different ways.
         """
         self._check_ties()
@@ -122,7 +127,7 @@ class ModelPlan:
         return followed
 
     def _place(self, name: str) -> _Place | None:
-        """``None``: the model leaves such a tensor where it is."""
+        """Returns the place of a tensor; ``None`` if the model ignores it when it is loaded."""
         from transformers.core_model_loading import rename_source_key
 
         prefix = self._model.base_model_prefix
@@ -144,7 +149,7 @@ class ModelPlan:
         return _Place(self._targets(name, parameter, converter), tuple(converter.operations))
 
     def _targets(self, name: str, parameter: str, converter: Any) -> tuple[str, ...]:
-        """All parameters that a conversion makes of what becomes this one."""
+        """Returns all parameters that a conversion makes of the tensors that become this one."""
         targets: list[str] = converter.target_patterns
         if len(targets) == 1:
             return (parameter,)
@@ -186,10 +191,11 @@ class ModelPlan:
 def _followed(
     split: Split, wholes: Sequence[tuple[int, ...]], place: _Place, shape: tuple[int, ...]
 ) -> Split | None:
-    """How a tensor of this shape is split that becomes parameters of shapes ``wholes`` with that split; ``None``: by
-    operations that no slice can be followed through.
+    """Returns how a tensor of this shape is split that becomes parameters of shapes ``wholes`` with that
+    split.
 
-    Backwards through transformers' operations, from the parameters to what lies in the file.
+    It goes backwards through transformers' operations, from the parameters to the tensor in the file. Returns
+    ``None`` if an operation is not one that slices can be followed through.
     """
     dim, groups, sizes = split.dim, split.groups, list(wholes[0])
     joined: int | None = None
@@ -243,7 +249,7 @@ def _followed(
 
 
 def _on_meta(folder: str) -> Iterator[Any]:
-    """The model that the configuration names, or those that it may be."""
+    """Yields the model that the configuration names, or those that it may be, on the meta device."""
     import transformers
 
     if not exists(os.path.join(folder, "config.json")):
@@ -285,9 +291,10 @@ def _on_meta(folder: str) -> Iterator[Any]:
 
 
 def _class_named(name: object, config: Any) -> Any:
-    """A model's class by its name, but nothing else that transformers may hold; ``None``: it has none.
+    """Returns a model's class by its name; ``None`` if transformers has no such model.
 
-    Models that are parts of others are not exported: they are in the module beside their configuration's.
+    Models that are parts of others are not exported by transformers: they are in the module beside their
+    configuration's.
     """
     import transformers
 
@@ -306,8 +313,11 @@ def _class_named(name: object, config: Any) -> Any:
 
 
 def _of_layer(config: Any, parameter: str) -> Any:
-    """The configuration of the layer that a parameter belongs to, where the layers' are not alike; ``None``: of a layer
-    of which it says nothing, as those of another part of the model."""
+    """Returns the configuration of the layer that a parameter belongs to, which matters if the layers differ.
+
+    Returns ``None`` if the configuration says nothing of that layer, as for layers of another part of the
+    model.
+    """
     if not getattr(config, "is_heterogeneous", False):
         return config
     layer = re.search(r"\.layers\.(\d+)\.", f".{parameter}")

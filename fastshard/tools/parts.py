@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors in parts: what ranks hold of a tensor in a mapped file, and how it is put together from their files."""
+"""Parts of tensors: what ranks hold of a tensor in a mapped file, and how it is put together from their
+files."""
 
 from __future__ import annotations
 
@@ -23,11 +24,11 @@ _LONG_RUN_NBYTES: Final = 256 << 10
 _FEW_RUNS: Final = 64
 _BLOCK_NBYTES: Final = 1 << 20
 _MAX_PARTS: Final = 1024
-"""Of memory that one system call takes (IOV_MAX)."""
+"""The most ranges of memory that one system call takes (IOV_MAX)."""
 
 
 class Sources:
-    """Mapped files of a checkpoint, each mapped when first needed."""
+    """The files of a checkpoint. Each is mapped when it is first needed."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -35,12 +36,12 @@ class Sources:
         self._bytes: dict[str, torch.Tensor] = {}
 
     def address(self, name: str) -> int:
-        """Where a tensor's bytes are mapped."""
+        """Returns the address where a tensor's bytes are mapped."""
         filename, tensor = self._home[name]
         return self._mapped(filename).data_ptr() + self._begin(filename, tensor)
 
     def place(self, name: str) -> tuple[str, int]:
-        """Path of its file, and where it begins there."""
+        """Returns the path of a tensor's file, and its offset there."""
         filename, tensor = self._home[name]
         return self._checkpoint.files[filename].path, self._begin(filename, tensor)
 
@@ -49,7 +50,7 @@ class Sources:
         return tensor.end - tensor.begin
 
     def of(self, names: Iterable[str]) -> list[torch.Tensor]:
-        """What must stay alive while these tensors are read."""
+        """Returns what must be kept alive while these tensors are read."""
         return [self._mapped(filename) for filename in {self._home[name][0] for name in names}]
 
     def _begin(self, filename: str, tensor: StoredTensor) -> int:
@@ -73,9 +74,9 @@ class Part(NamedTuple):
     tensor: StoredTensor
     split: Split | None
     intervals: list[list[tuple[int, int]]]
-    """By rank, of the dimension that is split; none where there is none."""
+    """For each rank, the intervals that it holds of the dimension that is split; none if none is split."""
     row_nbytes: int
-    """From one index of the dimensions before it to the next."""
+    """Bytes from one index of the dimensions before the split one to the next."""
     runs: list[int]
     """Bytes of each interval."""
 
@@ -105,7 +106,8 @@ class Part(NamedTuple):
         return self.tensor.name, self.tensor.code, self.shape, self.nbytes
 
     def views(self, address: int, rank: int) -> list[TensorView]:
-        """What lies one behind the other in the rank's file, of a tensor that is mapped there."""
+        """Returns the views that lie one behind the other in the rank's file, of a tensor that is mapped at
+        ``address``."""
         if self.split is None or self.nbytes == 0:
             return [TensorView(address, self.nbytes, HOST)]
         outer = math.prod(self.tensor.shape[: self.split.dim])
@@ -120,7 +122,7 @@ class Part(NamedTuple):
         return [TensorView(address, self.nbytes, HOST, 1, (outer, groups, run), strides)]
 
     def _views_of_groups(self, address: int, rank: int, rows: int) -> list[TensorView]:
-        """No strides lead through groups that are not of one size: each run by itself."""
+        """Returns each run as a view of its own, as groups of different sizes have no common stride."""
         ranks = len(self.intervals)
         begins = itertools.accumulate((run * ranks for run in self.runs), initial=0)
         runs = [(begin + rank * run, run) for begin, run in zip(begins, self.runs) if run]
@@ -131,7 +133,7 @@ class Part(NamedTuple):
         ]
 
     def described(self, rank: int) -> dict[str, object]:
-        """As it stands in the manifest of a rank."""
+        """Returns how the part is described in a rank's manifest."""
         shape = list(self.tensor.shape)
         if self.split is None:
             return {"shape": shape, "dim": None}
@@ -139,7 +141,7 @@ class Part(NamedTuple):
 
 
 def _nbytes(tensor: StoredTensor, dim: int, lengths: Sequence[int]) -> list[int]:
-    """Of so many indices of a dimension, and of all dimensions behind it."""
+    """Returns the bytes of so many indices of a dimension and all dimensions behind it."""
     numel = math.prod(tensor.shape)
     found = []
     for length in lengths:
@@ -159,10 +161,10 @@ class Whole(NamedTuple):
     tensor: StoredTensor
     dim: int
     intervals: list[tuple[int, int, int, int]] | None
-    """(begin, end, rank, where it begins there), ascending; ``None``: every rank holds all of it."""
+    """Ascending (begin, end, rank, begin in the rank's part); ``None`` if every rank holds the whole tensor."""
 
     def items(self, sources: list[Sources]) -> list[TensorView | Interleaved]:
-        """What lies one behind the other in the file."""
+        """Returns the views that lie one behind the other in the file."""
         name, nbytes = self.tensor.name, self.tensor.end - self.tensor.begin
         if self.intervals is None or nbytes == 0:
             return [TensorView(sources[0].address(name), nbytes, HOST)]
@@ -190,27 +192,32 @@ class _Run(NamedTuple):
 
     rank: int
     at: int
-    """Where they begin in the whole tensor's row,"""
+    """Offset in the row of the whole tensor."""
     begin: int
-    """and in the rank's."""
+    """Offset in the rank's row."""
     nbytes: int
 
 
 class Interleaved(NamedTuple):
-    """A tensor whose rows lie in short runs in the files of all ranks. These are read many at once and dealt out by the
-    kernel: a description of every run would outgrow the tensor."""
+    """A tensor whose rows lie in short runs in the files of all ranks.
+
+    Many runs are read by one call, which puts each in its place. A description of every run would be larger
+    than the tensor.
+    """
 
     nbytes: int
     row_nbytes: int
     runs: list[_Run]
     local_rows: list[int]
-    """Bytes of a row in each rank's file,"""
+    """Bytes of a row in each rank's file."""
     places: list[tuple[str, int]]
-    """which it is, and where the tensor begins there."""
+    """Path of each rank's file, and the tensor's offset there."""
 
     def fetch(self, first: int, nbytes: int, address: int) -> None:
-        """Brings bytes ``[first, first + nbytes)`` of the tensor to memory. Raises ``OSError``, and ``ValueError`` for a
-        file that has been cut."""
+        """Reads bytes ``[first, first + nbytes)`` of the tensor into memory.
+
+        Raises ``OSError``, and ``ValueError`` for a file that has been cut.
+        """
         memory = memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
         with contextlib.ExitStack() as stack:
             files = []
@@ -226,7 +233,7 @@ class Interleaved(NamedTuple):
             self._piece(files, row + (inside > 0) + rows, 0, memory[done:])
 
     def _rows(self, files: list[int], row: int, rows: int, memory: memoryview) -> None:
-        """Whole rows: those of a rank are one stretch of its file, scattered by the call that reads it."""
+        """Reads whole rows. Those of a rank are one stretch of its file, which the call scatters."""
         for rank, local in enumerate(self.local_rows):
             runs = [run for run in self.runs if run.rank == rank]
             at_once = max(1, _MAX_PARTS // max(1, len(runs)))

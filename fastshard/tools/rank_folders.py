@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a sharded checkpoint says of itself, beside its weights; read back, it is data not to be trusted.
+"""The manifests of a checkpoint that was cut into parts: written beside the weights, and checked when they
+are read.
 
-In the folder: the number of ranks, and headers and index of the source, as they were. In each rank's folder: of each
-tensor the whole shape, the dimension that is split, and the intervals of it that this rank holds.
+In the folder there are the number of ranks, and headers and index of the source, as they were. In each rank's
+folder there are, for each tensor, the whole shape, the dimension that is split, and the intervals of it that
+this rank holds.
 """
 
 from __future__ import annotations
@@ -41,14 +43,14 @@ class RankFolders(NamedTuple):
     """A checkpoint in parts."""
 
     files: dict[str, StoredFile]
-    """The source's, without their bytes: what is to be made again."""
+    """The source's files, without the tensors' bytes. They are what is to be made again."""
     source_index: Index | None
     ranks: list[Checkpoint]
     tensors: dict[str, Whole]
 
 
 def root_manifest(ranks: int, source: Checkpoint) -> str:
-    """What tells of the source. Raises ``ValueError`` for a header that is no UTF-8."""
+    """Returns the manifest that describes the source. Raises ``ValueError`` for a header that is not UTF-8."""
     files = {}
     for name, file in source.files.items():
         try:
@@ -60,7 +62,8 @@ def root_manifest(ranks: int, source: Checkpoint) -> str:
 
 
 def rank_manifest(ranks: int, rank: int, tensors: Mapping[str, object]) -> str:
-    """What tells of a rank's tensors, by name: :meth:`fastshard.tools.parts.Part.described`."""
+    """Returns the manifest of a rank's tensors; each is described by
+    :meth:`fastshard.tools.parts.Part.described`."""
     return _manifest(ranks=ranks, rank=rank, tensors=tensors)
 
 
@@ -69,9 +72,9 @@ def _manifest(**contents: object) -> str:
 
 
 def read_ranks(folder: str) -> RankFolders:
-    """Reads a sharded checkpoint, and checks whether its parts make up the source.
+    """Reads a checkpoint in parts, and checks whether its parts make up the source.
 
-    Raises ``OSError``, and ``ValueError`` naming the file for what contradicts itself.
+    Raises ``OSError``, and ``ValueError``, naming the file, for contents that contradict each other.
     """
     ranks, files, index = _read_root(folder)
     tensors = {tensor.name: tensor for file in files.values() for tensor in file.header.tensors}
@@ -170,7 +173,8 @@ def _whole(
     stored_by_rank: list[StoredTensor],
     folder: str,
 ) -> Whole:
-    """Checks what the ranks' manifests and headers say of a tensor against each other and the source's header."""
+    """Checks the ranks' manifests and headers of a tensor against each other and against the source's
+    header."""
 
     def refuse(rank: int, text: str) -> ValueError:
         path = os.path.join(folder, rank_folder(rank), RANK_MANIFEST)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints cut up, put together and cut anew: straight from mapped files into the final ones.
+"""Cuts checkpoints into the parts of ranks, merges them, and distributes tensors over other files.
 
-``shard_checkpoint`` makes a folder for each rank of tensor parallelism::
+Everything goes straight from mapped files into the final ones. ``shard_checkpoint`` makes a folder for each
+rank of tensor parallelism::
 
     OUT/config.json, tokenizer.json, ...    copied
     OUT/tensor_parallel.index.json          number of ranks; headers and index of the source, as they were
@@ -9,9 +10,9 @@
     OUT/rank-0/tensor_parallel.json         of each tensor the whole shape, the dimension that is split, and the
                                             intervals of it that this rank holds
 
-``merge_checkpoint`` makes the source's files from that again, to the byte; ``reshard_checkpoint`` distributes whole
-tensors over files of another size. No tensor is ever in memory: a part is a strided view of a mapped file, which the
-engine writes where it belongs.
+``merge_checkpoint`` makes the source's files from that again, to the byte. ``reshard_checkpoint`` distributes
+whole tensors over files of another size. No tensor is ever in memory: a part is a strided view of a mapped
+file, which the engine writes where it belongs.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ from .tp_plan import read_plan, splits_of
 PathLike = str | os.PathLike[str]
 
 _MAX_ITEMS: Final = 1 << 16
-"""Views handed to the engine at once: the memory of descriptions is bounded, too."""
+"""The most views that are submitted at once, which bounds the memory of their descriptions."""
 
 
 def shard_checkpoint(
@@ -287,7 +288,7 @@ def _batch(outputs: Iterator[_Output]) -> Iterator[_Output]:
 
 @contextlib.contextmanager
 def _target(out: PathLike, src: str, force: bool, how: How, in_place: bool = False) -> Iterator[str]:
-    """A hidden folder in ``out``; what is in it at the end stands in ``out``, all of it or nothing."""
+    """Gives a hidden folder in ``out``. When the block ends, all of its contents stand in ``out``, or none."""
     folder = os.fspath(out)
     if same_file(folder, src) and not in_place:
         raise ValueError(f"{folder!r} is the source itself")
@@ -320,7 +321,7 @@ def _target(out: PathLike, src: str, force: bool, how: How, in_place: bool = Fal
 
 
 def _checkpoint_in(folder: str) -> list[str]:
-    """Weights, indices and manifests, paths relative to the folder."""
+    """Returns weights, indices and manifests, as paths relative to the folder."""
 
     def files_of(place: str) -> list[str]:
         return [
@@ -347,7 +348,7 @@ def _checkpoint_in(folder: str) -> list[str]:
 def _layout(
     checkpoint: Checkpoint, sizes: Mapping[str, int], max_shard_size: int | str
 ) -> dict[str, list[str]]:
-    """File -> its tensors, in the order in which they lie there: the hub's split."""
+    """Returns the tensors of each file in the order of their bytes, split as the hub does."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     home = checkpoint.home()
@@ -365,14 +366,15 @@ def _layout(
 
 
 def _stem(checkpoint: Checkpoint) -> str:
-    """What the names of its files begin with."""
+    """Returns what the names of its files begin with."""
     if checkpoint.index_text is not None:
         return checkpoint.index_name.removesuffix(INDEX_SUFFIX)
     return next(iter(checkpoint.files)).removesuffix(WEIGHTS_SUFFIX)
 
 
 def _metadata_of(checkpoint: Checkpoint, layout: Mapping[str, list[str]]) -> dict[str, dict[str, str] | None]:
-    """File -> its metadata: the source file's where it is one of them, else what all source files have in common."""
+    """Returns the metadata of each file: the source file's if it is one of them, else what all source files
+    have in common."""
     if layout.keys() == checkpoint.files.keys():
         return {name: file.header.metadata for name, file in checkpoint.files.items()}
     found: dict[str, str] | None = None

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensor-parallel plans: which part of which parameter a rank holds.
 
-A plan is what transformers calls one (``base_model_tp_plan``): names of modules or parameters, with ``*`` for the
-numbers of layers and experts, each with a style. A style fixes the dimension that is split; those that differ only
-in what happens to activations split alike. The rules are those of ``transformers/distributed/tensor_parallel.py``
-(5.23): weights are ``[..., out_features, in_features]``, colwise splits the output, rowwise the input.
+A plan has the form of transformers' ``base_model_tp_plan``: names of modules or parameters, with ``*`` for
+the numbers of layers and experts, each with a style. A style says which dimension is split; styles that
+differ only in what happens to activations split alike. The rules are those of
+``transformers/distributed/tensor_parallel.py`` (5.23): weights are ``[..., out_features, in_features]``,
+colwise splits the output, rowwise the input.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from ..formats.json_text import read_json
 
 
 class Split(NamedTuple):
-    """How a tensor is spread over ranks; ``None`` in its place: every rank holds all of it."""
+    """How a tensor is distributed over ranks. ``None`` instead of it means that every rank holds the whole
+    tensor."""
 
     dim: int
     groups: int = 1
-    """Parts of that dimension that are split one by one: 2 for gate and up projection in one tensor."""
+    """Number of parts of that dimension that are split one by one: 2 for gate and up projection in one
+    tensor."""
     sizes: tuple[int, ...] = ()
-    """Of these parts, where they are not all of one size: queries, and fewer keys and values, in one tensor."""
+    """Sizes of these parts, if they differ: queries, and fewer keys and values, in one tensor."""
 
 
 def _colwise(parameter: str, ndim: int) -> Split | None:
@@ -76,15 +79,16 @@ styles are none of these: they give ranks whole experts."""
 
 
 def style_of(name: str, plan: Mapping[str, str]) -> str | None:
-    """The style a plan has for a parameter: by its name, else by its module's. ``None``: the plan does not speak of it."""
+    """Returns the style that a plan has for a parameter, by its name or else its module's; ``None`` if it has
+    none."""
     key = _key_of(name, plan)
     return None if key is None else plan[key]
 
 
 def split_of(name: str, shape: Sequence[int], style: str | None) -> Split | None:
-    """How a parameter of this name and shape is split.
+    """Returns how a parameter of this name and shape is split.
 
-    Raises ``ValueError`` for a style nobody knows, or one that needs more dimensions than there are.
+    Raises ``ValueError`` for an unknown style, or one that needs more dimensions than there are.
     """
     if style is None:
         return None
@@ -100,9 +104,9 @@ def split_of(name: str, shape: Sequence[int], style: str | None) -> Split | None
 
 
 def slices(name: str, shape: Sequence[int], split: Split, ranks: int) -> list[list[tuple[int, int]]]:
-    """For each rank the intervals of ``split.dim`` that it holds, one for each group, ascending.
+    """Returns for each rank the intervals of ``split.dim`` that it holds, one for each group, ascending.
 
-    Raises ``ValueError`` where ranks would hold different amounts.
+    Raises ``ValueError`` if ranks would hold different amounts.
     """
     size = shape[split.dim]
     sizes = split.sizes or (size // split.groups,) * split.groups
@@ -121,7 +125,10 @@ def slices(name: str, shape: Sequence[int], split: Split, ranks: int) -> list[li
 
 
 def read_plan(path: str | os.PathLike[str]) -> dict[str, str]:
-    """A plan from a JSON file: one object, name -> style. Raises ``OSError``, and ``ValueError`` naming the file."""
+    """Reads a plan from a JSON file: one object with a style for each name.
+
+    Raises ``OSError``, and ``ValueError`` naming the file.
+    """
     name = os.fspath(path)
     text = read_text(name)
     try:
@@ -136,10 +143,10 @@ def read_plan(path: str | os.PathLike[str]) -> dict[str, str]:
 def splits_of(
     tensors: Iterable[tuple[str, Sequence[int]]], plan: Mapping[str, str]
 ) -> dict[str, Split | None]:
-    """How a plan splits tensors that it calls by the names they have in the checkpoint; those of which it does not
-    speak are replicated.
+    """Returns how a plan splits tensors, which it calls by their names in the checkpoint.
 
-    Raises ``ValueError`` as :func:`split_of`, and for entries that no tensor belongs to.
+    Tensors that it does not name are replicated. Raises ``ValueError`` as :func:`split_of`, and for entries
+    that no tensor belongs to.
     """
     unused = set(plan)
     found = {}

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What one launch of the pack kernel is to do: entries of about 64 KiB, one for a block of threads at a time, and
-// the dimensions they walk. Made by the CPU, so that the kernel neither decomposes a 64-bit index nor divides by
-// anything but a constant it is given the reciprocal of.
+// The work of one launch of the pack kernel: entries of about 64 KiB, each for one block of threads, and the dimensions
+// of these entries. The CPU makes the table, so that the kernel decomposes no 64-bit index, and divides only by
+// constants of which it is given the reciprocal.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,7 @@ namespace fastshard {
 // Kernel parameters, in order: const PackEntry* entries, uint32_t count, const PackDim* dims, std::byte* out.
 inline constexpr char kPackKernelName[] = "fastshard_pack";
 inline constexpr unsigned kPackThreads = 256;
-// A block gathers at most this much at a time, so that one large view uses many of them.
+// Bytes that a block of threads gathers at most, so that one large view is gathered by many blocks.
 inline constexpr uint32_t kEntryNbytes = 64 << 10;
 // Shared memory of a tile and the padding of its rows.
 inline constexpr uint32_t kTileNbytes = 16 << 10;
@@ -23,7 +23,7 @@ inline constexpr uint32_t kTilePadNbytes = 512;
 // Levels of a view: its dimensions and the elements of a run.
 inline constexpr uint32_t kMaxLevels = kMaxDims + 1;
 
-// One level of a strided walk.
+// One level of a strided view.
 struct PackDim {
   int64_t stride;  // of the source, in bytes
   uint32_t size;   // below 2^31
@@ -66,8 +66,8 @@ class PackTable {
   // `capacity`: bytes the table may have. `out`: the address that offsets count from; only its alignment counts.
   PackTable(uint64_t capacity, uintptr_t out) : capacity_(capacity), base_(out % 16) {}
 
-  // Packed bytes [first_byte, first_byte + nbytes) of a view, to `out` + `offset`. False, and nothing is added,
-  // when the table is full, or for a cast of what is not aligned.
+  // Adds a gather of the packed bytes [first_byte, first_byte + nbytes) of a view to `out` + `offset`. Returns false,
+  // and adds nothing, if the table is full, or for a cast of a view that is not aligned.
   bool add(const TensorView& view, uint64_t first_byte, uint64_t nbytes, uint32_t offset);
 
   bool empty() const { return entries_.empty(); }
