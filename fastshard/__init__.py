@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from .api.sharded_save import save_sharded_state as save_sharded_state
     from .engine.engine import Engine as Engine
     from .engine.engine import SaveFuture as SaveFuture
+    from .engine.figures import stats as stats
     from .engine.options import Options as Options
     from .engine.options import Stats as Stats
-    from .engine.pipeline import stats as stats
     from .errors import ArchiveError as ArchiveError
     from .errors import SaveError as SaveError
     from .integrations.patching import install as install
@@ -73,7 +73,7 @@ _HOMES = {
     "save_torch_model": "fastshard.api.hub",
     "save_torch_state_dict": "fastshard.api.hub",
     "shard_checkpoint": "fastshard.tools.reshard",
-    "stats": "fastshard.engine.pipeline",
+    "stats": "fastshard.engine.figures",
     "status": "fastshard.integrations.report",
     "torch_save": "fastshard.api.archive",
     "uninstall": "fastshard.integrations.patching",

@@ -45,7 +45,7 @@ PYTHON_LAYERS = {
     "base": "settings living loading activity originals",
     "formats": "json_text naming safetensors torch_archive manifest hf_index file_kinds",
     "engine": """
-        options plan limits borrowed mapped sharing tensors future progress engine pipeline reading
+        options plan limits borrowed mapped sharing tensors future progress figures engine pipeline reading
     """,
     "publish": "hidden_names folder attributes staging change linking exchanging switching directory ranks in_place staged",
     "api": """

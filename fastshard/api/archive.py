@@ -25,7 +25,8 @@ from ..base.activity import count_left
 from ..base.originals import original_of
 from ..engine import tensors as _tensors
 from ..engine.engine import Engine, Options, Stats, engine_for, progress_wanted
-from ..engine.pipeline import How, counted, encoded_path, finish, keep_stats
+from ..engine.figures import counted, keep_stats
+from ..engine.pipeline import How, encoded_path, finish
 from ..engine.plan import FilePlan
 from ..publish.in_place import LATE, note_made, why_in_place
 from .archive_by_torch import can_replace, new_file, replace_by_torch, sync_folder
@@ -223,7 +224,7 @@ def _write(path: str, skeleton: Skeleton, planned: Plan, how: How, began: float)
         future = engine_for(how.engine).submit(
             [file],
             keep_alive=(planned, skeleton),
-            streams=_tensors.current_streams(view.device for view in planned.items),
+            streams=_tensors.current_streams([view.device for view in planned.items]),
             durable=how.durable,
             keep_cached=how.keep_cached,
             checksums=planned.amend is not None,

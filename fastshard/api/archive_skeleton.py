@@ -282,9 +282,11 @@ def plan(skeleton: Skeleton) -> Plan:
 
 def _fetcher(held: Sequence[Held]) -> Callable[[int, int, int, int, int], None]:
     on_streams = _tensors.on_current_streams(
-        one.device
-        for one in held
-        if not isinstance(one, bytes) and _tensors.device_number(one.device) == FETCHED
+        [
+            one.device
+            for one in held
+            if not isinstance(one, bytes) and _tensors.device_number(one.device) == FETCHED
+        ]
     )
 
     def fetch(file: int, item: int, first_byte: int, nbytes: int, address: int) -> None:

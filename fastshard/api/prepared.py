@@ -12,6 +12,7 @@ import torch
 
 from ..engine import tensors as _tensors
 from ..engine.engine import Engine, Options, Stats, engine_for
+from ..engine.figures import keep_stats
 from ..engine.pipeline import (
     How,
     PathLike,
@@ -19,7 +20,6 @@ from ..engine.pipeline import (
     check_filename,
     encoded_path,
     finish,
-    keep_stats,
     lay_out,
 )
 from ..engine.plan import FETCHED, FilePlan

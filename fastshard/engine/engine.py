@@ -102,7 +102,7 @@ class Engine:
                 ``plan.FETCHED``. Until then such a save occupies a writer.
             amend: called with the checksums (of each view of each file) when everything is written. It returns
                 ``(file, offset, bytes)`` for bytes to write over that before the files are synced and appear.
-            steps: called one after the other with the handle when the files stand, until one raises. The save ends
+            steps: called one after the other with the figures of the save when the files stand, until one raises. The save ends
                 with the last one.
             undo: called at the end of a save that was started, however it ends.
             explain: changes what an error of the save says or names, before anybody sees it.

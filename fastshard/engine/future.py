@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Fetch = Callable[[int, int, int, int, int], None]
 Amend = Callable[[list[list[int]]], list[tuple[int, int, bytes]]]
-Step = Callable[["SaveFuture"], None]
+Step = Callable[[Stats], None]
 _POLL_SECONDS: Final = 0.1
 """The longest time until Ctrl-C is noticed."""
 _START_SECONDS: Final = 1.0
@@ -347,7 +347,7 @@ class SaveFuture:
                 while self._steps and self._error is None:
                     if self._stopped:
                         raise CancelledError("the save was cancelled")
-                    self._steps[0](self)
+                    self._steps[0](self.stats)
                     self._steps.popleft()
             except BaseException as raised:
                 self._error = raised

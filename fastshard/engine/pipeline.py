@@ -5,7 +5,6 @@ for."""
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 
-from ..base.activity import count_saved
 from ..errors import SaveError
 from ..formats.safetensors import HeaderTooLarge, header
 from . import tensors as _tensors
 from .engine import Engine, Fetch, Options, SaveFuture, Stats, Step, engine_for, progress_wanted
+from .figures import counted
 from .plan import FETCHED, FilePlan
 from .progress import wait_with_bar
 
@@ -41,7 +40,7 @@ def lay_out(
     _check_metadata(metadata)
     _tensors.check_format(entries)
     try:
-        head = header(((e.name, e.code, e.shape, e.view.nbytes) for e in entries), metadata)
+        head = header([(e.name, e.code, e.shape, e.view.nbytes) for e in entries], metadata)
     except HeaderTooLarge:
         raise SafetensorError("Error while serializing: header too large") from None
     return entries, head
@@ -54,7 +53,7 @@ def fetcher(entries_of: list[Entries], dtype: torch.dtype | str | None) -> Fetch
     """
     target = _tensors.check_dtype(dtype)
     on_streams = _tensors.on_current_streams(
-        entry.tensor.device for entries in entries_of for entry in entries if entry.view.device == FETCHED
+        [entry.tensor.device for entries in entries_of for entry in entries if entry.view.device == FETCHED]
     )
 
     def fetch(file: int, item: int, first_byte: int, nbytes: int, address: int) -> None:
@@ -98,28 +97,6 @@ def encoded_path(filename: PathLike) -> bytes:
     if b"\0" in path:
         raise SaveError(22, os.strerror(22), filename)
     return path
-
-
-class _Newest:
-    """Figures of the newest save of each thread, and of the newest of all."""
-
-    of_thread = threading.local()
-    of_all: Stats | None = None
-
-
-def _of_this_thread() -> list[Stats]:
-    """Returns the list in which the figures of this thread's newest save are kept."""
-    found: list[Stats] = _Newest.of_thread.__dict__.setdefault("newest", [])
-    return found
-
-
-def stats() -> Stats | None:
-    """Returns the figures of the newest save that this thread has made.
-
-    In a thread that has made none, they are those of the newest save of the process; ``None`` before the
-    first. A save counts when it is complete.
-    """
-    return next(iter(_of_this_thread()), _Newest.of_all)
 
 
 class How(NamedTuple):
@@ -216,21 +193,3 @@ def finish(future: SaveFuture, progress: bool | None, description: str) -> Stats
     if progress_wanted(progress) and future.progress().nbytes:
         wait_with_bar(future, description)
     return future.result()
-
-
-def counted(call: str, place: object) -> Step:
-    """Returns the last step of a save of this thread, which counts it as one of the public function
-    ``call``."""
-    of_starter = _of_this_thread()
-    return lambda future: _keep(future.stats, call, place, of_starter)
-
-
-def keep_stats(figures: Stats, call: str, place: object) -> None:
-    """Counts a save that this thread has made without the engine."""
-    _keep(figures, call, place, _of_this_thread())
-
-
-def _keep(figures: Stats, call: str, place: object, of_starter: list[Stats]) -> None:
-    of_starter[:] = [figures]
-    _Newest.of_all = figures
-    count_saved(call, place, figures.files, figures.nbytes, figures.seconds)

@@ -100,7 +100,7 @@ class Replacement:
             raise
         self.path: Final = self._staging.path
 
-    def publish(self) -> None:
+    def publish(self, _: object = None) -> None:
         """Lets all files appear at once."""
         self._publishing = True
         self._staging.publish(*self._what)

@@ -145,9 +145,7 @@ def staged(
                 _running.stage = outer
             names |= stage.weights()
             preferred = _preferred(directory, names)
-            future = stage.start(
-                steps=[lambda _: change.publish()], undo=change.close, explain=change.explain
-            )
+            future = stage.start(steps=[change.publish], undo=change.close, explain=change.explain)
             unless_started.pop_all()
         finish(future, how.progress, DESCRIPTION)
     for record in held:

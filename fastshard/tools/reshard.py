@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from ..engine import pipeline
 from ..engine.engine import Engine, Options, engine_for, progress_wanted
+from ..engine.figures import counted
 from ..engine.pipeline import How
 from ..engine.plan import FETCHED, HOST, FilePlan, TensorView
 from ..formats.hf_index import (
@@ -270,7 +271,7 @@ def _write(outputs: Iterable[_Output], stage: str, how: How, description: str) -
             durable=how.durable,
             keep_cached=how.keep_cached,
             fetch=fetch,
-            steps=[pipeline.counted("save_file", "")],
+            steps=[counted("save_file", "")],
             plan_seconds=time.perf_counter() - began,
             serve=False,
         )
