@@ -324,10 +324,16 @@ def test_ctrl_c_in_the_waiting_thread(new_engine: NewEngine, path: Path, gate: G
 
     future = start(new_engine(), path, fetch=gate, serve=serve, undo=lambda: undone.append(None))
     thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        future.result()
-    thread.join()
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored where tests run in the background
+    try:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            future.result()
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert future.done() and undone == [None]
     assert path.read_bytes() == b"old" and names(path.parent) == [path.name]
 
