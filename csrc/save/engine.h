@@ -7,8 +7,8 @@
 #include <mutex>
 
 #include "file/direct_io.h"
-#include "save/save.h"
 #include "file/standing.h"
+#include "save/save.h"
 
 namespace fastshard {
 
