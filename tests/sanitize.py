@@ -93,7 +93,7 @@ race:_dl_deallocate_tls
 def build(sanitizer: Sanitizer, folder: Path) -> Path:
     """Makes the module, and the package around it; the folder to import it from."""
     made, package = folder / "module", folder / "package"
-    configure = [
+    configure: list[str | Path] = [
         *(
             "cmake",
             "-S",
