@@ -593,7 +593,7 @@ def test_slots_are_kept_until_copies_beside_a_failed_one_are_done(
     sim.fail("cuMemcpyDtoHAsync", Result.UNKNOWN, nth=2)
     with sim.paused():
         future = submit(new_engine(), {path: sources})
-        wait_until(lambda: sim.count("cuMemcpyDtoHAsync") == 2)
+        wait_until(lambda: sim.count("cuMemcpyDtoHAsync") == 2 and sim.count("cuStreamSynchronize") > 0)
         assert stays_unfinished(future)
     with pytest.raises(RuntimeError, match="cuMemcpyDtoHAsync failed: CUDA_ERROR_UNKNOWN"):
         future.result()
