@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 LINT := build/lint
 TOOLS := $(LINT)/tools/bin
 
-.PHONY: demo lint test test-versions faults bench torch
+.PHONY: demo lint test sanitize test-versions faults bench torch
 
 demo: torch
 	$(BIN)/pip install -q .
@@ -38,6 +38,12 @@ lint: torch $(TOOLS)/pip
 test: torch
 	$(BIN)/pip install -q '.[test]'
 	$(BIN)/pytest -n auto --dist worksteal
+
+# The engine's tests over a native module that GCC's sanitizers watch, for addresses and undefined behaviour, then for
+# threads. ARGS="--only thread" for one of them.
+sanitize: torch
+	$(BIN)/pip install -q '.[test]' pybind11 cmake ninja
+	$(BIN)/python tests/sanitize.py $(ARGS)
 
 # Each system call of each saver fails once, and a kill at each change of a file; power cuts too, with root. ARGS="--saver NAME"
 # for a part of it (half an hour for all). Status 77: this machine cannot watch calls.

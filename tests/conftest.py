@@ -22,7 +22,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 import simcuda
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 DRIVER_VARIABLE = "FASTSHARD_LIBCUDA"
 REQUIRE_VARIABLE = "FASTSHARD_REQUIRE_CUDA"
+REQUIRE_MOUNTS_VARIABLE = "FASTSHARD_REQUIRE_MOUNTS"
 CACHE_VARIABLE = "FASTSHARD_SIMCUDA_CACHE"
 BUDGET = 1 << 20
 """Staging memory of ``new_engine``: two slots."""
@@ -204,6 +205,12 @@ def sticky(tmp_path: Path) -> Iterator[Path]:
         PROTECTED.write_text(before)
 
 
+def without_mounts(reason: str) -> NoReturn:
+    """Skips a test that mounts something where that is not possible; fails it where ``FASTSHARD_REQUIRE_MOUNTS`` is 1."""
+    missing = pytest.fail if os.environ.get(REQUIRE_MOUNTS_VARIABLE) == "1" else pytest.skip
+    missing(reason)
+
+
 @pytest.fixture(params=["tmpfs", "ext4"])
 def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """A filesystem of 24 MiB."""
@@ -217,10 +224,10 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
         os.truncate(image, 24 << 20)
         mkfs = shutil.which("mkfs.ext4") or "/sbin/mkfs.ext4"
         if not os.path.exists(mkfs):
-            pytest.skip("no mkfs.ext4 here")
+            without_mounts("no mkfs.ext4 here")
         subprocess.run([mkfs, "-q", image], check=True)
         command = ["mount", "-o", "loop", image, mount]
     if subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("mounting a filesystem is not allowed here")
+        without_mounts("mounting a filesystem is not allowed here")
     yield mount
     subprocess.run(["umount", "-l", mount], check=True)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// OutputFile by itself: linked with nothing that makes a temporary or publishes one, and called from test_others_file.py.
+// OutputFile by itself: linked with nothing that makes a temporary or publishes one, and called from
+// test_others_file.py.
 #include <cstring>
 
 #include "file/output.h"

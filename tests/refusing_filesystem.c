@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // LD_PRELOAD for tests: a filesystem that refuses what some mounts refuse. REFUSE holds words such as
-// "tmpfile fallocate exchange link linkat unlink rename fsync range xattr chmod locks direct pwrite statx io_uring"; each
-// makes that call fail with ENOTSUP, or with the number behind a colon ("rename:5"); with 999 the process is killed there.
-// "rename@2" refuses the second call only. Some words refuse nothing. "short": pwrite writes half of what it is given and
-// a piece of a block. "pause": rename waits half a second. "late": what "range" refuses takes half a second.
-// `refused_calls` counts.
+// "tmpfile fallocate exchange link linkat unlink rename fsync range xattr chmod locks direct pwrite statx io_uring";
+// each makes that call fail with ENOTSUP, or with the number behind a colon ("rename:5"); with 999 the process is
+// killed there. "rename@2" refuses the second call only. Some words refuse nothing. "short": pwrite writes half of what
+// it is given and a piece of a block. "pause": rename waits half a second. "late": what "range" refuses takes half a
+// second. `refused_calls` counts.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

@@ -120,7 +120,7 @@ def _built(library: Path) -> Path:
         raise FileNotFoundError("cuda.h not found: set CUDA_HOME, or pip install nvidia-cuda-runtime")
     compiler = os.environ.get("CXX") or shutil.which("g++") or "g++"
     flags = ["-std=c++20", "-fPIC", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
-    flags.append(f"-I{_CSRC}")
+    flags += [f"-I{_CSRC}", *os.environ.get("CXXFLAGS", "").split()]
     flags.append("-Wno-unknown-pragmas")  # of nvcc's
     if WARNINGS_ARE_ERRORS in os.environ.get("CMAKE_ARGS", "").split():
         flags.append("-Werror")
@@ -135,7 +135,8 @@ def _built(library: Path) -> Path:
             objects = list(pool.map(compile_one, sources))
         # -Bsymbolic: its own cuInit, also where torch has loaded a real driver. nodelete: it has threads.
         linked = os.path.join(scratch, library.name)
-        _run([compiler, "-shared", "-pthread", "-Wl,-Bsymbolic,-z,nodelete,-z,defs", *objects, "-o", linked])
+        link = [*flags, "-shared", "-Wl,-Bsymbolic,-z,nodelete,-z,defs"]
+        _run([compiler, *link, *objects, "-o", linked])
         os.replace(linked, library)
     return library
 

@@ -142,7 +142,7 @@ def test_close_amends_what_is_missing(path: Path, new_engine: NewEngine) -> None
     assert future.done() and path.read_bytes()[:1] == b"!"
 
 
-def test_a_dropped_save_is_amended(path: Path, new_engine: NewEngine) -> None:
+def test_a_dropped_save_is_amended(path: Path, new_engine: NewEngine, no_hang: None) -> None:
     submit(new_engine(), {path: [noise(SLOT)]}, lambda _: [(0, 0, b"!")])
     while not path.exists():
         time.sleep(0.001)

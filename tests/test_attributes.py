@@ -147,7 +147,8 @@ def test_what_is_refused_is_named(tmp_path: Path, preloaded: Path, refuse: str) 
     set_or_skip(path, "user.origin", b"run 17")
     done = run_engine("print(save(sys.argv[1]).fallbacks)", path, env=preload(preloaded, refuse))
     what = "the extended attribute user.origin" if "xattr" in refuse else "fchmod"
-    assert f"{what} refused: {os.strerror(int(refuse.split(':')[1]))}" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert f"{what} refused: {os.strerror(int(refuse.split(':')[1]))}" in done.stdout
     assert path.read_bytes() == b"new contents"
     assert stat.S_IMODE(path.stat().st_mode) == (0o640 if "xattr" in refuse else 0o600)
 
@@ -159,6 +160,7 @@ def test_a_mode_that_cannot_be_stored_is_an_error(tmp_path: Path, preloaded: Pat
     done = run_engine(
         "print(save(sys.argv[1]).fallbacks)", path, env=preload(preloaded, f"chmod:{errno.EIO}")
     )
+    assert done.returncode == 1
     assert f'{os.strerror(errno.EIO)} (os error {errno.EIO}): "{path}"' in done.stderr
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["m"]
@@ -183,7 +185,8 @@ def test_rights_of_another_owner_and_group_are_left_out(public: Path, mode: int,
     print(save(sys.argv[1]).fallbacks)
     """
     done = run_engine(script, path)
-    assert "fchown refused" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "fchown refused" in done.stdout
     found = path.stat()
     assert (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid) == (becomes, 65534, 65534)
 

@@ -316,8 +316,10 @@ def test_fork_while_a_save_runs(tmp_path: Path) -> None:
     """
     done = run(script, tmp_path)
     assert done.stdout.splitlines()[-1] == "[0, 0, 0]", done.stderr
+    assert names(tmp_path) == ["child0", "child1", "child2", "parent"]
     for name in names(tmp_path):
-        assert all((tensor == 5).all() for tensor in reference.load_file(tmp_path / name).values())
+        loaded = reference.load_file(tmp_path / name)
+        assert len(loaded) == 8 and all((tensor == 5).all() for tensor in loaded.values())
 
 
 # When it is chosen ---------------------------------------------------------------------------------------

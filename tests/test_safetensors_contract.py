@@ -490,8 +490,6 @@ def test_stats_of_a_file(tmp_path):
     assert (stats.files, stats.nbytes) == (1, (tmp_path / "model").stat().st_size)
     assert stats.write_path in ("buffered", "mapped")
     assert (stats.staging, stats.staging_nbytes) == ("none", 0)
-    parts = [stats.plan_seconds, stats.copy_seconds, stats.write_seconds, stats.sync_seconds]
-    assert all(seconds >= 0 for seconds in parts)
     assert stats.sync_seconds > 0 and stats.write_seconds > 0
     assert stats.seconds >= stats.plan_seconds > 0
     assert isinstance(stats.fallbacks, tuple)
@@ -501,7 +499,9 @@ def test_stats_of_a_file(tmp_path):
 def test_stats_name_the_write_path(tmp_path, write_path):
     fastshard.save_file(TENSORS, tmp_path / "model", engine=Options(write_path=write_path))
     stats = fastshard.stats()
-    assert stats.write_path == write_path or any("fallocate" in refused for refused in stats.fallbacks)
+    # A file is only mapped where its space can be had beforehand.
+    refused = write_path == "mapped" and any("fallocate" in text for text in stats.fallbacks)
+    assert stats.write_path == ("buffered" if refused else write_path)
 
 
 def test_stats_of_memory():
@@ -846,7 +846,7 @@ assert "torch" not in sys.modules
 
 
 @pytest.mark.parametrize("function", ["save_file", "save"])
-def test_other_threads_run_meanwhile(tmp_path, function):
+def test_other_threads_run_meanwhile(tmp_path, no_hang, function):
     tensors = {str(number): torch.ones(25 * MIB // 4) for number in range(8)}
     call = {
         "save_file": lambda: fastshard.save_file(tensors, tmp_path / "big"),

@@ -10,6 +10,7 @@ namespace fastshard {
 
 // Only of this module: torch may share pybind11's tables, and what its streams throw is a std::system_error too.
 void bind_errors(py::module_&) {
+  // NOLINTNEXTLINE(performance-unnecessary-value-param): pybind11 wants a function of that type
   py::register_local_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);

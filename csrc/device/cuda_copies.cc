@@ -66,6 +66,7 @@ void CudaCopies::gather_and_cast(const CopyOp& op, std::span<std::byte> scratch,
 
 void CudaCopies::copy_rows(const std::byte* source, uint64_t stride, uint64_t run, uint64_t rows, std::byte* out) {
   if (rows == 1) return copy(source, run, out);
+  // NOLINTNEXTLINE(bugprone-invalid-enum-default-initialization): both kinds of memory are set below
   CUDA_MEMCPY2D copy2d = {};
   copy2d.srcMemoryType = CU_MEMORYTYPE_DEVICE;
   copy2d.srcDevice = reinterpret_cast<CUdeviceptr>(source);

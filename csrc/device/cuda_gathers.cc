@@ -83,7 +83,7 @@ CudaGathers::CudaGathers(std::shared_ptr<Context> context, std::shared_ptr<CudaK
 void CudaGathers::order_behind(const Event& ready) {
   if (way_ != GatherWay::automatic || !scratch_->enabled()) return;
   scratch_->ask_again();
-  pack_stream_.emplace(context_);
+  pack_stream_ = std::make_unique<Stream>(context_);
   FASTSHARD_CUDA(driver(), cuStreamWaitEvent, pack_stream_->get(), ready.get(), 0);
 }
 

@@ -5,7 +5,6 @@
 
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <set>
 #include <span>
 #include <vector>
@@ -58,7 +57,7 @@ class CudaGathers {
   const GatherWay way_;
   CudaCopies& copies_;
   const CUstream stream_;
-  std::optional<Stream> pack_stream_;  // with scratch
+  std::unique_ptr<Stream> pack_stream_;  // with scratch
   mutable std::mutex mutex_;
   std::set<CUdeviceptr> blocks_used_;
   bool scratch_refused_ = false;

@@ -47,8 +47,17 @@ std::vector<std::string> names_in(const std::string& list) {
 // error: the file would stand with a mode that is not its own.
 bool is_refusal(int error) {
   switch (error) {
-    case EPERM: case EACCES: case EROFS: case EINVAL: case ENOSYS: case ENOTSUP:
-    case ENOSPC: case EDQUOT: case E2BIG: case ERANGE: case ENODATA:
+    case EPERM:
+    case EACCES:
+    case EROFS:
+    case EINVAL:
+    case ENOSYS:
+    case ENOTSUP:
+    case ENOSPC:
+    case EDQUOT:
+    case E2BIG:
+    case ERANGE:
+    case ENODATA:
       return true;
     default:
       return false;

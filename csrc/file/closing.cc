@@ -71,6 +71,7 @@ struct Registry {
     if (*link != nullptr) *link = state.next;
   }
 };
+// NOLINTNEXTLINE(bugprone-throwing-static-initialization): without memory for this nothing can be imported
 Registry* const registry = new Registry;
 
 // The closing thread exists in the parent only. Whether it had closed the first descriptor already is told by the file
@@ -93,8 +94,8 @@ void close_in_child() {
 }
 
 void watch_forks() {
-  static const int once = pthread_atfork([] { registry->mutex.lock(); }, [] { registry->mutex.unlock(); },
-                                         close_in_child);
+  static const int once =
+      pthread_atfork([] { registry->mutex.lock(); }, [] { registry->mutex.unlock(); }, close_in_child);
   static_cast<void>(once);
 }
 

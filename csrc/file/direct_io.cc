@@ -16,9 +16,9 @@
 #include <utility>
 #include <vector>
 
-#include "plan/error.h"
 #include "file/filesystem.h"
 #include "file/threads.h"
+#include "plan/error.h"
 
 namespace fastshard {
 namespace {

@@ -74,7 +74,7 @@ class Publication {
   }
 
   // Of a single file.
-  void swap(PlacedFile* previous) {
+  void put_in_place_of(PlacedFile* previous) {
     PlacedFile& file = *files_.front();
     // Before it is hidden, so that nobody takes it for a leftover. A reader's lock is not in the way of anything else.
     if (previous != nullptr) mark_in_use(previous->descriptor());
@@ -124,7 +124,7 @@ void publish(std::span<PlacedFile* const> files, bool durable) { Publication(fil
 
 void swap_into_place(TemporaryFile& file, TemporaryFile* previous, bool durable) {
   PlacedFile* const alone = &file;
-  Publication({&alone, 1}, durable).swap(previous);
+  Publication({&alone, 1}, durable).put_in_place_of(previous);
 }
 
 }  // namespace fastshard

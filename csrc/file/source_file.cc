@@ -14,9 +14,9 @@
 #include <optional>
 #include <utility>
 
-#include "plan/error.h"
-#include "file/filesystem.h"
 #include "device/pack.h"
+#include "file/filesystem.h"
+#include "plan/error.h"
 
 namespace fastshard {
 namespace {

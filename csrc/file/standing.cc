@@ -31,6 +31,7 @@ Standing::Standing(std::string path, uint64_t nbytes, size_t generations, std::v
   if (generations < 2) throw std::invalid_argument("generations must be at least 2: one is read, one is written");
   while (generations_.size() < generations) generations_.push_back(make());
   std::vector<TemporaryFile*> files;
+  files.reserve(generations);
   for (const auto& generation : generations_) files.push_back(&generation->file);
   require_space(files);
   for (const auto& generation : generations_) populate(*generation);

@@ -62,6 +62,7 @@ ChunkWriter::ChunkWriter(WriterParts parts, const ScheduleLimits& limits, size_t
 
 std::vector<uint32_t> ChunkWriter::checksums() const {
   std::vector<uint32_t> values;
+  values.reserve(checksums_.size());
   for (const Crc32& checksum : checksums_) values.push_back(checksum.value());
   return values;
 }

@@ -23,7 +23,8 @@ uint64_t slot_nbytes(const Options& options) {
 constexpr uint64_t kSmallSaveNbytes = 256 << 10;
 
 bool is_small(const Save& save, const Intent& intent) {
-  return save.nbytes() <= kSmallSaveNbytes && save.on_host() && !intent.durable && intent.keep_cached && !intent.amended;
+  return save.nbytes() <= kSmallSaveNbytes && save.on_host() && !intent.durable && intent.keep_cached &&
+         !intent.amended;
 }
 
 size_t checked_threads(const Options& options) {

@@ -316,6 +316,7 @@ void Save::describe_end(const DeviceUse& committed) {
     final_.device_scratch_nbytes = use.scratch_nbytes;
     final_.fallbacks.insert(final_.fallbacks.end(), use.fallbacks.begin(), use.fallbacks.end());
   } catch (const std::exception&) {
+    // As said above.
   }
 }
 
