@@ -133,6 +133,10 @@ class Replacement:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.end(error)
+
+    def end(self, error: BaseException | None) -> None:
+        """Closes, and explains ``error``, which has ended the change, and an error of closing."""
         if error is not None:
             self.explain(error)
         try:

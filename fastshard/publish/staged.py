@@ -135,8 +135,7 @@ def staged(
     held: list[logging.LogRecord] = []
     with one_save(call, directory):
         change = Replacement(directory, obsolete, create=create, durable=how.durable)
-        with contextlib.ExitStack() as unless_started:
-            unless_started.enter_context(change)
+        try:
             stage = _running.stage = Stage(change.path, how)
             try:
                 with _held_back(loggers, change.path, held):
@@ -146,7 +145,9 @@ def staged(
             names |= stage.weights()
             preferred = _preferred(directory, names)
             future = stage.start(steps=[change.publish], undo=change.close, explain=change.explain)
-            unless_started.pop_all()
+        except BaseException as error:
+            change.end(error)
+            raise
         finish(future, how.progress, DESCRIPTION)
     for record in held:
         logging.getLogger(record.name).handle(record)
