@@ -56,10 +56,12 @@ class Sanitizer:
 
 NOT_COUNTED = "the sanitizer's operator new stands before that of refusing_resources.cc, which counts"
 MORE_MEMORY = "the sanitizer keeps notes of memory in memory, and the test measures that of the process"
+SIGNAL = "the sanitizer reports the invalid access that the test is about, and ends the process its own way"
 EXCLUDED = {
     "test_closing.py::test_without_a_thread_or_memory_they_are_closed_by_the_caller[memory]": NOT_COUNTED,
     "test_closing.py::test_soon_without_a_thread_or_memory_is_now[memory]": NOT_COUNTED,
     "test_mapped.py::test_memory_is_bounded": MORE_MEMORY,
+    "simulated_driver/test_simulator.py::test_the_host_cannot_read_device_addresses": SIGNAL,
 }
 FORKS = dict.fromkeys(
     ("test_direct.py::test_fork_while_a_save_runs", "test_files.py::test_fork_while_a_save_runs"),
