@@ -99,7 +99,7 @@ def test_the_command_line_and_the_module_are_one_program() -> None:
         [sys.executable, "-m", "fastshard"],
         [sys.executable, "-c", "import sys; from fastshard.cli import main; sys.exit(main())"],
     ):
-        done = subprocess.run([*command, "--version"], capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, cwd=ROOT / "tests")
         assert done.returncode == 0 and fastshard.__version__ in done.stdout, done.stderr
     assert callable(main)
 
@@ -111,7 +111,7 @@ def test_an_import_installs_everything() -> None:
             [sys.executable, "-c", script],
             capture_output=True,
             text=True,
-            cwd=ROOT,
+            cwd=ROOT / "tests",
             env={**os.environ, "FASTSHARD_DISABLE": value},
         )
         assert done.stdout.strip() == shown, done.stderr
