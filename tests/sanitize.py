@@ -181,7 +181,7 @@ def run(sanitizer: Sanitizer, arguments: list[str]) -> bool:
         text=True,
     ).stdout.strip()
     assert Path(found).is_relative_to(package), f"the tests would take {found}"
-    options = [*OPTIONS, *(f"--deselect={name}" for name in sanitizer.excluded)]
+    options = [*OPTIONS, *(f"--deselect=tests/{name}" for name in sanitizer.excluded)]
     began = time.monotonic()
     ended = subprocess.run(
         [*python, "-m", "pytest", *options, *(arguments or TESTS)], cwd=ROOT / "tests", env=environment
