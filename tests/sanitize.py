@@ -52,6 +52,7 @@ class Sanitizer:
     excluded: dict[str, str] = field(default_factory=dict)
     """Tests it cannot run, and why."""
     before: tuple[str, ...] = ()
+    """A command to start Python with, where it is allowed."""
 
 
 NOT_COUNTED = "the sanitizer's operator new stands before that of refusing_resources.cc, which counts"
@@ -169,7 +170,10 @@ def run(sanitizer: Sanitizer, arguments: list[str]) -> bool:
     shutil.rmtree(reports, ignore_errors=True)
     reports.mkdir()
     environment = environment_of(sanitizer, folder, package)
-    python = [*sanitizer.before, sys.executable]
+    allowed = (
+        sanitizer.before and subprocess.run([*sanitizer.before, "true"], capture_output=True).returncode == 0
+    )
+    python = [*(sanitizer.before if allowed else ()), sys.executable]
     # From tests/, where no other fastshard is.
     script = "import fastshard._native; print(fastshard._native.__file__)"
     found = subprocess.run(

@@ -146,6 +146,7 @@ limits = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(plans(), limits)
 def test_chunks_tile_the_file_and_ops_tile_the_chunks(plan: FilePlan, limit: dict[str, int]) -> None:
     items = items_of(plan)
@@ -170,6 +171,7 @@ def test_chunks_tile_the_file_and_ops_tile_the_chunks(plan: FilePlan, limit: dic
     assert covered == [view.nbytes for view in items]
 
 
+@settings(deadline=None)
 @given(plans(), limits)
 def test_limits_are_respected(plan: FilePlan, limit: dict[str, int]) -> None:
     items = items_of(plan)
@@ -184,6 +186,7 @@ def test_limits_are_respected(plan: FilePlan, limit: dict[str, int]) -> None:
         assert limit["in_place"] or chunk.route != "in_place"
 
 
+@settings(deadline=None)
 @given(plans(), limits)
 def test_chunks_end_on_pages(plan: FilePlan, limit: dict[str, int]) -> None:
     """Unless something else ended them: too many pieces, or bytes that go another way."""
@@ -194,6 +197,7 @@ def test_chunks_end_on_pages(plan: FilePlan, limit: dict[str, int]) -> None:
         assert after.file_offset % PAGE == 0 or full or not joins
 
 
+@settings(deadline=None)
 @given(plans(), limits)
 def test_every_item_goes_its_way(plan: FilePlan, limit: dict[str, int]) -> None:
     items = items_of(plan)
@@ -205,6 +209,7 @@ def test_every_item_goes_its_way(plan: FilePlan, limit: dict[str, int]) -> None:
             assert not any(map(needs_staging, views))
 
 
+@settings(deadline=None)
 @given(plans(), limits.map(lambda limit: {**limit, "in_place": True}))
 def test_host_memory_in_long_runs_is_staged_only_along_with_others(
     plan: FilePlan, limit: dict[str, int]
@@ -220,6 +225,7 @@ def test_host_memory_in_long_runs_is_staged_only_along_with_others(
                 assert op.nbytes == view.nbytes < RIDE_ALONG_NBYTES
 
 
+@settings(deadline=None)
 @given(plans(aligned=True), limits)
 def test_elements_stay_whole(plan: FilePlan, limit: dict[str, int]) -> None:
     items = items_of(plan)
@@ -230,7 +236,7 @@ def test_elements_stay_whole(plan: FilePlan, limit: dict[str, int]) -> None:
             assert op.nbytes % itemsize == 0
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(plans(), max_size=4), limits)
 def test_files_are_scheduled_by_themselves(files: list[FilePlan], limit: dict[str, int]) -> None:
     assert schedule(*files, **limit) == [schedule(plan, **limit)[0] for plan in files]
@@ -259,6 +265,7 @@ def spread_plans(draw: st.DrawFn) -> tuple[FilePlan, list[int]]:
     return spread(plan, gaps, draw(st.permutations(range(count))))
 
 
+@settings(deadline=None)
 @given(spread_plans(), limits)
 def test_chunks_cover_the_items_and_no_gap(spread: tuple[FilePlan, list[int]], limit: dict[str, int]) -> None:
     plan, offsets = spread
@@ -277,11 +284,13 @@ def test_chunks_cover_the_items_and_no_gap(spread: tuple[FilePlan, list[int]], l
     assert covered == [view.nbytes for view in items]
 
 
+@settings(deadline=None)
 @given(spread_plans(), limits)
 def test_limits_are_respected_beside_gaps(spread: tuple[FilePlan, list[int]], limit: dict[str, int]) -> None:
     test_limits_are_respected.hypothesis.inner_test(spread[0], limit)  # type: ignore[attr-defined]
 
 
+@settings(deadline=None)
 @given(plans(), limits, st.data())
 def test_offsets_without_gaps_change_nothing(
     plan: FilePlan, limit: dict[str, int], data: st.DataObject
@@ -363,6 +372,7 @@ blocks = st.fixed_dictionaries(
 ).map(lambda limit: {**limit, "packed_nbytes": limit["slot_nbytes"], "in_place": False})
 
 
+@settings(deadline=None)
 @given(plans(), blocks)
 def test_blocks_stay_whole(plan: FilePlan, limit: dict[str, int]) -> None:
     """For direct I/O: however many pieces, whatever their ways."""
@@ -386,6 +396,7 @@ def test_blocks_stay_whole(plan: FilePlan, limit: dict[str, int]) -> None:
     assert end == plan.nbytes
 
 
+@settings(deadline=None)
 @given(plans(aligned=True), blocks)
 def test_elements_stay_whole_in_blocks(plan: FilePlan, limit: dict[str, int]) -> None:
     test_elements_stay_whole.hypothesis.inner_test(plan, limit)  # type: ignore[attr-defined]
