@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "file/mapping.h"
 
+#include <limits.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 
 namespace fastshard {
@@ -21,6 +23,23 @@ Mapping::Mapping(int fd, uint64_t offset, uint64_t nbytes, const std::string& pa
 
 Mapping::~Mapping() {
   if (base_ != nullptr) munmap(base_, mapped_nbytes_);
+}
+
+// A process may read its own memory, whatever may be read of others (ptrace(2)). The source is the remote side: of a
+// file that is mapped the kernel pins no page.
+int copy_by_kernel(std::span<std::byte> target, std::span<const iovec> parts) {
+  while (!parts.empty()) {
+    const auto now = parts.first(std::min<size_t>(parts.size(), IOV_MAX));
+    size_t wanted = 0;
+    for (const iovec& part : now) wanted += part.iov_len;
+    const iovec local{target.data(), wanted};
+    const ssize_t copied = process_vm_readv(getpid(), &local, 1, now.data(), now.size(), 0);
+    if (copied < 0) return errno;
+    if (static_cast<size_t>(copied) != wanted) return EFAULT;
+    target = target.subspan(wanted);
+    parts = parts.subspan(now.size());
+  }
+  return 0;
 }
 
 void populate(std::span<std::byte> bytes, const std::string& path) {

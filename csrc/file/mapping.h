@@ -2,6 +2,8 @@
 // Files as memory.
 #pragma once
 
+#include <sys/uio.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -34,6 +36,11 @@ class Mapping {
   uint64_t mapped_nbytes_;  // whole pages
   std::span<std::byte> bytes_;
 };
+
+// Copies `parts`, one behind the other, into a mapped range of their length. The kernel makes the stores: where a page
+// cannot be had, or a source cannot be read, this returns an errno and no signal is raised. Returns 0 when all is
+// there. Kernels may refuse it (seccomp).
+int copy_by_kernel(std::span<std::byte> target, std::span<const iovec> parts);
 
 // Makes the pages of a mapped range writable, with one call instead of a fault for each page. Throws IoError(ENOSPC),
 // naming `path`, where a store would raise SIGBUS.

@@ -121,6 +121,17 @@ void OutputFile::write(std::span<iovec> parts, uint64_t offset) {
   }
 }
 
+int OutputFile::store(std::span<const iovec> parts, uint64_t offset) {
+  uint64_t nbytes = 0;
+  for (const iovec& part : parts) nbytes += part.iov_len;
+  try {
+    const Mapping window(fd_.get(), offset, nbytes, path_);
+    return copy_by_kernel(window.bytes(), parts);
+  } catch (const IoError& error) {
+    return error.code().value();
+  }
+}
+
 Mapping OutputFile::window(uint64_t offset, uint64_t nbytes) {
   Mapping window(fd_.get(), offset, nbytes, path_);
   try {

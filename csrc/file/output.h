@@ -58,6 +58,11 @@ class OutputFile {
 
   // Writes all of `parts` (changed on the way) at `offset`.
   void write(std::span<iovec> parts, uint64_t offset);
+  // Returns whether store() may be used: the file's space is there and its size is set, and nobody cuts it.
+  bool storable() const { return storable_; }
+  // Does what write() does through a mapping, without the lock that writes to one file wait for. Returns 0, or the
+  // errno of what was refused; then write() tells why, or can do it. `parts` stay as they are.
+  int store(std::span<const iovec> parts, uint64_t offset);
   // Mapped path only: the populated memory of [offset, offset + nbytes).
   Mapping window(uint64_t offset, uint64_t nbytes);
   // Direct path only: addresses, lengths and offsets of writes to descriptor() must be multiples of this. end_writing()
@@ -112,6 +117,7 @@ class OutputFile {
   WritePath write_path_ = WritePath::buffered;
   uint64_t block_nbytes_ = 1;
   bool preallocated_ = false;
+  bool storable_ = false;
 
  private:
   void check_kind();

@@ -67,6 +67,7 @@ TemporaryFile::TemporaryFile(const std::string& path, uint64_t nbytes, const Int
 TemporaryFile::TemporaryFile(const std::string& path, uint64_t nbytes, const Intent& intent, const Site& site)
     : PlacedFile(path, nbytes, intent, site), gaps_(intent.gaps) {
   write_path_ = choose_write_path(site.filesystem, intent).path;
+  storable_ = intent.wanted == WritePath::automatic && site.filesystem.one_machine && keep_cached();
   note_fallbacks(remove_leftovers(place_.target(), one_machine()));  // first, as they take up space
   make(intent.at_once);
   try {
@@ -145,9 +146,9 @@ void TemporaryFile::preallocate() {
   // Preallocation makes later writes cheaper on disk filesystems and dearer on tmpfs, where it would also make small
   // pages of what could be huge ones. There only a mapping needs it, on kernels that cannot populate: a store to a page
   // that cannot be had is a SIGBUS.
-  if (memory_backed() && write_path_ == WritePath::buffered) return;
-  if (memory_backed() && can_populate()) {
-    if (ftruncate(fd_.get(), static_cast<off_t>(nbytes_)) != 0) fail("ftruncate");
+  if (memory_backed() && (write_path_ == WritePath::buffered || can_populate())) {
+    const bool mapped = write_path_ != WritePath::buffered || storable_;
+    if (mapped && ftruncate(fd_.get(), static_cast<off_t>(nbytes_)) != 0) fail("ftruncate");
     return;
   }
   int result;
@@ -157,6 +158,7 @@ void TemporaryFile::preallocate() {
   preallocated_ = result == 0;
   if (preallocated_) return;
   if (!is_unsupported(errno)) fail("fallocate");
+  storable_ = false;  // a page that cannot be had would be noticed only here and there
   note_fallback("fallocate");
   if (write_path_ != WritePath::direct) write_path_ = WritePath::buffered;
 }

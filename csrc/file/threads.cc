@@ -46,19 +46,34 @@ void WorkerPool::post(std::function<void()> task) {
   {
     const std::lock_guard lock(mutex_);
     tasks_.push_back(std::move(task));
-    if (tasks_.size() > idle_ && running_.size() < threads_) {
-      try {
-        start_one();
-      } catch (const std::exception&) {
-        // No more threads to be had: those that run will do it, if there is one.
-        if (running_.empty()) {
-          tasks_.pop_back();
-          throw;
-        }
+    try {
+      start_one_if_needed();
+    } catch (const std::exception&) {
+      // No more threads to be had: those that run will do it, if there is one.
+      if (running_.empty()) {
+        tasks_.pop_back();
+        throw;
       }
     }
+    waiting_ = tasks_.size();
   }
   posted_.notify_one();
+}
+
+void WorkerPool::offer(std::function<void()> task) noexcept {
+  try {
+    const std::lock_guard lock(mutex_);
+    offered_.push_back(std::move(task));
+    start_one_if_needed();
+  } catch (const std::exception&) {
+    // It waits for a thread that runs, or for none.
+  }
+  posted_.notify_one();
+}
+
+// Under the lock.
+void WorkerPool::start_one_if_needed() {
+  if (tasks_.size() + offered_.size() > idle_ && running_.size() < threads_) start_one();
 }
 
 // Under the lock. The place in the list first: a thread that runs cannot be dropped any more.
@@ -102,13 +117,17 @@ void WorkerPool::run() {
   std::unique_lock lock(mutex_);
   for (;;) {
     ++idle_;
-    posted_.wait(lock, [&] { return closing_ || !tasks_.empty(); });
+    posted_.wait(lock, [&] { return closing_ || !tasks_.empty() || !offered_.empty(); });
     --idle_;
-    if (tasks_.empty()) return;
-    const std::function<void()> task = std::move(tasks_.front());
-    tasks_.pop_front();
-    lock.unlock();
-    task();
+    std::deque<std::function<void()>>& queue = tasks_.empty() ? offered_ : tasks_;
+    if (queue.empty()) return;
+    {
+      const std::function<void()> task = std::move(queue.front());
+      queue.pop_front();
+      waiting_ = tasks_.size();
+      lock.unlock();
+      task();
+    }  // what it holds goes without the lock
     lock.lock();
   }
 }

@@ -2,6 +2,7 @@
 // The engine's threads: writers that run whatever is posted, and one that starts writeback behind them.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstddef>
 #include <deque>
@@ -22,8 +23,8 @@ std::thread start_thread(const char* name, std::function<void()> function);
 // Called by a thread that nobody waits for: from then on, waking it up takes no processor from whoever does.
 void step_back() noexcept;
 
-// Runs posted tasks on at most `threads` threads, first come first served; threads start when needed.
-// Tasks must not throw. Thread-safe.
+// Runs posted tasks on at most `threads` threads, first come first served; threads start when needed. What is offered
+// runs on threads for which nothing is posted. Tasks must not throw. Thread-safe.
 class WorkerPool {
  public:
   explicit WorkerPool(size_t threads) : threads_(threads) {}
@@ -32,6 +33,10 @@ class WorkerPool {
   // Throws std::system_error or std::bad_alloc when no thread runs and none can be started, or when there is no memory
   // for the task; the task was not posted then.
   void post(std::function<void()> task);
+  // Offers a task that may as well not run, or run late. It is dropped when there is no thread or no memory for it.
+  void offer(std::function<void()> task) noexcept;
+  // Returns whether something that was posted waits for a thread. Offered tasks that take long end then.
+  bool wanted() const { return waiting_.load(std::memory_order_relaxed) != 0; }
   // Calls work(0) to work(count - 1) on the workers and on the calling thread, which does all of it when no worker can
   // be started. Returns when all calls have returned; `work` must not throw.
   void run_all(size_t count, const std::function<void(size_t)>& work);
@@ -39,12 +44,14 @@ class WorkerPool {
 
  private:
   void start_one();
+  void start_one_if_needed();
   void run();
 
   const size_t threads_;
   std::mutex mutex_;
   std::condition_variable posted_;
-  std::deque<std::function<void()>> tasks_;
+  std::deque<std::function<void()>> tasks_, offered_;
+  std::atomic<size_t> waiting_ = 0;  // tasks_.size()
   std::vector<std::thread> running_;
   size_t idle_ = 0;
   bool closing_ = false;

@@ -79,11 +79,14 @@ void ChunkWriter::check_stop() const {
   if (progress_.stop) throw Cancelled();
 }
 
-const Chunk* ChunkWriter::claim() {
-  const size_t index = next_chunk_++;
-  if (index >= schedule_.chunks.size()) return nullptr;
-  const size_t ahead = index + kChunksAhead * writers_;
-  if (ahead < schedule_.chunks.size()) sources_.ask_for(schedule_.chunks[ahead]);
+// The ends meet, as each claim counts: the chunks from both are as many as there are.
+const Chunk* ChunkWriter::claim(End end) {
+  const size_t count = schedule_.chunks.size();
+  if (exhausted() || claimed_++ >= count) return nullptr;
+  const size_t index = end == End::front ? front_++ : count - 1 - back_++;
+  const size_t ahead = kChunksAhead * writers_;
+  if (end == End::front && index + ahead < count) sources_.ask_for(schedule_.chunks[index + ahead]);
+  if (end == End::back && index >= ahead) sources_.ask_for(schedule_.chunks[index - ahead]);
   return &schedule_.chunks[index];
 }
 
@@ -141,29 +144,29 @@ CopyStream& ChunkWriter::stream_for(int device) {
   return *streams_.at(device);
 }
 
-void InTurnWriter::write_in_turn() {
+void InTurnWriter::write_in_turn(End end) {
   const Ring::Share share(resources_.ring);
   std::deque<std::unique_ptr<StagedChunk>> in_flight;
-  const Chunk* next = claim();
-  while (next != nullptr || !in_flight.empty()) {
+  const Chunk* chunk = next(end);
+  while (chunk != nullptr || !in_flight.empty()) {
     check_stop();
-    if (next != nullptr && write_unstaged(*next)) {
-      next = claim();
+    if (chunk != nullptr && write_unstaged(*chunk, end)) {
+      chunk = next(end);
       continue;
     }
-    if (next != nullptr && in_flight.size() < std::min(kMaxCopying, share.slots())) {
-      if (std::optional<Slot> slot = slot_for(*next, in_flight.empty())) {
-        auto staged = stage(*next, std::move(*slot));
+    if (chunk != nullptr && in_flight.size() < std::min(kMaxCopying, share.slots())) {
+      if (std::optional<Slot> slot = slot_for(*chunk, in_flight.empty())) {
+        auto staged = stage(*chunk, std::move(*slot));
         if (staged->tickets.empty()) {
-          write_staged(*staged);  // packed by this thread, and still in its cache
+          write_staged(*staged, end);  // packed by this thread, and still in its cache
         } else {
           in_flight.push_back(std::move(staged));
         }
-        next = claim();
+        chunk = next(end);
         continue;
       }
     }
-    write_staged(*in_flight.front());
+    write_staged(*in_flight.front(), end);
     in_flight.pop_front();
   }
 }

@@ -56,18 +56,22 @@ struct StagedChunk {
   std::vector<std::unique_ptr<Ticket>> tickets;
 };
 
+// The end of a file from which a thread takes its chunks.
+enum class End { front, back };
+
 // Claims, stages and checks; how the bytes get into the target is the derived classes' business.
 class ChunkWriter : public FileWriter {
  public:
   size_t writers() const final { return writers_; }
+  bool exhausted() const final { return claimed_ >= schedule_.chunks.size(); }
   std::vector<uint32_t> checksums() const final;
 
  protected:
   // The chunks are cut to `limits`, and at most `writers` threads work on them.
   ChunkWriter(WriterParts parts, const ScheduleLimits& limits, size_t writers);
 
-  // Claims the next chunk for the calling thread; null when there is none left.
-  const Chunk* claim();
+  // Claims the next chunk from one end for the calling thread; null when there is none left.
+  const Chunk* claim(End end = End::front);
   // A slot for the chunk, near the device that it comes from. A thread blocks for one only while it holds none, so that
   // one slot is enough to finish; else there may be none.
   std::optional<Slot> slot_for(const Chunk& chunk, bool holds_none);
@@ -102,7 +106,8 @@ class ChunkWriter : public FileWriter {
 
   const std::unique_ptr<CopyStream> fetched_;
   const size_t writers_;
-  std::atomic<size_t> next_chunk_ = 0;
+  std::atomic<size_t> claimed_ = 0;  // at both ends together, and calls that found none left
+  std::atomic<size_t> front_ = 0, back_ = 0;
 };
 
 // A writer whose threads write one chunk after the other, while further ones are copied into their slots.
@@ -110,15 +115,17 @@ class InTurnWriter : public ChunkWriter {
  protected:
   using ChunkWriter::ChunkWriter;
 
-  // One thread's share. For each chunk that needs a slot: take one, ask each device that owns a part to pack into it,
-  // wait for the oldest, write it at its offset and let the slot go.
-  void write_in_turn();
+  // One thread's share, from one end of the file. For each chunk that needs a slot: take one, ask each device that owns
+  // a part to pack into it, wait for the oldest, write it at its offset and let the slot go.
+  void write_in_turn(End end = End::front);
 
  private:
+  // The next chunk for a thread that takes them from `end`; null when it is to take no more.
+  virtual const Chunk* next(End end) { return claim(end); }
   // Writes a chunk that needs no slot. Whether it was one.
-  virtual bool write_unstaged(const Chunk& chunk) = 0;
+  virtual bool write_unstaged(const Chunk& chunk, End end) = 0;
   // Waits for the chunk's copies and writes it.
-  virtual void write_staged(StagedChunk& staged) = 0;
+  virtual void write_staged(StagedChunk& staged, End end) = 0;
 };
 
 }  // namespace fastshard

@@ -49,13 +49,13 @@ class IntoMemoryWriter : public InTurnWriter {
   virtual std::span<std::byte> target_of(StagedChunk& staged) = 0;
   virtual void wrote(const Chunk& chunk) { count(chunk); }
 
-  bool write_unstaged(const Chunk& chunk) override {
+  bool write_unstaged(const Chunk& chunk, End) override {
     if (chunk.route != Route::packed) return false;
     pack_into_target(chunk);
     return true;
   }
 
-  void write_staged(StagedChunk& staged) override {
+  void write_staged(StagedChunk& staged, End) override {
     staged.wait();
     add_checksums(staged.chunk, staged.bytes);
     if (!staged.in_target) {

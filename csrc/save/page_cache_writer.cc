@@ -27,9 +27,29 @@ void for_each_run(const CopyOp& op, Visit visit) {
   }
 }
 
-ScheduleLimits limits_of(const WriterParts& parts) {
+// A file of fewer bytes is written before another thread is awake.
+constexpr uint64_t kMinSharedNbytes = 16 << 20;
+// Pieces of a file that several threads write: they end within one of each other.
+constexpr uint64_t kSharedNbytes = 4 << 20;
+// Bytes in host memory that are checked before they are written: still in the L2 cache then.
+constexpr uint64_t kCheckedNbytes = 1 << 20;
+
+bool only_python_has_some(const FilePlan& plan) {
+  return std::ranges::any_of(plan.items, [](const WriteItem& item) { return item.source.device == kFetched; });
+}
+
+// What only Python brings, it brings to one thread.
+size_t writers_of(const WriterParts& parts, const OutputFile& file) {
+  const bool shared =
+      file.storable() && parts.plan.written_nbytes() >= kMinSharedNbytes && !only_python_has_some(parts.plan);
+  return shared ? parts.resources.workers.threads() : 1;
+}
+
+ScheduleLimits limits_of(const WriterParts& parts, size_t writers) {
   ScheduleLimits limits;
   limits.slot_nbytes = parts.resources.ring.slot_nbytes();
+  if (writers > 1) limits.in_place_nbytes = std::min(limits.in_place_nbytes, kSharedNbytes);
+  if (parts.checksums) limits.in_place_nbytes = std::min(limits.in_place_nbytes, kCheckedNbytes);
   if (reads_files(parts.plan)) {
     limits.in_place_nbytes = std::min(limits.in_place_nbytes, kFromFilesNbytes);
     limits.packed_nbytes = std::min(limits.packed_nbytes, kFromFilesNbytes);
@@ -37,87 +57,84 @@ ScheduleLimits limits_of(const WriterParts& parts) {
   return limits;
 }
 
-size_t writers_of(const WriterParts& parts) {
-  // Tensors that lie in files are there only while they are written, so that the one who writes them checks them, too.
-  const bool checked_beside = parts.checksums && !reads_files(parts.plan);
-  return checked_beside ? std::min<size_t>(parts.resources.workers.threads(), 2) : 1;
-}
-
+// One thread writes from the front of the file: the kernel lets nobody else write to it meanwhile. Others store from
+// the back, through mappings, until they meet.
 class PageCacheWriter final : public InTurnWriter {
  public:
   PageCacheWriter(WriterParts parts, const ScheduleLimits& limits, size_t writers, std::shared_ptr<OutputFile> file)
       : InTurnWriter(std::move(parts), limits, writers), file_(std::move(file)) {}
 
-  void write_chunks() override {
-    if (!has_writer_.exchange(true)) write_in_turn();
-    check_chunks_in_place();
-  }
+  void write_chunks() override { write_in_turn(has_writer_.exchange(true) ? End::back : End::front); }
 
  private:
-  bool write_unstaged(const Chunk& chunk) override {
+  const Chunk* next(End end) override {
+    // Not while others wait for this thread: at the front there is one who goes on.
+    const bool leaves = end == End::back && (progress_.mapping_refused != 0 || resources_.workers.wanted());
+    return leaves ? nullptr : claim(end);
+  }
+
+  bool write_unstaged(const Chunk& chunk, End end) override {
     if (chunk.route != Route::in_place) return false;
-    write_in_place(chunk);
+    write_in_place(chunk, end);
     return true;
   }
 
-  void write_staged(StagedChunk& staged) override {
+  void write_staged(StagedChunk& staged, End end) override {
     staged.wait();
     add_checksums(staged.chunk, staged.bytes);
     iovec part{staged.bytes.data(), staged.bytes.size()};
-    write(staged.chunk, {&part, 1});
+    write(staged.chunk, {&part, 1}, end);
   }
 
   // Host memory in long runs: the kernel reads it from where it lies.
-  void write_in_place(const Chunk& chunk) {
+  void write_in_place(const Chunk& chunk, End end) {
     const SourcePages::Held sources(sources_, chunk);
-    if (sources_.any() && !checksums_.empty()) check_in_place(chunk);
     std::vector<iovec> parts;
     parts.reserve(chunk.op_count);
     for (const CopyOp& op : schedule_.ops_of(chunk)) {
-      for_each_run(op, [&](uint64_t, std::span<const std::byte> run) {
+      for_each_run(op, [&](uint64_t first, std::span<const std::byte> run) {
+        if (!checksums_.empty()) add_checksum(op, first, run);
         parts.push_back({const_cast<std::byte*>(run.data()), run.size()});
       });
     }
-    write(chunk, parts);
+    write(chunk, parts, end);
   }
 
-  void write(const Chunk& chunk, std::span<iovec> parts) {
+  void add_checksum(const CopyOp& op, uint64_t first, std::span<const std::byte> run) {
+    const Timer timer(progress_.copy_ns);
+    checksums_[op.item].add(first, run);
+  }
+
+  void write(const Chunk& chunk, std::span<iovec> parts, End end) {
     {
       const Timer timer(progress_.write_ns);
-      file_->write(parts, chunk.file_offset);
+      if (end == End::front || !store(chunk, parts)) file_->write(parts, chunk.file_offset);
     }
     count(chunk);
     if (!file_->keep_cached()) return file_->evict_behind(chunk.file_offset, chunk.nbytes);
     if (file_->has_writeback()) resources_.write_behind.post(file_, chunk.file_offset, chunk.nbytes);
   }
 
-  // What no thread ever has in its cache may as well be read by another one, beside the write.
-  void check_chunks_in_place() {
-    if (checksums_.empty() || sources_.any()) return;
-    for (size_t index; (index = next_checked_++) < schedule_.chunks.size();) {
-      check_stop();
-      const Chunk& chunk = schedule_.chunks[index];
-      if (chunk.route == Route::in_place) check_in_place(chunk);
+  // Returns false where that is refused, for all of the save.
+  bool store(const Chunk& chunk, std::span<const iovec> parts) {
+    const int refused = file_->store(parts, chunk.file_offset);
+    if (refused == 0) {
+      progress_.mapped_nbytes += chunk.nbytes;
+    } else {
+      progress_.mapping_refused = refused;
     }
-  }
-
-  void check_in_place(const Chunk& chunk) {
-    const Timer timer(progress_.copy_ns);
-    for (const CopyOp& op : schedule_.ops_of(chunk)) {
-      for_each_run(op, [&](uint64_t first, std::span<const std::byte> run) { checksums_[op.item].add(first, run); });
-    }
+    return refused == 0;
   }
 
   const std::shared_ptr<OutputFile> file_;
-  std::atomic<size_t> next_checked_ = 0;
   std::atomic<bool> has_writer_ = false;
 };
 
 }  // namespace
 
 std::unique_ptr<FileWriter> make_page_cache_writer(WriterParts parts, std::shared_ptr<OutputFile> file) {
-  const ScheduleLimits limits = limits_of(parts);
-  const size_t writers = writers_of(parts);
+  const size_t writers = writers_of(parts, *file);
+  const ScheduleLimits limits = limits_of(parts, writers);
   return std::make_unique<PageCacheWriter>(std::move(parts), limits, writers, std::move(file));
 }
 

@@ -66,27 +66,50 @@ void Save::start(bool here) {
   std::vector<size_t> order(writers_.size());
   std::iota(order.begin(), order.end(), size_t{0});
   std::ranges::stable_sort(order, std::greater(), [&](size_t index) { return plan_->files[index].nbytes; });
-  unfinished_shares_ = std::vector<std::atomic<size_t>>(writers_.size());
+  std::vector<size_t> most_shares;  // before a writer may be gone
+  for (const auto& writer : writers_) most_shares.push_back(writer->writers());
+  open_shares_ = std::vector<std::atomic<size_t>>(writers_.size());
+  for (auto& shares : open_shares_) shares = 1;
   unfinished_files_ = writers_.size();
-  for (const size_t index : order) unfinished_shares_[index] = writers_[index]->writers();
+  const bool alone = here;
   for (const size_t index : order) {
-    for (size_t share = writers_[index]->writers(); share > 0; --share) {
-      if (!here) {
-        try {
-          resources_.workers.post([self = shared_from_this(), index] { self->write_share(index); });
-          continue;
-        } catch (const std::system_error& error) {
-          // No thread: this one, unless it is the one that has to serve what it would wait for.
-          if (fetches())
-            fail(std::make_exception_ptr(IoError(error.code().value(), plan_->files[index].path(), "thread")));
-        } catch (...) {
-          fail(std::current_exception());
-        }
-        here = true;
+    if (!here) {
+      try {
+        resources_.workers.post([self = shared_from_this(), index] { self->write_share(index); });
+        continue;
+      } catch (const std::system_error& error) {
+        // No thread: this one, unless it is the one that has to serve what it would wait for.
+        if (fetches())
+          fail(std::make_exception_ptr(IoError(error.code().value(), plan_->files[index].path(), "thread")));
+      } catch (...) {
+        fail(std::current_exception());
       }
-      write_share(index);  // of a save that has failed: only counted
+      here = true;
     }
+    write_share(index);  // of a save that has failed: only counted
   }
+  if (alone) return;
+  for (const size_t index : order) {
+    for (size_t more = most_shares[index]; more > 1; --more) offer_share(index);
+  }
+}
+
+// A further thread for a file, when one has nothing else to do.
+void Save::offer_share(size_t index) noexcept {
+  try {
+    resources_.workers.offer([self = shared_from_this(), index] { self->take_share(index); });
+  } catch (const std::exception&) {
+    // No memory for the task: those at work do it all.
+  }
+}
+
+// Nothing happens once the file's other shares have ended: then all of it is written.
+void Save::take_share(size_t index) {
+  size_t open = open_shares_[index];
+  do {
+    if (open == 0) return;
+  } while (!open_shares_[index].compare_exchange_weak(open, open + 1));
+  write_share(index);
 }
 
 // Not by a std::function: a writer must not need memory to begin or to end.
@@ -111,9 +134,10 @@ void Save::write_share(size_t index) {
     wake();
     writers_[index]->write_chunks();
   });
+  if (!progress_.stop && !writers_[index]->exhausted() && progress_.mapping_refused == 0) offer_share(index);
   // Before another writer can come to the end of the save, and of the file.
   if (writers_[index]->writers() > 1) awake.reset();
-  if (--unfinished_shares_[index] != 0) return;
+  if (--open_shares_[index] != 0) return;
   attempt([&] {
     if (file == nullptr) return;
     wake();
@@ -364,6 +388,7 @@ Stats Save::stats() const {
                   : progress_.copied_in_place ? "in place"
                                               : "none";
   stats.staging_nbytes = progress_.peak_staged_nbytes;
+  stats.mapped_nbytes = progress_.mapped_nbytes;
   return stats;
 }
 
@@ -381,6 +406,10 @@ void Save::describe_files(Stats& stats) const {
     const OutputFile* file = files_[index].get();
     paths.insert(route_of(index));
     if (file != nullptr) fallbacks.insert(file->fallbacks().begin(), file->fallbacks().end());
+  }
+  if (progress_.mapping_refused != 0) {
+    fallbacks.insert("writing by several threads refused: " +
+                     std::generic_category().message(progress_.mapping_refused));
   }
   if (progress_.io_uring_refused != 0) {
     fallbacks.insert("io_uring refused: " + std::generic_category().message(progress_.io_uring_refused));

@@ -30,6 +30,7 @@ struct Stats {
   std::string write_path;              // name_of(WritePath), "standing", "memory" or "link"; joined by "+"
   std::string staging;                 // "none", "in place" (devices copied into the target), "pageable", "pinned"
   uint64_t staging_nbytes = 0;         // peak of staged bytes held at once
+  uint64_t mapped_nbytes = 0;          // stored into the file through mappings, beside the thread that writes it
   uint64_t device_scratch_nbytes = 0;  // device memory that was packed in
   std::vector<std::string> fallbacks;
 };
@@ -90,6 +91,8 @@ class Save : public std::enable_shared_from_this<Save> {
   using Clock = std::chrono::steady_clock;
 
   void write_share(size_t index);
+  void offer_share(size_t index) noexcept;
+  void take_share(size_t index);
   bool await_amendment();
   void write(const Amendment& amendment);
   void take_checksums();
@@ -122,7 +125,7 @@ class Save : public std::enable_shared_from_this<Save> {
   std::vector<std::unique_ptr<LinkCopy>> copies_;  // by index in the plan; null but for a link that was refused
   bool bounded_ = false;                           // files are open only while they are worked on
   std::vector<std::unique_ptr<FileWriter>> writers_;
-  std::vector<std::atomic<size_t>> unfinished_shares_;  // of each file
+  std::vector<std::atomic<size_t>> open_shares_;  // of each file, that which is certain to be written included
   std::atomic<size_t> unfinished_files_ = 0;
 
   mutable std::mutex mutex_;

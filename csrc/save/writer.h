@@ -35,7 +35,9 @@ struct Progress {
   std::atomic<int64_t> copy_ns = 0, write_ns = 0, sync_ns = 0;
   std::atomic<uint64_t> staged_nbytes = 0, peak_staged_nbytes = 0;
   std::atomic<bool> staged_pinned = false, staged_pageable = false, copied_in_place = false;
-  std::atomic<int> io_uring_refused = 0;  // errno
+  std::atomic<int> io_uring_refused = 0;    // errno
+  std::atomic<uint64_t> mapped_nbytes = 0;  // stored through mappings, beside what is written
+  std::atomic<int> mapping_refused = 0;     // errno
 };
 
 // Adds the time it lives to a counter of nanoseconds.
@@ -57,14 +59,18 @@ class Timer {
 // One copy stream for each device of a save; files share them.
 using CopyStreams = std::map<int, std::unique_ptr<CopyStream>>;
 
-// What writes one file of the plan. Threads are given to it by the save, at most writers() of them at once.
+// What writes one file of the plan. Threads are given to it by the save: one for certain, and while they have nothing
+// else to do up to writers() at once.
 class FileWriter {
  public:
   virtual ~FileWriter() = default;
   // The number of threads that can work on the file at once.
   virtual size_t writers() const = 0;
-  // One thread's share: claims chunks until none is left. Throws Cancelled when the save has been stopped.
+  // One thread's share: claims chunks until none is left, or, beside another thread's share, until other work waits.
+  // Throws Cancelled when the save has been stopped.
   virtual void write_chunks() = 0;
+  // Returns whether all chunks are claimed.
+  virtual bool exhausted() const = 0;
   // The CRC-32 of each item, once all chunks are written, if they were asked for.
   virtual std::vector<uint32_t> checksums() const = 0;
 };

@@ -213,6 +213,7 @@ def _stats_of(nbytes: int, seconds: float, refused: Sequence[str]) -> Stats:
         write_path="buffered",
         staging="none",
         staging_nbytes=0,
+        mapped_nbytes=0,
         device_scratch_nbytes=0,
         fallbacks=tuple(refused),
     )

@@ -133,6 +133,8 @@ class Stats:
     ``"pageable"`` or ``"pinned"``."""
     staging_nbytes: int
     """The most bytes that were staged at once."""
+    mapped_nbytes: int
+    """Bytes that further threads have stored into a file through mappings, beside the thread that writes it."""
     device_scratch_nbytes: int
     """Bytes of device memory in which tensors were packed, of all devices together."""
     fallbacks: tuple[str, ...]
