@@ -36,6 +36,8 @@ WARNINGS_ARE_ERRORS = "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON"
 """Among ``CMAKE_ARGS`` it holds here, too; else a newer compiler's new warning fails no test."""
 
 DEVICES = 2
+PRIORITIES = range(-5, 1)
+"""Of streams, the one that goes first at the front."""
 POISON = 0xDB
 KINDS = (
     "streams",
@@ -58,8 +60,13 @@ class Result(enum.IntEnum):
     NOT_INITIALIZED = 3
     NO_DEVICE = 100
     INVALID_DEVICE = 101
+    INVALID_IMAGE = 200
     INVALID_CONTEXT = 201
     NO_BINARY_FOR_GPU = 209
+    INVALID_PTX = 218
+    JIT_COMPILER_NOT_FOUND = 221
+    UNSUPPORTED_PTX_VERSION = 222
+    INVALID_SOURCE = 300
     INVALID_HANDLE = 400
     NOT_FOUND = 500
     NOT_READY = 600
@@ -71,7 +78,29 @@ class Result(enum.IntEnum):
     LAUNCH_FAILED = 719
     NOT_SUPPORTED = 801
     STREAM_CAPTURE_UNSUPPORTED = 900
+    STREAM_CAPTURE_INVALIDATED = 901
+    STREAM_CAPTURE_IMPLICIT = 906
+    STREAM_CAPTURE_WRONG_THREAD = 908
     UNKNOWN = 999
+
+
+UNLOADABLE = (
+    Result.INVALID_IMAGE,
+    Result.NO_BINARY_FOR_GPU,
+    Result.INVALID_PTX,
+    Result.JIT_COMPILER_NOT_FOUND,
+    Result.UNSUPPORTED_PTX_VERSION,
+    Result.INVALID_SOURCE,
+)
+"""What drivers say of a module image that is not for them."""
+
+
+class CaptureMode(enum.IntEnum):
+    """CUstreamCaptureMode."""
+
+    GLOBAL = 0
+    THREAD_LOCAL = 1
+    RELAXED = 2
 
 
 class SimCudaError(RuntimeError):
@@ -153,7 +182,14 @@ class SimCuda:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._lib = ctypes.CDLL(str(self.path))
-        for name in ("sim_count", "sim_live", "sim_peak", "sim_delayed_us"):
+        for name in (
+            "sim_count",
+            "sim_live",
+            "sim_peak",
+            "sim_delayed_us",
+            "sim_streams_made",
+            "sim_launches",
+        ):
             getattr(self._lib, name).restype = ctypes.c_int64
         self._functions: dict[str, Callable[..., int]] = {}
         self._allocations: dict[int, tuple[int, int]] = {}  # address -> device, nbytes
@@ -207,10 +243,10 @@ class SimCuda:
         with self.current(device):
             self.check("cuMemFree", address)
 
-    def stream(self, device: int) -> int:
+    def stream(self, device: int, priority: int = 0) -> int:
         """A new stream that, like torch's, does not wait for the legacy one."""
         with self.current(device):
-            handle = self._out("cuStreamCreate", 1)
+            handle = self._out("cuStreamCreateWithPriority", 1, priority)
         self._streams[handle] = device
         return handle
 
@@ -284,6 +320,14 @@ class SimCuda:
         """Calls since the last reset, this object's own included."""
         return int(self._lib.sim_count(function.encode()))
 
+    def streams_made(self) -> dict[int, int]:
+        """Priority -> how many streams were made with it since the last reset."""
+        return self._by_priority(self._lib.sim_streams_made)
+
+    def launches(self) -> dict[int, int]:
+        """Priority of the stream -> launches since the last reset."""
+        return self._by_priority(self._lib.sim_launches)
+
     def violations(self) -> list[str]:
         """What was done since the last reset that a correct program never does."""
         out = ctypes.create_string_buffer(256)
@@ -336,6 +380,9 @@ class SimCuda:
         out = ctypes.c_uint64()
         self.check(function, ctypes.byref(out), *args)
         return out.value
+
+    def _by_priority(self, figure: Callable[[int], int]) -> dict[int, int]:
+        return {priority: count for priority in PRIORITIES if (count := figure(priority))}
 
     def _device_of(self, address: int) -> int:
         for begin, (device, nbytes) in self._allocations.items():

@@ -63,7 +63,7 @@ void Call::begin(std::string_view name, Needs needs) {
 }
 
 void Call::submit(const std::shared_ptr<Stream>& stream, Operation operation) {
-  if (stream->capturing) reject(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "work enqueued on a capturing stream");
+  if (stream->capture != nullptr) reject(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "work enqueued on a capturing stream");
   operation.failure = late_failure;
   enqueue(stream, std::move(operation));
 }

@@ -30,6 +30,11 @@ int add_failure(std::string_view function, int nth, int result, bool asynchronou
   return 0;
 }
 
+int64_t figure_of(const std::map<int, int64_t>& figures, int key) {
+  const auto found = figures.find(key);
+  return found == figures.end() ? 0 : found->second;
+}
+
 std::shared_ptr<Stream> stream_of(CUstream handle) {
   const auto found = state().streams.find(reinterpret_cast<uintptr_t>(handle));
   return found == state().streams.end() ? nullptr : found->second;
@@ -53,11 +58,13 @@ SIM_EXPORT void sim_reset() {
   s.changed.notify_all();
   s.changed.wait(lock, [&] { return s.in_flight == 0; });
   for (Context& context : s.contexts) context.error = CUDA_SUCCESS;
-  for (auto& [handle, stream] : s.streams) stream->capturing = false;
+  for (auto& [handle, stream] : s.streams) stream->capture = nullptr;
   s.functions.clear();
   s.violations.clear();
   s.next_serial = 0;
   s.delayed_us = 0;
+  s.streams_made.clear();
+  s.launches.clear();
   std::ranges::copy(s.live, s.peak);
 }
 
@@ -115,7 +122,8 @@ SIM_EXPORT int sim_set_capturing(CUstream handle, int capturing) {
   const std::lock_guard lock(state().mutex);
   const auto stream = stream_of(handle);
   if (stream == nullptr) return -1;
-  stream->capturing = capturing != 0;
+  stream->capture =
+      capturing == 0 ? nullptr : std::make_shared<Capture>(Capture{CU_STREAM_CAPTURE_MODE_RELAXED, nullptr});
   return 0;
 }
 
@@ -141,6 +149,17 @@ SIM_EXPORT int64_t sim_count(const char* function) {
   const std::lock_guard lock(state().mutex);
   const auto found = state().functions.find(std::string_view(function));
   return found == state().functions.end() ? 0 : static_cast<int64_t>(found->second.calls);
+}
+
+// Streams that were made with a priority since the last reset, and launches on such streams.
+SIM_EXPORT int64_t sim_streams_made(int priority) {
+  const std::lock_guard lock(state().mutex);
+  return figure_of(state().streams_made, priority);
+}
+
+SIM_EXPORT int64_t sim_launches(int priority) {
+  const std::lock_guard lock(state().mutex);
+  return figure_of(state().launches, priority);
 }
 
 // How many exist now, and how many did at once since the last reset. Contexts count each retain.

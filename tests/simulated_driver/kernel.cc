@@ -147,5 +147,6 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, u
     }
     require(parameters != nullptr && extra == nullptr);
     call.submit(stream, pack_operation(call.context, grid_x, parameters));
+    ++state().launches[stream->priority];
   });
 }

@@ -8,7 +8,7 @@
 //  - what a correct program never does is counted (sim_violations), besides the error it gets.
 //
 // simulator.h is the machine, call.h what every entry point does first; the entry points are here (driver,
-// devices, contexts), in streams.cc, memory.cc and kernel.cc; control.cc is the tests' side.
+// devices, contexts), in streams.cc, capture.cc, memory.cc and kernel.cc; control.cc is the tests' side.
 #include <string_view>
 
 #include "call.h"
@@ -86,7 +86,11 @@ constexpr ErrorText kErrors[] = {
     SIM_ERROR(CUDA_ERROR_NO_DEVICE, "no CUDA-capable device is detected"),
     SIM_ERROR(CUDA_ERROR_INVALID_DEVICE, "invalid device ordinal"),
     SIM_ERROR(CUDA_ERROR_INVALID_CONTEXT, "invalid device context"),
+    SIM_ERROR(CUDA_ERROR_INVALID_IMAGE, "device kernel image is invalid"),
     SIM_ERROR(CUDA_ERROR_NO_BINARY_FOR_GPU, "no kernel image is available for execution on the device"),
+    SIM_ERROR(CUDA_ERROR_INVALID_PTX, "a PTX JIT compilation failed"),
+    SIM_ERROR(CUDA_ERROR_JIT_COMPILER_NOT_FOUND, "PTX JIT compiler library not found"),
+    SIM_ERROR(CUDA_ERROR_INVALID_SOURCE, "device kernel image is invalid"),
     SIM_ERROR(CUDA_ERROR_UNSUPPORTED_PTX_VERSION, "the provided PTX was compiled with an unsupported toolchain."),
     SIM_ERROR(CUDA_ERROR_INVALID_HANDLE, "invalid resource handle"),
     SIM_ERROR(CUDA_ERROR_NOT_FOUND, "named symbol not found"),
@@ -99,6 +103,11 @@ constexpr ErrorText kErrors[] = {
     SIM_ERROR(CUDA_ERROR_LAUNCH_FAILED, "unspecified launch failure"),
     SIM_ERROR(CUDA_ERROR_NOT_SUPPORTED, "operation not supported"),
     SIM_ERROR(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "operation not permitted when stream is capturing"),
+    SIM_ERROR(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, "operation failed due to a previous error during capture"),
+    SIM_ERROR(CUDA_ERROR_STREAM_CAPTURE_IMPLICIT,
+              "operation would make the legacy stream depend on a capturing blocking stream"),
+    SIM_ERROR(CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD,
+              "attempt to terminate a thread-local capture sequence from another thread"),
     SIM_ERROR(CUDA_ERROR_UNKNOWN, "unknown error"),
 };
 
@@ -261,6 +270,12 @@ std::span<const EntryPoint> simulated::entry_points() {
       SIM_ENTRY(cuCtxPopCurrent),
       SIM_ENTRY(cuCtxGetCurrent),
       SIM_ENTRY(cuStreamCreate),
+      SIM_ENTRY(cuStreamCreateWithPriority),
+      SIM_ENTRY(cuStreamGetPriority),
+      SIM_ENTRY(cuCtxGetStreamPriorityRange),
+      SIM_ENTRY(cuThreadExchangeStreamCaptureMode),
+      SIM_ENTRY(cuStreamBeginCapture),
+      SIM_ENTRY(cuStreamEndCapture),
       SIM_ENTRY(cuStreamDestroy),
       SIM_ENTRY(cuStreamSynchronize),
       SIM_ENTRY(cuStreamQuery),

@@ -120,9 +120,11 @@ bool overlaps(const Ranges& ranges, uintptr_t address, size_t count) {
   return find_range(ranges, address, 1) != nullptr;
 }
 
-std::shared_ptr<Stream> start_stream(Context* context) {
+std::shared_ptr<Stream> start_stream(Context* context, unsigned flags, int priority) {
   auto stream = std::make_shared<Stream>();
   stream->context = context;
+  stream->priority = std::clamp(priority, kGreatestPriority, kLeastPriority);
+  stream->blocking = (flags & CU_STREAM_NON_BLOCKING) == 0;
   stream->serial = state().next_serial++;
   // Signals are for the program's own threads, as with the real driver's workers.
   sigset_t all, before;

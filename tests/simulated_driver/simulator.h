@@ -34,6 +34,10 @@ inline constexpr int kPoison = 0xDB;
 // neither address passes for the other.
 inline constexpr uintptr_t kHostAlias = uintptr_t{1} << 54;
 
+// Of streams: the range of an H100. A lower number goes first.
+inline constexpr int kGreatestPriority = -5;
+inline constexpr int kLeastPriority = 0;
+
 struct Stream;
 
 // The primary context of one device.
@@ -85,14 +89,23 @@ struct Operation {
   std::chrono::microseconds sleep{};     // on top of the random delay
 };
 
+// A graph that is being captured from a stream.
+struct Capture {
+  CUstreamCaptureMode mode;
+  const void* thread;  // that began it; null where a test only says so
+  bool invalidated = false;
+};
+
 struct Stream {
   Context* context;
   uint64_t serial;  // the seed of its delays
+  int priority = 0;
+  bool blocking = false;  // ordered with the legacy stream
   std::deque<Operation> queue;
   uint64_t enqueued = 0;
   uint64_t completed = 0;
-  bool capturing = false;
-  bool destroyed = false;  // its worker ends when the queue is empty
+  std::shared_ptr<Capture> capture;  // or null
+  bool destroyed = false;            // its worker ends when the queue is empty
 
   bool idle() const { return completed == enqueued; }
 };
@@ -142,7 +155,9 @@ struct State {
   uintptr_t next_handle = 0x51000000;  // never used twice: a stale handle is always noticed
   uint64_t next_serial = 0;
   uint64_t in_flight = 0;
-  int64_t delayed_us = 0;  // all delays since the last reset, added up
+  std::map<int, int64_t> streams_made;  // by priority, since the last reset
+  std::map<int, int64_t> launches;      // by priority of their stream, likewise
+  int64_t delayed_us = 0;               // all delays since the last reset, added up
 
   int64_t live[kKindCount] = {};
   int64_t peak[kKindCount] = {};
@@ -168,7 +183,7 @@ void note_violation(std::string what);
 [[noreturn]] void reject(CUresult result, std::string what);
 
 // The caller holds the lock of what follows, unless it says otherwise.
-std::shared_ptr<Stream> start_stream(Context* context);
+std::shared_ptr<Stream> start_stream(Context* context, unsigned flags = 0, int priority = 0);
 // Stream 0. Other streams have no implicit order with it, which is stricter than the driver.
 std::shared_ptr<Stream> legacy_stream(Context* context);
 void enqueue(const std::shared_ptr<Stream>& stream, Operation operation);

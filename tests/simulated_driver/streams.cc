@@ -13,12 +13,36 @@ namespace {
 
 std::shared_ptr<Event> find_event(CUevent handle) { return find(state().events, handle, "event"); }
 
+void create_stream(const Call& call, CUstream* out, unsigned flags, int priority) {
+  require((flags & ~static_cast<unsigned>(CU_STREAM_NON_BLOCKING)) == 0);
+  auto stream = start_stream(call.context, flags, priority);
+  ++state().streams_made[stream->priority];
+  add(state().streams, kStreams, std::move(stream), out);
+}
+
 }  // namespace
 
 CUresult cuStreamCreate(CUstream* stream, unsigned flags) {
-  return entry("cuStreamCreate", Needs::kContext, [&](Call& call) {
-    require((flags & ~static_cast<unsigned>(CU_STREAM_NON_BLOCKING)) == 0);
-    add(state().streams, kStreams, start_stream(call.context), stream);
+  return entry("cuStreamCreate", Needs::kContext, [&](Call& call) { create_stream(call, stream, flags, 0); });
+}
+
+// A priority beyond the range is taken for the nearest in it.
+CUresult cuStreamCreateWithPriority(CUstream* stream, unsigned flags, int priority) {
+  return entry("cuStreamCreateWithPriority", Needs::kContext,
+               [&](Call& call) { create_stream(call, stream, flags, priority); });
+}
+
+CUresult cuCtxGetStreamPriorityRange(int* least, int* greatest) {
+  return entry("cuCtxGetStreamPriorityRange", Needs::kContext, [&](Call&) {
+    if (least != nullptr) *least = kLeastPriority;
+    if (greatest != nullptr) *greatest = kGreatestPriority;
+  });
+}
+
+CUresult cuStreamGetPriority(CUstream handle, int* priority) {
+  return entry("cuStreamGetPriority", Needs::kContext, [&](Call& call) {
+    require(priority != nullptr);
+    *priority = find_stream(call, handle)->priority;
   });
 }
 
@@ -34,7 +58,7 @@ CUresult cuStreamDestroy(CUstream handle) {
 CUresult cuStreamSynchronize(CUstream handle) {
   return entry("cuStreamSynchronize", Needs::kContext, [&](Call& call) {
     const auto stream = find_stream(call, handle);
-    require(!stream->capturing, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    require(stream->capture == nullptr, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     call.wait_for(stream);
   });
 }
@@ -42,7 +66,7 @@ CUresult cuStreamSynchronize(CUstream handle) {
 CUresult cuStreamQuery(CUstream handle) {
   return entry("cuStreamQuery", Needs::kContext, [&](Call& call) {
     const auto stream = find_stream(call, handle);
-    require(!stream->capturing, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    require(stream->capture == nullptr, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     require(stream->context->error == CUDA_SUCCESS, stream->context->error);
     require(stream->idle(), CUDA_ERROR_NOT_READY);
   });
@@ -51,13 +75,6 @@ CUresult cuStreamQuery(CUstream handle) {
 CUresult cuStreamWaitEvent(CUstream handle, CUevent event, unsigned) {
   return entry("cuStreamWaitEvent", Needs::kContext,
                [&](Call& call) { call.submit(find_stream(call, handle), {.after = find_event(event)->latest}); });
-}
-
-CUresult cuStreamIsCapturing(CUstream handle, CUstreamCaptureStatus* status) {
-  return entry("cuStreamIsCapturing", Needs::kContext, [&](Call& call) {
-    const bool capturing = find_stream(call, handle)->capturing;
-    *status = capturing ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE;
-  });
 }
 
 CUresult cuEventCreate(CUevent* event, unsigned) {

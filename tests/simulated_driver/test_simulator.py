@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import simcuda
-from simcuda import POISON, Result, SimCuda
+from simcuda import POISON, CaptureMode, Result, SimCuda
 
 MIB = 1 << 20
 PORTABLE = 1
@@ -213,6 +214,19 @@ def test_bandwidth(sim: SimCuda) -> None:
         assert time.perf_counter() - begin >= 0.199  # the streams share the link
 
 
+def test_priorities(sim: SimCuda) -> None:
+    with sim.current(0):
+        least, greatest = ctypes.c_int(9), ctypes.c_int(9)
+        sim.check("cuCtxGetStreamPriorityRange", ctypes.byref(least), ctypes.byref(greatest))
+        assert (least.value, greatest.value) == (0, -5)
+        for asked, got in [(0, 0), (-3, -3), (-5, -5), (-9, -5), (4, 0)]:
+            priority = ctypes.c_int(9)
+            sim.check("cuStreamGetPriority", sim.stream(0, asked), ctypes.byref(priority))
+            assert priority.value == got
+    assert sim.streams_made() == {-5: 2, -3: 1, 0: 2}
+    assert sim.launches() == {}
+
+
 # Contexts, handles, addresses.
 
 
@@ -378,6 +392,37 @@ def test_capturing_stream(sim: SimCuda) -> None:
     assert len(sim.violations()) == 1
 
 
+def exchange_mode(sim: SimCuda, mode: CaptureMode) -> CaptureMode:
+    value = ctypes.c_int(mode)
+    sim.check("cuThreadExchangeStreamCaptureMode", ctypes.byref(value))
+    return CaptureMode(value.value)
+
+
+def test_capture_mode_of_a_thread(sim: SimCuda) -> None:
+    assert exchange_mode(sim, CaptureMode.RELAXED) == CaptureMode.GLOBAL
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(exchange_mode, sim, CaptureMode.THREAD_LOCAL)
+        assert other.result() == CaptureMode.GLOBAL  # each thread has its own
+    assert exchange_mode(sim, CaptureMode.GLOBAL) == CaptureMode.RELAXED
+    assert (
+        sim.call("cuThreadExchangeStreamCaptureMode", ctypes.byref(ctypes.c_int(3))) == Result.INVALID_VALUE
+    )
+
+
+def test_capture_begins_and_ends(sim: SimCuda) -> None:
+    stream, graph, status = sim.stream(0), ctypes.c_uint64(), ctypes.c_int()
+    with sim.current(0):
+        assert sim.call("cuStreamBeginCapture", 0, CaptureMode.GLOBAL) == Result.INVALID_VALUE
+        sim.check("cuStreamBeginCapture", stream, CaptureMode.GLOBAL)
+        assert sim.call("cuStreamBeginCapture", stream, CaptureMode.GLOBAL) == Result.INVALID_VALUE
+        sim.check("cuStreamIsCapturing", stream, ctypes.byref(status))
+        assert status.value == 1
+        sim.check("cuStreamEndCapture", stream, ctypes.byref(graph))
+        assert graph.value != 0
+        sim.check("cuStreamIsCapturing", stream, ctypes.byref(status))
+        assert status.value == 0
+
+
 # The kernel.
 
 
@@ -461,6 +506,7 @@ def test_pack_kernel(sim: SimCuda) -> None:
         assert kernel.launch(stream, host.device_address(), 1, block) == Result.SUCCESS
         sim.synchronize(stream)
         assert sim.read(block, 64) == bytes([POISON]) * 16 + data[:16] + bytes([POISON]) * 32
+        assert sim.launches() == {0: 3}
     assert sim.violations() == []
 
 
