@@ -79,7 +79,6 @@ def filesystem(
     keep_cached: bool = True,
     from_device: bool = False,
     nbytes: int = 1 << 30,
-    writers: int = 1,
 ) -> tuple[str, str, str]: ...
 
 class NewFile:

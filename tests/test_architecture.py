@@ -30,7 +30,7 @@ NATIVE_LAYERS = {
     """,
     "save": """
         crc32.h crc32.cc writer.h source_pages.h source_pages.cc chunk_writer.h chunk_writer.cc page_cache_writer.h
-        page_cache_writer.cc direct_writer.h direct_writer.cc memory_writer.h memory_writer.cc writer.cc targets.h targets.cc save.h save.cc
+        page_cache_writer.cc direct_writer.h direct_writer.cc memory_writer.h memory_writer.cc writer.cc targets.h targets.cc save.h save.cc save_report.cc
         engine.h engine.cc
     """,
     "bindings": """

@@ -41,11 +41,6 @@ constexpr KnownType kKnownTypes[] = {
     {0x19830326, "beegfs"},
 };
 
-// Populating pages takes a thread about twice as long as a write(2) into them (2.6 GiB/s with two threads against 3.1
-// with one that writes), but any number of threads can populate a file, and only one can write it. On a mount with
-// `huge=advise` mapping is already faster with two (3.6 against 3.2).
-constexpr size_t kMappingWriters = 4;
-
 // Filesystems of which only one machine has the files, so whoever has one open is seen there.
 constexpr std::string_view kOneMachine[] = {"ext4", "xfs", "btrfs", "tmpfs", "ramfs", "overlayfs", "zfs", "f2fs"};
 
@@ -108,9 +103,6 @@ namespace {
 
 Choice choose(const FileSystem& filesystem, const Intent& intent) {
   if (intent.wanted != WritePath::automatic) return {intent.wanted, "asked for"};
-  if (filesystem.memory_backed && intent.writers >= (intent.host_casts ? 2 : kMappingWriters)) {
-    return {WritePath::mapped, "new file in memory, and threads enough for each to fill it in parallel"};
-  }
   if (filesystem.memory_backed) {
     return {WritePath::buffered, "new file in memory: write(2) fills fresh pages without a fault for each"};
   }

@@ -60,14 +60,12 @@ struct Intent {
   bool durable = false;       // on stable storage when the save returns
   bool keep_cached = true;    // false: nothing left in the page cache when the save returns
   bool from_device = false;   // some of it comes from a GPU
-  bool host_casts = false;    // some of it is cast by the CPU, which takes longer than writing it
   bool checksums = false;     // CRC-32 of each tensor, taken as it passes
   bool amended = false;       // some bytes follow when all chunks are written
   bool at_once = false;       // written and published by the next few calls of this thread
   bool gaps = false;          // some bytes of the file are not written
   bool follow_links = false;  // the file that a symbolic link leads to is replaced, not the link itself
   uint64_t nbytes = 0;        // of all its files together
-  size_t writers = 1;         // threads, for each file
 };
 
 struct Choice {

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <numeric>
-#include <set>
 
 #include "file/publish.h"
 
@@ -33,14 +32,9 @@ Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>&
   for (const FilePlan& file : plan_->files) nbytes_ += file.written_nbytes();
   intent_.nbytes = nbytes_;
   intent_.from_device = !resources_.devices.empty();
-  const auto any_source = [&](auto is) {
-    return std::ranges::any_of(plan_->files, [&](const FilePlan& file) {
-      return std::ranges::any_of(file.items, [&](const WriteItem& item) { return is(item.source); });
-    });
-  };
-  intent_.host_casts = any_source([](const TensorView& source) { return source.cast() && source.device == kHost; });
-  fetches_bytes_ = any_source([](const TensorView& source) { return source.device == kFetched; });
-  intent_.writers = resources_.workers.threads() / std::max<size_t>(1, plan_->files.size());
+  fetches_bytes_ = std::ranges::any_of(plan_->files, [](const FilePlan& file) {
+    return std::ranges::any_of(file.items, [](const WriteItem& item) { return item.source.device == kFetched; });
+  });
   bounded_ = too_many_to_keep_open(plan_->files.size());
   std::vector<TemporaryFile*> made;
   for (uint32_t index = 0; index < plan_->files.size(); ++index) {
@@ -305,45 +299,6 @@ void Save::finish() {
   changed_.notify_all();
 }
 
-// The error, which says of files that somebody else has made that they are not as they were.
-std::exception_ptr Save::with_what_stays(std::exception_ptr error) const try {
-  std::string names;
-  for (size_t index = 0; index < plan_->files.size(); ++index) {
-    if (foreign(index)) names += (names.empty() ? "" : ", ") + plan_->files[index].path();
-  }
-  if (names.empty()) return error;
-  const std::string what = "; what was written of " + names + " until then stays there";
-  try {
-    std::rethrow_exception(error);
-  } catch (const IoError& failed) {
-    const std::string detail = failed.detail().empty() ? what.substr(2) : failed.detail() + what;
-    return std::make_exception_ptr(IoError(failed.code().value(), failed.path(), "save", detail, failed.published()));
-  } catch (const CudaError& failed) {
-    return std::make_exception_ptr(CudaError(failed.what() + what));
-  } catch (const Cancelled& failed) {
-    return std::make_exception_ptr(Cancelled(failed.what() + what));
-  } catch (...) {
-    return error;
-  }
-} catch (const std::exception&) {
-  return error;  // no memory for it
-}
-
-// Figures, of which some are missing where there is no memory for them: the files stand.
-void Save::describe_end(const DeviceUse& committed) {
-  try {
-    DeviceUse use = committed;
-    for (const auto& [ordinal, stream] : streams_) stream->add_use(use);
-    const std::lock_guard lock(mutex_);
-    take_checksums();
-    describe_files(final_);
-    final_.device_scratch_nbytes = use.scratch_nbytes;
-    final_.fallbacks.insert(final_.fallbacks.end(), use.fallbacks.begin(), use.fallbacks.end());
-  } catch (const std::exception&) {
-    // As said above.
-  }
-}
-
 bool Save::wait(double seconds) {
   std::unique_lock lock(mutex_);
   changed_.wait_for(lock, std::chrono::duration<double>(seconds),
@@ -365,57 +320,6 @@ std::vector<std::vector<uint32_t>> Save::checksums() const {
 bool Save::finished() const {
   const std::lock_guard lock(mutex_);
   return finished_;
-}
-
-Stats Save::stats() const {
-  Stats stats;
-  {
-    const std::lock_guard lock(mutex_);
-    if (finished_) {
-      stats = final_;
-    } else {
-      describe_files(stats);
-      stats.seconds = std::chrono::duration<double>(Clock::now() - started_).count();
-    }
-  }
-  stats.files = plan_->files.size();
-  stats.nbytes = nbytes_;
-  stats.copy_seconds = 1e-9 * static_cast<double>(progress_.copy_ns);
-  stats.write_seconds = 1e-9 * static_cast<double>(progress_.write_ns);
-  stats.sync_seconds = 1e-9 * static_cast<double>(progress_.sync_ns);
-  stats.staging = progress_.staged_pinned     ? "pinned"
-                  : progress_.staged_pageable ? "pageable"
-                  : progress_.copied_in_place ? "in place"
-                                              : "none";
-  stats.staging_nbytes = progress_.peak_staged_nbytes;
-  stats.mapped_nbytes = progress_.mapped_nbytes;
-  return stats;
-}
-
-const char* Save::route_of(size_t index) const {
-  const FileTarget& target = plan_->files[index].target;
-  if (std::holds_alternative<StandingMapping>(target)) return "standing";
-  if (std::holds_alternative<Memory>(target)) return "memory";
-  if (std::holds_alternative<Link>(target) && copies_[index] == nullptr) return "link";
-  return name_of(files_[index]->write_path());
-}
-
-void Save::describe_files(Stats& stats) const {
-  std::set<std::string> paths, fallbacks;
-  for (size_t index = 0; index < files_.size(); ++index) {
-    const OutputFile* file = files_[index].get();
-    paths.insert(route_of(index));
-    if (file != nullptr) fallbacks.insert(file->fallbacks().begin(), file->fallbacks().end());
-  }
-  if (progress_.mapping_refused != 0) {
-    fallbacks.insert("writing by several threads refused: " +
-                     std::generic_category().message(progress_.mapping_refused));
-  }
-  if (progress_.io_uring_refused != 0) {
-    fallbacks.insert("io_uring refused: " + std::generic_category().message(progress_.io_uring_refused));
-  }
-  for (const std::string& path : paths) stats.write_path += (stats.write_path.empty() ? "" : "+") + path;
-  stats.fallbacks.assign(fallbacks.begin(), fallbacks.end());
 }
 
 }  // namespace fastshard

@@ -62,8 +62,8 @@ def _env(path: str) -> None:
 
     directory = path if is_folder(path) else os.path.dirname(path) or "."
     options = Options()
-    kind, write_path, reason = _native.filesystem(directory, writers=options.writers)
-    _, durable_path, durable_reason = _native.filesystem(directory, durable=True, writers=options.writers)
+    kind, write_path, reason = _native.filesystem(directory)
+    _, durable_path, durable_reason = _native.filesystem(directory, durable=True)
     rows = [
         ("fastshard", __version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.release()}"),

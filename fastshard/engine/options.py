@@ -37,10 +37,10 @@ class Options:
     threads: int | None = None
     """Number of writer threads; ``None``: one for each CPU that this process may use, at most 16."""
     write_path: str = "auto"
-    """``"buffered"`` (pwrite into the page cache), ``"direct"`` (past the page cache, from staging memory),
+    """``"buffered"`` (pwrite into the page cache, one thread a file), ``"direct"`` (past the page cache, from staging memory),
     ``"mapped"`` (stores into the mapped file), ``"registered"`` (as mapped, with devices copying straight
     into page-locked windows), or ``"auto"``: what suits the save and the filesystem (``fastshard env PATH``
-    tells)."""
+    tells). Where that is ``"buffered"``, idle threads store a part of a large file through mappings."""
     device_scratch: int = _DEVICE_SCRATCH
     """Bytes of each CUDA device's memory in which strided, cast and small tensors may be packed before they
     are copied to the host. It is allocated when it is first needed and kept until the engine is closed. With
