@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // LD_PRELOAD for tests: a filesystem that refuses what some mounts refuse. REFUSE holds words such as
 // "tmpfile fallocate exchange link linkat unlink rename fsync range xattr chmod locks direct pwrite pwritev readv statx
-// io_uring";
-// each makes that call fail with ENOTSUP, or with the number behind a colon ("rename:5"); with 999 the process is
-// killed there. "rename@2" refuses the second call only. Some words refuse nothing. "short": pwrite writes half of what
-// it is given and a piece of a block. "pause": rename waits half a second. "slow": pwritev waits a fifth. "late": what
-// "range" refuses takes half a second. `refused_calls` counts.
+// io_uring"; each makes that call fail with ENOTSUP, or with the number behind a colon ("rename:5"); with 999 the
+// process is killed there. "rename@2" refuses the second call only. Some words refuse nothing. "short": pwrite writes
+// half of what it is given and a piece of a block. "pause": rename waits half a second. "slow": pwritev waits for a
+// process_vm_readv, which is "readv". "late": what "range" refuses takes half a second. `refused_calls` counts.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -138,16 +137,19 @@ ssize_t pwrite(int fd, const void* data, size_t nbytes, off_t offset) {
   return REAL(pwrite)(fd, data, nbytes, offset);
 }
 
+static int stores;
+
 ssize_t pwritev(int fd, const struct iovec* parts, int count, off_t offset) {
   static int calls, pauses;
-  if (refused("slow", &pauses)) usleep(200000);
+  if (refused("slow", &pauses)) {
+    for (int i = 0; i < 5000 && __atomic_load_n(&stores, __ATOMIC_RELAXED) == 0; ++i) usleep(1000);
+  }
   return refused("pwritev", &calls) ? -1 : REAL(pwritev)(fd, parts, count, offset);
 }
 
 ssize_t process_vm_readv(pid_t pid, const struct iovec* local, unsigned long local_count, const struct iovec* remote,
                          unsigned long remote_count, unsigned long flags) {
-  static int calls;
-  if (refused("readv", &calls)) return -1;
+  if (refused("readv", &stores)) return -1;
   return REAL(process_vm_readv)(pid, local, local_count, remote, remote_count, flags);
 }
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One file that several threads write: one from the front, the others through mappings from the back.
 
-The first write of a save is held up where a test needs to know that the others have taken part.
+Where a test needs to know that the others have taken part, the first write of a save waits for them.
 """
 
 from __future__ import annotations
@@ -88,8 +88,7 @@ def test_the_same_bytes(preloaded: Path, folder: Path, kind: str) -> None:
     found = save(preloaded, "slow@1", kind, shared)
     assert expected["mapped"] == 0
     assert found["path"] == "buffered" and not found["fallbacks"]
-    # All but the chunk that was held up: of at most 4 MiB, and of at least 16 MiB.
-    assert found["mapped"] >= shared.stat().st_size - 5 * MIB  # type: ignore[operator]
+    assert 0 < found["mapped"] < shared.stat().st_size  # type: ignore[operator]
     assert found["checksums"] == expected["checksums"]
     if kind == "archive":  # torch writes its own name into it
         assert all(
@@ -106,7 +105,7 @@ def test_one_thread_where_that_is_asked_for(preloaded: Path, path: Path, options
 
 
 def test_without_reserved_space_one_thread_writes(preloaded: Path, path: Path) -> None:
-    found = save(preloaded, "fallocate slow@1", "large", path)
+    found = save(preloaded, "fallocate", "large", path)
     assert found["mapped"] == 0
     assert any("fallocate refused" in text for text in found["fallbacks"])  # type: ignore[attr-defined]
 
