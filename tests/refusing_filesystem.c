@@ -3,8 +3,9 @@
 // "tmpfile fallocate exchange link linkat unlink rename fsync range xattr chmod locks direct pwrite pwritev readv statx
 // io_uring"; each makes that call fail with ENOTSUP, or with the number behind a colon ("rename:5"); with 999 the
 // process is killed there. "rename@2" refuses the second call only. Some words refuse nothing. "short": pwrite writes
-// half of what it is given and a piece of a block. "pause": rename waits half a second. "slow": pwritev waits for a
-// process_vm_readv, which is "readv". "late": what "range" refuses takes half a second. `refused_calls` counts.
+// half of what it is given and a piece of a block. "pause": rename waits half a second. "nap": pwritev does a second.
+// "slow": pwritev waits for a process_vm_readv, which is "readv". "late": what "range" refuses takes half a second.
+// `refused_calls` counts.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -140,7 +141,8 @@ ssize_t pwrite(int fd, const void* data, size_t nbytes, off_t offset) {
 static int stores;
 
 ssize_t pwritev(int fd, const struct iovec* parts, int count, off_t offset) {
-  static int calls, pauses;
+  static int calls, pauses, naps;
+  if (refused("nap", &naps)) usleep(1000000);
   if (refused("slow", &pauses)) {
     for (int i = 0; i < 5000 && __atomic_load_n(&stores, __ATOMIC_RELAXED) == 0; ++i) usleep(1000);
   }

@@ -34,6 +34,7 @@ TESTS = (
     "test_schedule.py",
     "test_casts.py",
     "test_checksums.py",
+    "test_shared_writes.py",
     "test_cuda_path.py",
     "simulated_driver",
 )

@@ -23,7 +23,7 @@ NATIVE_LAYERS = {
         cuda_gathers.h cuda_gathers.cc cuda_device.cc ring.h fetch.h
     """,
     "file": """
-        filesystem.h filesystem.cc mapping.h mapping.cc output.h output.cc suspended.cc threads.h threads.cc
+        filesystem.h filesystem.cc mapping.h mapping.cc shared_pages.h shared_pages.cc output.h output.cc suspended.cc threads.h threads.cc
         attributes.h attributes.cc target.h target.cc hidden_names.h hidden_names.cc probe.h probe.cc closing.h
         closing.cc placement.h placement.cc linked.h linked.cc temporary.h temporary.cc publish.h publish.cc holders.h holders.cc
         in_place.h in_place.cc direct_io.h direct_io.cc standing.h standing.cc source_file.h source_file.cc

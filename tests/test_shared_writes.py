@@ -133,6 +133,41 @@ def test_the_reason_of_a_page_that_cannot_be_had(preloaded: Path, folder: Path) 
     assert (path.read_bytes(), names(folder)) == (b"old", ["weights"])
 
 
+FORKED = """
+import json, os, signal, sys
+import torch
+import fastshard
+from fastshard import Options, save_file
+
+def private():
+    with open("/proc/self/smaps_rollup") as lines:
+        return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) << 10
+
+state = {str(i): torch.full((1 << 20,), float(i)) for i in range(12)}
+child = os.fork()
+if child == 0:
+    signal.pause()
+save_file({"x": state["0"][:100]}, sys.argv[1])  # what is made only once
+before = private()
+save_file(state, sys.argv[1], engine=Options(threads=3))
+grown = private() - before
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
+stats = fastshard.stats()
+print(json.dumps({"grown": grown, "mapped": stats.mapped_nbytes, "fallbacks": stats.fallbacks}))
+"""
+
+
+def test_memory_shared_with_a_forked_process_stays_shared(preloaded: Path, path: Path) -> None:
+    done = run(FORKED, path, env=preload(preloaded, "nap@1"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["mapped"] == 0 and len(found["fallbacks"]) == 1
+    assert "shared with a forked process" in found["fallbacks"][0]
+    assert found["grown"] < 8 * MIB  # of 48
+    assert all((tensor == int(name)).all() for name, tensor in reference.load_file(path).items())
+
+
 def test_small_files_are_left_to_one_thread(path: Path, new_engine: Callable[..., Engine]) -> None:
     save_file({"x": torch.zeros(15 * MIB, dtype=torch.uint8)}, path, engine=new_engine(threads=4))
     stats = fastshard.stats()

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "device/pack.h"
+#include "file/shared_pages.h"
 
 namespace fastshard {
 namespace {
@@ -69,7 +70,7 @@ class PageCacheWriter final : public InTurnWriter {
  private:
   const Chunk* next(End end) override {
     // Not while others wait for this thread: at the front there is one who goes on.
-    const bool leaves = end == End::back && (progress_.mapping_refused != 0 || resources_.workers.wanted());
+    const bool leaves = end == End::back && (!progress_.may_map() || resources_.workers.wanted());
     return leaves ? nullptr : claim(end);
   }
 
@@ -117,6 +118,10 @@ class PageCacheWriter final : public InTurnWriter {
 
   // Returns false where that is refused, for all of the save.
   bool store(const Chunk& chunk, std::span<const iovec> parts) {
+    if (chunk.route == Route::in_place && copied_on_read(parts)) {
+      progress_.source_shared = true;
+      return false;
+    }
     const int refused = file_->store(parts, chunk.file_offset);
     if (refused == 0) {
       progress_.mapped_nbytes += chunk.nbytes;

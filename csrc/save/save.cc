@@ -128,7 +128,7 @@ void Save::write_share(size_t index) {
     wake();
     writers_[index]->write_chunks();
   });
-  if (!progress_.stop && !writers_[index]->exhausted() && progress_.mapping_refused == 0) offer_share(index);
+  if (!progress_.stop && !writers_[index]->exhausted() && progress_.may_map()) offer_share(index);
   // Before another writer can come to the end of the save, and of the file.
   if (writers_[index]->writers() > 1) awake.reset();
   if (--open_shares_[index] != 0) return;

@@ -89,6 +89,9 @@ void Save::describe_files(Stats& stats) const {
     fallbacks.insert("writing by several threads refused: " +
                      std::generic_category().message(progress_.mapping_refused));
   }
+  if (progress_.source_shared) {
+    fallbacks.insert("written by one thread: others would have copied memory that is shared with a forked process");
+  }
   if (progress_.io_uring_refused != 0) {
     fallbacks.insert("io_uring refused: " + std::generic_category().message(progress_.io_uring_refused));
   }

@@ -38,6 +38,9 @@ struct Progress {
   std::atomic<int> io_uring_refused = 0;    // errno
   std::atomic<uint64_t> mapped_nbytes = 0;  // stored through mappings, beside what is written
   std::atomic<int> mapping_refused = 0;     // errno
+  std::atomic<bool> source_shared = false;  // with a forked process, so that mappings are not used
+
+  bool may_map() const { return mapping_refused == 0 && !source_shared; }
 };
 
 // Adds the time it lives to a counter of nanoseconds.

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+// Memory that this process shares with one that was forked off it, or that it was forked off itself.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <span>
+
+namespace fastshard {
+
+// Returns whether some of the memory is shared until either process changes it, or whether that cannot be told. A
+// kernel that reads such pages in the name of another process, as process_vm_readv(2) does, gives this process copies
+// of its own first (Linux 5.19): memory that the save would take for good.
+bool copied_on_read(std::span<const iovec> parts);
+
+}  // namespace fastshard
