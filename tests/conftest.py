@@ -113,7 +113,11 @@ def simulated_driver() -> simcuda.SimCuda:
 
 @pytest.fixture
 def sim(simulated_driver: simcuda.SimCuda, no_hang: None) -> Iterator[simcuda.SimCuda]:
-    """The simulator at rest. Afterwards: fastshard broke no rule of CUDA's, and all it took is given back."""
+    """The simulator at rest. Afterwards: fastshard broke no rule of CUDA's, and all it took is given back.
+
+    A test in which a context has died ends a process, so to speak: nothing can be given back to it.
+    """
+    simulated_driver.new_process()
     simulated_driver.reset()
     before = simulated_driver.live()
     yield simulated_driver
@@ -123,6 +127,7 @@ def sim(simulated_driver: simcuda.SimCuda, no_hang: None) -> Iterator[simcuda.Si
         return [kind for kind in _LEAKS if after[kind] > before[kind]]
 
     violations = simulated_driver.violations()
+    simulated_driver.new_process()
     simulated_driver.reset()
     if leaked():
         gc.collect()  # a test that expects an exception leaves cycles through its traceback

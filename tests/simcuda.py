@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the simulated CUDA driver (tests/simulated_driver) and drives it from tests.
+"""Drives the simulated CUDA driver (tests/simulated_driver) from tests; simcuda_build.py builds it.
 
 Point ``FASTSHARD_LIBCUDA`` at the built library *before* fastshard first looks for CUDA::
 
@@ -17,163 +17,76 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import enum
-import fcntl
+import itertools
 import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-_SOURCES = Path(__file__).resolve().parent / "simulated_driver"
-_CSRC = _SOURCES.parents[1] / "csrc"
-
-WARNINGS_ARE_ERRORS = "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON"
-"""Among ``CMAKE_ARGS`` it holds here, too; else a newer compiler's new warning fails no test."""
-
-DEVICES = 2
-PRIORITIES = range(-5, 1)
-"""Of streams, the one that goes first at the front."""
-POISON = 0xDB
-KINDS = (
-    "streams",
-    "events",
-    "modules",
-    "registrations",
-    "allocations",
-    "contexts",
-    "registered_bytes",
-    "allocated_bytes",
+from simcuda_build import build
+from simcuda_values import (
+    DEFAULTS,
+    DEVICES,
+    GRANULE,
+    KINDS,
+    POISON,
+    PRIORITIES,
+    SETTINGS,
+    UNLOADABLE,
+    CaptureMode,
+    Counts,
+    Result,
+    SimCudaError,
 )
 
-
-class Result(enum.IntEnum):
-    """The CUresult values that tests inject or expect."""
-
-    SUCCESS = 0
-    INVALID_VALUE = 1
-    OUT_OF_MEMORY = 2
-    NOT_INITIALIZED = 3
-    NO_DEVICE = 100
-    INVALID_DEVICE = 101
-    INVALID_IMAGE = 200
-    INVALID_CONTEXT = 201
-    NO_BINARY_FOR_GPU = 209
-    INVALID_PTX = 218
-    JIT_COMPILER_NOT_FOUND = 221
-    UNSUPPORTED_PTX_VERSION = 222
-    INVALID_SOURCE = 300
-    INVALID_HANDLE = 400
-    NOT_FOUND = 500
-    NOT_READY = 600
-    ILLEGAL_ADDRESS = 700
-    CONTEXT_IS_DESTROYED = 709
-    HOST_MEMORY_ALREADY_REGISTERED = 712
-    HOST_MEMORY_NOT_REGISTERED = 713
-    MISALIGNED_ADDRESS = 716
-    LAUNCH_FAILED = 719
-    NOT_SUPPORTED = 801
-    STREAM_CAPTURE_UNSUPPORTED = 900
-    STREAM_CAPTURE_INVALIDATED = 901
-    STREAM_CAPTURE_IMPLICIT = 906
-    STREAM_CAPTURE_WRONG_THREAD = 908
-    UNKNOWN = 999
+__all__ = [
+    "DEFAULTS",
+    "DEVICES",
+    "GRANULE",
+    "KINDS",
+    "POISON",
+    "PRIORITIES",
+    "SETTINGS",
+    "UNLOADABLE",
+    "Capture",
+    "CaptureMode",
+    "Counts",
+    "Job",
+    "Result",
+    "SimCuda",
+    "SimCudaError",
+    "build",
+]
 
 
-UNLOADABLE = (
-    Result.INVALID_IMAGE,
-    Result.NO_BINARY_FOR_GPU,
-    Result.INVALID_PTX,
-    Result.JIT_COMPILER_NOT_FOUND,
-    Result.UNSUPPORTED_PTX_VERSION,
-    Result.INVALID_SOURCE,
-)
-"""What drivers say of a module image that is not for them."""
+class Capture:
+    """A graph that is being captured; `ended` says what cuStreamEndCapture answered."""
+
+    ended: int | None = None
 
 
-class CaptureMode(enum.IntEnum):
-    """CUstreamCaptureMode."""
+class Job:
+    """Kernels of another program, back to back, each of which fills the device."""
 
-    GLOBAL = 0
-    THREAD_LOCAL = 1
-    RELAXED = 2
+    def __init__(self, sim: SimCuda, device: int, priority: int) -> None:
+        self._sim = sim
+        self._device = device
+        self.stream = sim.stream(device, priority)
 
+    def step(self) -> None:
+        """One kernel ends, and the next begins once those of higher priority that wait have begun."""
+        if self._sim._lib.sim_step_job(self._device) != 0:
+            raise ValueError("the job has ended")
 
-class SimCudaError(RuntimeError):
-    """A driver call made by the test itself failed."""
+    def copy(self, nbytes: int) -> None:
+        """Enqueues a copy to the host, from nowhere to nowhere, on the job's stream."""
+        self._sim._lib.sim_enqueue_copy(ctypes.c_void_p(self.stream), ctypes.c_size_t(nbytes))
 
-    def __init__(self, function: str, result: int) -> None:
-        super().__init__(f"{function}: {Result(result).name if result in list(Result) else result}")
-        self.result = result
-
-
-def cuda_include() -> Path | None:
-    """The folder of cuda.h: a toolkit's, or that of the package nvidia-cuda-runtime."""
-    candidates = [
-        Path(os.environ[name]) / "include" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)
-    ]
-    candidates.append(Path("/usr/local/cuda/include"))
-    for entry in sys.path:
-        packages = Path(entry) / "nvidia"
-        candidates += [
-            *sorted(packages.glob("cu1*/include"), reverse=True),
-            packages / "cuda_runtime" / "include",
-        ]
-    return next((folder for folder in candidates if (folder / "cuda.h").is_file()), None)
-
-
-def build(directory: str | os.PathLike[str]) -> Path:
-    """Compiles the driver into `directory` unless it is up to date there, and returns its path."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever runs tests beside this process waits for one build
-        return _built(directory / "libsimcuda.so")
-
-
-def _built(library: Path) -> Path:
-    ours = [
-        _CSRC / name
-        for name in ("plan/plan.cc", "device/cast.cc", "device/pack.cc", "device/kernels/table.cc")
-    ]
-    sources = [*sorted(_SOURCES.glob("*.cc")), *ours]
-    inputs = [*sources, *_SOURCES.glob("*.h"), *_CSRC.rglob("*.h"), *_CSRC.glob("device/kernels/*")]
-    if library.exists() and library.stat().st_mtime >= max(path.stat().st_mtime for path in inputs):
-        return library
-    include = cuda_include()
-    if include is None:
-        raise FileNotFoundError("cuda.h not found: set CUDA_HOME, or pip install nvidia-cuda-runtime")
-    compiler = os.environ.get("CXX") or shutil.which("g++") or "g++"
-    flags = ["-std=c++20", "-fPIC", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
-    flags += [f"-I{_CSRC}", *os.environ.get("CXXFLAGS", "").split()]
-    flags.append("-Wno-unknown-pragmas")  # of nvcc's
-    if WARNINGS_ARE_ERRORS in os.environ.get("CMAKE_ARGS", "").split():
-        flags.append("-Werror")
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-
-        def compile_one(source: Path) -> str:
-            target = os.path.join(scratch, f"{source.parent.name}.{source.stem}.o")
-            _run([compiler, *flags, "-isystem", str(include), "-c", str(source), "-o", target])
-            return target
-
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            objects = list(pool.map(compile_one, sources))
-        # -Bsymbolic: its own cuInit, also where torch has loaded a real driver. nodelete: it has threads.
-        linked = os.path.join(scratch, library.name)
-        link = [*flags, "-shared", "-Wl,-Bsymbolic,-z,nodelete,-z,defs"]
-        _run([compiler, *link, *objects, "-o", linked])
-        os.replace(linked, library)
-    return library
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    @property
+    def most_ahead(self) -> int:
+        """The most bytes of others that were before one of its copies in the copy engine's queue."""
+        return int(self._sim._lib.sim_most_ahead(ctypes.c_void_p(self.stream)))
 
 
 class SimCuda:
@@ -189,6 +102,10 @@ class SimCuda:
             "sim_delayed_us",
             "sim_streams_made",
             "sim_launches",
+            "sim_waiting_kernels",
+            "sim_most_ahead",
+            "sim_peak_enqueued",
+            "sim_registered",
         ):
             getattr(self._lib, name).restype = ctypes.c_int64
         self._functions: dict[str, Callable[..., int]] = {}
@@ -311,14 +228,71 @@ class SimCuda:
         finally:
             self._lib.sim_pause(0)
 
-    def set_capturing(self, stream: int, capturing: bool) -> None:
-        """As if a graph capture had begun on the stream."""
-        if self._lib.sim_set_capturing(ctypes.c_void_p(stream), int(capturing)) != 0:
-            raise ValueError(f"unknown stream {stream:#x}")
+    def set(self, **settings: int) -> None:
+        """Changes SETTINGS until the next reset."""
+        for name, value in settings.items():
+            if self._lib.sim_set(name.encode(), ctypes.c_int64(value)) != 0:
+                raise ValueError(f"no such setting: {name}={value}")
+
+    @contextlib.contextmanager
+    def job(self, device: int = 0, priority: int = 0) -> Iterator[Job]:
+        """Another program keeps the device busy: other kernels begin between two of its own, or when it has ended."""
+        job = Job(self, device, priority)
+        if self._lib.sim_begin_job(device, priority) != 0:
+            raise ValueError(f"device {device} has a job")
+        try:
+            yield job
+        finally:
+            self._lib.sim_end_job(device)
+
+    def waiting_kernels(self, device: int = 0) -> int:
+        """Kernels that could begin but for the job."""
+        return int(self._lib.sim_waiting_kernels(device))
+
+    @contextlib.contextmanager
+    def capture(
+        self, stream: int, mode: CaptureMode = CaptureMode.GLOBAL, *, elsewhere: bool = False
+    ) -> Iterator[Capture]:
+        """Captures a graph from a stream; `elsewhere` on another thread than the caller's."""
+        capture, graph = Capture(), ctypes.c_uint64()
+
+        def call(function: str, *args: Any) -> int:
+            with self.current(self._streams[stream]):
+                return self.call(function, stream, *args)
+
+        with ThreadPoolExecutor(1) as pool:
+            there = (lambda *args: pool.submit(call, *args).result()) if elsewhere else call
+            if result := there("cuStreamBeginCapture", int(mode)):
+                raise SimCudaError("cuStreamBeginCapture", result)
+            try:
+                yield capture
+            finally:
+                capture.ended = there("cuStreamEndCapture", ctypes.byref(graph))
 
     def count(self, function: str) -> int:
         """Calls since the last reset, this object's own included."""
         return int(self._lib.sim_count(function.encode()))
+
+    def counts(self) -> Counts:
+        functions = (
+            ("cuLaunchKernel",),
+            ("cuMemcpyDtoHAsync", "cuMemcpyDtoH"),
+            ("cuMemcpy2DAsync",),
+            ("cuStreamSynchronize",),
+            ("cuMemHostRegister",),
+            ("cuMemAlloc",),
+            ("cuModuleLoadData",),
+        )
+        return Counts(*(sum(map(self.count, names)) for names in functions))
+
+    def registered(self) -> list[int]:
+        """The size of each registration since the last reset."""
+        sizes = (int(self._lib.sim_registered(ctypes.c_size_t(index))) for index in itertools.count())
+        return list(itertools.takewhile(lambda size: size >= 0, sizes))
+
+    def peak_enqueued(self, device: int = 0) -> int:
+        """The most bytes of copies to the host that were enqueued and not complete at once."""
+        return int(self._lib.sim_peak_enqueued(device))
 
     def streams_made(self) -> dict[int, int]:
         """Priority -> how many streams were made with it since the last reset."""
@@ -353,15 +327,32 @@ class SimCuda:
         """Injected failures that have not happened will not."""
         self._lib.sim_reset_failures()
 
+    def is_dead(self, device: int) -> bool:
+        """Whether work in its context has failed: nothing can be done in it any more."""
+        return bool(self._lib.sim_is_dead(device))
+
+    def new_process(self) -> None:
+        """As in a new process: contexts in which work had failed are as new, and all that was in them is gone."""
+        for device in range(DEVICES):
+            if self._lib.sim_renew_context(device) == 0:
+                continue
+            self._streams = {s: other for s, other in self._streams.items() if other != device}
+            self._allocations = {a: what for a, what in self._allocations.items() if what[0] != device}
+
     def reset(self) -> None:
-        """Waits for all work, forgets what was set, counted and injected, and frees what this object made."""
+        """Waits for all work, forgets what was set, counted and injected, and frees what this object made.
+
+        A context whose work has failed keeps its error, and all that is in it: see `new_process`.
+        """
         self._lib.sim_reset()
-        for stream, device in self._streams.items():
-            with self.current(device):
-                self.check("cuStreamDestroy", stream)
-        self._streams.clear()
-        for address in list(self._allocations):
-            self.free(address)
+        for stream, device in list(self._streams.items()):
+            if not self.is_dead(device):
+                with self.current(device):
+                    self.check("cuStreamDestroy", stream)
+                del self._streams[stream]
+        for address, (device, _) in list(self._allocations.items()):
+            if not self.is_dead(device):
+                self.free(address)
         self._lib.sim_reset()
 
     def _function(self, name: str) -> Callable[..., int]:

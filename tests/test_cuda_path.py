@@ -362,8 +362,10 @@ def test_each_device_has_a_stream_of_its_own(sim: SimCuda, new_engine: NewEngine
 
 def test_later_work_of_the_caller_is_not_waited_for(sim: SimCuda, new_engine: NewEngine, path: Path) -> None:
     source, other, stream = on_device(sim, noise(SLOT)), on_device(sim, noise(8)), sim.stream(0)
+    engine = new_engine()
+    save(engine, {path: [source] * 6})  # page-locks the slots: that may wait for all that runs
     with sim.paused():
-        future = submit(new_engine(), {path: [source]}, streams={0: stream})
+        future = submit(engine, {path: [source]}, streams={0: stream})
         sim.enqueue_write(stream, other.view.data, bytes(8), delay=1.0)
     future.result()
     assert sim.read(other.view.data, 8) == other.packed
@@ -377,7 +379,7 @@ def test_memory_is_bounded(sim: SimCuda, new_engine: NewEngine, path: Path) -> N
     stats = save(new_engine(), {path: [on_device(sim, noise(20 * BUDGET))]})
     assert SLOT < stats.staging_nbytes <= BUDGET
     assert sim.peak("registered_bytes") <= BUDGET
-    assert sim.peak("allocated_bytes") == 20 * BUDGET + stats.device_scratch_nbytes
+    assert sim.peak("requested_bytes") == 20 * BUDGET + stats.device_scratch_nbytes
     assert stats.device_scratch_nbytes <= SLOT  # the last bytes, perhaps, which are less than a copy is worth
 
 
@@ -561,7 +563,7 @@ def test_any_of_the_calls_may_fail(
 def test_copies_that_fail_late(
     sim: SimCuda, new_engine: NewEngine, path: Path, function: str, nth: int
 ) -> None:
-    """The call succeeds and its work does not: nothing more can be had from the context until it is reset."""
+    """The call succeeds and its work does not: nothing more can be had from the context in this process."""
     path.write_bytes(b"old")
     engine = new_engine()
     if function == "cuMemcpy2DAsync":
@@ -573,8 +575,12 @@ def test_copies_that_fail_late(
     assert os.listdir(path.parent) == [path.name]
     assert path.read_bytes() == b"old"
     assert sim.violations() == []
-    sim.reset()
-    assert save(engine, {path: varied(sim)}).staging_nbytes > SLOT
+    with pytest.raises(RuntimeError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+        save(engine, files)
+    save(engine, {path: [on_device(sim, noise(3 * SLOT), device=1)]})  # whose context lives
+    engine.close()
+    sim.new_process()
+    assert save(new_engine(), {path: varied(sim)}).staging_nbytes > SLOT
 
 
 def test_failed_context_fails_other_saves_too(sim: SimCuda, new_engine: NewEngine, tmp_path: Path) -> None:
@@ -706,7 +712,7 @@ def gathered(sim: SimCuda, device: int = 0, seed: int = 0, count: int = 24) -> l
 
 def test_scratch_holds_what_the_option_allows(sim: SimCuda, new_engine: NewEngine, tmp_path: Path) -> None:
     files = {tmp_path / f"{i}.part": gathered(sim, i % 2, seed=i) for i in range(4)}
-    tensors = sim.live()["allocated_bytes"]
+    tensors = sim.live()["requested_bytes"]
     if not _native.kernels_compiled_in():
         sim.set_delay(0, 0)  # tens of thousands of copies, a row each
     for option, most in [
@@ -719,13 +725,13 @@ def test_scratch_holds_what_the_option_allows(sim: SimCuda, new_engine: NewEngin
     ]:
         engine = new_engine(memory_budget=4 * MIB, threads=4, device_scratch=option)
         stats = save(engine, files)
-        used = sim.live()["allocated_bytes"] - tensors
-        assert sim.peak("allocated_bytes") - tensors <= 2 * most
+        used = sim.live()["requested_bytes"] - tensors
+        assert sim.peak("requested_bytes") - tensors <= 2 * most
         if _native.kernels_compiled_in():
             assert stats.device_scratch_nbytes == used > 0 or most == 0
         assert stats.fallbacks == ()
         engine.close()
-        assert sim.live()["allocated_bytes"] == tensors
+        assert sim.live()["requested_bytes"] == tensors
         for path in files:
             path.unlink()
         sim.forget_peaks()
@@ -1078,9 +1084,10 @@ def test_nothing_is_saved_while_a_graph_is_captured(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     current_streams[1] = sim.stream(1)
-    sim.set_capturing(current_streams[1], True)
-    with pytest.raises(RuntimeError, match=r"cuda:1.*graph"):
-        fastshard.save_file(upload.all(model(), 1), path, engine=new_engine())
+    tensors = upload.all(model(), 1)
+    with sim.capture(current_streams[1]) as capture, pytest.raises(RuntimeError, match=r"cuda:1.*graph"):
+        fastshard.save_file(tensors, path, engine=new_engine())
+    assert capture.ended == Result.SUCCESS
     assert not path.exists()
 
 

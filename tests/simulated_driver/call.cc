@@ -17,6 +17,12 @@ struct {
   int depth;
 } thread_local context_stack;
 
+// Calls that only look at what has been enqueued.
+bool passes_driver_lock(std::string_view name) {
+  return name == "cuEventQuery" || name == "cuEventSynchronize" || name == "cuStreamQuery" ||
+         name == "cuStreamSynchronize";
+}
+
 }  // namespace
 
 bool usable(Needs needs) {
@@ -53,17 +59,23 @@ void Call::begin(std::string_view name, Needs needs) {
   }
   function.failures = std::move(kept);
 
-  if (needs == Needs::kContext || needs == Needs::kRelease) {
+  const bool in_context = needs == Needs::kContext || needs == Needs::kRelease;
+  if (in_context && !passes_driver_lock(name)) state().changed.wait(lock, [] { return !state().synchronizing; });
+  if (in_context) {
     context = current_context();
     if (context == nullptr) reject(CUDA_ERROR_INVALID_CONTEXT, std::string(name) + " without a current context");
     if (context->retained == 0) reject(CUDA_ERROR_CONTEXT_IS_DESTROYED, std::string(name) + " after the context");
     if (needs == Needs::kContext) require(context->error == CUDA_SUCCESS, context->error);
   }
+  check_captures(name);
   require(failure == CUDA_SUCCESS, failure);
 }
 
 void Call::submit(const std::shared_ptr<Stream>& stream, Operation operation) {
-  if (stream->capture != nullptr) reject(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "work enqueued on a capturing stream");
+  if (stream->capture != nullptr) {  // it goes into the graph, and nothing happens
+    require(!stream->capture->invalidated, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+    return;
+  }
   operation.failure = late_failure;
   enqueue(stream, std::move(operation));
 }
@@ -72,6 +84,15 @@ void Call::wait_for(const std::shared_ptr<Stream>& stream) {
   const uint64_t last = stream->enqueued;
   state().changed.wait(lock, [&] { return stream->completed >= last; });
   require(stream->context->error == CUDA_SUCCESS, stream->context->error);
+}
+
+void Call::synchronize_implicitly() {
+  State& s = state();
+  if (s.settings.implicit_sync == 0) return;
+  s.synchronizing = true;
+  wait_for_running_work(lock, *context);
+  s.synchronizing = false;
+  s.changed.notify_all();
 }
 
 }  // namespace simulated

@@ -14,7 +14,7 @@ enum class Needs {
   kNothing,
   kDriver,   // cuInit
   kContext,  // a current context without errors
-  kRelease,  // a current context; with errors what can be released still is
+  kRelease,  // a current context; with errors, which it returns, it counts as a release all the same
 };
 
 // One call of an entry point; it holds the lock.
@@ -28,7 +28,17 @@ struct Call {
   void submit(const std::shared_ptr<Stream>& stream, Operation operation);
   // Until all that is enqueued is done; throws what it failed with.
   void wait_for(const std::shared_ptr<Stream>& stream);
+  // What calls do that CUDA calls implicitly synchronizing: they wait for what runs, and all other calls wait for them.
+  void synchronize_implicitly();
 };
+
+// In capture.cc. Throws if a capture forbids the call to this thread, and ends that capture.
+void check_captures(std::string_view name);
+// For what would order a capture of `context` behind the legacy stream, or wait for it.
+void check_legacy(const Context* context);
+void invalidate(Capture& capture);
+// The stream as one whose work can be waited for.
+void require_not_capturing(const Stream& stream);
 
 // False before cuInit and in a forked child, where nobody may be left to release the lock.
 bool usable(Needs needs);
@@ -83,8 +93,16 @@ void remove(Objects<Object>& objects, Kind kind, uintptr_t handle) {
 }
 
 std::shared_ptr<Stream> find_stream(Call& call, CUstream handle);
-void remove_allocation(Call& call, std::shared_ptr<Range> range);
-void remove_registration(Call& call, std::shared_ptr<Range> range);
+void remove_allocation(std::unique_lock<std::mutex>& lock, std::shared_ptr<Range> range);
+void remove_registration(std::unique_lock<std::mutex>& lock, std::shared_ptr<Range> range);
+void remove_module(uintptr_t handle);
+// Takes away all that is left in a context; returns whether there was anything.
+bool clear_context(std::unique_lock<std::mutex>& lock, Context* context);
+// Of device memory, in granules and with the modules.
+size_t used_nbytes(const Context* context);
+size_t free_nbytes(const Context* context);
+size_t whole_pages(size_t nbytes);
+constexpr size_t rounded_up(size_t nbytes, size_t unit) { return (nbytes + unit - 1) / unit * unit; }
 // Whether copies of this context may use the range directly.
 bool registered_for(const Context* context, const std::shared_ptr<Range>& range);
 

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Captures of graphs, and which calls must not be made meanwhile.
+// Captures of graphs, and which calls must not be made meanwhile, as cuThreadExchangeStreamCaptureMode() has it.
+// Nothing that is captured is kept.
+#include <algorithm>
+
 #include "call.h"
 
 using namespace simulated;
@@ -10,7 +13,47 @@ thread_local CUstreamCaptureMode thread_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
 
 const void* this_thread() { return &thread_mode; }
 
+// "Potentially unsafe" calls, of which CUDA has no list: those that wait, and those whose effect no graph would have.
+constexpr std::string_view kUnsafe[] = {
+    "cuMemAlloc",   "cuMemFree",          "cuMemHostRegister",   "cuMemHostUnregister",
+    "cuMemcpyDtoH", "cuMemcpyHtoD",       "cuModuleLoadData",    "cuModuleUnload",
+    "cuEventQuery", "cuEventSynchronize", "cuStreamSynchronize", "cuStreamQuery",
+};
+
+bool forbids(const Capture& capture) {
+  if (capture.mode == CU_STREAM_CAPTURE_MODE_RELAXED || thread_mode == CU_STREAM_CAPTURE_MODE_RELAXED) return false;
+  if (capture.thread == this_thread()) return true;
+  return capture.mode == CU_STREAM_CAPTURE_MODE_GLOBAL && thread_mode == CU_STREAM_CAPTURE_MODE_GLOBAL;
+}
+
 }  // namespace
+
+void simulated::invalidate(Capture& capture) { capture.invalidated = true; }
+
+void simulated::check_captures(std::string_view name) {
+  if (std::ranges::find(kUnsafe, name) == std::end(kUnsafe)) return;
+  bool forbidden = false;
+  for (const auto& [handle, stream] : state().streams) {
+    if (stream->capture == nullptr || !forbids(*stream->capture)) continue;
+    forbidden = true;
+    invalidate(*stream->capture);
+  }
+  require(!forbidden, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+}
+
+void simulated::check_legacy(const Context* context) {
+  for (const auto& [handle, stream] : state().streams) {
+    if (stream->context != context || !stream->blocking || stream->capture == nullptr) continue;
+    invalidate(*stream->capture);
+    throw CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+  }
+}
+
+void simulated::require_not_capturing(const Stream& stream) {
+  if (stream.capture == nullptr) return;
+  invalidate(*stream.capture);
+  throw CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+}
 
 CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
   return entry("cuThreadExchangeStreamCaptureMode", Needs::kDriver, [&](Call&) {
@@ -24,22 +67,29 @@ CUresult cuStreamBeginCapture(CUstream handle, CUstreamCaptureMode mode) {
     require(handle != nullptr && handle != CU_STREAM_LEGACY);
     const auto stream = find(state().streams, handle, "stream");
     require(stream->capture == nullptr);
-    stream->capture = std::make_shared<Capture>(Capture{mode, this_thread()});
+    stream->capture = std::make_shared<Capture>(Capture{mode, this_thread(), stream.get()});
   });
 }
 
-// What was captured is not kept: the graph is a handle that nothing accepts.
+// The graph is a handle that nothing accepts.
 CUresult cuStreamEndCapture(CUstream handle, CUgraph* graph) {
   return entry("cuStreamEndCapture", Needs::kContext, [&](Call&) {
     const auto stream = find(state().streams, handle, "stream");
-    require(graph != nullptr && stream->capture != nullptr);
-    const Capture& capture = *stream->capture;
-    require(capture.mode == CU_STREAM_CAPTURE_MODE_RELAXED || capture.thread == this_thread(),
+    const auto capture = stream->capture;
+    require(graph != nullptr && capture != nullptr);
+    require(capture->origin == stream.get(), CUDA_ERROR_STREAM_CAPTURE_UNMATCHED);
+    require(capture->mode == CU_STREAM_CAPTURE_MODE_RELAXED || capture->thread == this_thread(),
             CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD);
-    const bool invalidated = capture.invalidated;
-    stream->capture = nullptr;
+    capture->ended = true;
+    bool joined = false;
+    for (const auto& [other, member] : state().streams) {
+      if (member->capture != capture) continue;
+      joined = joined || member != stream;
+      member->capture = nullptr;
+    }
     *graph = nullptr;
-    require(!invalidated, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+    require(!capture->invalidated, CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+    require(!joined, CUDA_ERROR_STREAM_CAPTURE_UNJOINED);
     *graph = reinterpret_cast<CUgraph>(state().new_handle());
   });
 }

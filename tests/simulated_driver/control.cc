@@ -5,7 +5,7 @@
 #include <cstring>
 #include <string_view>
 
-#include "simulator.h"
+#include "call.h"
 
 using namespace simulated;
 
@@ -13,8 +13,9 @@ using namespace simulated;
 
 namespace {
 
-constexpr std::string_view kKindNames[kKindCount] = {"streams",     "events",   "modules",          "registrations",
-                                                     "allocations", "contexts", "registered_bytes", "allocated_bytes"};
+constexpr std::string_view kKindNames[kKindCount] = {"streams",          "events",          "modules",
+                                                     "registrations",    "allocations",     "contexts",
+                                                     "registered_bytes", "allocated_bytes", "requested_bytes"};
 
 int kind_of(const char* name) {
   const auto found = std::ranges::find(kKindNames, std::string_view(name));
@@ -45,20 +46,25 @@ std::shared_ptr<Stream> stream_of(CUstream handle) {
 // The `nth` next call (1: the very next; 0: every one) of a function returns `result`.
 SIM_EXPORT int sim_fail(const char* function, int nth, int result) { return add_failure(function, nth, result, false); }
 
-// That call succeeds; its work fails later, and the context with it, until sim_reset().
+// That call succeeds; its work fails later, and the context with it.
 SIM_EXPORT int sim_fail_async(const char* function, int nth, int result) {
   return add_failure(function, nth, result, true);
 }
 
-// Waits for all work, then forgets failures, errors, violations, counts and settings. Objects stay.
+// Ends jobs and captures and waits for all work; then forgets failures, violations, counts and settings. Objects stay,
+// and so does the error of a context: sim_renew_context().
 SIM_EXPORT void sim_reset() {
   State& s = state();
   std::unique_lock lock(s.mutex);
   s.restore_settings();
-  s.changed.notify_all();
+  for (Context& context : s.contexts) end_job(context);
   s.changed.wait(lock, [&] { return s.in_flight == 0; });
-  for (Context& context : s.contexts) context.error = CUDA_SUCCESS;
-  for (auto& [handle, stream] : s.streams) stream->capture = nullptr;
+  for (Context& context : s.contexts) context.peak_enqueued_out = 0;
+  for (auto& [handle, stream] : s.streams) {
+    stream->capture = nullptr;
+    stream->most_ahead = 0;
+  }
+  s.registered.clear();
   s.functions.clear();
   s.violations.clear();
   s.next_serial = 0;
@@ -66,6 +72,32 @@ SIM_EXPORT void sim_reset() {
   s.streams_made.clear();
   s.launches.clear();
   std::ranges::copy(s.live, s.peak);
+}
+
+// As in a new process: a context whose work has failed is empty and can be used again. Returns whether it had failed.
+SIM_EXPORT int sim_renew_context(int device) {
+  State& s = state();
+  std::unique_lock lock(s.mutex);
+  Context& context = s.contexts[device];
+  if (context.error == CUDA_SUCCESS) return 0;
+  s.changed.wait(lock, [&] { return s.in_flight == 0; });
+  clear_context(lock, &context);
+  context.error = CUDA_SUCCESS;
+  return 1;
+}
+
+SIM_EXPORT int sim_is_dead(int device) {
+  const std::lock_guard lock(state().mutex);
+  return state().contexts[device].error != CUDA_SUCCESS ? 1 : 0;
+}
+
+SIM_EXPORT int sim_set(const char* name, int64_t value) {
+  const auto found = std::ranges::find(kSettings, std::string_view(name), &SettingName::name);
+  if (found == std::end(kSettings) || value < 0) return -1;
+  const std::lock_guard lock(state().mutex);
+  state().settings.*found->setting = value;
+  state().changed.notify_all();
+  return 0;
 }
 
 SIM_EXPORT void sim_reset_failures() {
@@ -76,6 +108,7 @@ SIM_EXPORT void sim_reset_failures() {
 SIM_EXPORT void sim_forget_peaks() {
   const std::lock_guard lock(state().mutex);
   std::ranges::copy(state().live, state().peak);
+  for (Context& context : state().contexts) context.peak_enqueued_out = context.enqueued_out;
 }
 
 // Every copy, fill and kernel starts late by a random time in [min_us, max_us].
@@ -113,18 +146,72 @@ SIM_EXPORT int sim_enqueue_delay(int device, CUstream handle, uint64_t us) {
   const std::lock_guard lock(state().mutex);
   const auto stream = handle == nullptr ? legacy_stream(&state().contexts[device]) : stream_of(handle);
   if (stream == nullptr) return -1;
-  enqueue(stream, {.sleep = std::chrono::microseconds(us)});
+  enqueue(stream, {.sleep = std::chrono::microseconds(us), .kernel = true});
   return 0;
 }
 
-// As if a graph capture had begun on the stream.
-SIM_EXPORT int sim_set_capturing(CUstream handle, int capturing) {
+// A job's kernels fill the device from now on.
+SIM_EXPORT int sim_begin_job(int device, int priority) {
+  if (device < 0 || device >= kDevices || priority < kGreatestPriority || priority > kLeastPriority) return -1;
+  const std::lock_guard lock(state().mutex);
+  auto& job = state().contexts[device].job;
+  if (job != nullptr) return -1;
+  job = std::make_unique<Job>(Job{priority});
+  return 0;
+}
+
+SIM_EXPORT int sim_step_job(int device) {
+  const std::lock_guard lock(state().mutex);
+  if (device < 0 || device >= kDevices || state().contexts[device].job == nullptr) return -1;
+  step_job(state().contexts[device]);
+  return 0;
+}
+
+SIM_EXPORT int sim_end_job(int device) {
+  const std::lock_guard lock(state().mutex);
+  if (device < 0 || device >= kDevices || state().contexts[device].job == nullptr) return -1;
+  end_job(state().contexts[device]);
+  return 0;
+}
+
+// Kernels that wait for the device now.
+SIM_EXPORT int64_t sim_waiting_kernels(int device) {
+  const std::lock_guard lock(state().mutex);
+  return static_cast<int64_t>(state().contexts[device].waiting.size());
+}
+
+// A copy of `nbytes` to the host that has no source and no target, but needs the copy engine.
+SIM_EXPORT int sim_enqueue_copy(CUstream handle, size_t nbytes) {
   const std::lock_guard lock(state().mutex);
   const auto stream = stream_of(handle);
   if (stream == nullptr) return -1;
-  stream->capture =
-      capturing == 0 ? nullptr : std::make_shared<Capture>(Capture{CU_STREAM_CAPTURE_MODE_RELAXED, nullptr});
+  Operation operation;
+  operation.copy_out = std::make_shared<CopyOut>(CopyOut{stream.get(), nbytes});
+  operation.run = [context = stream->context, nbytes] {
+    occupy_link(context, nbytes);
+    return CUDA_SUCCESS;
+  };
+  enqueue(stream, std::move(operation));
   return 0;
+}
+
+// The most bytes of other streams that were before a copy of this stream in the queue of the copy engine.
+SIM_EXPORT int64_t sim_most_ahead(CUstream handle) {
+  const std::lock_guard lock(state().mutex);
+  const auto stream = stream_of(handle);
+  return stream == nullptr ? -1 : static_cast<int64_t>(stream->most_ahead);
+}
+
+// The most bytes to the host that were enqueued and not complete at once.
+SIM_EXPORT int64_t sim_peak_enqueued(int device) {
+  const std::lock_guard lock(state().mutex);
+  return device < 0 || device >= kDevices ? -1 : static_cast<int64_t>(state().contexts[device].peak_enqueued_out);
+}
+
+// The size of each registration since the last reset.
+SIM_EXPORT int64_t sim_registered(size_t index) {
+  const std::lock_guard lock(state().mutex);
+  return index < state().registered.size() ? static_cast<int64_t>(state().registered[index]) : -1;
 }
 
 // Device memory at once, whatever is enqueued.

@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
+#include <random>
 
 namespace {
 
@@ -179,14 +181,20 @@ void Block::enter() { block->live(); }
 
 }  // namespace
 
-Fault run_pack_kernel(const std::vector<Window>& windows, const PackArguments& arguments, unsigned grid,
-                      bool backwards) {
+Fault run_pack_kernel(const std::vector<Window>& windows, const PackArguments& arguments, unsigned grid, bool backwards,
+                      uint64_t seed) {
   static thread_local Block threads;  // of a stream's worker
   Memory checked{&windows, nullptr, {}};
   memory = &checked;
   block = &threads;
   gridDim.x = grid;
-  for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) threads.run(arguments, backwards);
+  std::vector<unsigned> order(grid);
+  std::iota(order.begin(), order.end(), 0u);
+  std::ranges::shuffle(order, std::mt19937_64(seed));
+  for (const unsigned index : order) {
+    blockIdx.x = index;
+    threads.run(arguments, backwards);
+  }
   memory = nullptr;
   return checked.fault;
 }

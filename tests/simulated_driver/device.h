@@ -31,8 +31,10 @@ struct Fault {
   bool misaligned = false;
 };
 
-// `backwards`: threads run in the other order between two meetings; what depends on it lacks a meeting.
-Fault run_pack_kernel(const std::vector<Window>& windows, const PackArguments& arguments, unsigned grid,
-                      bool backwards);
+// `backwards`: threads run in the other order between two meetings; what depends on it lacks a meeting. Blocks run one
+// after the other, in an order that `seed` decides. So what depends on the order is seen, and what only happens to
+// blocks that run at once is not: that takes compute-sanitizer and a GPU.
+Fault run_pack_kernel(const std::vector<Window>& windows, const PackArguments& arguments, unsigned grid, bool backwards,
+                      uint64_t seed);
 
 }  // namespace simulated

@@ -20,6 +20,7 @@ struct PackLaunch {
   Context* context;
   PackArguments arguments;
   unsigned grid;
+  uint64_t seed;
   std::shared_ptr<Range> table;
   std::shared_ptr<Range> out;
   bool out_on_host;
@@ -70,7 +71,7 @@ CUresult run_pack(const PackLaunch& launch) {
   lock.unlock();
   occupy_link(launch.context, nbytes);
   // The table is read only now: whoever reuses it before the kernel has run changes what it does.
-  const Fault fault = run_pack_kernel(windows, launch.arguments, launch.grid, false);
+  const Fault fault = run_pack_kernel(windows, launch.arguments, launch.grid, false, launch.seed);
   lock.lock();
   for (const auto& range : sources) --range->running;
   if (fault.what.empty()) return CUDA_SUCCESS;
@@ -82,6 +83,7 @@ Operation pack_operation(Context* context, unsigned grid, void** parameters) {
   PackLaunch launch{};
   launch.context = context;
   launch.grid = grid;
+  launch.seed = state().seed ^ state().functions["cuLaunchKernel"].calls;
   PackArguments& arguments = launch.arguments;
   std::memcpy(&arguments.entries, parameters[0], sizeof arguments.entries);
   std::memcpy(&arguments.count, parameters[1], sizeof arguments.count);
@@ -104,22 +106,30 @@ Operation pack_operation(Context* context, unsigned grid, void** parameters) {
         std::memset(launch.out->bytes + begin + offset, kPoison, nbytes);
     });
   }
-  return {.run = [launch] { return run_pack(launch); }, .uses = {launch.table, launch.out}};
+  return {.run = [launch] { return run_pack(launch); }, .uses = {launch.table, launch.out}, .kernel = true};
 }
 
 }  // namespace
 
+void simulated::remove_module(uintptr_t handle) {
+  remove(state().modules, kModules, handle);
+  state().count(kAllocatedBytes, -static_cast<int64_t>(kGranule));
+}
+
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {
   return entry("cuModuleLoadData", Needs::kContext, [&](Call& call) {
-    require(image != nullptr);
+    require(image != nullptr && module != nullptr);
+    call.synchronize_implicitly();
+    require(kGranule <= free_nbytes(call.context), CUDA_ERROR_OUT_OF_MEMORY);
     add(state().modules, kModules, std::make_shared<Module>(Module{call.context}), module);
+    state().count(kAllocatedBytes, kGranule);
   });
 }
 
 CUresult cuModuleUnload(CUmodule handle) {
   return entry("cuModuleUnload", Needs::kRelease, [&](Call&) {
     find(state().modules, handle, "module");
-    remove(state().modules, kModules, reinterpret_cast<uintptr_t>(handle));
+    remove_module(reinterpret_cast<uintptr_t>(handle));
   });
 }
 

@@ -14,33 +14,34 @@
 #include "call.h"
 
 namespace simulated {
-namespace {
 
-// The last release of a primary context takes with it all that is left in it.
-void destroy_context(Call& call, Context* context) {
+bool clear_context(std::unique_lock<std::mutex>& lock, Context* context) {
   State& s = state();
+  bool found = false;
   const auto take = [&](auto& objects) {
     std::remove_reference_t<decltype(objects)> taken;
     for (const auto& object : objects) {
       if (object.second->context == context) taken.insert(object);
     }
-    if (!taken.empty()) note_violation("context destroyed with objects left in it");
+    found = found || !taken.empty();
     return taken;
   };
   for (const auto& [handle, stream] : take(s.streams)) {
-    s.changed.wait(call.lock, [&, &waited = stream] { return waited->idle(); });
+    s.changed.wait(lock, [&, &waited = stream] { return waited->idle(); });
     stream->destroyed = true;
     remove(s.streams, kStreams, handle);
   }
   for (const auto& [handle, event] : take(s.events)) remove(s.events, kEvents, handle);
-  for (const auto& [handle, module] : take(s.modules)) remove(s.modules, kModules, handle);
-  for (const auto& [begin, range] : take(s.registrations)) remove_registration(call, range);
-  for (const auto& [begin, range] : take(s.allocations)) remove_allocation(call, range);
+  for (const auto& [handle, module] : take(s.modules)) remove_module(handle);
+  for (const auto& [begin, range] : take(s.registrations)) remove_registration(lock, range);
+  for (const auto& [begin, range] : take(s.allocations)) remove_allocation(lock, range);
   if (context->legacy_stream != nullptr) context->legacy_stream->destroyed = true;
   context->legacy_stream = nullptr;
-  context->error = CUDA_SUCCESS;
   s.changed.notify_all();
+  return found;
 }
+
+namespace {
 
 int attribute(CUdevice_attribute which, int device) {
   switch (which) {
@@ -104,6 +105,11 @@ constexpr ErrorText kErrors[] = {
     SIM_ERROR(CUDA_ERROR_NOT_SUPPORTED, "operation not supported"),
     SIM_ERROR(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "operation not permitted when stream is capturing"),
     SIM_ERROR(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, "operation failed due to a previous error during capture"),
+    SIM_ERROR(CUDA_ERROR_STREAM_CAPTURE_MERGE, "operation would result in a merge of separate capture sequences"),
+    SIM_ERROR(CUDA_ERROR_STREAM_CAPTURE_UNMATCHED, "capture was not ended in the same stream as it began"),
+    SIM_ERROR(CUDA_ERROR_STREAM_CAPTURE_UNJOINED, "capturing stream has unjoined work"),
+    SIM_ERROR(CUDA_ERROR_STREAM_CAPTURE_ISOLATION, "dependency created on uncaptured work in another stream"),
+    SIM_ERROR(CUDA_ERROR_CAPTURED_EVENT, "operation not permitted on an event last recorded in a capturing stream"),
     SIM_ERROR(CUDA_ERROR_STREAM_CAPTURE_IMPLICIT,
               "operation would make the legacy stream depend on a capturing blocking stream"),
     SIM_ERROR(CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD,
@@ -206,6 +212,7 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   return entry("cuDevicePrimaryCtxRetain", Needs::kDriver, [&](Call&) {
     require(device >= 0 && device < kDevices, CUDA_ERROR_INVALID_DEVICE);
     Context& primary = state().contexts[device];
+    require(primary.error == CUDA_SUCCESS, primary.error);
     primary.device = device;
     ++primary.retained;
     state().count(kContexts, 1);
@@ -219,14 +226,20 @@ CUresult cuDevicePrimaryCtxRelease(CUdevice device) {
     Context& primary = state().contexts[device];
     if (primary.retained == 0) reject(CUDA_ERROR_INVALID_CONTEXT, "context released more often than retained");
     state().count(kContexts, -1);
-    if (--primary.retained == 0) destroy_context(call, &primary);
+    const CUresult error = primary.error;
+    if (--primary.retained == 0 && clear_context(call.lock, &primary)) {
+      note_violation("context destroyed with objects left in it");
+    }
+    require(error == CUDA_SUCCESS, error);
   });
 }
 
 CUresult cuCtxPushCurrent(CUcontext handle) {
   return entry("cuCtxPushCurrent", Needs::kDriver, [&](Call&) {
     for (Context& context : state().contexts) {
-      if (context.handle() == handle && context.retained != 0) return push_context(&context);
+      if (context.handle() != handle || context.retained == 0) continue;
+      require(context.error == CUDA_SUCCESS, context.error);
+      return push_context(&context);
     }
     reject(CUDA_ERROR_INVALID_CONTEXT, "unknown or destroyed context made current");
   });

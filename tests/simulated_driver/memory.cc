@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Device memory, registered host memory, and copies between them.
+// Device memory, and copies between it and the host.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -8,12 +8,32 @@
 #include "call.h"
 
 namespace simulated {
-namespace {
 
-size_t whole_pages(size_t nbytes) {
-  const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  return (nbytes + page - 1) / page * page;
+size_t whole_pages(size_t nbytes) { return rounded_up(nbytes, static_cast<size_t>(sysconf(_SC_PAGESIZE))); }
+
+// Of a device's memory, modules included.
+size_t used_nbytes(const Context* context) {
+  constexpr size_t kAlignment = 512;
+  size_t nbytes = 0;
+  size_t sharing = 0;
+  for (const auto& [begin, range] : state().allocations) {
+    if (range->context != context) continue;
+    if (range->nbytes < kSharesGranules) {
+      sharing += rounded_up(range->nbytes, kAlignment);
+    } else {
+      nbytes += rounded_up(range->nbytes, kGranule);
+    }
+  }
+  for (const auto& [handle, module] : state().modules) nbytes += module->context == context ? kGranule : 0;
+  return nbytes + rounded_up(sharing, kGranule);
 }
+
+size_t free_nbytes(const Context* context) {
+  const size_t used = used_nbytes(context);
+  return used > kDeviceNbytes ? 0 : kDeviceNbytes - used;
+}
+
+namespace {
 
 // The address range programs see is only reserved, so that touching it is a fault, and is never given back;
 // the bytes are in a mapping of the simulator's own.
@@ -29,23 +49,14 @@ std::shared_ptr<Range> allocate(Context* context, size_t nbytes) {
       Range{context, reinterpret_cast<uintptr_t>(address), nbytes, static_cast<std::byte*>(bytes)});
 }
 
-size_t allocated_nbytes(const Context* context) {
-  size_t nbytes = 0;
-  for (const auto& [begin, range] : state().allocations) nbytes += range->context == context ? range->nbytes : 0;
-  return nbytes;
-}
-
-void add_range(Ranges& ranges, Kind kind, Kind nbytes_kind, std::shared_ptr<Range> range) {
-  state().count(kind, 1);
-  state().count(nbytes_kind, static_cast<int64_t>(range->nbytes));
-  ranges.emplace(range->begin, std::move(range));
-}
-
-void remove_range(Call& call, Ranges& ranges, Kind kind, Kind nbytes_kind, Range& range, const char* what) {
-  ranges.erase(range.begin);
-  state().count(kind, -1);
-  state().count(nbytes_kind, -static_cast<int64_t>(range.nbytes));
-  retire(call.lock, range, what);
+void add_allocation(std::shared_ptr<Range> range) {
+  State& s = state();
+  const auto before = static_cast<int64_t>(used_nbytes(range->context));
+  s.count(kAllocations, 1);
+  s.count(kRequestedBytes, static_cast<int64_t>(range->nbytes));
+  Context* const context = range->context;
+  s.allocations.emplace(range->begin, std::move(range));
+  s.count(kAllocatedBytes, static_cast<int64_t>(used_nbytes(context)) - before);
 }
 
 std::shared_ptr<Range> device_range(const Context* context, CUdeviceptr address, size_t nbytes) {
@@ -87,6 +98,7 @@ void copy_to_host(Call& call, CUstream handle, void* target, CUdeviceptr source,
   const auto from = device_range(context, source, rows.source_extent());
   const auto to = host_range(context, target, rows.target_extent());
   Operation operation{.uses = {from}};
+  operation.copy_out = std::make_shared<CopyOut>(CopyOut{stream.get(), rows.nbytes()});
   operation.run = [=, in = from->at(source), out = static_cast<std::byte*>(target)] {
     occupy_link(context, rows.nbytes());
     for (size_t row = 0; row < rows.height; ++row) {
@@ -96,6 +108,7 @@ void copy_to_host(Call& call, CUstream handle, void* target, CUdeviceptr source,
   };
   if (to != nullptr) operation.uses.push_back(to);
   call.submit(stream, std::move(operation));
+  if (stream->capture != nullptr) return;
   if (wait || to == nullptr) return call.wait_for(stream);
   for (size_t row = 0; row < rows.height; ++row) {
     std::memset(static_cast<std::byte*>(target) + row * rows.target_pitch, kPoison, rows.width);
@@ -128,17 +141,15 @@ void copy_to_device(Call& call, CUstream handle, CUdeviceptr target, const void*
 
 }  // namespace
 
-void remove_allocation(Call& call, std::shared_ptr<Range> range) {
-  remove_range(call, state().allocations, kAllocations, kAllocatedBytes, *range, "device memory freed");
+void remove_allocation(std::unique_lock<std::mutex>& lock, std::shared_ptr<Range> range) {
+  State& s = state();
+  const auto before = static_cast<int64_t>(used_nbytes(range->context));
+  s.allocations.erase(range->begin);
+  s.count(kAllocations, -1);
+  s.count(kRequestedBytes, -static_cast<int64_t>(range->nbytes));
+  s.count(kAllocatedBytes, static_cast<int64_t>(used_nbytes(range->context)) - before);
+  retire(lock, *range, "device memory freed");
   munmap(range->bytes, whole_pages(range->nbytes));
-}
-
-void remove_registration(Call& call, std::shared_ptr<Range> range) {
-  remove_range(call, state().registrations, kRegistrations, kRegisteredBytes, *range, "host memory unregistered");
-}
-
-bool registered_for(const Context* context, const std::shared_ptr<Range>& range) {
-  return range != nullptr && (range->portable || range->context == context);
 }
 
 }  // namespace simulated
@@ -157,69 +168,37 @@ extern "C" __attribute__((visibility("default"))) int sim_alloc_pieces(int devic
   const auto all = allocate(&state().contexts[device], total);
   *address = all->begin;
   for (size_t i = 0, done = 0; i < count; done += nbytes[i++]) {
-    add_range(state().allocations, kAllocations, kAllocatedBytes,
-              std::make_shared<Range>(Range{all->context, all->begin + done, nbytes[i], all->bytes + done}));
+    add_allocation(std::make_shared<Range>(Range{all->context, all->begin + done, nbytes[i], all->bytes + done}));
   }
   return 0;
-}
-
-CUresult cuMemHostRegister(void* pointer, size_t nbytes, unsigned flags) {
-  return entry("cuMemHostRegister", Needs::kContext, [&](Call& call) {
-    const auto begin = reinterpret_cast<uintptr_t>(pointer);
-    const size_t page = whole_pages(1);
-    require(begin != 0 && nbytes != 0 && begin % page == 0 && begin < kHostAlias);
-    require(flags < 16);
-    require(!overlaps(state().allocations, begin, nbytes));
-    require(!overlaps(state().registrations, begin, nbytes), CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED);
-    std::vector<unsigned char> resident(whole_pages(nbytes) / page);
-    require(mincore(pointer, nbytes, resident.data()) == 0);  // fails where nothing is mapped
-    auto range = std::make_shared<Range>(Range{call.context, begin, nbytes, static_cast<std::byte*>(pointer)});
-    range->portable = (flags & CU_MEMHOSTREGISTER_PORTABLE) != 0;
-    add_range(state().registrations, kRegistrations, kRegisteredBytes, std::move(range));
-  });
-}
-
-CUresult cuMemHostUnregister(void* pointer) {
-  return entry("cuMemHostUnregister", Needs::kRelease, [&](Call& call) {
-    const auto found = state().registrations.find(reinterpret_cast<uintptr_t>(pointer));
-    if (found == state().registrations.end()) {
-      reject(CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED, "cuMemHostUnregister of memory that is not registered");
-    }
-    remove_registration(call, found->second);
-  });
-}
-
-CUresult cuMemHostGetDevicePointer(CUdeviceptr* address, void* pointer, unsigned flags) {
-  return entry("cuMemHostGetDevicePointer", Needs::kContext, [&](Call& call) {
-    const auto host = reinterpret_cast<uintptr_t>(pointer);
-    require(flags == 0 && registered_for(call.context, find_range(state().registrations, host, 1)));
-    *address = host + kHostAlias;
-  });
 }
 
 CUresult cuMemAlloc(CUdeviceptr* address, size_t nbytes) {
   return entry("cuMemAlloc", Needs::kContext, [&](Call& call) {
     require(address != nullptr && nbytes != 0);
-    require(nbytes <= kDeviceNbytes - allocated_nbytes(call.context), CUDA_ERROR_OUT_OF_MEMORY);
+    call.synchronize_implicitly();
+    require(nbytes <= free_nbytes(call.context), CUDA_ERROR_OUT_OF_MEMORY);
     auto range = allocate(call.context, nbytes);
     *address = range->begin;
-    add_range(state().allocations, kAllocations, kAllocatedBytes, std::move(range));
+    add_allocation(std::move(range));
   });
 }
 
-// Unlike the driver's it does not wait for work that reads the memory: a caching allocator would not either.
+// It waits for what runs. Work that comes later and reads the memory is a violation: a caching allocator would have
+// given the memory to somebody else.
 CUresult cuMemFree(CUdeviceptr address) {
   return entry("cuMemFree", Needs::kRelease, [&](Call& call) {
     if (address == 0) return;
     const auto found = state().allocations.find(address);
     if (found == state().allocations.end()) reject(CUDA_ERROR_INVALID_VALUE, "cuMemFree of an unknown address");
-    remove_allocation(call, found->second);
+    call.synchronize_implicitly();
+    remove_allocation(call.lock, found->second);
   });
 }
 
 CUresult cuMemGetInfo(size_t* free, size_t* total) {
   return entry("cuMemGetInfo", Needs::kContext, [&](Call& call) {
-    *free = kDeviceNbytes - allocated_nbytes(call.context);
+    *free = free_nbytes(call.context);
     *total = kDeviceNbytes;
   });
 }

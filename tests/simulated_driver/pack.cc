@@ -62,7 +62,7 @@ SIM_EXPORT int sim_pack(SimOp* ops, size_t count, std::byte* out, size_t out_nby
     if (table.nbytes() <= capacity) {
       what = simulated::run_pack_kernel(
                  windows, {begin, table.count(), begin + table.entries_nbytes(), reinterpret_cast<uintptr_t>(out)},
-                 grid, backwards != 0)
+                 grid, backwards != 0, capacity + count)
                  .what;
     } else {
       what = "the table is larger than allowed";

@@ -14,7 +14,6 @@ namespace simulated {
 namespace {
 
 using std::chrono::microseconds;
-using std::chrono::steady_clock;
 
 // splitmix64: a stream's n-th delay depends on nothing but the seed, however threads are scheduled.
 uint64_t mix(uint64_t value) {
@@ -25,18 +24,25 @@ uint64_t mix(uint64_t value) {
 }
 
 microseconds delay_of(const Stream& stream, const Operation& operation) {
-  if (!operation.run) return operation.sleep;
+  if (!operation.run) return {};
   const State& s = state();
   const uint64_t random = mix(mix(s.seed ^ mix(stream.serial)) + stream.completed);
-  return operation.sleep + microseconds(s.min_delay_us + random % (s.max_delay_us - s.min_delay_us + 1));
+  return microseconds(s.min_delay_us + random % (s.max_delay_us - s.min_delay_us + 1));
 }
 
-void execute(Context& context, Operation& operation, std::unique_lock<std::mutex>& lock) {
-  if (!operation.run || context.error != CUDA_SUCCESS) return;
+void sleep(std::unique_lock<std::mutex>& lock, microseconds delay) {
+  if (delay.count() == 0) return;
+  state().delayed_us += delay.count();
+  lock.unlock();
+  std::this_thread::sleep_for(delay);
+  lock.lock();
+}
+
+void run(Context& context, Operation& operation, std::unique_lock<std::mutex>& lock) {
   CUresult result = operation.failure;
   const bool live = std::ranges::all_of(operation.uses, [](const auto& range) { return range->live; });
   if (result == CUDA_SUCCESS && !live) result = CUDA_ERROR_ILLEGAL_ADDRESS;
-  if (result == CUDA_SUCCESS) {
+  if (result == CUDA_SUCCESS && operation.run) {
     for (const auto& range : operation.uses) ++range->running;
     lock.unlock();
     result = operation.run();
@@ -44,6 +50,21 @@ void execute(Context& context, Operation& operation, std::unique_lock<std::mutex
     for (const auto& range : operation.uses) --range->running;
   }
   if (context.error == CUDA_SUCCESS) context.error = result;
+}
+
+void execute(Stream& stream, Operation& operation, std::unique_lock<std::mutex>& lock) {
+  State& s = state();
+  Context& context = *stream.context;
+  if (operation.after) s.changed.wait(lock, [&] { return operation.after->done; });
+  sleep(lock, delay_of(stream, operation));
+  if (operation.kernel) wait_for_multiprocessors(lock, stream);
+  if (operation.copy_out) wait_for_copy_engine(lock, context, *operation.copy_out);
+  const uint64_t number = ++context.begun;
+  context.running.insert(number);
+  sleep(lock, operation.sleep);
+  if (context.error == CUDA_SUCCESS) run(context, operation, lock);
+  context.running.erase(number);
+  if (operation.copy_out) leave_copy_engine(context, *operation.copy_out);
 }
 
 void work(std::shared_ptr<Stream> stream) {
@@ -54,18 +75,14 @@ void work(std::shared_ptr<Stream> stream) {
     if (stream->queue.empty()) return;
     Operation operation = std::move(stream->queue.front());
     stream->queue.pop_front();
-    if (operation.after) s.changed.wait(lock, [&] { return operation.after->done; });
-    if (const microseconds delay = delay_of(*stream, operation); delay.count() > 0) {
-      s.delayed_us += delay.count();
-      lock.unlock();
-      std::this_thread::sleep_for(delay);
-      lock.lock();
-    }
-    execute(*stream->context, operation, lock);
+    stream->held_up = operation.copy_out == nullptr;
+    execute(*stream, operation, lock);
+    stream->held_up = false;
     if (operation.signal) operation.signal->done = true;
     for (const auto& range : operation.uses) --range->pending;
     ++stream->completed;
     --s.in_flight;
+    issue_copies(*stream);
     s.changed.notify_all();
   }
 }
@@ -78,6 +95,7 @@ State& state() {
 }
 
 void State::restore_settings() {
+  settings = {};
   paused = false;
   min_delay_us = 0;
   max_delay_us = 2000;
@@ -142,9 +160,15 @@ std::shared_ptr<Stream> legacy_stream(Context* context) {
 
 void enqueue(const std::shared_ptr<Stream>& stream, Operation operation) {
   for (const auto& range : operation.uses) ++range->pending;
+  if (operation.copy_out) {
+    Context& context = *stream->context;
+    context.enqueued_out += operation.copy_out->nbytes;
+    context.peak_enqueued_out = std::max(context.peak_enqueued_out, context.enqueued_out);
+  }
   stream->queue.push_back(std::move(operation));
   ++stream->enqueued;
   ++state().in_flight;
+  issue_copies(*stream);
   state().changed.notify_all();
 }
 
@@ -152,20 +176,6 @@ void retire(std::unique_lock<std::mutex>& lock, Range& range, const char* what) 
   if (range.pending != 0) note_violation(std::string(what) + " with copies pending");
   range.live = false;
   state().changed.wait(lock, [&] { return range.running == 0; });
-}
-
-void occupy_link(Context* context, size_t nbytes) {
-  State& s = state();
-  steady_clock::time_point done;
-  {
-    const std::lock_guard lock(s.mutex);
-    if (s.bandwidth <= 0) return;
-    const std::chrono::duration<double> needed(static_cast<double>(nbytes) / s.bandwidth);
-    done = std::max(steady_clock::now(), context->link_busy_until) +
-           std::chrono::duration_cast<steady_clock::duration>(needed);
-    context->link_busy_until = done;
-  }
-  std::this_thread::sleep_until(done);
 }
 
 }  // namespace simulated

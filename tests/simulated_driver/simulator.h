@@ -19,6 +19,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <span>
 #include <string>
 #include <vector>
@@ -38,7 +39,30 @@ inline constexpr uintptr_t kHostAlias = uintptr_t{1} << 54;
 inline constexpr int kGreatestPriority = -5;
 inline constexpr int kLeastPriority = 0;
 
+// Device memory is handed out in pieces of this size. Small allocations share pieces; a module has one.
+inline constexpr size_t kGranule = size_t{2} << 20;
+inline constexpr size_t kSharesGranules = size_t{1} << 20;  // and anything smaller
+
 struct Stream;
+
+// One copy to the host in the queue of its device's copy engine.
+struct CopyOut {
+  const Stream* stream;
+  size_t nbytes;
+  bool issued = false;  // it is in the queue: only copies are before it
+};
+
+// The kernels of another program, back to back, each on all multiprocessors.
+struct Job {
+  int priority;
+  uint64_t ended = 0;  // kernels
+};
+
+// A kernel that has come to the front of its stream, and for which there are no multiprocessors.
+struct WaitingKernel {
+  int priority;
+  bool admitted = false;
+};
 
 // The primary context of one device.
 struct Context {
@@ -47,6 +71,14 @@ struct Context {
   CUresult error = CUDA_SUCCESS;  // of work that failed after its call had returned; ends the context
   std::shared_ptr<Stream> legacy_stream;
   std::chrono::steady_clock::time_point link_busy_until;  // copies to the host share one link
+
+  std::unique_ptr<Job> job;  // null while the device is idle
+  std::vector<WaitingKernel*> waiting;
+  std::deque<std::shared_ptr<CopyOut>> copies_out;  // in the order in which the copy engine takes them
+  size_t enqueued_out = 0;                          // bytes of copies to the host that are not complete
+  size_t peak_enqueued_out = 0;
+  uint64_t begun = 0;
+  std::set<uint64_t> running;  // operations that have begun, numbered in that order
 
   CUcontext handle() { return reinterpret_cast<CUcontext>(this); }
 };
@@ -86,14 +118,18 @@ struct Operation {
   std::shared_ptr<Completion> after{};   // waited for before anything else
   std::shared_ptr<Completion> signal{};  // set when all is done, also after a failure
   CUresult failure = CUDA_SUCCESS;       // what it fails with instead of running
-  std::chrono::microseconds sleep{};     // on top of the random delay
+  std::chrono::microseconds sleep{};     // a kernel that computes for so long
+  bool kernel = false;                   // needs multiprocessors
+  std::shared_ptr<CopyOut> copy_out{};   // null unless it is one
 };
 
 // A graph that is being captured from a stream.
 struct Capture {
   CUstreamCaptureMode mode;
-  const void* thread;  // that began it; null where a test only says so
+  const void* thread;    // that began it
+  const Stream* origin;  // others join it by waiting for an event of it
   bool invalidated = false;
+  bool ended = false;
 };
 
 struct Stream {
@@ -104,6 +140,8 @@ struct Stream {
   std::deque<Operation> queue;
   uint64_t enqueued = 0;
   uint64_t completed = 0;
+  bool held_up = false;              // by something in front of the queue that is not a copy to the host
+  size_t most_ahead = 0;             // bytes of other streams that were before one of its copies to the host
   std::shared_ptr<Capture> capture;  // or null
   bool destroyed = false;            // its worker ends when the queue is empty
 
@@ -113,6 +151,7 @@ struct Stream {
 struct Event {
   Context* context;
   std::shared_ptr<Completion> latest;  // null until recorded
+  std::shared_ptr<Capture> capture;    // in which it was recorded last, or null
 };
 
 struct Module {
@@ -139,7 +178,30 @@ enum Kind {
   kContexts,
   kRegisteredBytes,
   kAllocatedBytes,
+  kRequestedBytes,
   kKindCount
+};
+
+// What tests choose; tests/simcuda.py says what each means.
+struct Settings {
+  int64_t implicit_sync = 1;
+  int64_t copy_fifo = 1;
+  int64_t disk_pinning = 0;
+  int64_t interior_pointers = 1;
+  int64_t registration_nbytes = 0;
+  int64_t registrations = 0;
+};
+struct SettingName {
+  const char* name;
+  int64_t Settings::* setting;
+};
+inline constexpr SettingName kSettings[] = {
+    {"implicit_sync", &Settings::implicit_sync},
+    {"copy_fifo", &Settings::copy_fifo},
+    {"disk_pinning", &Settings::disk_pinning},
+    {"interior_pointers", &Settings::interior_pointers},
+    {"registration_nbytes", &Settings::registration_nbytes},
+    {"registrations", &Settings::registrations},
 };
 
 struct State {
@@ -157,6 +219,8 @@ struct State {
   uint64_t in_flight = 0;
   std::map<int, int64_t> streams_made;  // by priority, since the last reset
   std::map<int, int64_t> launches;      // by priority of their stream, likewise
+  std::vector<size_t> registered;       // the size of each registration since then
+  bool synchronizing = false;           // a call waits for the device and lets no other call pass
   int64_t delayed_us = 0;               // all delays since the last reset, added up
 
   int64_t live[kKindCount] = {};
@@ -164,6 +228,7 @@ struct State {
   std::map<std::string, FunctionState, std::less<>> functions;
   std::vector<std::string> violations;
 
+  Settings settings;
   bool paused = false;
   uint64_t min_delay_us;
   uint64_t max_delay_us;
@@ -190,6 +255,19 @@ void enqueue(const std::shared_ptr<Stream>& stream, Operation operation);
 
 // Waits until no operation moves bytes of `range`; later ones fail. Counts a violation if there are any.
 void retire(std::unique_lock<std::mutex>& lock, Range& range, const char* what);
+
+// Units of a device, in engines.cc.
+
+// What only waits for other copies goes to the copy engine.
+void issue_copies(Stream& stream);
+void wait_for_copy_engine(std::unique_lock<std::mutex>& lock, Context& context, const CopyOut& copy);
+void leave_copy_engine(Context& context, const CopyOut& copy);
+void wait_for_multiprocessors(std::unique_lock<std::mutex>& lock, const Stream& stream);
+// The running kernel of the job ends, and the next begins. Between them come the waiting kernels of higher priority.
+void step_job(Context& context);
+void end_job(Context& context);
+// Until everything is complete that runs now, the job's kernel included.
+void wait_for_running_work(std::unique_lock<std::mutex>& lock, Context& context);
 
 // Takes the time that `nbytes` to the host need at the set bandwidth. Called without the lock, by a worker.
 void occupy_link(Context* context, size_t nbytes);

@@ -5,13 +5,24 @@
 using namespace simulated;
 
 std::shared_ptr<Stream> simulated::find_stream(Call& call, CUstream handle) {
-  if (handle == nullptr || handle == CU_STREAM_LEGACY) return legacy_stream(call.context);
+  if (handle == nullptr || handle == CU_STREAM_LEGACY) {
+    check_legacy(call.context);
+    return legacy_stream(call.context);
+  }
   return find(state().streams, handle, "stream");
 }
 
 namespace {
 
 std::shared_ptr<Event> find_event(CUevent handle) { return find(state().events, handle, "event"); }
+
+// For calls that ask how far the work before it has come.
+std::shared_ptr<Event> find_uncaptured(CUevent handle) {
+  auto event = find_event(handle);
+  if (event->capture == nullptr) return event;
+  invalidate(*event->capture);
+  throw CUDA_ERROR_CAPTURED_EVENT;
+}
 
 void create_stream(const Call& call, CUstream* out, unsigned flags, int priority) {
   require((flags & ~static_cast<unsigned>(CU_STREAM_NON_BLOCKING)) == 0);
@@ -58,7 +69,7 @@ CUresult cuStreamDestroy(CUstream handle) {
 CUresult cuStreamSynchronize(CUstream handle) {
   return entry("cuStreamSynchronize", Needs::kContext, [&](Call& call) {
     const auto stream = find_stream(call, handle);
-    require(stream->capture == nullptr, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    require_not_capturing(*stream);
     call.wait_for(stream);
   });
 }
@@ -66,20 +77,35 @@ CUresult cuStreamSynchronize(CUstream handle) {
 CUresult cuStreamQuery(CUstream handle) {
   return entry("cuStreamQuery", Needs::kContext, [&](Call& call) {
     const auto stream = find_stream(call, handle);
-    require(stream->capture == nullptr, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    require_not_capturing(*stream);
     require(stream->context->error == CUDA_SUCCESS, stream->context->error);
     require(stream->idle(), CUDA_ERROR_NOT_READY);
   });
 }
 
 CUresult cuStreamWaitEvent(CUstream handle, CUevent event, unsigned) {
-  return entry("cuStreamWaitEvent", Needs::kContext,
-               [&](Call& call) { call.submit(find_stream(call, handle), {.after = find_event(event)->latest}); });
+  return entry("cuStreamWaitEvent", Needs::kContext, [&](Call& call) {
+    const auto stream = find_stream(call, handle);
+    const auto awaited = find_event(event);
+    if (awaited->capture != nullptr) {
+      require(!awaited->capture->ended, CUDA_ERROR_CAPTURED_EVENT);
+      if (stream->capture != nullptr && stream->capture != awaited->capture) {
+        reject(CUDA_ERROR_STREAM_CAPTURE_MERGE, "an event of one capture waited for in another");
+      }
+      stream->capture = awaited->capture;  // and what comes later is captured, too
+      return;
+    }
+    if (stream->capture != nullptr) {
+      invalidate(*stream->capture);
+      throw CUDA_ERROR_STREAM_CAPTURE_ISOLATION;
+    }
+    call.submit(stream, {.after = awaited->latest});
+  });
 }
 
 CUresult cuEventCreate(CUevent* event, unsigned) {
   return entry("cuEventCreate", Needs::kContext, [&](Call& call) {
-    add(state().events, kEvents, std::make_shared<Event>(Event{call.context, {}}), event);
+    add(state().events, kEvents, std::make_shared<Event>(Event{call.context, {}, {}}), event);
   });
 }
 
@@ -91,12 +117,13 @@ CUresult cuEventRecord(CUevent handle, CUstream stream_handle) {
     auto completion = std::make_shared<Completion>();
     call.submit(stream, {.signal = completion});
     event->latest = std::move(completion);
+    event->capture = stream->capture;
   });
 }
 
 CUresult cuEventQuery(CUevent handle) {
   return entry("cuEventQuery", Needs::kContext, [&](Call&) {
-    const auto event = find_event(handle);
+    const auto event = find_uncaptured(handle);
     require(event->context->error == CUDA_SUCCESS, event->context->error);
     require(event->latest == nullptr || event->latest->done, CUDA_ERROR_NOT_READY);
   });
@@ -104,7 +131,7 @@ CUresult cuEventQuery(CUevent handle) {
 
 CUresult cuEventSynchronize(CUevent handle) {
   return entry("cuEventSynchronize", Needs::kContext, [&](Call& call) {
-    const auto event = find_event(handle);
+    const auto event = find_uncaptured(handle);
     // The record this call found, whatever is recorded meanwhile.
     if (const auto record = event->latest) state().changed.wait(call.lock, [&] { return record->done; });
     require(event->context->error == CUDA_SUCCESS, event->context->error);

@@ -1,0 +1,580 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the simulated driver is as unkind as real ones are."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import driver_tools
+import pytest
+from driver_tools import ENTRY_NBYTES, PORTABLE, Host, Kernel, new_event, pack_entry, pattern
+from simcuda import GRANULE, POISON, UNLOADABLE, CaptureMode, Counts, Result, SimCuda, SimCudaError
+
+MIB = 1 << 20
+READ_ONLY = 8
+
+library, driver, sim = driver_tools.library, driver_tools.driver, driver_tools.sim
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happens"
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def others() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
+
+
+def call_elsewhere(
+    pool: ThreadPoolExecutor, sim: SimCuda, function: str, *args: object, device: int = 0
+) -> int:
+    def call() -> int:
+        with sim.current(device):
+            return sim.call(function, *args)
+
+    return pool.submit(call).result()
+
+
+# 1. Multiprocessors.
+
+
+def launch(sim: SimCuda, kernel: Kernel, stream: int, host: Host, source: int, place: int) -> None:
+    """Copies 16 bytes to `place` of the host memory, whose front is the table."""
+    host.memory[:ENTRY_NBYTES] = pack_entry(source, 0, 16, 16)
+    assert kernel.launch(stream, host.device_address(), 1, host.device_address(place)) == Result.SUCCESS
+
+
+def test_kernels_wait_for_a_job(sim: SimCuda) -> None:
+    data = pattern(4096)
+    high, low, copies, source = sim.stream(0, -5), sim.stream(0), sim.stream(0), sim.alloc(0, 4096)
+    sim.write(source, data)
+    with Host(sim, 8192) as host, sim.current(0), Kernel(sim) as kernel:
+        with sim.job() as job:
+            launch(sim, kernel, low, host, source, 4096)
+            launch(sim, kernel, high, host, source, 5120)
+            wait_until(lambda: sim.waiting_kernels() == 2)
+            # Copies go on meanwhile.
+            sim.check("cuMemcpyDtoHAsync", host.address + 6144, source, 64, copies)
+            sim.synchronize(copies)
+            assert host.memory[6144 : 6144 + 64] == data[:64]
+            assert host.memory[5120 : 5120 + 16] == bytes([POISON]) * 16
+            # Between two kernels of the job come those of higher priority, and only those.
+            job.step()
+            sim.synchronize(high)
+            assert host.memory[5120 : 5120 + 16] == data[:16]
+            job.step()
+            assert sim.waiting_kernels() == 1
+            assert sim.call("cuStreamQuery", low) == Result.NOT_READY
+            # What comes after a kernel waits with it.
+            sim.check("cuMemcpyDtoHAsync", host.address + 6400, source, 64, low)
+            assert sim.call("cuStreamQuery", low) == Result.NOT_READY
+        sim.synchronize(low)
+        assert host.memory[4096 : 4096 + 16] == data[:16]
+        assert sim.waiting_kernels() == 0
+    assert sim.launches() == {-5: 1, 0: 1}
+    assert sim.violations() == []
+
+
+def test_a_job_is_one_devices(sim: SimCuda) -> None:
+    source = sim.alloc(1, 4096)
+    with sim.job(0), sim.job(1) as job:
+        with pytest.raises(ValueError, match="has a job"), sim.job(0):
+            pass
+        stream = sim.stream(1, -1)
+        sim.enqueue_write(stream, source, b"12345678")
+        wait_until(lambda: sim.waiting_kernels(1) == 1)
+        assert sim.waiting_kernels(0) == 0
+        job.step()
+        sim.synchronize(stream)
+    with pytest.raises(ValueError, match="ended"):
+        job.step()
+
+
+# 2. Module images.
+
+
+@pytest.mark.parametrize("result", UNLOADABLE)
+def test_modules_that_do_not_load(sim: SimCuda, result: Result) -> None:
+    sim.fail("cuModuleLoadData", result, nth=0)
+    with sim.current(0), pytest.raises(SimCudaError, match=result.name):
+        Kernel(sim)
+    name, text = ctypes.c_char_p(), ctypes.c_char_p()
+    assert sim.call("cuGetErrorName", int(result), ctypes.byref(name)) == Result.SUCCESS
+    assert sim.call("cuGetErrorString", int(result), ctypes.byref(text)) == Result.SUCCESS
+    assert name.value == f"CUDA_ERROR_{result.name}".encode()
+    assert text.value
+    assert sim.counts().modules == 1
+    assert sim.live()["modules"] == 0
+
+
+# 3. Calls that wait for the device.
+
+
+def registering(sim: SimCuda, host: Host) -> Callable[[], None]:
+    return lambda: sim.check("cuMemHostRegister", host.address, 4096, PORTABLE)
+
+
+def freeing(sim: SimCuda, host: Host) -> Callable[[], None]:
+    address = sim.alloc(0, 64)
+    return lambda: sim.free(address)
+
+
+SYNCHRONIZING: dict[str, Callable[[SimCuda, Host], Callable[[], object]]] = {
+    "cuMemHostRegister": registering,
+    "cuMemHostUnregister": lambda sim, host: lambda: sim.check("cuMemHostUnregister", host.address + 4096),
+    "cuMemAlloc": lambda sim, host: lambda: sim.alloc(0, 64),
+    "cuMemFree": freeing,
+    "cuModuleLoadData": lambda sim, host: lambda: Kernel(sim).__exit__(),
+}
+
+
+@pytest.mark.parametrize("function", SYNCHRONIZING)
+def test_implicit_synchronization(sim: SimCuda, others: ThreadPoolExecutor, function: str) -> None:
+    stream, source = sim.stream(0), sim.alloc(0, 64)
+    with Host(sim, 8192, registered=False) as host, sim.current(0):
+        event = new_event(sim)
+        sim.check("cuMemHostRegister", host.address + 4096, 4096, PORTABLE)
+        action = SYNCHRONIZING[function](sim, host)
+
+        def act() -> None:
+            with sim.current(0):
+                action()
+
+        with sim.job() as job:
+            before = sim.count(function)
+            waits = others.submit(act)
+            wait_until(lambda: sim.count(function) == before + 1)
+            # Nor can anybody else work with the context meanwhile, but wait.
+            enqueues = others.submit(
+                call_elsewhere, others, sim, "cuMemcpyDtoHAsync", host.address + 4096, source, 8, stream
+            )
+            wait_until(lambda: sim.count("cuMemcpyDtoHAsync") == 1)
+            assert sim.call("cuEventQuery", event) == Result.SUCCESS
+            assert sim.call("cuEventSynchronize", event) == Result.SUCCESS
+            sim.synchronize(stream)
+            time.sleep(0.02)
+            assert not waits.done()
+            assert not enqueues.done()
+            job.step()  # what ran then has ended
+            waits.result()
+            assert enqueues.result() in (Result.SUCCESS, Result.INVALID_VALUE)
+            sim.set(implicit_sync=0)
+            with sim.current(0):
+                sim.alloc(0, 64)
+        sim.synchronize(stream)
+        for place in (host.address, host.address + 4096):
+            sim.call("cuMemHostUnregister", place)
+        sim.check("cuEventDestroy", event)
+
+
+def test_nothing_waits_for_what_has_not_begun(sim: SimCuda) -> None:
+    """So tests that pause the device do not hang."""
+    stream, source = sim.stream(0), sim.alloc(0, 64)
+    with sim.paused():
+        sim.enqueue_write(stream, source, b"x" * 64)
+        with Host(sim, 4096), sim.current(0), Kernel(sim):
+            sim.free(sim.alloc(0, 64))
+    sim.synchronize(stream)
+
+
+# 4. Page-locking that is refused.
+
+
+def test_registrations_that_are_too_large_or_too_many(sim: SimCuda) -> None:
+    sim.set(registration_nbytes=8192, registrations=2)
+    with pytest.raises(SimCudaError, match="OUT_OF_MEMORY"):
+        Host(sim, 12288)
+    with Host(sim, 8192), Host(sim, 4096):
+        with pytest.raises(SimCudaError, match="OUT_OF_MEMORY"):
+            Host(sim, 4096)
+        assert sim.registered() == [8192, 4096]
+    with Host(sim, 4096):
+        assert sim.registered() == [8192, 4096, 4096]
+    assert sim.counts().registrations == 5
+    sim.reset()
+    assert sim.registered() == []
+    with Host(sim, 12288):
+        pass
+
+
+def register(sim: SimCuda, memory: mmap.mmap, flags: int = PORTABLE) -> int:
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    with sim.current(0):
+        result = sim.call("cuMemHostRegister", address, len(memory), flags)
+        if result == Result.SUCCESS:
+            sim.check("cuMemHostUnregister", address)
+    return result
+
+
+def mapped(folder: Path, flags: int = mmap.MAP_SHARED) -> mmap.mmap:
+    path = folder / f"fastshard-{os.getpid()}"
+    path.write_bytes(bytes(3 * 4096))
+    with path.open("r+b") as file:
+        path.unlink()  # as the nameless files of a save
+        return mmap.mmap(file.fileno(), 3 * 4096, flags)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    kind = subprocess.run(["stat", "-fc", "%T", tmp_path], capture_output=True, text=True, check=True).stdout
+    if kind.strip() in ("tmpfs", "ramfs"):
+        pytest.skip("temporary files are in memory here")
+    return tmp_path
+
+
+def test_a_disks_pages_cannot_be_pinned(sim: SimCuda, disk: Path) -> None:
+    assert register(sim, mapped(disk)) == Result.INVALID_VALUE
+    assert register(sim, mapped(disk), PORTABLE | READ_ONLY) == Result.SUCCESS
+    assert register(sim, mapped(disk, mmap.MAP_PRIVATE)) == Result.SUCCESS
+    sim.set(disk_pinning=1)  # before driver 550.67
+    assert register(sim, mapped(disk)) == Result.SUCCESS
+    assert sim.violations() == []
+
+
+def test_pages_in_memory_can_be_pinned(sim: SimCuda) -> None:
+    assert register(sim, mapped(Path("/dev/shm"))) == Result.SUCCESS
+    assert register(sim, mmap.mmap(-1, 4096)) == Result.SUCCESS  # shared, of no file
+    descriptor = os.memfd_create("fastshard")
+    os.truncate(descriptor, 4096)
+    assert register(sim, mmap.mmap(descriptor, 4096)) == Result.SUCCESS
+    os.close(descriptor)
+
+
+# 5. Captures.
+
+
+def exchange_mode(sim: SimCuda, mode: CaptureMode) -> CaptureMode:
+    value = ctypes.c_int(mode)
+    sim.check("cuThreadExchangeStreamCaptureMode", ctypes.byref(value))
+    return CaptureMode(value.value)
+
+
+def test_capture_mode_of_a_thread(sim: SimCuda, others: ThreadPoolExecutor) -> None:
+    assert exchange_mode(sim, CaptureMode.RELAXED) == CaptureMode.GLOBAL
+    other = others.submit(exchange_mode, sim, CaptureMode.THREAD_LOCAL)
+    assert other.result() == CaptureMode.GLOBAL  # each thread has its own
+    assert exchange_mode(sim, CaptureMode.GLOBAL) == CaptureMode.RELAXED
+    unknown = ctypes.byref(ctypes.c_int(3))
+    assert sim.call("cuThreadExchangeStreamCaptureMode", unknown) == Result.INVALID_VALUE
+
+
+def test_what_is_captured_does_not_happen(sim: SimCuda) -> None:
+    stream, other, target = sim.stream(0), sim.stream(0), sim.alloc(0, 64)
+    status = ctypes.c_int()
+    with sim.current(0), Host(sim, 4096) as host:
+        event = new_event(sim)
+        assert sim.call("cuStreamBeginCapture", 0, CaptureMode.GLOBAL) == Result.INVALID_VALUE
+        with sim.capture(stream) as capture:
+            sim.check("cuStreamIsCapturing", stream, ctypes.byref(status))
+            assert status.value == 1
+            assert sim.call("cuStreamBeginCapture", stream, CaptureMode.GLOBAL) == Result.INVALID_VALUE
+            sim.check("cuMemsetD8Async", target, 0, 64, stream)
+            sim.check("cuMemcpyDtoHAsync", host.address, target, 64, stream)
+            # A stream that waits for the captured one is captured, too, until it is waited for.
+            sim.check("cuEventRecord", event, stream)
+            sim.check("cuStreamWaitEvent", other, event, 0)
+            sim.check("cuMemsetD8Async", target, 0, 64, other)
+        assert capture.ended == Result.STREAM_CAPTURE_UNJOINED
+        assert sim.read(target, 64) == bytes([POISON]) * 64
+        assert host.memory[:64] == bytes(64)
+        sim.check("cuStreamIsCapturing", other, ctypes.byref(status))
+        assert status.value == 0
+        assert sim.call("cuEventQuery", event) == Result.CAPTURED_EVENT
+        sim.check("cuEventRecord", event, stream)
+        sim.check("cuEventSynchronize", event)
+        with sim.capture(stream) as capture:
+            sim.check("cuMemsetD8Async", target, 0, 64, stream)
+        assert capture.ended == Result.SUCCESS
+        sim.check("cuEventDestroy", event)
+
+
+UNSAFE: dict[str, Callable[[SimCuda, Host, int, int], int]] = {
+    "cuStreamSynchronize": lambda sim, host, stream, event: sim.call("cuStreamSynchronize", stream),
+    "cuStreamQuery": lambda sim, host, stream, event: sim.call("cuStreamQuery", stream),
+    "cuEventQuery": lambda sim, host, stream, event: sim.call("cuEventQuery", event),
+    "cuEventSynchronize": lambda sim, host, stream, event: sim.call("cuEventSynchronize", event),
+    "cuMemHostRegister": lambda sim, host, stream, event: register(sim, host.memory),
+    "cuMemAlloc": lambda sim, host, stream, event: free_new(sim),
+    "cuModuleLoadData": lambda sim, host, stream, event: unload_new(sim),
+}
+
+
+def free_new(sim: SimCuda) -> int:
+    try:
+        sim.free(sim.alloc(0, 64))
+    except SimCudaError as error:
+        return error.result
+    return Result.SUCCESS
+
+
+def unload_new(sim: SimCuda) -> int:
+    try:
+        Kernel(sim).__exit__()
+    except SimCudaError as error:
+        return error.result
+    return Result.SUCCESS
+
+
+@pytest.mark.parametrize("mode", CaptureMode)
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("function", UNSAFE)
+def test_unsafe_calls_end_captures(
+    sim: SimCuda, others: ThreadPoolExecutor, function: str, elsewhere: bool, mode: CaptureMode
+) -> None:
+    captured, stream = sim.stream(0), sim.stream(0)
+    with sim.current(0), Host(sim, 4096, registered=False) as host:
+        event = new_event(sim)
+
+        def act(mode_here: CaptureMode) -> int:
+            before = exchange_mode(sim, mode_here)
+            with sim.current(0):
+                result = UNSAFE[function](sim, host, stream, event)
+            exchange_mode(sim, before)
+            return result
+
+        for mode_here in CaptureMode:
+            with sim.capture(captured, mode, elsewhere=elsewhere) as capture:
+                result = act(mode_here)
+            if elsewhere:
+                forbidden = mode == mode_here == CaptureMode.GLOBAL
+            else:
+                forbidden = CaptureMode.RELAXED not in (mode, mode_here)
+            assert result == (Result.STREAM_CAPTURE_UNSUPPORTED if forbidden else Result.SUCCESS)
+            assert capture.ended == (Result.STREAM_CAPTURE_INVALIDATED if forbidden else Result.SUCCESS)
+        sim.check("cuEventDestroy", event)
+    assert sim.violations() == []
+
+
+def test_captures_that_are_misused(sim: SimCuda, others: ThreadPoolExecutor) -> None:
+    stream, other, target = sim.stream(0), sim.stream(0), sim.alloc(0, 64)
+    with sim.current(0):
+        event, blocking, graph = new_event(sim), ctypes.c_uint64(), ctypes.c_uint64()
+        relaxed = exchange_mode(sim, CaptureMode.RELAXED)
+        with sim.capture(stream) as capture:  # to wait for it is forbidden in any mode
+            assert sim.call("cuStreamSynchronize", stream) == Result.STREAM_CAPTURE_UNSUPPORTED
+            invalid = sim.call("cuMemsetD8Async", target, 0, 64, stream)
+            assert invalid == Result.STREAM_CAPTURE_INVALIDATED
+        assert capture.ended == Result.STREAM_CAPTURE_INVALIDATED
+        with sim.capture(stream) as capture:
+            sim.check("cuEventRecord", event, other)
+            assert sim.call("cuStreamWaitEvent", stream, event, 0) == Result.STREAM_CAPTURE_ISOLATION
+        assert capture.ended == Result.STREAM_CAPTURE_INVALIDATED
+        with sim.capture(stream):
+            wrong = call_elsewhere(others, sim, "cuStreamEndCapture", stream, ctypes.byref(graph))
+            assert wrong == Result.STREAM_CAPTURE_WRONG_THREAD
+        # A stream that is ordered with the legacy one.
+        sim.check("cuStreamCreate", ctypes.byref(blocking), 0)
+        sim.check("cuStreamBeginCapture", blocking.value, CaptureMode.RELAXED)
+        assert sim.call("cuEventRecord", event, 0) == Result.STREAM_CAPTURE_IMPLICIT
+        ended = sim.call("cuStreamEndCapture", blocking.value, ctypes.byref(graph))
+        assert ended == Result.STREAM_CAPTURE_INVALIDATED
+        sim.check("cuStreamDestroy", blocking.value)
+        exchange_mode(sim, relaxed)
+        sim.check("cuEventDestroy", event)
+
+
+# 6. Granules.
+
+
+def test_memory_is_given_in_granules(sim: SimCuda) -> None:
+    free, total = ctypes.c_uint64(), ctypes.c_uint64()
+    before = sim.live()
+
+    def used() -> int:
+        sim.check("cuMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+        allocated = sim.live()["allocated_bytes"] - before["allocated_bytes"]
+        assert allocated == total.value - free.value
+        return allocated // GRANULE
+
+    with sim.current(0):
+        assert used() == 0
+        small = [sim.alloc(0, 1000) for _ in range(10)]  # together
+        assert used() == 1
+        sim.alloc(0, 15 * MIB + MIB // 2)
+        assert used() == 1 + 8
+        sim.alloc(0, MIB)
+        assert used() == 1 + 8 + 1
+        with Kernel(sim):
+            assert used() == 1 + 8 + 1 + 1
+        for address in small[:9]:
+            sim.free(address)
+        assert used() == 1 + 8 + 1
+        sim.free(small[9])
+        assert used() == 8 + 1
+        assert sim.live()["requested_bytes"] - before["requested_bytes"] == 16 * MIB + MIB // 2
+        assert sim.peak("allocated_bytes") == before["allocated_bytes"] + 11 * GRANULE
+        filled = sim.alloc(0, free.value - GRANULE)
+        assert sim.call("cuMemAlloc", ctypes.byref(ctypes.c_uint64()), GRANULE + 1) == Result.OUT_OF_MEMORY
+        sim.alloc(0, GRANULE)
+        with pytest.raises(SimCudaError, match="OUT_OF_MEMORY"):
+            Kernel(sim)
+        sim.free(filled)
+
+
+# 7. One queue for all copies to the host.
+
+
+def test_copies_to_the_host_keep_one_order(sim: SimCuda) -> None:
+    slow, fast, source = sim.stream(0), sim.stream(0, -5), sim.alloc(0, 64)
+    sim.write(source, b"1" * 64)
+    sim.set_delay(0, 20_000)
+    with Host(sim, 8192) as host, sim.current(0):
+        for round_ in range(10):
+            with sim.paused():
+                for i in range(4):
+                    sim.check("cuMemcpyDtoHAsync", host.address + 64 * i, source, 64, slow)
+                sim.check("cuMemcpyDtoHAsync", host.address + 4096, source, 64, fast)
+            sim.synchronize(fast)  # the priority of its stream means nothing to a copy
+            assert sim.call("cuStreamQuery", slow) == Result.SUCCESS
+            assert host.memory[:256] == b"1" * 256, round_
+
+
+def test_a_copy_that_waits_for_a_kernel_holds_nobody_up(sim: SimCuda) -> None:
+    slow, fast, source = sim.stream(0), sim.stream(0), sim.alloc(0, 64)
+    with Host(sim, 4096) as host, sim.current(0):
+        with sim.job():
+            sim.enqueue_write(slow, source, b"1" * 64, delay=0.001)
+            sim.check("cuMemcpyDtoHAsync", host.address, source, 64, slow)
+            sim.check("cuMemcpyDtoHAsync", host.address + 64, source, 64, fast)
+            sim.synchronize(fast)
+            assert sim.call("cuStreamQuery", slow) == Result.NOT_READY
+        sim.synchronize(slow)
+
+
+def test_bytes_before_a_jobs_copy(sim: SimCuda) -> None:
+    save, second, source = sim.stream(0), sim.stream(0), sim.alloc(0, MIB)
+    with Host(sim, MIB) as host, sim.current(0), sim.job(priority=-5) as job:
+        job.copy(100)
+        wait_until(lambda: sim.call("cuStreamQuery", job.stream) == Result.SUCCESS)
+        assert job.most_ahead == 0
+        with sim.paused():
+            for i in range(4):
+                sim.check("cuMemcpyDtoHAsync", host.address + i * 1000, source, 1000, save)
+            sim.check("cuMemcpyDtoHAsync", host.address + 8000, source, 500, second)
+            job.copy(100)
+            job.copy(100)
+            assert job.most_ahead == 4500  # its own are not counted
+        for stream in (save, second, job.stream):
+            sim.synchronize(stream)
+        sim.check("cuMemcpyDtoHAsync", host.address, source, 7, save)
+        sim.synchronize(save)
+        assert sim.peak_enqueued() == 4700
+        assert sim.peak_enqueued(1) == 0
+    sim.forget_peaks()
+    assert sim.peak_enqueued() == 0
+
+
+def test_counts(sim: SimCuda) -> None:
+    stream, source = sim.stream(0), sim.alloc(0, 64)
+    with Host(sim, 4096) as host, sim.current(0), Kernel(sim):
+        sim.check("cuMemcpyDtoHAsync", host.address, source, 8, stream)
+        sim.check("cuMemcpyDtoH", host.address, source, 8)
+        sim.synchronize(stream)
+    assert sim.counts() == Counts(
+        launches=0, copies=2, pitched=0, syncs=1, registrations=1, allocations=1, modules=1
+    )
+
+
+# 8. Addresses.
+
+
+def test_addresses_inside_of_a_registration(sim: SimCuda) -> None:
+    with Host(sim, 8192) as host:
+        assert host.device_address(100) == host.device_address() + 100
+        sim.set(interior_pointers=0)
+        host.device_address()
+        with pytest.raises(SimCudaError, match="INVALID_VALUE"):
+            host.device_address(4096)
+    with pytest.raises(ValueError, match="inside_pointers"):
+        sim.set(inside_pointers=0)
+
+
+# 9. Errors that stay.
+
+
+def test_a_context_dies_for_good(sim: SimCuda) -> None:
+    stream, source, other = sim.stream(0), sim.alloc(0, 64), sim.stream(1)
+    with Host(sim, 4096) as host:
+        with sim.current(0):
+            event = new_event(sim)
+            sim.fail("cuMemcpyDtoHAsync", Result.LAUNCH_FAILED, nth=2, late=True)
+            with sim.paused():
+                for offset in (0, 64, 128):
+                    sim.check("cuMemcpyDtoHAsync", host.address + offset, source, 64, stream)
+                sim.check("cuEventRecord", event, stream)
+            assert sim.call("cuEventSynchronize", event) == Result.LAUNCH_FAILED
+            assert host.memory[64:192] == bytes([POISON]) * 128
+            sim.reset()  # is no new process
+            out, image = ctypes.byref(ctypes.c_uint64()), b"image"
+            for function, *args in [
+                ("cuStreamSynchronize", stream),
+                ("cuStreamQuery", stream),
+                ("cuStreamCreate", out, 1),
+                ("cuEventQuery", event),
+                ("cuEventRecord", event, stream),
+                ("cuMemcpyDtoHAsync", host.address, source, 64, stream),
+                ("cuMemAlloc", out, 64),
+                ("cuMemGetInfo", out, out),
+                ("cuModuleLoadData", out, image),
+                ("cuDevicePrimaryCtxRetain", out, 0),
+                ("cuCtxPushCurrent", sim._contexts[0]),
+                ("cuEventDestroy", event),
+                ("cuMemFree", source),
+                ("cuMemHostUnregister", host.address),
+                ("cuStreamDestroy", stream),
+            ]:
+                assert sim.call(function, *args) == Result.LAUNCH_FAILED, function
+        assert (sim.is_dead(0), sim.is_dead(1)) == (True, False)
+        with sim.current(1):
+            assert sim.call("cuStreamSynchronize", other) != Result.LAUNCH_FAILED
+    sim.new_process()
+    with sim.current(0):
+        sim.free(sim.alloc(0, 64))
+    assert sim.violations() == [
+        "unknown or destroyed stream"
+    ]  # the reset has destroyed that of the other device
+
+
+def test_a_new_process_has_nothing_of_a_dead_context(sim: SimCuda) -> None:
+    before = sim.live()
+    stream, source = sim.stream(0), sim.alloc(0, 64)
+    kept = sim.alloc(1, 64)
+    with Host(sim, 4096), sim.current(0):
+        Kernel(sim)
+        new_event(sim)
+        sim.fail("cuMemsetD8Async", Result.ILLEGAL_ADDRESS, late=True)
+        sim.check("cuMemsetD8Async", source, 0, 64, stream)
+        assert sim.call("cuStreamSynchronize", stream) == Result.ILLEGAL_ADDRESS
+    sim.new_process()
+    assert sim.read(kept, 64) == bytes([POISON]) * 64
+    sim.free(kept)
+    assert sim.live() == before
+    assert sim.violations() == []
+
+
+# 10. Blocks.
+
+
+def test_blocks_run_in_no_order(sim: SimCuda) -> None:
+    """Two that write the same bytes: who is last differs from launch to launch."""
+    stream, source, out = sim.stream(0), sim.alloc(0, 64), sim.alloc(0, 16)
+    sim.write(source, bytes(range(64)))
+    seen = set()
+    with Host(sim, 4096) as host, sim.current(0), Kernel(sim) as kernel:
+        host.memory[: 4 * ENTRY_NBYTES] = b"".join(pack_entry(source + 16 * i, 0, 16, 16) for i in range(4))
+        for _ in range(30):
+            assert kernel.launch(stream, host.device_address(), 4, out) == Result.SUCCESS
+            sim.synchronize(stream)
+            seen.add(sim.read(out, 16)[0])
+    assert seen == {0, 16, 32, 48}
