@@ -8,7 +8,9 @@ import mmap
 import os
 import struct
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,35 @@ def pack_entry(source: int, out: int, count: int, unit: int, kind: int = COPY, d
 
 def pack_dim(stride: int, size: int, out_stride: int = 0) -> bytes:
     return struct.pack("<qIIII", stride, size, 0, 0, out_stride)
+
+
+def register(sim: SimCuda, memory: mmap.mmap, flags: int = PORTABLE) -> int:
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    with sim.current(0):
+        result = sim.call("cuMemHostRegister", address, len(memory), flags)
+        if result == Result.SUCCESS:
+            sim.check("cuMemHostUnregister", address)
+    return result
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happens"
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def others() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
+
+
+def call_elsewhere(
+    pool: ThreadPoolExecutor, sim: SimCuda, function: str, *args: object, device: int = 0
+) -> int:
+    def call() -> int:
+        with sim.current(device):
+            return sim.call(function, *args)
+
+    return pool.submit(call).result()

@@ -4,49 +4,32 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
-import os
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import driver_tools
 import pytest
-from driver_tools import ENTRY_NBYTES, PORTABLE, Host, Kernel, new_event, pack_entry, pattern
-from simcuda import GRANULE, POISON, UNLOADABLE, CaptureMode, Counts, Result, SimCuda, SimCudaError
+from driver_tools import (
+    ENTRY_NBYTES,
+    PORTABLE,
+    Host,
+    Kernel,
+    call_elsewhere,
+    new_event,
+    pack_entry,
+    pattern,
+    wait_until,
+)
+from simcuda import GRANULE, POISON, UNLOADABLE, Counts, Result, SimCuda, SimCudaError
 
 MIB = 1 << 20
-READ_ONLY = 8
 
 library, driver, sim = driver_tools.library, driver_tools.driver, driver_tools.sim
+others = driver_tools.others
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happens"
-        time.sleep(0.001)
-
-
-@pytest.fixture
-def others() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(4) as pool:
-        yield pool
-
-
-def call_elsewhere(
-    pool: ThreadPoolExecutor, sim: SimCuda, function: str, *args: object, device: int = 0
-) -> int:
-    def call() -> int:
-        with sim.current(device):
-            return sim.call(function, *args)
-
-    return pool.submit(call).result()
-
-
-# 1. Multiprocessors.
+# Multiprocessors.
 
 
 def launch(sim: SimCuda, kernel: Kernel, stream: int, host: Host, source: int, place: int) -> None:
@@ -101,7 +84,7 @@ def test_a_job_is_one_devices(sim: SimCuda) -> None:
         job.step()
 
 
-# 2. Module images.
+# Module images.
 
 
 @pytest.mark.parametrize("result", UNLOADABLE)
@@ -118,7 +101,7 @@ def test_modules_that_do_not_load(sim: SimCuda, result: Result) -> None:
     assert sim.live()["modules"] == 0
 
 
-# 3. Calls that wait for the device.
+# Calls that wait for the device.
 
 
 def registering(sim: SimCuda, host: Host) -> Callable[[], None]:
@@ -188,203 +171,7 @@ def test_nothing_waits_for_what_has_not_begun(sim: SimCuda) -> None:
     sim.synchronize(stream)
 
 
-# 4. Page-locking that is refused.
-
-
-def test_registrations_that_are_too_large_or_too_many(sim: SimCuda) -> None:
-    sim.set(registration_nbytes=8192, registrations=2)
-    with pytest.raises(SimCudaError, match="OUT_OF_MEMORY"):
-        Host(sim, 12288)
-    with Host(sim, 8192), Host(sim, 4096):
-        with pytest.raises(SimCudaError, match="OUT_OF_MEMORY"):
-            Host(sim, 4096)
-        assert sim.registered() == [8192, 4096]
-    with Host(sim, 4096):
-        assert sim.registered() == [8192, 4096, 4096]
-    assert sim.counts().registrations == 5
-    sim.reset()
-    assert sim.registered() == []
-    with Host(sim, 12288):
-        pass
-
-
-def register(sim: SimCuda, memory: mmap.mmap, flags: int = PORTABLE) -> int:
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    with sim.current(0):
-        result = sim.call("cuMemHostRegister", address, len(memory), flags)
-        if result == Result.SUCCESS:
-            sim.check("cuMemHostUnregister", address)
-    return result
-
-
-def mapped(folder: Path, flags: int = mmap.MAP_SHARED) -> mmap.mmap:
-    path = folder / f"fastshard-{os.getpid()}"
-    path.write_bytes(bytes(3 * 4096))
-    with path.open("r+b") as file:
-        path.unlink()  # as the nameless files of a save
-        return mmap.mmap(file.fileno(), 3 * 4096, flags)
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Path:
-    kind = subprocess.run(["stat", "-fc", "%T", tmp_path], capture_output=True, text=True, check=True).stdout
-    if kind.strip() in ("tmpfs", "ramfs"):
-        pytest.skip("temporary files are in memory here")
-    return tmp_path
-
-
-def test_a_disks_pages_cannot_be_pinned(sim: SimCuda, disk: Path) -> None:
-    assert register(sim, mapped(disk)) == Result.INVALID_VALUE
-    assert register(sim, mapped(disk), PORTABLE | READ_ONLY) == Result.SUCCESS
-    assert register(sim, mapped(disk, mmap.MAP_PRIVATE)) == Result.SUCCESS
-    sim.set(disk_pinning=1)  # before driver 550.67
-    assert register(sim, mapped(disk)) == Result.SUCCESS
-    assert sim.violations() == []
-
-
-def test_pages_in_memory_can_be_pinned(sim: SimCuda) -> None:
-    assert register(sim, mapped(Path("/dev/shm"))) == Result.SUCCESS
-    assert register(sim, mmap.mmap(-1, 4096)) == Result.SUCCESS  # shared, of no file
-    descriptor = os.memfd_create("fastshard")
-    os.truncate(descriptor, 4096)
-    assert register(sim, mmap.mmap(descriptor, 4096)) == Result.SUCCESS
-    os.close(descriptor)
-
-
-# 5. Captures.
-
-
-def exchange_mode(sim: SimCuda, mode: CaptureMode) -> CaptureMode:
-    value = ctypes.c_int(mode)
-    sim.check("cuThreadExchangeStreamCaptureMode", ctypes.byref(value))
-    return CaptureMode(value.value)
-
-
-def test_capture_mode_of_a_thread(sim: SimCuda, others: ThreadPoolExecutor) -> None:
-    assert exchange_mode(sim, CaptureMode.RELAXED) == CaptureMode.GLOBAL
-    other = others.submit(exchange_mode, sim, CaptureMode.THREAD_LOCAL)
-    assert other.result() == CaptureMode.GLOBAL  # each thread has its own
-    assert exchange_mode(sim, CaptureMode.GLOBAL) == CaptureMode.RELAXED
-    unknown = ctypes.byref(ctypes.c_int(3))
-    assert sim.call("cuThreadExchangeStreamCaptureMode", unknown) == Result.INVALID_VALUE
-
-
-def test_what_is_captured_does_not_happen(sim: SimCuda) -> None:
-    stream, other, target = sim.stream(0), sim.stream(0), sim.alloc(0, 64)
-    status = ctypes.c_int()
-    with sim.current(0), Host(sim, 4096) as host:
-        event = new_event(sim)
-        assert sim.call("cuStreamBeginCapture", 0, CaptureMode.GLOBAL) == Result.INVALID_VALUE
-        with sim.capture(stream) as capture:
-            sim.check("cuStreamIsCapturing", stream, ctypes.byref(status))
-            assert status.value == 1
-            assert sim.call("cuStreamBeginCapture", stream, CaptureMode.GLOBAL) == Result.INVALID_VALUE
-            sim.check("cuMemsetD8Async", target, 0, 64, stream)
-            sim.check("cuMemcpyDtoHAsync", host.address, target, 64, stream)
-            # A stream that waits for the captured one is captured, too, until it is waited for.
-            sim.check("cuEventRecord", event, stream)
-            sim.check("cuStreamWaitEvent", other, event, 0)
-            sim.check("cuMemsetD8Async", target, 0, 64, other)
-        assert capture.ended == Result.STREAM_CAPTURE_UNJOINED
-        assert sim.read(target, 64) == bytes([POISON]) * 64
-        assert host.memory[:64] == bytes(64)
-        sim.check("cuStreamIsCapturing", other, ctypes.byref(status))
-        assert status.value == 0
-        assert sim.call("cuEventQuery", event) == Result.CAPTURED_EVENT
-        sim.check("cuEventRecord", event, stream)
-        sim.check("cuEventSynchronize", event)
-        with sim.capture(stream) as capture:
-            sim.check("cuMemsetD8Async", target, 0, 64, stream)
-        assert capture.ended == Result.SUCCESS
-        sim.check("cuEventDestroy", event)
-
-
-UNSAFE: dict[str, Callable[[SimCuda, Host, int, int], int]] = {
-    "cuStreamSynchronize": lambda sim, host, stream, event: sim.call("cuStreamSynchronize", stream),
-    "cuStreamQuery": lambda sim, host, stream, event: sim.call("cuStreamQuery", stream),
-    "cuEventQuery": lambda sim, host, stream, event: sim.call("cuEventQuery", event),
-    "cuEventSynchronize": lambda sim, host, stream, event: sim.call("cuEventSynchronize", event),
-    "cuMemHostRegister": lambda sim, host, stream, event: register(sim, host.memory),
-    "cuMemAlloc": lambda sim, host, stream, event: free_new(sim),
-    "cuModuleLoadData": lambda sim, host, stream, event: unload_new(sim),
-}
-
-
-def free_new(sim: SimCuda) -> int:
-    try:
-        sim.free(sim.alloc(0, 64))
-    except SimCudaError as error:
-        return error.result
-    return Result.SUCCESS
-
-
-def unload_new(sim: SimCuda) -> int:
-    try:
-        Kernel(sim).__exit__()
-    except SimCudaError as error:
-        return error.result
-    return Result.SUCCESS
-
-
-@pytest.mark.parametrize("mode", CaptureMode)
-@pytest.mark.parametrize("elsewhere", [False, True])
-@pytest.mark.parametrize("function", UNSAFE)
-def test_unsafe_calls_end_captures(
-    sim: SimCuda, others: ThreadPoolExecutor, function: str, elsewhere: bool, mode: CaptureMode
-) -> None:
-    captured, stream = sim.stream(0), sim.stream(0)
-    with sim.current(0), Host(sim, 4096, registered=False) as host:
-        event = new_event(sim)
-
-        def act(mode_here: CaptureMode) -> int:
-            before = exchange_mode(sim, mode_here)
-            with sim.current(0):
-                result = UNSAFE[function](sim, host, stream, event)
-            exchange_mode(sim, before)
-            return result
-
-        for mode_here in CaptureMode:
-            with sim.capture(captured, mode, elsewhere=elsewhere) as capture:
-                result = act(mode_here)
-            if elsewhere:
-                forbidden = mode == mode_here == CaptureMode.GLOBAL
-            else:
-                forbidden = CaptureMode.RELAXED not in (mode, mode_here)
-            assert result == (Result.STREAM_CAPTURE_UNSUPPORTED if forbidden else Result.SUCCESS)
-            assert capture.ended == (Result.STREAM_CAPTURE_INVALIDATED if forbidden else Result.SUCCESS)
-        sim.check("cuEventDestroy", event)
-    assert sim.violations() == []
-
-
-def test_captures_that_are_misused(sim: SimCuda, others: ThreadPoolExecutor) -> None:
-    stream, other, target = sim.stream(0), sim.stream(0), sim.alloc(0, 64)
-    with sim.current(0):
-        event, blocking, graph = new_event(sim), ctypes.c_uint64(), ctypes.c_uint64()
-        relaxed = exchange_mode(sim, CaptureMode.RELAXED)
-        with sim.capture(stream) as capture:  # to wait for it is forbidden in any mode
-            assert sim.call("cuStreamSynchronize", stream) == Result.STREAM_CAPTURE_UNSUPPORTED
-            invalid = sim.call("cuMemsetD8Async", target, 0, 64, stream)
-            assert invalid == Result.STREAM_CAPTURE_INVALIDATED
-        assert capture.ended == Result.STREAM_CAPTURE_INVALIDATED
-        with sim.capture(stream) as capture:
-            sim.check("cuEventRecord", event, other)
-            assert sim.call("cuStreamWaitEvent", stream, event, 0) == Result.STREAM_CAPTURE_ISOLATION
-        assert capture.ended == Result.STREAM_CAPTURE_INVALIDATED
-        with sim.capture(stream):
-            wrong = call_elsewhere(others, sim, "cuStreamEndCapture", stream, ctypes.byref(graph))
-            assert wrong == Result.STREAM_CAPTURE_WRONG_THREAD
-        # A stream that is ordered with the legacy one.
-        sim.check("cuStreamCreate", ctypes.byref(blocking), 0)
-        sim.check("cuStreamBeginCapture", blocking.value, CaptureMode.RELAXED)
-        assert sim.call("cuEventRecord", event, 0) == Result.STREAM_CAPTURE_IMPLICIT
-        ended = sim.call("cuStreamEndCapture", blocking.value, ctypes.byref(graph))
-        assert ended == Result.STREAM_CAPTURE_INVALIDATED
-        sim.check("cuStreamDestroy", blocking.value)
-        exchange_mode(sim, relaxed)
-        sim.check("cuEventDestroy", event)
-
-
-# 6. Granules.
+# Granules.
 
 
 def test_memory_is_given_in_granules(sim: SimCuda) -> None:
@@ -422,7 +209,7 @@ def test_memory_is_given_in_granules(sim: SimCuda) -> None:
         sim.free(filled)
 
 
-# 7. One queue for all copies to the host.
+# One queue for all copies to the host.
 
 
 def test_copies_to_the_host_keep_one_order(sim: SimCuda) -> None:
@@ -486,21 +273,7 @@ def test_counts(sim: SimCuda) -> None:
     )
 
 
-# 8. Addresses.
-
-
-def test_addresses_inside_of_a_registration(sim: SimCuda) -> None:
-    with Host(sim, 8192) as host:
-        assert host.device_address(100) == host.device_address() + 100
-        sim.set(interior_pointers=0)
-        host.device_address()
-        with pytest.raises(SimCudaError, match="INVALID_VALUE"):
-            host.device_address(4096)
-    with pytest.raises(ValueError, match="inside_pointers"):
-        sim.set(inside_pointers=0)
-
-
-# 9. Errors that stay.
+# Errors that stay.
 
 
 def test_a_context_dies_for_good(sim: SimCuda) -> None:
@@ -563,7 +336,7 @@ def test_a_new_process_has_nothing_of_a_dead_context(sim: SimCuda) -> None:
     assert sim.violations() == []
 
 
-# 10. Blocks.
+# Blocks.
 
 
 def test_blocks_run_in_no_order(sim: SimCuda) -> None:
