@@ -26,7 +26,6 @@ from typing import Any
 
 from simcuda_build import build
 from simcuda_values import (
-    DEFAULTS,
     DEVICES,
     GRANULE,
     KINDS,
@@ -41,7 +40,6 @@ from simcuda_values import (
 )
 
 __all__ = [
-    "DEFAULTS",
     "DEVICES",
     "GRANULE",
     "KINDS",

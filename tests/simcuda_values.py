@@ -25,17 +25,17 @@ KINDS = (
 GRANULE = 2 << 20
 
 SETTINGS = {
-    "implicit_sync": "1: page-locking, allocating, what gives these back, and loading a module wait for what runs in the "
-    "context, and all calls but those about events and streams wait for them",
-    "copy_fifo": "1: a device takes its copies to the host one by one, in the order in which they became possible",
-    "disk_pinning": "0: shared mappings of files on disks cannot be page-locked, as since driver 550.67",
-    "interior_pointers": "1: cuMemHostGetDevicePointer takes any address of a registration; 0: only the first",
-    "registration_nbytes": "the most bytes of one registration; 0: no limit",
-    "registrations": "the most registrations at a time; 0: no limit",
+    "implicit_sync": "1, or 0 for not: page-locking, allocating, what gives these back, and loading a module wait for "
+    "what runs in the context; all calls but those about events and streams wait for them",
+    "copy_fifo": "1, or 0 for not: a device takes its copies to the host one by one, in the order in which they became "
+    "possible, whatever the priorities of their streams",
+    "disk_pinning": "0, or 1 for allowed: shared mappings of files on disks are page-locked, as before driver 550.67",
+    "interior_pointers": "1, or 0 for not: cuMemHostGetDevicePointer takes any address of a registration",
+    "registration_nbytes": "0 for no limit, or the most bytes of one registration",
+    "registrations": "0 for no limit, or the most registrations at a time",
+    "device_nbytes": "8 GiB, or another size of each device's memory",
 }
-"""Of `SimCuda.set`."""
-DEFAULTS = {"implicit_sync": 1, "copy_fifo": 1, "interior_pointers": 1}
-"""All others are 0."""
+"""Of `SimCuda.set`, and what they are at first."""
 
 
 class Result(enum.IntEnum):

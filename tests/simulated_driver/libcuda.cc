@@ -6,9 +6,16 @@
 //  - device addresses cannot be read by the host (SIGSEGV), freed ones are never given out again;
 //  - an asynchronous copy to registered memory poisons its target at once and copies later;
 //  - what a correct program never does is counted (sim_violations), besides the error it gets.
+// And it is as unkind as real drivers are, where tests do not choose otherwise (SETTINGS in tests/simcuda_values.py):
+//  - a job may fill a device, and other kernels wait for the ends of its kernels, in the order of priorities;
+//  - copies to the host queue up for one copy engine;
+//  - page-locking and allocating wait for what runs, and let no other call pass; a disk's files are not page-locked;
+//  - memory is given in granules; captures forbid calls to other threads; a context whose work has failed is dead.
+// Blocks of a kernel run one after the other, so races between them are for compute-sanitizer on a GPU to see.
 //
-// simulator.h is the machine, call.h what every entry point does first; the entry points are here (driver,
-// devices, contexts), in streams.cc, capture.cc, memory.cc and kernel.cc; control.cc is the tests' side.
+// simulator.h is the machine (simulator.cc runs streams, engines.cc is what these share), call.h what every entry point
+// does first. The entry points are here (driver, devices, contexts), in streams.cc, capture.cc, memory.cc,
+// registration.cc and kernel.cc; control.cc is the tests' side.
 #include <string_view>
 
 #include "call.h"
@@ -188,7 +195,7 @@ CUresult cuDeviceGetName(char* name, int size, CUdevice device) {
 CUresult cuDeviceTotalMem(size_t* nbytes, CUdevice device) {
   return entry("cuDeviceTotalMem", Needs::kDriver, [&](Call&) {
     require(device >= 0 && device < kDevices, CUDA_ERROR_INVALID_DEVICE);
-    *nbytes = kDeviceNbytes;
+    *nbytes = static_cast<size_t>(state().settings.device_nbytes);
   });
 }
 

@@ -30,7 +30,8 @@ size_t used_nbytes(const Context* context) {
 
 size_t free_nbytes(const Context* context) {
   const size_t used = used_nbytes(context);
-  return used > kDeviceNbytes ? 0 : kDeviceNbytes - used;
+  const auto all = static_cast<size_t>(state().settings.device_nbytes);
+  return used > all ? 0 : all - used;
 }
 
 namespace {
@@ -199,7 +200,7 @@ CUresult cuMemFree(CUdeviceptr address) {
 CUresult cuMemGetInfo(size_t* free, size_t* total) {
   return entry("cuMemGetInfo", Needs::kContext, [&](Call& call) {
     *free = free_nbytes(call.context);
-    *total = kDeviceNbytes;
+    *total = static_cast<size_t>(state().settings.device_nbytes);
   });
 }
 

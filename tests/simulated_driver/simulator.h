@@ -27,7 +27,7 @@
 namespace simulated {
 
 inline constexpr int kDevices = 2;
-inline constexpr size_t kDeviceNbytes = size_t{8} << 30;
+inline constexpr int64_t kDeviceNbytes = int64_t{8} << 30;  // unless a test says otherwise
 inline constexpr unsigned kMaxPitch = 0x7fffffff;
 // What a destination holds until its copy has happened, and fresh device memory until it is written.
 inline constexpr int kPoison = 0xDB;
@@ -190,6 +190,7 @@ struct Settings {
   int64_t interior_pointers = 1;
   int64_t registration_nbytes = 0;
   int64_t registrations = 0;
+  int64_t device_nbytes = kDeviceNbytes;
 };
 struct SettingName {
   const char* name;
@@ -202,6 +203,7 @@ inline constexpr SettingName kSettings[] = {
     {"interior_pointers", &Settings::interior_pointers},
     {"registration_nbytes", &Settings::registration_nbytes},
     {"registrations", &Settings::registrations},
+    {"device_nbytes", &Settings::device_nbytes},
 };
 
 struct State {

@@ -21,12 +21,19 @@ from driver_tools import (
     pattern,
     wait_until,
 )
-from simcuda import GRANULE, POISON, UNLOADABLE, Counts, Result, SimCuda, SimCudaError
+from simcuda import GRANULE, POISON, SETTINGS, UNLOADABLE, Counts, Result, SimCuda, SimCudaError
 
 MIB = 1 << 20
 
 library, driver, sim = driver_tools.library, driver_tools.driver, driver_tools.sim
 others = driver_tools.others
+
+
+def test_settings(sim: SimCuda) -> None:
+    for name in SETTINGS:
+        sim.set(**{name: 1})
+    with pytest.raises(ValueError, match="other"):
+        sim.set(other=1)
 
 
 # Multiprocessors.
@@ -177,6 +184,7 @@ def test_nothing_waits_for_what_has_not_begun(sim: SimCuda) -> None:
 def test_memory_is_given_in_granules(sim: SimCuda) -> None:
     free, total = ctypes.c_uint64(), ctypes.c_uint64()
     before = sim.live()
+    sim.set(device_nbytes=64 * MIB)
 
     def used() -> int:
         sim.check("cuMemGetInfo", ctypes.byref(free), ctypes.byref(total))
@@ -201,6 +209,7 @@ def test_memory_is_given_in_granules(sim: SimCuda) -> None:
         assert used() == 8 + 1
         assert sim.live()["requested_bytes"] - before["requested_bytes"] == 16 * MIB + MIB // 2
         assert sim.peak("allocated_bytes") == before["allocated_bytes"] + 11 * GRANULE
+        used()
         filled = sim.alloc(0, free.value - GRANULE)
         assert sim.call("cuMemAlloc", ctypes.byref(ctypes.c_uint64()), GRANULE + 1) == Result.OUT_OF_MEMORY
         sim.alloc(0, GRANULE)

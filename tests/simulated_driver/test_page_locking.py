@@ -76,5 +76,3 @@ def test_addresses_inside_of_a_registration(sim: SimCuda) -> None:
         host.device_address()
         with pytest.raises(SimCudaError, match="INVALID_VALUE"):
             host.device_address(4096)
-    with pytest.raises(ValueError, match="inside_pointers"):
-        sim.set(inside_pointers=0)

@@ -72,8 +72,8 @@ def test_memory_registered_for_another_device_is_pageable(sim: SimCuda) -> None:
 
 def test_streams_overtake_each_other(sim: SimCuda) -> None:
     slow, fast, source = sim.stream(0), sim.stream(0), sim.alloc(0, 64)
-    sim.enqueue_write(slow, source, b"s" * 64, delay=0.3)
     with Host(sim, 4096) as host, sim.current(0):
+        sim.enqueue_write(slow, source, b"s" * 64, delay=0.3)
         sim.check("cuMemcpyDtoHAsync", host.address, source, 64, fast)
         sim.synchronize(fast)
         assert host.memory[:64] == bytes([POISON]) * 64  # nobody ordered it behind `slow`
