@@ -639,7 +639,7 @@ def test_a_failed_copy_leaves_the_newest(sim: SimCuda, new_engine: NewEngine, me
     before = path.read_bytes()
     fresh = noise(9 * SLOT, seed=7)
     sim.write(source.view.data, fresh.tobytes())
-    sim.fail("cuMemcpyDtoHAsync", Result.LAUNCH_FAILED, nth=3)
+    sim.fail("cuMemcpyDtoHAsync", Result.LAUNCH_FAILED, nth=2)
     with pytest.raises(RuntimeError):
         save_native(engine, prepared)
     assert_same(path.read_bytes(), before)
