@@ -662,7 +662,7 @@ def test_two_hops_where_the_file_cannot_be_page_locked(
         assert_same(path.read_bytes(), b"a header" + b"".join(s.packed for s in sources))
     assert stats.staging == ("pinned" if place == "disk" else "pageable")
     assert stats.staging_nbytes <= BUDGET
-    refused = [text for text in stats.fallbacks if "page-locking" in text]
+    refused = [text for text in stats.fallbacks if "page-locking the file" in text]
     assert len(refused) == (place != "disk")
 
 
