@@ -162,8 +162,8 @@ struct LockedWindow {
   PageLocking locking;
 };
 
-// Windows that devices copy into stay page-locked until the file is complete, as each time that one is let go the
-// driver waits for everything on the device. Their chunks are larger than a slot; a window that is refused is filled as
+// Windows that devices copy into stay page-locked until the file is complete, as whenever one is let go the driver may
+// wait for all that runs on the device. Their chunks are larger than a slot; a window that is refused is filled as
 // pageable memory.
 class RegisteredWriter final : public MappedWriter {
  public:
