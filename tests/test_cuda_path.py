@@ -533,7 +533,7 @@ FAILURES = [
 ]
 KERNEL_FAILURES = [
     Failure("cuModuleLoadData", Result.OUT_OF_MEMORY),
-    Failure("cuModuleGetFunction", Result.NOT_FOUND),
+    Failure("cuModuleGetFunction", Result.OUT_OF_MEMORY),
     Failure("cuLaunchKernel", Result.OUT_OF_MEMORY),
 ]
 

@@ -639,7 +639,7 @@ def test_a_failed_copy_leaves_the_newest(sim: SimCuda, new_engine: NewEngine, me
     before = path.read_bytes()
     fresh = noise(9 * SLOT, seed=7)
     sim.write(source.view.data, fresh.tobytes())
-    sim.fail("cuMemcpyDtoHAsync", Result.LAUNCH_FAILED, nth=3)
+    sim.fail("cuMemcpyDtoHAsync", Result.LAUNCH_FAILED, nth=2)
     with pytest.raises(RuntimeError):
         save_native(engine, prepared)
     assert_same(path.read_bytes(), before)
@@ -662,7 +662,7 @@ def test_two_hops_where_the_file_cannot_be_page_locked(
         assert_same(path.read_bytes(), b"a header" + b"".join(s.packed for s in sources))
     assert stats.staging == ("pinned" if place == "disk" else "pageable")
     assert stats.staging_nbytes <= BUDGET
-    refused = [text for text in stats.fallbacks if "page-locking" in text]
+    refused = [text for text in stats.fallbacks if "page-locking the file" in text]
     assert len(refused) == (place != "disk")
 
 

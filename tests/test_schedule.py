@@ -20,7 +20,7 @@ PAGE = 4096
 RIDE_ALONG_NBYTES = 64 * KIB
 ADDRESS = 0x10000
 PRODUCTION = {
-    "slot_nbytes": 16 * MIB - 256 * KIB,
+    "slot_nbytes": 4 * MIB - 256 * KIB,
     "packed_nbytes": MIB,
     "in_place_nbytes": 16 * MIB,
     "max_ops": 1024,

@@ -173,10 +173,11 @@ FilePlan file_from(py::handle object) {
 
 // (chunks, ops) of each file, for the tests of the schedule.
 py::list schedule_of(const py::list& files, uint64_t slot_nbytes, uint64_t packed_nbytes, uint64_t in_place_nbytes,
-                     uint32_t max_ops, bool in_place, uint64_t block_nbytes) {
+                     uint32_t max_ops, bool in_place, uint64_t block_nbytes, uint64_t boundary_nbytes) {
   const std::shared_ptr<const SavePlan> plan = plan_from(files);
   check(*plan);
-  const ScheduleLimits limits{slot_nbytes, packed_nbytes, in_place_nbytes, max_ops, in_place, block_nbytes};
+  const ScheduleLimits limits{slot_nbytes, packed_nbytes, in_place_nbytes, max_ops,
+                              in_place,    block_nbytes,  boundary_nbytes};
   py::list result;
   for (const FilePlan& file : plan->files) {
     const FileSchedule schedule = make_schedule(file, limits);
@@ -226,7 +227,7 @@ WritePath write_path_from(const std::string& name) {
 void bind_plans(py::module_& module) {
   if (types == nullptr) types = new Types;
   module.def("schedule", &schedule_of, "files"_a, "slot_nbytes"_a, "packed_nbytes"_a, "in_place_nbytes"_a, "max_ops"_a,
-             "in_place"_a, "block_nbytes"_a = 1);
+             "in_place"_a, "block_nbytes"_a = 1, "boundary_nbytes"_a = 0);
 }
 
 }  // namespace fastshard

@@ -108,6 +108,9 @@ py::class_<EngineHandle> bind_engine(py::module_& module) {
       .def(
           "numa_node", [](EngineHandle& handle, int ordinal) { return handle.open()->device(ordinal).numa_node(); },
           "ordinal"_a, Released())
+      .def(
+          "warm_up", [](EngineHandle& handle, int ordinal) { handle.open()->warm_up(ordinal); }, "ordinal"_a,
+          Released())
       .def_property_readonly("closed", [](const EngineHandle& handle) { return handle.engine == nullptr; })
       .def("close", &EngineHandle::close);
   return engine;

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Device over CUDA: the device's primary context (so that torch's pointers and streams are valid), streams for
 // each save, and asynchronous copies into page-locked slots.
+#include <algorithm>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -9,6 +11,7 @@
 #include "device/cuda_copies.h"
 #include "device/cuda_gathers.h"
 #include "device/cuda_kernels.h"
+#include "device/cuda_refusal.h"
 #include "device/cuda_scratch.h"
 #include "device/device.h"
 #include "device/numa.h"
@@ -16,21 +19,51 @@
 namespace fastshard {
 namespace {
 
+// What one call page-locks at most: drivers refuse very much at once (r580 from 512 GiB on). Where so much is refused,
+// smaller parts may not be.
+constexpr uint64_t kMostLockedNbytes = uint64_t{64} << 30;
+constexpr uint64_t kPartLockedNbytes = 256 << 20;
+
+// One registration after the other, each of `part_nbytes` but the last.
 class PinnedRegion final : public Registration {
  public:
-  PinnedRegion(std::shared_ptr<Context> context, void* address) : context_(std::move(context)), address_(address) {}
+  PinnedRegion(std::shared_ptr<Context> context, std::span<std::byte> pages, uint64_t part_nbytes)
+      : context_(std::move(context)), pages_(pages), part_nbytes_(part_nbytes) {}
   ~PinnedRegion() override {
     try {
       const Current current(*context_);
-      context_->driver().cuMemHostUnregister(address_);
+      for (uint64_t first = 0; first < locked_nbytes_; first += part_nbytes_) {
+        context_->driver().cuMemHostUnregister(pages_.data() + first);
+      }
     } catch (const CudaError&) {
       // The context is gone, and what it had page-locked with it.
     }
   }
 
+  // Page-locks it all and returns "", or why that is refused. The context must be current.
+  std::string lock() {
+    const CudaDriver& driver = context_->driver();
+    while (locked_nbytes_ < pages_.size()) {
+      const std::span<std::byte> part =
+          pages_.subspan(locked_nbytes_, std::min(part_nbytes_, pages_.size() - locked_nbytes_));
+      const CUresult result = driver.cuMemHostRegister(part.data(), part.size(),
+                                                       CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP);
+      if (result != CUDA_SUCCESS) return describe_refusal(driver, result, "cuMemHostRegister");
+      locked_nbytes_ += part.size();
+    }
+    return "";
+  }
+
+  const std::byte* base_of(const std::byte* address) const override {
+    return address - static_cast<uint64_t>(address - pages_.data()) % part_nbytes_;
+  }
+  uint64_t part_nbytes() const override { return part_nbytes_ < pages_.size() ? part_nbytes_ : 0; }
+
  private:
-  std::shared_ptr<Context> context_;
-  void* address_;
+  const std::shared_ptr<Context> context_;
+  const std::span<std::byte> pages_;
+  const uint64_t part_nbytes_;
+  uint64_t locked_nbytes_ = 0;
 };
 
 class CudaTicket final : public Ticket {
@@ -105,12 +138,11 @@ class CudaDevice final : public Device {
       : context_(std::make_shared<Context>(ordinal)),
         scratch_(std::make_shared<Scratch>(context_, scratch_nbytes, slot_nbytes)) {}
 
-  std::unique_ptr<Registration> register_staging(std::span<std::byte> slot) override {
+  PageLocking page_lock(std::span<std::byte> pages) override {
     const Current current(*context_);
-    const CUresult result = context_->driver().cuMemHostRegister(
-        slot.data(), slot.size(), CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP);
-    if (result != CUDA_SUCCESS) return nullptr;
-    return std::make_unique<PinnedRegion>(context_, slot.data());
+    PageLocking locking = page_lock_in_parts(pages, kMostLockedNbytes);
+    const bool retry = locking.registration == nullptr && pages.size() > kPartLockedNbytes;
+    return retry ? page_lock_in_parts(pages, kPartLockedNbytes) : std::move(locking);
   }
 
   std::unique_ptr<CopyStream> open(uintptr_t stream) override {
@@ -119,7 +151,20 @@ class CudaDevice final : public Device {
 
   int numa_node() const override { return numa_node_; }
 
+  void warm_up() override {
+    const Current current(*context_);
+    if (gather_way_ == GatherWay::pitched || kernels_->pack(context_) == nullptr) return;
+    if (gather_way_ == GatherWay::automatic) scratch_->fill();
+  }
+
  private:
+  PageLocking page_lock_in_parts(std::span<std::byte> pages, uint64_t part_nbytes) {
+    auto region = std::make_unique<PinnedRegion>(context_, pages, part_nbytes);
+    std::string refused = region->lock();
+    if (!refused.empty()) return {nullptr, std::move(refused)};
+    return {std::move(region), ""};
+  }
+
   std::shared_ptr<Context> context_;
   std::shared_ptr<CudaKernels> kernels_ = std::make_shared<CudaKernels>();
   std::shared_ptr<Scratch> scratch_;

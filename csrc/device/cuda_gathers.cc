@@ -88,9 +88,14 @@ void CudaGathers::order_behind(const Event& ready) {
 }
 
 void CudaGathers::enqueue(std::vector<CopyOp>& gathers, Staging& staging) {
+  staging.lock_scratch();
   const CUfunction kernel = way_ == GatherWay::pitched ? nullptr : kernels_->pack(context_);
-  CUdeviceptr tables = 0;
-  if (kernel == nullptr || driver().cuMemHostGetDevicePointer(&tables, staging.scratch.data(), 0) != CUDA_SUCCESS) {
+  const CUdeviceptr tables = device_address(*context_, staging.scratch.data(), staging.scratch_base);
+  if (kernel == nullptr && way_ != GatherWay::pitched) note(kernels_->refusal() + ": gathered by pitched copies");
+  if (kernel != nullptr && tables == 0 && staging.scratch_base != nullptr) {
+    note("no device address of page-locked memory: gathered by pitched copies");
+  }
+  if (kernel == nullptr || tables == 0) {
     for (const CopyOp& op : gathers) copies_.gather(op, staging);
     return;
   }
@@ -101,7 +106,12 @@ void CudaGathers::enqueue(std::vector<CopyOp>& gathers, Staging& staging) {
 void CudaGathers::add_use(DeviceUse& use) const {
   const std::lock_guard lock(mutex_);
   use.scratch_nbytes += blocks_used_.size() * scratch_->block_nbytes();
-  if (scratch_refused_) use.fallbacks.push_back("no device memory for scratch: gathered over the link");
+  use.fallbacks.insert(use.fallbacks.end(), fallbacks_.begin(), fallbacks_.end());
+}
+
+void CudaGathers::note(const std::string& fallback) {
+  const std::lock_guard lock(mutex_);
+  fallbacks_.insert(fallback);
 }
 
 // A block of device memory after the other: packed by the kernel, copied by the copy engine. False when there is
@@ -112,8 +122,7 @@ bool CudaGathers::gather_through_scratch(CUfunction kernel, std::vector<CopyOp>&
     Scratch::Lease block = scratch_->acquire();
     if (!block) {
       gathers.erase(gathers.begin(), gathers.begin() + static_cast<std::ptrdiff_t>(next));
-      const std::lock_guard lock(mutex_);
-      scratch_refused_ = true;
+      note("no device memory for scratch: gathered over the link");
       return false;
     }
     {
@@ -178,13 +187,12 @@ size_t CudaGathers::fill(std::vector<CopyOp>& gathers, size_t next, uint32_t beg
 
 // One launch that stores into the slot itself. Long rows are left to the copy engine.
 void CudaGathers::gather_over_link(CUfunction kernel, const std::vector<CopyOp>& gathers, Staging& staging) {
-  CUdeviceptr slot = 0;
-  const bool mapped = driver().cuMemHostGetDevicePointer(&slot, staging.bytes.data(), 0) == CUDA_SUCCESS;
+  const CUdeviceptr slot = device_address(*context_, staging.bytes.data(), staging.bytes_base);
   PackTable table(table_capacity(staging), slot);
   std::vector<CopyOp> others;
   for (const CopyOp& op : gathers) {
     const bool rows = way_ != GatherWay::link && long_rows(*op.source);
-    if (!mapped || rows || !table.add(*op.source, op.first_byte, op.nbytes, op.chunk_offset)) others.push_back(op);
+    if (slot == 0 || rows || !table.add(*op.source, op.first_byte, op.nbytes, op.chunk_offset)) others.push_back(op);
   }
   if (!table.empty()) launch_pack(*context_, kernel, stream_, table, slot, kMaxLinkBlocks, staging);
   for (const CopyOp& op : others) copies_.gather(op, staging);

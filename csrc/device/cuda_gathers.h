@@ -7,6 +7,7 @@
 #include <mutex>
 #include <set>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "device/cuda_context.h"
@@ -48,6 +49,7 @@ class CudaGathers {
                         Staging& staging);
   size_t fill(std::vector<CopyOp>& gathers, size_t next, uint32_t begin, PackTable& table, Ranges& packed,
               const Staging& staging);
+  void note(const std::string& fallback);
   void gather_over_link(CUfunction kernel, const std::vector<CopyOp>& gathers, Staging& staging);
   const CudaDriver& driver() const { return context_->driver(); }
 
@@ -60,7 +62,7 @@ class CudaGathers {
   std::unique_ptr<Stream> pack_stream_;  // with scratch
   mutable std::mutex mutex_;
   std::set<CUdeviceptr> blocks_used_;
-  bool scratch_refused_ = false;
+  std::set<std::string> fallbacks_;
 };
 
 }  // namespace fastshard

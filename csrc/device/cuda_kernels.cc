@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 
+#include "device/cuda_refusal.h"
 #include "device/kernels/embedded.h"
 
 namespace fastshard {
@@ -24,23 +25,32 @@ CUfunction CudaKernels::pack(const std::shared_ptr<Context>& context) {
 }
 
 void CudaKernels::load(const std::shared_ptr<Context>& context) {
-  if (embedded_kernels() == nullptr) return;
+  if (embedded_kernels() == nullptr) {
+    refusal_ = "built without kernels";
+    return;
+  }
   const CudaDriver& driver = context->driver();
-  CUmodule module;
-  const CUresult loaded = driver.cuModuleLoadData(&module, embedded_kernels());
-  if (loaded == CUDA_ERROR_NO_BINARY_FOR_GPU || loaded == CUDA_ERROR_UNSUPPORTED_PTX_VERSION) return;
-  driver.check(loaded, "cuModuleLoadData");
-  const CUresult found = driver.cuModuleGetFunction(&pack_, module, kPackKernelName);
-  if (found != CUDA_SUCCESS) driver.cuModuleUnload(module);
-  driver.check(found, "cuModuleGetFunction");
+  const auto refused = [&](CUresult result, const char* call) {
+    if (result == CUDA_ERROR_OUT_OF_MEMORY) driver.check(result, call);
+    if (result != CUDA_SUCCESS) refusal_ = "kernels refused: " + describe_refusal(driver, result, call);
+    return result != CUDA_SUCCESS;
+  };
   context_ = context;
-  module_ = module;
+  if (module_ == nullptr && refused(driver.cuModuleLoadData(&module_, embedded_kernels()), "cuModuleLoadData")) return;
+  refused(driver.cuModuleGetFunction(&pack_, module_, kPackKernelName), "cuModuleGetFunction");
+}
+
+CUdeviceptr device_address(const Context& context, const std::byte* address, const std::byte* base) {
+  if (base == nullptr) return 0;
+  CUdeviceptr found = 0;
+  const CUresult result = context.driver().cuMemHostGetDevicePointer(&found, const_cast<std::byte*>(base), 0);
+  return result == CUDA_SUCCESS ? found + static_cast<uint64_t>(address - base) : 0;
 }
 
 void launch_pack(const Context& context, CUfunction kernel, CUstream stream, const PackTable& table, CUdeviceptr out,
                  unsigned max_blocks, Staging& staging) {
-  CUdeviceptr entries = 0;
-  FASTSHARD_CUDA(context.driver(), cuMemHostGetDevicePointer, &entries, staging.scratch.data(), 0);
+  CUdeviceptr entries = device_address(context, staging.scratch.data(), staging.scratch_base);
+  if (entries == 0) throw CudaError("the device does not see the table of its kernel");
   table.write(staging.scratch.data());
   staging.scratch = staging.scratch.subspan(table.nbytes());
   CUdeviceptr dims = entries + table.entries_nbytes();

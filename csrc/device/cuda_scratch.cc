@@ -67,6 +67,31 @@ Scratch::Lease Scratch::acquire() {
   }
 }
 
+void Scratch::fill() {
+  std::unique_lock lock(mutex_);
+  while (!refused_ && promised_ < limit_) {
+    ++promised_;
+    lock.unlock();
+    Block* made = nullptr;
+    std::exception_ptr error;
+    try {
+      made = make();
+    } catch (...) {
+      error = std::current_exception();
+    }
+    lock.lock();
+    if (made == nullptr) {
+      --promised_;
+      refused_ = !error;
+    } else {
+      blocks_.emplace_back(made);
+      free_.push_front(made);
+    }
+    returned_.notify_all();
+    if (error) std::rethrow_exception(error);
+  }
+}
+
 // Null where there is no memory for it.
 Scratch::Block* Scratch::make() {
   const CudaDriver& driver = context_->driver();

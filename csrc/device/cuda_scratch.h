@@ -51,6 +51,8 @@ class Scratch {
   // Leases a block; the context must be current. Prefers an idle block, then a new one, then the one whose copy started
   // earliest. None when the device has no memory left for the first.
   Lease acquire();
+  // Makes all blocks for which the device has memory; the context must be current.
+  void fill();
   // After a refusal, asks the device again: it may have memory for a later save.
   void ask_again();
 

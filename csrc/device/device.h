@@ -5,9 +5,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "plan/schedule.h"
@@ -23,18 +25,39 @@ class Ticket {
   virtual void wait() = 0;
 };
 
-// Page-locked staging memory; released by the destructor.
+// Page-locked memory; released by the destructor. The driver may know it in parts: no copy reaches from one part into
+// the next, and only at the beginning of a part may the driver be asked where a device sees it.
 class Registration {
  public:
   virtual ~Registration() = default;
+  // Where the part begins that holds `address`.
+  virtual const std::byte* base_of(const std::byte* address) const = 0;
+  // The length of all parts but the last; 0 if there is only one.
+  virtual uint64_t part_nbytes() const = 0;
 };
 
-// The memory in which a chunk is staged. pack() fills `bytes`, which belong to a slot or to a page-locked target, and
-// takes scratch memory from the front of `scratch`, which belongs to a slot and is page-locked if the slot is.
+// A registration, or why there is none: empty where nobody wants one.
+struct PageLocking {
+  std::unique_ptr<Registration> registration;
+  std::string refusal;
+};
+
+// The memory in which a chunk is staged. pack() fills `bytes`, which belong to a slot or to the target, and takes
+// scratch memory from the front of `scratch`, which belongs to a slot.
 struct Staging {
   std::span<std::byte> bytes;
   std::span<std::byte> scratch;
   bool streaming = false;  // `bytes` are the target itself: stores of the CPU go past its caches
+  // Registration::base_of() the two; null where they are pageable.
+  const std::byte* bytes_base = nullptr;
+  const std::byte* scratch_base = nullptr;
+  // Page-locks the scratch if it can be, and returns its base. Whoever needs the scratch calls lock_scratch(), as a
+  // chunk that is copied straight into its target mostly needs none.
+  std::function<const std::byte*()> locker = {};
+
+  void lock_scratch() {
+    if (const auto lock = std::exchange(locker, nullptr)) scratch_base = lock();
+  }
 };
 // Bytes of scratch in a slot: enough for the table of the kernel, which has an entry for each op of a chunk and for
 // each 64 KiB of it, and their dimensions.
@@ -60,13 +83,15 @@ class CopyStream {
 class Device {
  public:
   virtual ~Device() = default;
-  // Page-locks whole pages for this device's copy engine. Null if that is refused; the driver then copies more slowly,
-  // by way of pageable memory.
-  virtual std::unique_ptr<Registration> register_staging(std::span<std::byte> pages) = 0;
+  // Page-locks whole pages for the copy engines of all devices. If that is refused, the driver copies more slowly, by
+  // way of pageable memory. Throws CudaError where the device can do nothing more.
+  virtual PageLocking page_lock(std::span<std::byte> pages) = 0;
   // Makes a copy stream that is ordered behind what is enqueued on the caller's `stream` now.
   virtual std::unique_ptr<CopyStream> open(uintptr_t stream) = 0;
   // The memory node that the device is next to, or -1 if that is not known.
   virtual int numa_node() const { return -1; }
+  // Loads and allocates now what the first save would.
+  virtual void warm_up() {}
 };
 
 std::unique_ptr<Device> make_host_device();

@@ -24,7 +24,7 @@ class HostStream final : public CopyStream {
 
 class HostDevice final : public Device {
  public:
-  std::unique_ptr<Registration> register_staging(std::span<std::byte>) override { return nullptr; }
+  PageLocking page_lock(std::span<std::byte>) override { return {}; }
   std::unique_ptr<CopyStream> open(uintptr_t) override { return std::make_unique<HostStream>(); }
 };
 

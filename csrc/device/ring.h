@@ -3,30 +3,30 @@
 // a slot is the only back-pressure in the pipeline, and it bounds the memory of every save.
 #pragma once
 
-#include <sys/mman.h>
+#include <sys/types.h>
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "device/device.h"
-#include "device/numa.h"
 
 namespace fastshard {
 
-// Thread-safe. Slots must not outlive their ring.
+// Thread-safe. Slots must not outlive their ring. A forked child, in which its threads are missing, may only destroy
+// it; that touches neither the parent's memory nor its driver.
 class Ring {
   struct Block {
-    std::byte* memory;
-    std::unique_ptr<Registration> registration;
-    bool registration_tried = false;
+    std::span<std::byte> memory;
     int node = -1;  // of its memory, if one was asked for
+    bool locking_tried = false;
+    PageLocking locking = {};
   };
 
  public:
@@ -40,15 +40,20 @@ class Ring {
       if (block_ != nullptr) ring_->release(block_);
     }
 
-    std::span<std::byte> bytes() const { return {block_->memory, ring_->slot_nbytes_}; }
-    std::span<std::byte> scratch() const { return {block_->memory + ring_->slot_nbytes_, kScratchNbytes}; }
-    bool pinned() const { return block_->registration != nullptr; }
+    std::span<std::byte> bytes() const { return block_->memory.first(ring_->slot_nbytes_); }
+    std::span<std::byte> scratch() const { return block_->memory.subspan(ring_->slot_nbytes_); }
+    // Both of them together, for a chunk that is not staged in the slot.
+    std::span<std::byte> all() const { return block_->memory; }
 
-    // Page-locks the slot for `device`'s copy engine, once in its life (one registration serves all devices).
-    void pin(Device& device) {
-      if (std::exchange(block_->registration_tried, true)) return;
-      block_->registration = device.register_staging({block_->memory, ring_->block_nbytes()});
+    // Page-locks the slot for the copy engines of all devices, once in its life.
+    void pin(Device& device);
+    bool pinned() const { return block_->locking.registration != nullptr; }
+    // Registration::base_of() the slot; null if it is pageable.
+    const std::byte* base() const {
+      return pinned() ? block_->locking.registration->base_of(block_->memory.data()) : nullptr;
     }
+    // Why the driver has not page-locked it; empty if it has, or was not asked.
+    const std::string& refusal() const { return block_->locking.refusal; }
 
    private:
     Ring* ring_;
@@ -69,16 +74,8 @@ class Ring {
   };
 
   // `slot_nbytes`: a multiple of the page size. Memory is mapped when a slot is first leased.
-  Ring(uint64_t slot_nbytes, size_t slots) : slot_nbytes_(slot_nbytes), slots_(slots) {
-    blocks_.reserve(slots);
-    free_.reserve(slots);  // giving a slot back must not need memory
-  }
-  ~Ring() {
-    for (Block& block : blocks_) {
-      block.registration.reset();
-      munmap(block.memory, block_nbytes());
-    }
-  }
+  Ring(uint64_t slot_nbytes, size_t slots);
+  ~Ring();
   Ring(const Ring&) = delete;
   Ring& operator=(const Ring&) = delete;
 
@@ -96,29 +93,16 @@ class Ring {
     return take(node);
   }
 
+  // Maps, populates and page-locks all slots that nobody has leased.
+  void warm_up(Device& device);
+
   uint64_t slot_nbytes() const { return slot_nbytes_; }
+  // Of a slot with its scratch.
+  uint64_t block_nbytes() const { return slot_nbytes_ + kScratchNbytes; }
 
  private:
-  uint64_t block_nbytes() const { return slot_nbytes_ + kScratchNbytes; }
   bool available() const { return !free_.empty() || blocks_.size() < slots_; }
-
-  Slot take(int node) {
-    const auto near =
-        std::find_if(free_.rbegin(), free_.rend(), [&](const Block* block) { return node < 0 || block->node == node; });
-    const bool make = free_.empty() || (near == free_.rend() && blocks_.size() < slots_);
-    if (make) {
-      void* memory = mmap(nullptr, block_nbytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      if (memory == MAP_FAILED) throw std::bad_alloc();
-      prefer_node({static_cast<std::byte*>(memory), block_nbytes()}, node);
-      blocks_.push_back({static_cast<std::byte*>(memory), nullptr, false, node});
-      return Slot(this, &blocks_.back());
-    }
-    const auto chosen = near == free_.rend() ? free_.rbegin() : near;
-    Block* block = *chosen;
-    free_.erase(std::next(chosen).base());
-    return Slot(this, block);
-  }
-
+  Slot take(int node);
   void release(Block* block) {
     {
       const std::lock_guard lock(mutex_);
@@ -129,6 +113,7 @@ class Ring {
 
   const uint64_t slot_nbytes_;
   const size_t slots_;
+  const pid_t process_;
   std::mutex mutex_;
   std::condition_variable freed_;
   std::vector<Block> blocks_;

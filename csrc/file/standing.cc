@@ -22,7 +22,7 @@ struct Standing::Generation {
 
   TemporaryFile file;
   std::unique_ptr<Mapping> mapping;
-  std::unique_ptr<Registration> registration;  // of the mapping; goes before it
+  PageLocking locking = {};  // of the mapping; goes before it
 };
 
 Standing::Standing(std::string path, uint64_t nbytes, size_t generations, std::vector<Device*> devices,
@@ -63,10 +63,11 @@ void Standing::populate(Generation& generation) {
   // Kernels refuse to pin a disk's page cache for a device; from there its bytes take two hops.
   if (generation.file.has_writeback()) return;
   for (Device* device : devices_) {
-    generation.registration = device->register_staging(generation.mapping->pages());
-    if (generation.registration != nullptr) return;  // it serves all devices
+    generation.locking = device->page_lock(generation.mapping->pages());
+    if (generation.locking.registration != nullptr) return;  // it serves all devices
   }
-  if (!devices_.empty()) fallbacks_.insert("page-locking the file refused by the driver");
+  if (!devices_.empty())
+    fallbacks_.insert("page-locking the file refused by the driver: " + generation.locking.refusal);
 }
 
 size_t Standing::next() {
@@ -83,9 +84,11 @@ size_t Standing::next() {
 
 StandingMapping Standing::target(size_t generation) const {
   const Generation& chosen = *generations_[generation];
+  const Registration* const locked = chosen.locking.registration.get();
   return {.path = path_,
           .bytes = chosen.mapping->bytes().data(),
-          .page_locked = chosen.registration != nullptr,
+          .page_locked = locked != nullptr,
+          .locked_part_nbytes = locked != nullptr ? locked->part_nbytes() : 0,
           .populate = chosen.file.has_writeback()};
 }
 

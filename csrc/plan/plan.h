@@ -102,8 +102,9 @@ struct NewFile {
 struct StandingMapping {
   std::string path;
   std::byte* bytes = nullptr;
-  bool page_locked = false;  // devices copy straight into it
-  bool populate = false;     // a disk's page cache: pages must be made writable again before each store
+  bool page_locked = false;         // devices copy straight into it
+  uint64_t locked_part_nbytes = 0;  // no copy reaches across multiples of this; 0: there are none
+  bool populate = false;            // a disk's page cache: pages must be made writable again before each store
 };
 
 // Memory of the file's size.

@@ -32,6 +32,8 @@ void StagedChunk::wait() {
 }
 
 void StagedChunk::copy_into_slot() {
+  bytes = slot.bytes().first(chunk.nbytes);
+  bytes_base = slot.base();
   staged_nbytes = chunk.nbytes;
   const uint64_t now = progress.staged_nbytes += staged_nbytes;
   uint64_t peak = progress.peak_staged_nbytes;
@@ -40,8 +42,9 @@ void StagedChunk::copy_into_slot() {
   (slot.pinned() ? progress.staged_pinned : progress.staged_pageable) = true;
 }
 
-void StagedChunk::copy_into_target(std::span<std::byte> target) {
+void StagedChunk::copy_into_target(std::span<std::byte> target, const std::byte* base) {
   bytes = target;
+  bytes_base = base;
   in_target = true;
   progress.copied_in_place = true;
 }
@@ -105,8 +108,8 @@ int ChunkWriter::node_of(const Chunk& chunk) const {
   return -1;
 }
 
-std::unique_ptr<StagedChunk> ChunkWriter::stage(const Chunk& chunk, Slot slot) {
-  auto staged = std::make_unique<StagedChunk>(progress_, chunk, std::move(slot));
+std::unique_ptr<StagedChunk> ChunkWriter::stage(const Chunk& chunk, Slot slot, std::optional<Mapping> window) {
+  auto staged = std::make_unique<StagedChunk>(progress_, chunk, std::move(slot), std::move(window));
   place(*staged);
   enqueue_copies(*staged);
   return staged;
@@ -118,15 +121,26 @@ Device* ChunkWriter::device_of(const Chunk& chunk) const {
 }
 
 void ChunkWriter::place_in_slot(StagedChunk& staged) {
-  if (Device* const device = device_of(staged.chunk)) staged.slot.pin(*device);
+  if (Device* const device = device_of(staged.chunk)) pin(staged.slot, *device);
   staged.copy_into_slot();
+}
+
+void ChunkWriter::pin(Slot& slot, Device& device) {
+  slot.pin(device);
+  if (!slot.refusal().empty()) progress_.fallbacks.add("page-locking of staging memory refused: " + slot.refusal());
 }
 
 // Ops of one device are handed over together: many small ones then cost one launch.
 void ChunkWriter::enqueue_copies(StagedChunk& staged) {
   const Timer timer(progress_.copy_ns);
   const SourcePages::Held sources(sources_, staged.chunk);  // of those in host memory, which this thread packs
-  Staging staging{staged.bytes, staged.slot.scratch()};
+  Staging staging{.bytes = staged.bytes,
+                  .scratch = staged.in_target ? staged.slot.all() : staged.slot.scratch(),
+                  .bytes_base = staged.bytes_base,
+                  .locker = [&]() -> const std::byte* {
+                    if (Device* const device = device_of(staged.chunk)) pin(staged.slot, *device);
+                    return staged.slot.base();
+                  }};
   const std::span<const CopyOp> all = schedule_.ops_of(staged.chunk);
   std::vector<CopyOp> ops(all.begin(), all.end());
   std::ranges::stable_sort(ops, {}, [](const CopyOp& op) { return op.source->device; });
@@ -148,15 +162,19 @@ void InTurnWriter::write_in_turn(End end) {
   const Ring::Share share(resources_.ring);
   std::deque<std::unique_ptr<StagedChunk>> in_flight;
   const Chunk* chunk = next(end);
+  bool ready = false;  // the chunk's target
+  std::optional<Mapping> window;
   while (chunk != nullptr || !in_flight.empty()) {
     check_stop();
-    if (chunk != nullptr && write_unstaged(*chunk, end)) {
+    if (chunk != nullptr && !ready && write_unstaged(*chunk, end)) {
       chunk = next(end);
       continue;
     }
     if (chunk != nullptr && in_flight.size() < std::min(kMaxCopying, share.slots())) {
+      if (!std::exchange(ready, true)) window = make_target(*chunk, end);
       if (std::optional<Slot> slot = slot_for(*chunk, in_flight.empty())) {
-        auto staged = stage(*chunk, std::move(*slot));
+        auto staged = stage(*chunk, std::move(*slot), std::exchange(window, std::nullopt));
+        ready = false;
         if (staged->tickets.empty()) {
           write_staged(*staged, end);  // packed by this thread, and still in its cache
         } else {

@@ -30,11 +30,11 @@ struct WriterParts {
   Progress& progress;
 };
 
-// A chunk that is being copied into its slot, or, where the target is page-locked, straight into the target; the slot
-// then only lends its scratch. The destructor waits for the copies, as the memory may go only after them.
+// A chunk that is being copied into its slot, or straight into its target, which may be larger than a slot; the slot
+// then only lends its memory as scratch. The destructor waits for the copies, as the memory may go only after them.
 struct StagedChunk {
-  StagedChunk(Progress& totals, const Chunk& what, Slot where)
-      : progress(totals), chunk(what), slot(std::move(where)), bytes(slot.bytes().first(chunk.nbytes)) {}
+  StagedChunk(Progress& totals, const Chunk& what, Slot where, std::optional<Mapping> target)
+      : progress(totals), chunk(what), slot(std::move(where)), window(std::move(target)) {}
   ~StagedChunk();
   StagedChunk(const StagedChunk&) = delete;
   StagedChunk& operator=(const StagedChunk&) = delete;
@@ -43,16 +43,17 @@ struct StagedChunk {
   void wait();
   // One of the two is called before the copies are enqueued.
   void copy_into_slot();
-  void copy_into_target(std::span<std::byte> target);
+  // `base`: Registration::base_of() the target; null if it is pageable.
+  void copy_into_target(std::span<std::byte> target, const std::byte* base);
 
   Progress& progress;
   const Chunk& chunk;
   Slot slot;
-  std::span<std::byte> bytes;  // where the copies go
+  std::span<std::byte> bytes = {};  // where the copies go
+  const std::byte* bytes_base = nullptr;
   bool in_target = false;
   uint64_t staged_nbytes = 0;
-  std::optional<Mapping> window;
-  std::unique_ptr<Registration> registration;  // of the window, which it must not outlive
+  std::optional<Mapping> window;  // of the target, if that is a file that is mapped
   std::vector<std::unique_ptr<Ticket>> tickets;
 };
 
@@ -75,10 +76,13 @@ class ChunkWriter : public FileWriter {
   // A slot for the chunk, near the device that it comes from. A thread blocks for one only while it holds none, so that
   // one slot is enough to finish; else there may be none.
   std::optional<Slot> slot_for(const Chunk& chunk, bool holds_none);
-  // Asks each device that owns a part of the chunk to pack it into the slot, or where place() says.
-  std::unique_ptr<StagedChunk> stage(const Chunk& chunk, Slot slot);
+  // Asks each device that owns a part of the chunk to pack it into the slot, or where place() says. `window` is what
+  // the writer has made of the chunk's target.
+  std::unique_ptr<StagedChunk> stage(const Chunk& chunk, Slot slot, std::optional<Mapping> window = {});
   // Page-locks the slot for the copies of a device, and has them go there.
   void place_in_slot(StagedChunk& staged);
+  // Page-locks the slot if it can be.
+  void pin(Slot& slot, Device& device);
   // The device whose copies the chunk's memory is page-locked for; null if only the CPU packs it.
   Device* device_of(const Chunk& chunk) const;
   // Adds the bytes of a whole chunk to the checksums, if these were asked for: while they are in a cache, if they are.
@@ -115,8 +119,8 @@ class InTurnWriter : public ChunkWriter {
  protected:
   using ChunkWriter::ChunkWriter;
 
-  // One thread's share, from one end of the file. For each chunk that needs a slot: take one, ask each device that owns
-  // a part to pack into it, wait for the oldest, write it at its offset and let the slot go.
+  // One thread's share, from one end of the file. For each chunk that needs a slot: make its target ready, take one,
+  // ask each device that owns a part to pack into it, wait for the oldest, write it at its offset and let the slot go.
   void write_in_turn(End end = End::front);
 
  private:
@@ -124,6 +128,9 @@ class InTurnWriter : public ChunkWriter {
   virtual const Chunk* next(End end) { return claim(end); }
   // Writes a chunk that needs no slot. Whether it was one.
   virtual bool write_unstaged(const Chunk& chunk, End end) = 0;
+  // Makes the target of a chunk ready, and maps it if it is a file that has to be mapped: before the chunk has a slot,
+  // as others can use that while pages are made.
+  virtual std::optional<Mapping> make_target(const Chunk&, End) { return std::nullopt; }
   // Waits for the chunk's copies and writes it.
   virtual void write_staged(StagedChunk& staged, End end) = 0;
 };

@@ -14,15 +14,13 @@ namespace {
 // Writes that one thread has under way: enough for the disk never to wait for the copies. Depths of 2 to 8, writes of 4
 // to 16 MiB, and io_uring and threads differ by less than the noise.
 constexpr unsigned kMaxWriting = 8;
-constexpr uint64_t kMaxWriteNbytes = 8 << 20;
 constexpr size_t kWriters = 2;
 
 ScheduleLimits limits_of(const WriterParts& parts, const OutputFile& file) {
   ScheduleLimits limits;
   limits.in_place = false;
   limits.block_nbytes = file.block_nbytes();
-  limits.slot_nbytes = std::min(parts.resources.ring.slot_nbytes(), kMaxWriteNbytes);
-  limits.slot_nbytes = limits.slot_nbytes / limits.block_nbytes * limits.block_nbytes;
+  limits.slot_nbytes = parts.resources.ring.slot_nbytes() / limits.block_nbytes * limits.block_nbytes;
   limits.packed_nbytes = limits.slot_nbytes;
   return limits;
 }

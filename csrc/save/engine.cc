@@ -7,9 +7,9 @@
 namespace fastshard {
 namespace {
 
-// A slot with its scratch. Large ones cost nothing in throughput and take fewer calls; eight of them keep several files
-// busy.
-constexpr uint64_t kMaxStagingBlockNbytes = 16 << 20;
+// A slot with its scratch: two huge pages. Copies of this size have most of a link's rate, and the 32 of a usual budget
+// are enough for each of many writers to have one copied while it writes another.
+constexpr uint64_t kMaxStagingBlockNbytes = 4 << 20;
 constexpr uint64_t kMinBudget = 1 << 20;
 constexpr uint64_t kPage = 4096;
 
@@ -68,6 +68,12 @@ std::map<int, Device*> Engine::devices_of(const SavePlan& plan) {
     }
   }
   return devices;
+}
+
+void Engine::warm_up(int ordinal) {
+  Device& wanted = device(ordinal);
+  wanted.warm_up();
+  ring_.warm_up(wanted);
 }
 
 Device& Engine::device(int ordinal) {

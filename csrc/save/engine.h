@@ -35,6 +35,9 @@ class Engine {
 
   // Returns a CUDA device, which is opened by the first call and kept.
   Device& device(int ordinal);
+  // Makes ready what saves from this device share and would make one by one: kernels, device scratch, and the staging
+  // memory, page-locked. What is ready already is left alone.
+  void warm_up(int ordinal);
 
  private:
   std::map<int, Device*> devices_of(const SavePlan& plan);

@@ -3,6 +3,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <string>
 #include <utility>
 
 #include "device/streaming.h"
@@ -14,6 +18,9 @@ namespace {
 // pieces of memory small enough for all threads to end together.
 constexpr uint64_t kMappedChunkNbytes = 16 << 20;
 constexpr uint64_t kMemoryChunkNbytes = 4 << 20;
+// Chunks that devices copy straight into the target, in slots with their scratch: 16 MiB, unless the budget is small.
+// The gaps between copies count there.
+constexpr uint64_t kBlocksInTarget = 4;
 
 ScheduleLimits limits_of(const WriterParts& parts, uint64_t packed_nbytes) {
   ScheduleLimits limits;
@@ -21,6 +28,12 @@ ScheduleLimits limits_of(const WriterParts& parts, uint64_t packed_nbytes) {
   limits.in_place = false;
   limits.packed_nbytes = reads_files(parts.plan) ? std::min(packed_nbytes, kFromFilesNbytes) : packed_nbytes;
   return limits;
+}
+
+uint64_t in_target_nbytes(const WriterParts& parts) { return kBlocksInTarget * parts.resources.ring.block_nbytes(); }
+
+std::string file_refused(const PageLocking& locking) {
+  return "page-locking the file refused by the driver: " + locking.refusal;
 }
 
 // What is done with a chunk once its part of the target is there.
@@ -35,7 +48,7 @@ class IntoMemoryWriter : public InTurnWriter {
     {
       const Timer timer(progress_.copy_ns);
       const SourcePages::Held sources(sources_, chunk);
-      Staging staging{target, {}, streaming};
+      Staging staging{.bytes = target, .scratch = {}, .streaming = streaming};
       host_->pack(schedule_.ops_of(chunk), staging);
     }
     add_checksums(chunk, target);
@@ -45,7 +58,7 @@ class IntoMemoryWriter : public InTurnWriter {
  private:
   // Packs the chunk into its part of the target.
   virtual void pack_into_target(const Chunk& chunk) = 0;
-  // The chunk's part of the target, its pages writable. It stays there as long as `staged`.
+  // The chunk's part of the target, which make_target() has made ready. It stays there as long as `staged`.
   virtual std::span<std::byte> target_of(StagedChunk& staged) = 0;
   virtual void wrote(const Chunk& chunk) { count(chunk); }
 
@@ -88,20 +101,27 @@ class StandingWriter final : public MemoryWriter {
   using MemoryWriter::MemoryWriter;
 
  private:
-  std::span<std::byte> writable_memory_of(const Chunk& chunk) {
-    const std::span<std::byte> bytes = memory_of(chunk);
-    if (standing_.populate) {
-      const Timer timer(progress_.write_ns);
-      populate(bytes, standing_.path);
-    }
-    return bytes;
+  void make_writable(std::span<std::byte> bytes) {
+    if (!standing_.populate) return;
+    const Timer timer(progress_.write_ns);
+    populate(bytes, standing_.path);
   }
 
-  void pack_into_target(const Chunk& chunk) override { pack(chunk, writable_memory_of(chunk), true); }
-  std::span<std::byte> target_of(StagedChunk& staged) override { return writable_memory_of(staged.chunk); }
+  std::optional<Mapping> make_target(const Chunk& chunk, End) override {
+    make_writable(memory_of(chunk));
+    return std::nullopt;
+  }
+
+  void pack_into_target(const Chunk& chunk) override {
+    make_writable(memory_of(chunk));
+    pack(chunk, memory_of(chunk), true);
+  }
 
   void place(StagedChunk& staged) override {
-    standing_.page_locked ? staged.copy_into_target(writable_memory_of(staged.chunk)) : place_in_slot(staged);
+    if (!standing_.page_locked) return place_in_slot(staged);
+    const uint64_t part = standing_.locked_part_nbytes;
+    const uint64_t before = part == 0 ? 0 : staged.chunk.file_offset / part * part;
+    staged.copy_into_target(memory_of(staged.chunk), standing_.bytes + before);
   }
 
   const StandingMapping& standing_ = std::get<StandingMapping>(plan_.target);
@@ -113,6 +133,8 @@ class MappedWriter : public IntoMemoryWriter {
       : IntoMemoryWriter(std::move(parts), limits, threads), file_(std::move(file)) {}
 
  protected:
+  std::optional<Mapping> make_target(const Chunk& chunk, End) override { return window_of(chunk); }
+
   Mapping window_of(const Chunk& chunk) {
     const Timer timer(progress_.write_ns);
     return file_->window(chunk.file_offset, chunk.nbytes);
@@ -124,10 +146,7 @@ class MappedWriter : public IntoMemoryWriter {
     pack(chunk, window.bytes(), true);
   }
 
-  std::span<std::byte> target_of(StagedChunk& staged) override {
-    if (!staged.window) staged.window = window_of(staged.chunk);
-    return staged.window->bytes();
-  }
+  std::span<std::byte> target_of(StagedChunk& staged) override { return staged.window->bytes(); }
 
   void wrote(const Chunk& chunk) override {
     count(chunk);
@@ -137,48 +156,85 @@ class MappedWriter : public IntoMemoryWriter {
   const std::shared_ptr<OutputFile> file_;
 };
 
-class RegisteredWriter final : public MappedWriter {
- public:
-  using MappedWriter::MappedWriter;
-
- private:
-  void place(StagedChunk& staged) override {
-    Device* const device = device_of(staged.chunk);
-    if (device == nullptr || refused_) return place_in_slot(staged);
-    staged.window = window_of(staged.chunk);
-    staged.registration = device->register_staging(staged.window->pages());
-    if (staged.registration != nullptr) return staged.copy_into_target(staged.window->bytes());
-    refused_ = true;
-    place_in_slot(staged);
-  }
-
-  std::atomic<bool> refused_ = false;  // by the driver, once and for all windows
+// A window of a file, and what page-locks it: that goes before it.
+struct LockedWindow {
+  Mapping window;
+  PageLocking locking;
 };
 
-template <typename Writer>
-std::unique_ptr<FileWriter> make_windows_writer(WriterParts parts, std::shared_ptr<OutputFile> file) {
-  const ScheduleLimits limits = limits_of(parts, kMappedChunkNbytes);
-  const size_t threads = parts.resources.workers.threads();
-  return std::make_unique<Writer>(std::move(parts), limits, threads, std::move(file));
-}
+// Windows that devices copy into stay page-locked until the file is complete, as whenever one is let go the driver may
+// wait for all that runs on the device. Their chunks are larger than a slot; a window that is refused is filled as
+// pageable memory.
+class RegisteredWriter final : public MappedWriter {
+ public:
+  // `first`: a window that has been accepted.
+  RegisteredWriter(WriterParts parts, const ScheduleLimits& limits, size_t threads, std::shared_ptr<OutputFile> file,
+                   LockedWindow first)
+      : MappedWriter(std::move(parts), limits, threads, std::move(file)), first_(std::move(first)) {}
+
+ private:
+  std::optional<Mapping> make_target(const Chunk& chunk, End) override {
+    Mapping window = window_of(chunk);
+    if (refused_) return window;
+    PageLocking locking = device_of(chunk)->page_lock(window.pages());
+    if (locking.registration == nullptr) {
+      refused_ = true;
+      progress_.fallbacks.add(file_refused(locking));
+      return window;
+    }
+    const std::lock_guard lock(mutex_);
+    locked_.emplace(chunk.file_offset, LockedWindow{std::move(window), std::move(locking)});
+    return std::nullopt;
+  }
+
+  void place(StagedChunk& staged) override {
+    if (staged.window) return staged.copy_into_target(staged.window->bytes(), nullptr);
+    const std::lock_guard lock(mutex_);
+    const auto& [window, locking] = locked_.at(staged.chunk.file_offset);
+    staged.copy_into_target(window.bytes(), locking.registration->base_of(window.bytes().data()));
+  }
+
+  const LockedWindow first_;
+  std::atomic<bool> refused_ = false;  // for all that follow
+  std::mutex mutex_;
+  std::map<uint64_t, LockedWindow> locked_;  // by file offset
+};
 
 }  // namespace
 
 std::unique_ptr<FileWriter> make_memory_writer(WriterParts parts) {
-  const ScheduleLimits limits = limits_of(parts, kMemoryChunkNbytes);
+  ScheduleLimits limits = limits_of(parts, kMemoryChunkNbytes);
   const size_t threads = parts.resources.workers.threads();
-  if (std::holds_alternative<StandingMapping>(parts.plan.target)) {
-    return std::make_unique<StandingWriter>(std::move(parts), limits, threads);
+  const auto* const standing = std::get_if<StandingMapping>(&parts.plan.target);
+  if (standing == nullptr) return std::make_unique<MemoryWriter>(std::move(parts), limits, threads);
+  if (standing->page_locked) {
+    limits.slot_nbytes = in_target_nbytes(parts);
+    limits.boundary_nbytes = standing->locked_part_nbytes;
   }
-  return std::make_unique<MemoryWriter>(std::move(parts), limits, threads);
+  return std::make_unique<StandingWriter>(std::move(parts), limits, threads);
 }
 
 std::unique_ptr<FileWriter> make_mapped_writer(WriterParts parts, std::shared_ptr<OutputFile> file) {
-  return make_windows_writer<MappedWriter>(std::move(parts), std::move(file));
+  const ScheduleLimits limits = limits_of(parts, kMappedChunkNbytes);
+  const size_t threads = parts.resources.workers.threads();
+  return std::make_unique<MappedWriter>(std::move(parts), limits, threads, std::move(file));
 }
 
 std::unique_ptr<FileWriter> make_registered_writer(WriterParts parts, std::shared_ptr<OutputFile> file) {
-  return make_windows_writer<RegisteredWriter>(std::move(parts), std::move(file));
+  if (parts.resources.devices.empty() || parts.plan.nbytes == 0)
+    return make_mapped_writer(std::move(parts), std::move(file));
+  // One page tells whether the driver takes such a file at all, before chunks are made for it.
+  Mapping page = file->window(0, 1);
+  PageLocking locking = parts.resources.devices.begin()->second->page_lock(page.pages());
+  if (locking.registration == nullptr) {
+    parts.progress.fallbacks.add(file_refused(locking));
+    return make_mapped_writer(std::move(parts), std::move(file));
+  }
+  ScheduleLimits limits = limits_of(parts, kMappedChunkNbytes);
+  limits.slot_nbytes = in_target_nbytes(parts);
+  const size_t threads = parts.resources.workers.threads();
+  return std::make_unique<RegisteredWriter>(std::move(parts), limits, threads, std::move(file),
+                                            LockedWindow{std::move(page), std::move(locking)});
 }
 
 }  // namespace fastshard

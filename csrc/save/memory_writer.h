@@ -13,8 +13,8 @@ namespace fastshard {
 std::unique_ptr<FileWriter> make_memory_writer(WriterParts parts);
 // Into windows of the file.
 std::unique_ptr<FileWriter> make_mapped_writer(WriterParts parts, std::shared_ptr<OutputFile> file);
-// The same, where the windows that devices copy into are page-locked for them one by one, so that they copy straight
-// into the file; where that is refused, as make_mapped_writer().
+// The same, where the windows that devices copy into are page-locked for them, so that they copy straight into the
+// file; where the driver takes no page of it, as make_mapped_writer().
 std::unique_ptr<FileWriter> make_registered_writer(WriterParts parts, std::shared_ptr<OutputFile> file);
 
 }  // namespace fastshard

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What is told of a save: its figures, and what a failed one has left of files that are not its own.
+#include <algorithm>
+#include <iterator>
 #include <set>
 
 #include "save/save.h"
@@ -39,7 +41,9 @@ void Save::describe_end(const DeviceUse& committed) {
     take_checksums();
     describe_files(final_);
     final_.device_scratch_nbytes = use.scratch_nbytes;
-    final_.fallbacks.insert(final_.fallbacks.end(), use.fallbacks.begin(), use.fallbacks.end());
+    std::ranges::copy_if(use.fallbacks, std::back_inserter(final_.fallbacks), [&](const std::string& text) {
+      return std::ranges::find(final_.fallbacks, text) == final_.fallbacks.end();  // two devices say the same
+    });
   } catch (const std::exception&) {
     // As said above.
   }
@@ -79,7 +83,7 @@ const char* Save::route_of(size_t index) const {
 }
 
 void Save::describe_files(Stats& stats) const {
-  std::set<std::string> paths, fallbacks;
+  std::set<std::string> paths, fallbacks = progress_.fallbacks.all();
   for (size_t index = 0; index < files_.size(); ++index) {
     const OutputFile* file = files_[index].get();
     paths.insert(route_of(index));

@@ -8,6 +8,9 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <mutex>
+#include <set>
+#include <string>
 #include <vector>
 
 #include "device/device.h"
@@ -28,6 +31,23 @@ struct Resources {
   int io_uring_refused = 0;        // errno; 0: direct writes may use it
 };
 
+// Texts for Stats::fallbacks, each of them once. Thread-safe.
+class Fallbacks {
+ public:
+  void add(const std::string& text) {
+    const std::lock_guard lock(mutex_);
+    texts_.insert(text);
+  }
+  std::set<std::string> all() const {
+    const std::lock_guard lock(mutex_);
+    return texts_;
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::set<std::string> texts_;
+};
+
 // What all writers of a save add up, and what stops them.
 struct Progress {
   std::atomic<bool> stop = false;
@@ -39,6 +59,7 @@ struct Progress {
   std::atomic<uint64_t> mapped_nbytes = 0;  // stored through mappings, beside what is written
   std::atomic<int> mapping_refused = 0;     // errno
   std::atomic<bool> source_shared = false;  // with a forked process, so that mappings are not used
+  Fallbacks fallbacks;
 
   bool may_map() const { return mapping_refused == 0 && !source_shared; }
 };

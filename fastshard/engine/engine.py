@@ -31,6 +31,8 @@ from .options import usable_cpus as usable_cpus
 from .plan import FilePlan, SaveOptions
 
 if TYPE_CHECKING:
+    import torch
+
     from .. import _native
 
 PROGRESS_VARIABLE: Final = "FASTSHARD_PROGRESS"
@@ -214,6 +216,24 @@ class Engine:
                 if self._closed or not native.closed:
                     raise  # else it has been put to rest by another thread
 
+    def warm_up(self, device: torch.device | str | int) -> None:
+        """Makes ready what saves from a CUDA device share, so that none of it is made beside a running job.
+
+        Kernels are loaded, device scratch is allocated, and the staging memory is populated and page-locked, as
+        far as that has not been done. For the CPU and for other accelerators there is nothing to do. A forked
+        child, whose engine starts anew, has to ask for itself.
+
+        Args:
+            device: a number is that of a CUDA device, and ``"cuda"`` is the current one.
+
+        Raises:
+            RuntimeError: there is no such device, or no driver.
+        """
+        ordinal = device if isinstance(device, int) else _ordinal_of(device)
+        if ordinal is not None:
+            with save_errors():
+                self._with_native(lambda native: native.warm_up(ordinal))
+
     def close(self) -> None:
         """Waits for the saves under way and releases threads and staging memory. May be called twice."""
         self._closed = True
@@ -249,6 +269,19 @@ class Engine:
         self._saves, self._prepared, self._spares = Living(), Living(), Living()
         self._submitting.clear()
         self._natives.clear()
+
+
+def _ordinal_of(device: torch.device | str) -> int | None:
+    """Returns the number of a CUDA device, and ``None`` for all others."""
+    import torch
+
+    from .tensors import device_number
+
+    named = torch.device(device)
+    if named.type == "cuda" and named.index is None:
+        named = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    number = device_number(named)
+    return number if number >= 0 else None
 
 
 _engines: Living[Engine] = Living()
