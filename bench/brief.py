@@ -52,6 +52,7 @@ def _cases(cases: list[dict[str, Any]]) -> list[str]:
                 f"{case['name'] + ', ' + mode:24}{case['nbytes'] / GIB:>6.2f}{shown[0]:>8}{shown[1]:>8}{shown[2]:>7}"
                 f"{shown[3]:>9}{shown[4]:>7}  {ours.get('error') or bound.get('against', '')}"
             )
+            lines += [f"  fell back: {text}" for text in ours.get("fallbacks", ())]
     return lines
 
 
@@ -59,7 +60,10 @@ def _disturbances(cases: list[dict[str, Any]]) -> list[str]:
     lines = []
     for case in cases:
         lost = [d for d in case["disturbance"] if d["excess_ms"] is not None]
-        told = [f"{d['rival']} {d['excess_ms']:.0f} ms of {d['save_s'] * 1000:.0f}" for d in lost]
+        told = [
+            f"{d['rival']} {d['longer']:.1f} % a step, {d['excess_ms']:.0f} ms of {d['save_s'] * 1000:.0f}"
+            for d in lost
+        ]
         if told:
             lines.append(f"a job beside {case['name']} lost: {', '.join(told)}")
     return lines
@@ -69,7 +73,9 @@ def _goals(bench: dict[str, Any]) -> list[str]:
     lines = [f"bytes {'verified' if bench['sound'] else 'NOT VERIFIED'}; goals:"]
     for finding in bench["verdict"]:
         goal = finding["goal"]
+        within = goal.get("unit")
         what = f"{goal['case']}, {goal['mode']}, to {goal['against']}"
+        what = f"{goal['case']}, {goal['against']}, {within} at most" if within else what
         figure = _number(finding["value"])
         lines.append(f"  {what:44}{goal['limit']:>8g}{figure:>9}  {finding['state']}")
     return lines

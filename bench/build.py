@@ -57,7 +57,10 @@ def make(root: Path, site: Path, seconds: float, log: Path, fresh: bool = True) 
     """The package in ``site``, or None with the reasons in ``log``. ``fresh=False``: nothing is compiled."""
     end = time.monotonic() + seconds
     skip = shutil.ignore_patterns("*.so", "__pycache__", "results", "out")
-    shutil.copytree(root / "fastshard", site / "fastshard", ignore=skip)
+    here = shutil.ignore_patterns(
+        "*.so", "__pycache__", "bench"
+    )  # a link to the folder beside it, in some checkouts
+    shutil.copytree(root / "fastshard", site / "fastshard", ignore=here)
     shutil.copytree(root / "bench", site / "fastshard" / "bench", ignore=skip)
     missing = missing_tools() if fresh else ["nothing: told not to build"]
     if missing:

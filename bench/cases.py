@@ -34,7 +34,7 @@ from .samples import DURABLE, GIB, MODES, RETURN
 
 DISK, SHM = "disk", "shm"
 """Places that a case saves to: ``--dir`` or ``--shm``."""
-FULL_NBYTES = {CPU: 4 * GIB, CUDA: 8 * GIB}
+FULL_NBYTES = 4 * GIB
 """The size that the goals speak of, where a case has none of its own."""
 
 
@@ -115,6 +115,31 @@ _ALL = (
         disturbs=True,
     ),
     Case(
+        "prepared-cast",
+        "the same from fp32 to bf16; the others call .to() first",
+        lambda nbytes, device: blocks(nbytes, device, numbers=torch.float32),
+        ("prepared", *_ONE),
+        host_nbytes=2 * GIB,
+        dtype=BF16,
+        place=SHM,
+        modes=(RETURN,),
+        default_on=(CUDA,),
+        bound=("memcpy-all", "link", "link-whole"),
+        copies=1.5,
+    ),
+    Case(
+        "prepared-small",
+        "20,000 tensors of 16 KiB in one file on tmpfs, prepared once",
+        small,
+        ("prepared", *_ONE),
+        natural_nbytes=SMALL_COUNT * SMALL_NBYTES,
+        place=SHM,
+        modes=(RETURN,),
+        default_on=(CUDA,),
+        bound=("memcpy-all", "link-whole"),
+        copies=3.0,
+    ),
+    Case(
         "tmpfs-eight",
         "first save to tmpfs, eight files",
         lambda nbytes, device: blocks(nbytes, device, files=8),
@@ -144,6 +169,27 @@ _ALL = (
         disturbs=True,
     ),
     Case(
+        "columns",
+        "column slices of eight ranks on tmpfs, a file each; the others call .contiguous() first",
+        columns,
+        ("fastshard", "fastshard-contiguous", "fastshard-noscratch", "safetensors"),
+        natural_nbytes=4 * GIB,
+        host_nbytes=GIB,
+        place=SHM,
+        modes=(RETURN,),
+        writer="pwrite-n",
+        memory=True,
+    ),
+    Case(
+        "small",
+        "20,000 tensors of 16 KiB, one file, the whole call",
+        small,
+        (*_ONE, "fastshard-noscratch"),
+        natural_nbytes=SMALL_COUNT * SMALL_NBYTES,
+        quick=True,
+        memory=True,
+    ),
+    Case(
         "archive",
         "64 MiB tensors in one archive of torch.save",
         blocks,
@@ -156,18 +202,6 @@ _ALL = (
         adamw,
         ("fastshard-archive", "torch.save", "safetensors"),
         natural_nbytes=ADAMW_NBYTES,
-    ),
-    Case(
-        "columns",
-        "column slices of eight ranks on tmpfs, a file each; the others call .contiguous() first",
-        columns,
-        ("fastshard", "fastshard-contiguous", "fastshard-noscratch", "safetensors"),
-        natural_nbytes=4 * GIB,
-        host_nbytes=GIB,
-        place=SHM,
-        modes=(RETURN,),
-        writer="pwrite-n",
-        memory=True,
     ),
     Case(
         "four-files",
@@ -206,15 +240,6 @@ _ALL = (
         writer="pwrite-n",
     ),
     Case(
-        "small",
-        "20,000 tensors of 16 KiB, one file, the whole call",
-        small,
-        (*_ONE, "fastshard-noscratch"),
-        natural_nbytes=SMALL_COUNT * SMALL_NBYTES,
-        quick=True,
-        memory=True,
-    ),
-    Case(
         "strided",
         "a column half of each of 64 matrices; the others call .contiguous() first",
         strided,
@@ -245,6 +270,17 @@ _ALL = (
         natural_nbytes=LLAMA_NBYTES,
         modes=(RETURN,),
         writer="pwrite-n",
+    ),
+    Case(
+        "pretrained-one",
+        "the same in one file",
+        llama,
+        ("fastshard-pretrained", "transformers-pretrained"),
+        base="transformers-pretrained",
+        needs=LIBRARIES,
+        natural_nbytes=LLAMA_NBYTES,
+        modes=(RETURN,),
+        default_on=(CPU,),
     ),
     Case(
         "trainer",
@@ -288,7 +324,6 @@ _ALL = (
         (*_ONE, "fastshard-registered", "fastshard-buffered"),
         host_nbytes=2 * GIB,
         place=SHM,
-        modes=(RETURN,),
     ),
     Case(
         "cast",

@@ -218,13 +218,13 @@ def forget() -> None:
 
 
 @functools.cache
-def _page_locked(nbytes: int) -> torch.Tensor:
+def page_locked(nbytes: int) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
 def _link(job: Job) -> Callable[[], None]:
     """Device to page-locked host memory and nothing else: what no saver of device tensors can pass."""
-    target = _page_locked(min(LINK_NBYTES, max(job.nbytes, LINK_CHUNK_NBYTES)))
+    target = page_locked(min(LINK_NBYTES, max(job.nbytes, LINK_CHUNK_NBYTES)))
     places = target.split(LINK_CHUNK_NBYTES)
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
     for shard in job.shards:
@@ -243,7 +243,7 @@ def _link(job: Job) -> Callable[[], None]:
 def _link_whole(job: Job) -> Callable[[], None]:
     """The same in copies as large as they come; small tensors and their number play no part."""
     device = next(iter(job.shards[0].values())).device
-    target = _page_locked(min(LINK_NBYTES, max(job.nbytes, LINK_CHUNK_NBYTES)))
+    target = page_locked(min(LINK_NBYTES, max(job.nbytes, LINK_CHUNK_NBYTES)))
     source = torch.ones(target.numel(), dtype=torch.uint8, device=device)
     sizes = [min(target.numel(), job.nbytes - start) for start in range(0, job.nbytes, target.numel())]
 

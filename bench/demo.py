@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 
 from . import machine, report
 from .cases import CASES, Case
-from .harness import Settings, run_case
+from .fitting import Settings
+from .harness import run_case
 from .job import Shard
 from .rivals import RIVALS
 from .samples import GIB, RETURN, CaseResult

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a job that runs beside a save notices: the same step again and again, timed by its own device.
+"""What a job that runs beside saves notices: the same step again and again, timed by its own device.
 
-On a GPU the steps are matrix products on the default stream, between CUDA events: what a save puts before
-them on that stream, takes from the memory's bandwidth or from the host that launches them shows as longer
-steps. On the CPU the job and the save share the cores.
+On a GPU a step is matrix products and a copy of one number to the host, as a loss is fetched, on the default stream
+between CUDA events. What a save puts before them on that stream, takes from the memory's bandwidth, from the
+copy engines (which know no priorities) or from the host that launches them shows as longer steps. On the CPU the job
+and the save share the cores.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import threading
 import time
@@ -15,16 +17,19 @@ from collections.abc import Callable
 
 import torch
 
-from . import machine
+from . import ceilings, machine
 from .samples import Disturbance
 
 QUIET_S = 0.5
-"""How long the job runs alone: enough steps for a median."""
+"""How long the job runs alone before each save: enough steps for a median."""
+SAVES = 3
+"""Each after a while of quiet, so that what else the machine does falls on both."""
 SIZE = {"cpu": 256, "cuda": 4096}
 PRODUCTS = 4
 """A step: about a millisecond on a large GPU."""
 AHEAD = 16
 """Steps enqueued before the first of them has ended: a real job keeps its GPU fed, and no more."""
+HOST_NBYTES = 64
 
 
 class _Steps:
@@ -35,10 +40,15 @@ class _Steps:
         size = SIZE[machine.device_kind(device)]
         dtype = torch.bfloat16 if self._cuda else torch.float32
         self._a, self._b, self._out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+        memory = (
+            ceilings.page_locked(HOST_NBYTES) if self._cuda else torch.empty(HOST_NBYTES, dtype=torch.uint8)
+        )
+        self._loss = memory.view(dtype)[:1]
 
     def _step(self) -> None:
         for _ in range(PRODUCTS):
             torch.mm(self._a, self._b, out=self._out)
+        self._loss.copy_(self._out[0, :1], non_blocking=True)
 
     def run_until(self, stop: Callable[[], bool]) -> list[float]:
         """Milliseconds of every step until ``stop()``; at least one."""
@@ -72,21 +82,62 @@ def _for(seconds: float) -> Callable[[], bool]:
     return lambda: time.monotonic() > end
 
 
-def measure(rival: str, run: Callable[[], None], device: str, quiet_s: float | None = None) -> Disturbance:
-    """One save, ``run()``, on a thread of its own, while the job's steps go on in this one."""
+def measure(
+    rival: str,
+    run: Callable[[], None],
+    device: str,
+    before: Callable[[], None] = lambda: None,
+    quiet_s: float = QUIET_S,
+    own_stream: bool = False,
+) -> Disturbance:
+    """A few saves, ``run()``, on a thread, while the job's steps go on in this one; ``before()`` each of them the
+    job stands still. ``own_stream``: for copies that would else wait in the job's own stream."""
+    cuda = machine.device_kind(device) == "cuda"
+    stream = torch.cuda.Stream(device) if own_stream and cuda else None
+
+    def save() -> None:
+        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+            run()
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one that shares its step among the cores waits for the slowest of them
     try:
-        return _measure(rival, run, _Steps(device), quiet_s or QUIET_S)
+        return _measure(rival, save, _Steps(device), before, quiet_s)
     finally:
         torch.set_num_threads(threads)
 
 
-def _measure(rival: str, run: Callable[[], None], steps: _Steps, quiet_s: float) -> Disturbance:
-    found = Disturbance(rival)
-    steps.run_until(_for(quiet_s / 4))
-    alone = statistics.median(steps.run_until(_for(quiet_s)))
+def _measure(
+    rival: str, run: Callable[[], None], steps: _Steps, before: Callable[[], None], quiet_s: float
+) -> Disturbance:
+    alone: list[float] = []
+    during: list[float] = []
+    seconds = 0.0
+    for _ in range(SAVES):
+        before()
+        steps.run_until(_for(quiet_s / 4))
+        alone += steps.run_until(_for(quiet_s))
+        times, took, failed = _beside(run, steps)
+        if failed:
+            return Disturbance(rival, error=f"{type(failed).__name__}: {failed}".splitlines()[0])
+        during += times
+        seconds += took
+    step = statistics.median(alone)
+    return Disturbance(
+        rival,
+        step_ms=step,
+        during_ms=statistics.median(during),
+        worst_ms=max(during),
+        excess_ms=sum(during) - len(during) * step,
+        steps=len(during),
+        save_s=seconds,
+    )
+
+
+def _beside(run: Callable[[], None], steps: _Steps) -> tuple[list[float], float, Exception | None]:
+    """The steps beside one save, its seconds, and how it failed."""
     failed: list[Exception] = []
+    seconds: list[float] = []
 
     def save() -> None:
         began = time.perf_counter()
@@ -94,14 +145,10 @@ def _measure(rival: str, run: Callable[[], None], steps: _Steps, quiet_s: float)
             run()
         except Exception as error:  # shown in its row, as everywhere
             failed.append(error)
-        found.save_s = time.perf_counter() - began
+        seconds.append(time.perf_counter() - began)
 
     thread = threading.Thread(target=save)
     thread.start()
-    during = steps.run_until(lambda: not thread.is_alive())
+    times = steps.run_until(lambda: not thread.is_alive())
     thread.join()
-    if failed:
-        return Disturbance(rival, error=f"{type(failed[0]).__name__}: {failed[0]}".splitlines()[0])
-    found.step_ms, found.during_ms, found.worst_ms = alone, statistics.median(during), max(during)
-    found.steps, found.excess_ms = len(during), sum(during) - len(during) * alone
-    return found
+    return times, seconds[0], failed[0] if failed else None

@@ -6,6 +6,9 @@ or takes too long is noted, and the next one begins; what was found is on disk a
 case. Needs Python and torch with CUDA; for a build a C++ compiler, CMake and pybind11, else a
 ``fastshard/_native*.so`` built before; and safetensors and tqdm.
 
+All of it takes longer than nine minutes. ``--part 1`` builds, tests, and measures the goals in memory;
+``--part 2`` those on the disk, then runs compute-sanitizer and the probe. Each writes to a folder of its own.
+
 ``--device cpu --tiny`` runs all of it without a GPU, to see that it works. No figure of that counts.
 """
 
@@ -16,7 +19,6 @@ import importlib
 import json
 import os
 import platform
-import re
 import shlex
 import shutil
 import signal
@@ -34,20 +36,35 @@ if __name__ == "__main__" and not __package__:
     sys.path = [*(path for path in sys.path if path != str(here)), str(here.parent)]
     sys.exit(importlib.import_module(f"{here.name}.gpu").main())
 
-from . import budget, build
+from . import budget, build, gpu_tests, grow
 from .brief import brief
 from .machine import COMMIT_VARIABLE, MEMORY_BACKED, mount_of
 
 ROOT = Path(__file__).resolve().parents[1]
-CAPS = {"build": 200.0, "tests": 120.0, "probe": 90.0}
+CAPS = {"build": 200.0, "memory": 60.0, "tests": 120.0, "sanitizer": 120.0, "probe": 100.0}
 """Seconds a phase may take at most; the bench has what is left."""
 BENCH_PART = 0.5
 """Of the budget, kept for the bench by the phases before it."""
+LATER_PART = 0.3
+"""Of the budget, kept by the bench for the phases after it."""
 MARGIN_SECONDS = 25.0
-"""For the save that is under way when the bench's time is over, and for the plot."""
-REAL_GPU = re.compile(r"\breal_cuda\b|\bdevice: torch\.device\b|\bdef test_real_")
-SIMULATOR = "test_the_simulator_beside_a_real_gpu"
+"""For the save that is under way when the bench's time is over, and for the plot; for a section of the probe."""
+MEMORY_COPIES = 6.0
+"""Memory that a case takes at once, in multiples of its size: see ``fitting``."""
+PARTS = {
+    1: ("prepared", "prepared-cast", "prepared-small", "tmpfs-eight", "columns", "small"),
+    2: ("one-file", "eight-files", "tmpfs-one", "cast", "cast-fp8", "archive", "adamw", "hub", "pretrained"),
+}
+"""The cases of each part, those with goals first. Without a part: one after the other, in this order."""
+PHASES = {
+    1: ("build", "memory", "tests", "bench"),
+    2: ("build", "memory", "bench", "sanitizer", "probe"),
+    None: ("build", "memory", "tests", "bench", "sanitizer", "probe"),
+}
 SHORTER = {"budget": 120.0, "gib": 1 / 1024}
+SHM = Path("/dev/shm")
+OURS = "fastshard-*"
+"""What the bench and the probe name their scratch files."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,15 +80,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--budget", type=float, default=540.0, metavar="SECONDS", help="for everything (default 540)")
     add("--device", default="cuda", help="cuda (default), cuda:1; cpu only to see that it runs")
     add("--tiny", action="store_true", help="a few seconds' worth: 1 MiB, one test")
-    add("--gib", type=float, default=8.0, help="largest size of a case (default 8)")
+    add("--part", type=int, choices=(1, 2), help="half of it, into DIR/part-N: see above")
+    add("--gib", type=float, default=4.0, help="largest size of a case (default 4)")
     add("--rounds", type=int, default=3, help="at most (default 3)")
-    add("--cases", help="as of bench/save.py (default: all of the device's)")
+    add("--cases", help="as of bench/save.py (default: those of the part, or of both)")
     add("--dir", type=Path, help="a directory on the disk to measure (default: the temporary one)")
     add("--shm", type=Path, help="a directory on tmpfs (default /dev/shm)")
-    add("--probe", metavar="COMMAND", help="a Python file, and its arguments, to run before the bench")
+    add(
+        "--probe",
+        metavar="COMMAND",
+        help="a Python file and its arguments, run after the bench with --seconds N --json FILE: it begins nothing"
+        " after N seconds and writes what it has found to FILE as it goes on",
+    )
     add("--commit", help="of this checkout, where git cannot say")
     add("--no-build", action="store_true", help="use what was built before")
-    add("--no-tests", action="store_true", help="no tests")
+    add("--no-tests", action="store_true", help="no tests, nor compute-sanitizer")
     return parser
 
 
@@ -85,25 +108,71 @@ class Run:
         self.site: Path | None = None
         self.phases: list[dict[str, Any]] = []
         self.machine = _machine()
+        self.machine["memory"] = grow.state(self.shm)
+
+    @property
+    def shm(self) -> Path:
+        return self.args.shm or SHM
+
+    @property
+    def names(self) -> list[str]:
+        """The phases, in order."""
+        left_out = set() if self.args.probe else {"probe"}
+        left_out |= {"tests", "sanitizer"} if self.args.no_tests else set()
+        return [name for name in PHASES[self.args.part] if name not in left_out]
+
+    def all(self) -> None:
+        for name in self.names:
+            self.phase(name, getattr(self, name))
+            if name == "build" and self.phases[-1]["state"] != "ok":
+                return
 
     def phase(self, name: str, work: Callable[[], tuple[str, str]]) -> None:
         """``work`` returns (state, note); whatever it raises is a state, too."""
         began = time.monotonic()
-        try:
-            state, note = work()
-        except Exception as error:
-            state, note = "failed", f"{type(error).__name__}: {error}"
-        found = {"name": name, "state": state, "note": note, "seconds": time.monotonic() - began}
+        found: dict[str, Any] = {"name": name, "state": "running", "note": "", "seconds": 0.0}
         self.phases.append(found)
-        print(f"{name}: {state}, {found['seconds']:.0f} s; {note}", flush=True)
+        self.write()  # should it be the last thing that this process does
+        try:
+            found["state"], found["note"] = work()
+        except Exception as error:
+            found["state"], found["note"] = "failed", f"{type(error).__name__}: {error}"
+        found["seconds"] = time.monotonic() - began
+        print(f"{name}: {found['state']}, {found['seconds']:.0f} s; {found['note']}", flush=True)
         self.write()
+
+    def command(self, command: list[str], seconds: float, log: str) -> budget.Outcome:
+        """A phase's command. One that had to be killed has not removed its scratch files."""
+        before = self._scratch_files()
+        done = budget.run(command, seconds, self.out / log, self.environment(), self.scratch)
+        if done.status == -signal.SIGKILL:
+            for path in self._scratch_files() - before:
+                shutil.rmtree(path, ignore_errors=True)
+                path.unlink(missing_ok=True)
+        return done
+
+    def _scratch_files(self) -> set[Path]:
+        return {path for place in (self.shm, self.args.dir) if place for path in place.glob(OURS)}
 
     def write(self) -> None:
         document = {"schema": 1, "machine": self.machine, "phases": self.phases, "arguments": vars(self.args)}
+        document["probe"] = self.probe_document()
         document["bench"] = self.bench_document()
-        text = json.dumps(document, indent=1, default=str)
-        (self.out / "gpu.json").write_text(text + "\n")
-        (self.out / "gpu.txt").write_text(self.short() + "\n")
+        for name, text in (
+            ("gpu.json", json.dumps(document, indent=1, default=str)),
+            ("gpu.txt", self.short()),
+        ):
+            beside = self.scratch / name
+            beside.write_text(text + "\n")
+            shutil.copy2(beside, self.out / f".{name}")
+            (self.out / f".{name}").replace(self.out / name)
+
+    def probe_document(self) -> Any:
+        path = self.scratch / "probe.json"
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError):  # none, or one that was cut off while it was written
+            return None
 
     def bench_document(self) -> dict[str, Any] | None:
         path = self.out / "bench.json"
@@ -124,32 +193,37 @@ class Run:
         self.site = found.path
         return "ok", found.how
 
+    def memory(self) -> tuple[str, str]:
+        """Before anything looks at how much there is."""
+        wanted = 1.5 * self.args.gib if self.args.tiny else MEMORY_COPIES * self.args.gib
+        command = [sys.executable, str(ROOT / "bench" / "grow.py"), f"{wanted:.3f}", str(self.shm)]
+        done = self.command(command, self.budget.share(CAPS["memory"], self.kept), "build.log")
+        self.machine["memory grown"] = grow.state(self.shm)
+        return _state(done), (done.output.strip().splitlines() or [""])[-1]
+
     def tests(self) -> tuple[str, str]:
         if util.find_spec("pytest") is None:
             return "left out", "no pytest here"
-        done = budget.run(
-            self.test_command(),
-            self.budget.share(CAPS["tests"], self.kept),
-            self.out / "tests.log",
-            self.environment(),
-            self.scratch,
-        )
-        lines = done.output.strip().splitlines() or [""]
-        failed = [
-            line.split(" ")[1].split("::")[-1] for line in lines if line.startswith(("FAILED ", "ERROR "))
-        ]
-        note = lines[-1].strip("= ") + (f": {', '.join(failed)}" if failed else "")
-        return "cut off" if done.timed_out else "ok" if done.ok else "failed", note
+        command = gpu_tests.command(ROOT, self.args.tiny)
+        done = self.command(command, self.budget.share(CAPS["tests"], self.kept), "tests.log")
+        return _state(done), gpu_tests.summary(done.output)
 
-    def test_command(self) -> list[str]:
-        """Pytest, on what needs a real GPU; files that have nothing to do with one are not even collected."""
-        files = sorted((ROOT / "tests").glob("test_*.py"))
-        chosen = [str(path) for path in files if REAL_GPU.search(path.read_text())]
-        which = f"(real or cuda) and not {SIMULATOR}"
-        if self.args.tiny:
-            chosen, which = [str(ROOT / "tests" / "test_cuda_path.py")], "test_real_bytes"
-        options = ["-q", "-rfE", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-k", which]
-        return [sys.executable, "-m", "pytest", *options, *chosen]
+    def sanitizer(self) -> tuple[str, str]:
+        found = gpu_tests.find_sanitizer()
+        if found is None or util.find_spec("pytest") is None:
+            return "left out", f"no {'pytest' if found else 'compute-sanitizer'} here"
+        states, notes = [], []
+        for i, tool in enumerate(gpu_tests.TOOLS):
+            seconds = self.budget.share(CAPS["sanitizer"]) / (len(gpu_tests.TOOLS) - i)
+            began = time.monotonic()
+            done = self.command(gpu_tests.sanitizer_command(ROOT, found, tool), seconds, "tests.log")
+            refused = gpu_tests.refused(done.output)
+            states.append("left out" if refused else _state(done))
+            notes.append(
+                f"{tool} {states[-1]}, {time.monotonic() - began:.0f} s: {refused or gpu_tests.verdict(done.output)}"
+            )
+        worst = next((s for s in ("failed", "cut off", "left out") if s in states), "ok")
+        return worst, "; ".join(notes)
 
     def environment(self) -> dict[str, str]:
         variables = build.environment(self.site)
@@ -161,36 +235,37 @@ class Run:
 
     def probe(self) -> tuple[str, str]:
         file, *arguments = shlex.split(self.args.probe)
+        seconds = self.budget.share(CAPS["probe"])
+        own = f"{seconds - min(MARGIN_SECONDS, seconds / 2):.0f}"
         command = [sys.executable, str(Path(file).resolve()), *arguments]
-        seconds = self.budget.share(CAPS["probe"], self.kept)
-        done = budget.run(command, seconds, self.out / "probe.log", self.environment(), self.scratch)
-        return "cut off" if done.timed_out else "ok" if done.ok else "failed", "see probe.log"
+        command += ["--seconds", own, "--json", str(self.scratch / "probe.json")]
+        done = self.command(command, seconds - budget.GRACE_SECONDS, "probe.log")
+        return _state(done), f"{len(self.probe_document() or ())} answers; see probe.log"
 
     def bench(self) -> tuple[str, str]:
-        seconds = self.budget.share(self.args.budget)
-        command = self.bench_command(seconds)
-        done = budget.run(
-            command,
-            seconds - budget.GRACE_SECONDS - 1,
-            self.out / "bench.txt",
-            self.environment(),
-            self.scratch,
-        )
-        last = (done.output.strip().splitlines() or [""])[-1]
-        return "cut off" if done.timed_out else "ok" if done.ok else "failed", last
+        later = {"sanitizer", "probe"}.intersection(self.names)
+        seconds = self.budget.share(self.args.budget, self.args.budget * LATER_PART if later else 0.0)
+        done = self.command(self.bench_command(seconds), seconds - budget.GRACE_SECONDS - 1, "bench.txt")
+        return _state(done), (done.output.strip().splitlines() or [""])[-1]
 
     def bench_command(self, seconds: float) -> list[str]:
         args = self.args
         command = [sys.executable, str(ROOT / "bench" / "save.py"), "--device", args.device]
-        command += ["--gib", str(args.gib), "--rounds", str(args.rounds)]
+        command += ["--fit", "--gib", str(args.gib), "--rounds", str(args.rounds)]
+        parts = [args.part] if args.part else list(PARTS)
+        command += ["--cases", args.cases or ",".join(name for part in parts for name in PARTS[part])]
         margin = min(MARGIN_SECONDS, seconds / 4)
         command += ["--budget", f"{seconds - margin:.0f}", "--json", str(self.out / "bench.json")]
-        for name in ("dir", "shm", "cases"):
+        for name in ("dir", "shm"):
             value = getattr(args, name)
             command += [f"--{name}", str(value)] if value else []
         if args.tiny:
-            command += ["--no-memory", "--no-disturbance"]
+            command += ["--no-memory"]
         return command + (["--plot", str(self.out / "bench.png")] if util.find_spec("matplotlib") else [])
+
+
+def _state(done: budget.Outcome) -> str:
+    return "cut off" if done.timed_out else "ok" if done.ok else "failed"
 
 
 def _machine() -> dict[str, Any]:
@@ -211,7 +286,6 @@ def _machine() -> dict[str, Any]:
         "topology": ask("nvidia-smi", "topo", "-m"),
         "nvcc": (ask(os.environ.get("NVCC", "nvcc"), "--version").splitlines() or [""])[-1],
         "compiler": (ask(os.environ.get("CXX", "c++"), "--version").splitlines() or [""])[0],
-        "memory": ask("free", "-m"),
         "disks": ask("df", "-hT"),
     }
 
@@ -233,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("it builds and tests a checkout: run bench/gpu.py in one")
     if args.tiny:
         args.gib, args.rounds, args.budget = SHORTER["gib"], 1, min(args.budget, SHORTER["budget"])
-    args.out = args.out.resolve()
+    args.out = args.out.resolve() / (f"part-{args.part}" if args.part else ".")
     args.out.mkdir(parents=True, exist_ok=True)
     args.dir = (args.dir or _on_disk(Path(tempfile.gettempdir()), args.out)).resolve()
     args.shm = args.shm.resolve() if args.shm else None
@@ -243,17 +317,11 @@ def main(argv: list[str] | None = None) -> int:
     scratch = Path(tempfile.mkdtemp(prefix="fastshard-gpu-"))
     run = Run(args, scratch)
     try:
-        run.phase("build", run.build)
-        if run.phases[-1]["state"] == "ok":
-            if not args.no_tests:
-                run.phase("tests", run.tests)
-            if args.probe:
-                run.phase("probe", run.probe)
-            run.phase("bench", run.bench)
+        run.all()
     finally:
         signal.signal(signal.SIGTERM, before)
-        shutil.rmtree(scratch, ignore_errors=True)
         run.write()
+        shutil.rmtree(scratch, ignore_errors=True)
         print("\n" + run.short(), flush=True)
     return 0 if all(phase["state"] in ("ok", "left out") for phase in run.phases) else 1
 

@@ -10,18 +10,14 @@ during the next one; so former files are removed first, and what is left is wait
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
-import mmap
 import os
 import random
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -29,54 +25,23 @@ import torch
 from . import ceilings, disturbance, machine, memory
 from .cases import FULL_NBYTES, SHM, Case
 from .ceilings import CEILINGS
+from .fitting import NO_TIME, Settings, asked, fitting, why_not
+from .grow import touch_and_free
 from .job import BASE, CPU, OFFLOADED, SOURCES, US, Job, Rival, Unavailable
-from .machine import cpu_count, free_nbytes, memory_nbytes
+from .machine import memory_nbytes
 from .rivals import RIVALS
 from .samples import DURABLE, GIB, MIB, CaseResult, Disturbance, Row
 from .verify import Mismatch, Reference
 
 SLACK_NBYTES = 512 * MIB
 WARM_UP_NBYTES = MIB
-LEAST_NBYTES = 64 * MIB
-"""A case on tmpfs that would have to be smaller than this is not run."""
 STANDING_CHECKS = 3
 """Runs of a standing save that are verified: each of its generations, and the first of them again."""
 WATCHED = (US, BASE, "prepared")
-NO_TIME = "no time left"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to measure, for all cases."""
-
-    out: Path
-    """Scratch directory; emptied before every run."""
-    nbytes: int
-    """Largest size of a case."""
-    rounds: int
-    slow_rounds: int
-    """Rounds that slow rivals take part in."""
-    modes: tuple[str, ...]
-    slow_modes: tuple[str, ...]
-    """The modes that slow rivals take part in."""
-    verify: bool
-    memory: tuple[str, ...]
-    """Rivals whose memory is measured."""
-    device: str
-    preallocate: bool
-    shm: Path | None = None
-    """Scratch directory on a memory-backed filesystem; None: there is none, ``no_shm`` says why."""
-    no_shm: str = ""
-    disturbance: bool = False
-    """Whether a job beside the save is watched."""
-    stop: float | None = None
-    """When all must be over (time.monotonic), done or not."""
-
-    def out_of(self, case: Case) -> Path | None:
-        return self.shm if case.place == SHM else self.out
-
-    def in_time(self) -> bool:
-        return self.stop is None or time.monotonic() < self.stop
+LINK = "link"
+"""Watched beside them: what copies out of the device cost a job, whoever makes them."""
+TINY_QUIET_S = 0.01
+"""Of a run that only shows that it runs."""
 
 
 @dataclass
@@ -87,21 +52,6 @@ class _Entry:
     job: Job
     row: Row
     run: Callable[[], None]
-
-
-def touch_and_free(nbytes: int) -> None:
-    """Make the kernel's free memory real, so that no run pays for the host's page faults."""
-    if nbytes <= 0:
-        return
-    with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as ballast:
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel built without them
-                ballast.madvise(mmap.MADV_HUGEPAGE)  # the same pages, in a tenth of the faults
-        begin = ctypes.addressof(ctypes.c_char.from_buffer(ballast))
-        step = max(64 * MIB, -(-nbytes // cpu_count()))
-        with ThreadPoolExecutor(cpu_count()) as pool:  # ctypes lets the GIL go
-            parts = [(begin + at, 1, min(step, nbytes - at)) for at in range(0, nbytes, step)]
-            list(pool.map(lambda part: ctypes.memset(*part), parts))
 
 
 def empty(directory: Path) -> None:
@@ -158,33 +108,6 @@ def _close(run: Callable[[], None]) -> None:
     getattr(run, "close", lambda: None)()
 
 
-def fitting(case: Case, settings: Settings) -> int:
-    """The size at which the case is run: what was asked for, or less where ``--shm`` or memory is scarce."""
-    kind = machine.device_kind(settings.device)
-    wanted = min(settings.nbytes, case.natural(kind) or settings.nbytes)
-    if case.place != SHM or settings.shm is None:
-        return wanted
-    # In memory at once: what stands in the directory, a ceiling's target, ballast, and host tensors.
-    takes = case.copies + 2.25 + (kind == CPU)
-    room = min(free_nbytes(settings.shm.parent) / case.copies / 1.05, memory_nbytes("MemAvailable") / takes)
-    return wanted if room >= wanted else int(room) // MIB * MIB
-
-
-def why_not(case: Case, settings: Settings) -> str | None:
-    """Why a case cannot be run here at all."""
-    if not settings.in_time():
-        return NO_TIME
-    missing = [library for library in case.needs if find_spec(library) is None]
-    if missing:
-        return f"{', '.join(missing)} not installed"
-    if settings.out_of(case) is None:
-        return settings.no_shm
-    nbytes = fitting(case, settings)
-    if nbytes < min(LEAST_NBYTES, settings.nbytes):
-        return f"only {nbytes / MIB:.0f} MiB fit into --shm and the memory"
-    return None
-
-
 class Contest:
     """One case: all its rivals and ceilings, over all rounds."""
 
@@ -203,6 +126,7 @@ class Contest:
             about=case.about,
             nbytes=self.job.nbytes,
             full_nbytes=self._full_nbytes(),
+            fitted=self.nbytes < asked(case, settings),
             tensors=sum(len(shard) for shard in shards),
             files=len(shards),
             ceilings=case.bound_by,
@@ -216,7 +140,7 @@ class Contest:
 
     def _full_nbytes(self) -> int:
         """Of the files, at the size the goals speak of: a cast makes them smaller than the tensors."""
-        full = self.case.natural(self.kind) or FULL_NBYTES[self.kind]
+        full = self.case.natural(self.kind) or FULL_NBYTES
         return full * self.job.nbytes // replace(self.job, dtype=None).nbytes
 
     def _takes_part(self, rival: Rival) -> bool:
@@ -309,21 +233,31 @@ class Contest:
         return _Entry(rival, job, row, rival.prepare(job))
 
     def disturbances(self) -> None:
-        """What a job beside the save of each of WATCHED notices."""
-        for rival in (r for r in self.rivals if r.name in WATCHED and r.modes[0] in self.modes):
+        """What a job beside saves of each of WATCHED notices, and beside the link's own copies."""
+        link = [CEILINGS[LINK]] if self._takes_part(CEILINGS[LINK]) else []
+        for rival in [*(r for r in self.rivals if r.name in WATCHED and r.modes[0] in self.modes), *link]:
             if not self.settings.in_time():
                 return
-            row = Row(rival.name, rival.modes[0])
             try:
-                entry = self._entry(rival, row)
-                try:
-                    _settle(entry, self.result.nbytes, self.job.out)
-                    found = disturbance.measure(rival.name, entry.run, self.settings.device)
-                finally:
-                    _close(entry.run)
+                found = self._disturbance(rival)
             except Exception as error:  # as in the rounds
                 found = Disturbance(rival.name, error=_text(error))
             self.result.disturbance.append(found)
+
+    def _disturbance(self, rival: Rival) -> Disturbance:
+        nbytes, out = self.result.nbytes, self.job.out
+        entry = self._entry(rival, Row(rival.name, rival.modes[0]))
+        try:
+            return disturbance.measure(
+                rival.name,
+                entry.run,
+                self.settings.device,
+                before=lambda: _settle(entry, nbytes, out),
+                quiet_s=disturbance.QUIET_S if nbytes >= 16 * MIB else TINY_QUIET_S,
+                own_stream=rival.name == LINK,
+            )
+        finally:
+            _close(entry.run)
 
     def _run_one(self, entry: _Entry, round_: int) -> None:
         row = entry.row
@@ -334,7 +268,7 @@ class Contest:
             row.cpu_seconds.append(cpu_seconds)
             row.rounds.append(round_)
             if entry.rival.detail:
-                row.detail = entry.rival.detail()
+                row.keep(entry.rival.detail())
             if self._must_check(entry):
                 assert self.reference
                 row.checked = self.reference.check(entry.rival, entry.job)

@@ -23,7 +23,7 @@ import torch
 
 from . import machine, report
 from .builders import blocks
-from .harness import touch_and_free
+from .grow import touch_and_free
 from .job import Shard
 from .samples import GIB, MIB, RETURN, CaseResult, Row, ratio
 

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .goals import DEVICE_MEMORY, EXTRA, GOALS, HIGH_WATER, MEMORY, PINNED, Goal
+from .goals import DEVICE_MEMORY, GOALS, HIGH_WATER, MEMORY, PINNED, PLANNING, STEP, Goal
 from .samples import GIB, MIB, MODES, CaseResult, Memory, Ratio, Row, ratio
 
 _COLOURS = {"return": "#2b6cb0", "durable": "#dd8452"}
+_WITHIN = {"MiB": "extra", "%": "longer", "us": "a tensor's"}
 _TITLES = {"return": "time to return", "durable": "time to stable storage"}
 
 
@@ -37,7 +39,7 @@ def _times(found: Ratio | None) -> tuple[str, str]:
 
 def _line(result: CaseResult, row: Row) -> list[str]:
     name = f"[{row.rival}]" if row.ceiling else row.rival
-    note = row.error or row.checked or ""
+    note = "; ".join(filter(None, [row.error or row.checked, *row.fallbacks]))
     if not row.seconds or row.wrong:
         return [name, *["-"] * 10, note]
     to_base = _times(ratio(row, result.row(result.base, row.mode)))
@@ -71,10 +73,11 @@ def _memory_table(result: CaseResult) -> str:
 
 
 def _disturbance_table(result: CaseResult) -> str:
-    lines = [["a job beside the save", "step ms", "during", "worst", "steps", "lost ms", "save s", ""]]
+    units = ["step ms", "during", "longer %", "worst", "steps", "lost ms", "saves s"]
+    lines = [["a job beside the saves", *units, ""]]
     for d in result.disturbance:
-        figures = [d.step_ms, d.during_ms, d.worst_ms, float(d.steps), d.excess_ms, d.save_s]
-        shown = ["-" if f is None else f"{f:.{digits}f}" for f, digits in zip(figures, (3, 3, 2, 0, 1, 3))]
+        figures = [d.step_ms, d.during_ms, d.longer, d.worst_ms, float(d.steps), d.excess_ms, d.save_s]
+        shown = ["-" if f is None else f"{f:.{digits}f}" for f, digits in zip(figures, (3, 3, 1, 2, 0, 1, 3))]
         lines.append([d.rival, *shown, d.error or ""])
     return _columns(lines)
 
@@ -84,7 +87,8 @@ def table(result: CaseResult) -> str:
     if result.skipped:
         return f"{result.name}: {result.about}\n  skipped: {result.skipped}"
     count = f"{result.tensors} tensors, {result.files} file" + ("s" if result.files > 1 else "")
-    parts = [f"{result.name}: {result.about} ({size(result.nbytes)}, {count})"]
+    fitted = ", for want of room" if result.fitted else ""
+    parts = [f"{result.name}: {result.about} ({size(result.nbytes)}{fitted}, {count})"]
     for mode in MODES:
         rows = [row for row in result.rows if row.mode == mode]
         if not rows:
@@ -117,7 +121,9 @@ class Finding:
     full_nbytes: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        found = asdict(self)
+        found["goal"]["unit"] = self.goal.unit
+        return found
 
 
 def _extra(found: Memory, kind: str) -> int | None:
@@ -129,13 +135,25 @@ def _extra(found: Memory, kind: str) -> int | None:
     }[kind]
 
 
+def _within(goal: Goal, result: CaseResult) -> float | None:
+    """What must stay within the goal's limit, in its unit."""
+    if goal.against == STEP:
+        return next((d.longer for d in result.disturbance if d.rival == goal.by), None)
+    if goal.against == PLANNING:
+        row = result.row(goal.by, goal.mode)
+        return (
+            1e6 * statistics.median(row.plan_seconds) / result.tensors if row and row.plan_seconds else None
+        )
+    known = next((_extra(m, goal.against) for m in result.memory if m.rival == goal.by), None)
+    return None if known is None else known / MIB
+
+
 def _judge(goal: Goal, result: CaseResult) -> Finding:
     sizes = {"nbytes": result.nbytes, "full_nbytes": result.full_nbytes}
-    if goal.against in EXTRA:
-        known = [_extra(m, goal.against) for m in result.memory if m.rival == goal.by]
-        if not known or known[0] is None:
+    if goal.unit:
+        value = _within(goal, result)
+        if value is None:
             return Finding(goal, "not measured")
-        value = known[0] / MIB
         state = "reached" if value <= goal.limit else "not reached"
         return Finding(goal, state, value, value, **sizes)
     against = result.row(goal.against, goal.mode)
@@ -167,8 +185,11 @@ def verdict(findings: list[Finding]) -> str:
     lines = [["goal", "wanted", "found", "at best", "ceiling", "verdict"]]
     for f in findings:
         goal = f.goal
-        if goal.against in EXTRA:
-            name, wanted = f"{goal.case}, extra {goal.against}", f"<= {goal.limit:g} MiB"
+        if goal.unit:
+            name, wanted = (
+                f"{goal.case}, {_WITHIN[goal.unit]} {goal.against}",
+                f"<= {goal.limit:g} {goal.unit}",
+            )
         else:
             name, wanted = f"{goal.case}, {goal.mode}, to {goal.against}", f"{goal.limit:.2f} x"
         figures = [f"{v:.2f}" if v is not None else "-" for v in (f.value, f.best, f.allowed)]

@@ -38,6 +38,18 @@ class Row:
     """It could not take part (this version has no such thing, or no time was left): neither good nor bad."""
     detail: dict[str, Any] | None = None
     """What the rival says about its newest save (fastshard's ``stats()``)."""
+    plan_seconds: list[float] = field(default_factory=list)
+    """Of each timed save, where the rival tells."""
+    fallbacks: list[str] = field(default_factory=list)
+    """What was refused to its timed saves, and what they did instead: a figure to which one belongs is another
+    path's."""
+
+    def keep(self, detail: dict[str, Any]) -> None:
+        """Of a timed save: the newest details, its planning, and every fallback once."""
+        self.detail = detail
+        if "plan_seconds" in detail:
+            self.plan_seconds.append(detail["plan_seconds"])
+        self.fallbacks += [text for text in detail.get("fallbacks", ()) if text not in self.fallbacks]
 
     @property
     def best(self) -> float:
@@ -93,19 +105,27 @@ class Memory:
 
 @dataclass
 class Disturbance:
-    """What a job that runs beside one save noticed of it, by the clock of its own device."""
+    """What a job that runs beside saves noticed of them, by the clock of its own device."""
 
     rival: str
     step_ms: float | None = None
     """Median of a step while nothing is saved."""
     during_ms: float | None = None
-    """Median of a step during the save."""
+    """Median of a step during the saves."""
     worst_ms: float | None = None
     excess_ms: float | None = None
-    """All steps of the save's time together, less what as many undisturbed ones take: the job's loss."""
+    """All steps of the saves' time together, less what as many undisturbed ones take: the job's loss."""
     steps: int = 0
     save_s: float | None = None
+    """Of all saves together."""
     error: str | None = None
+
+    @property
+    def longer(self) -> float | None:
+        """How many per cent longer the median step is during the saves."""
+        if not self.step_ms or self.during_ms is None:
+            return None
+        return 100 * (self.during_ms / self.step_ms - 1)
 
 
 @dataclass
@@ -130,6 +150,8 @@ class CaseResult:
     """The row that the case is about."""
     base: str = "safetensors"
     """The row that ratios are taken against."""
+    fitted: bool = False
+    """Whether it is smaller than was asked for, for want of room or memory."""
     skipped: str | None = None
     """Why the case was not run at all."""
 
@@ -151,6 +173,8 @@ class CaseResult:
     def as_dict(self) -> dict[str, Any]:
         """For JSON: every sample, and the statistics beside the base and the ceiling."""
         out = asdict(self)
+        for disturbance, written in zip(self.disturbance, out["disturbance"]):
+            written["longer"] = disturbance.longer
         for row, written in zip(self.rows, out["rows"]):
             if not row.seconds:
                 continue

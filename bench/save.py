@@ -28,8 +28,9 @@ import torch
 from . import machine, memory, report
 from .cases import CASES, FULL_NBYTES
 from .ceilings import CEILINGS
+from .fitting import Settings
 from .goals import GOALS
-from .harness import Settings, run_case
+from .harness import run_case
 from .job import CPU, KINDS, US, Rival
 from .rivals import RIVALS
 from .samples import GIB, MIB, MODES, RETURN, CaseResult
@@ -61,11 +62,12 @@ def _parser() -> argparse.ArgumentParser:
         "--gib",
         type=float,
         metavar="N",
-        help="largest size of a case in GiB (default 4, on a GPU 8; quick: 0.5)",
+        help="largest size of a case in GiB (default 4; quick: 0.5)",
     )
     add("--mib", type=float, metavar="N", help="the same in MiB; 1 runs everything as a test")
     add("--rounds", type=int, metavar="N", help="interleaved rounds (default 6; quick: 3)")
     add("--slow-rounds", type=int, metavar="N", help="of which slow rivals run (default 3; quick: 1)")
+    add("--fit", action="store_true", help="make cases smaller where there is too little room or memory")
     add("--budget", type=float, metavar="SECONDS", help="end within this time, the last cases left out")
     add("--cases", type=_names(CASES), metavar="A,B", help="see --list (default: those of the device)")
     add("--rivals", type=_names(RIVALS), metavar="A,B", help="in every case (default: as each case says)")
@@ -111,7 +113,7 @@ def _no_shm(directory: Path) -> str:
 
 
 def _settings(args: argparse.Namespace, out: Path, shm: Path | None, no_shm: str) -> Settings:
-    full = FULL_NBYTES[machine.device_kind(args.device)] / GIB
+    full = FULL_NBYTES / GIB
     nbytes = int(args.mib * MIB) if args.mib else int((args.gib or (0.5 if args.quick else full)) * GIB)
     short = args.quick or args.budget is not None
     ours = tuple({case.us for case in CASES.values()})
@@ -121,6 +123,7 @@ def _settings(args: argparse.Namespace, out: Path, shm: Path | None, no_shm: str
         shm=shm,
         no_shm=no_shm,
         stop=time.monotonic() + args.budget if args.budget is not None else None,
+        fit=args.fit,
         disturbance=not (args.quick or args.no_disturbance),
         nbytes=nbytes,
         rounds=args.rounds or (3 if args.quick else 6),
@@ -147,6 +150,8 @@ def _refuse(args: argparse.Namespace, settings: Settings, free_nbytes: int) -> s
         return f"--shm: {settings.no_shm}"
     if args.shm and machine.free_nbytes(args.shm) < 4 * min(settings.nbytes, 64 * MIB):
         return f"--shm has only {report.size(machine.free_nbytes(args.shm))} free"
+    if settings.fit:
+        return None
     # The file, a temporary beside it on some savers, and room to breathe.
     if free_nbytes < 2 * settings.nbytes:
         return f"--dir has {report.size(free_nbytes)} free; {report.size(2 * settings.nbytes)} are needed"

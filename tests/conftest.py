@@ -8,6 +8,8 @@ real GPU never meet in one process:
   tests of the real GPU are skipped;
 - with a GPU it is the other way round, and ``test_cuda_path.py`` starts the tests of ``sim`` in a process of
   their own, whose ``FASTSHARD_LIBCUDA`` is the simulator.
+
+What needs the real GPU has the marker ``real_gpu``, by its fixtures: ``pytest -m real_gpu`` runs it and nothing else.
 """
 
 from __future__ import annotations
@@ -54,6 +56,12 @@ def pytest_configure(config: pytest.Config) -> None:
     _stderr.append(os.dup(2))
     # One build for everybody, the simulator's own tests included; git ignores build/.
     os.environ.setdefault(CACHE_VARIABLE, str(Path(__file__).resolve().parents[1] / "build" / "simcuda"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "real_cuda" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.real_gpu)
 
 
 @functools.cache
@@ -171,7 +179,7 @@ def real_cuda() -> torch.device:
     return torch.device("cuda", 0)
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.real_gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """For what must be the same everywhere: once on the CPU, and once on a real GPU where there is one."""
     if request.param == "cuda":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -24,6 +25,8 @@ from fastshard.bench import (
     cases,
     ceilings,
     disturbance,
+    fitting,
+    grow,
     harness,
     load,
     machine,
@@ -35,11 +38,11 @@ from fastshard.bench import (
     save,
 )
 from fastshard.bench.ceilings import CEILINGS
-from fastshard.bench.goals import EXTRA, GOALS
-from fastshard.bench.harness import touch_and_free
+from fastshard.bench.goals import EXTRA, GOALS, PLANNING, STEP, Goal
+from fastshard.bench.grow import touch_and_free
 from fastshard.bench.job import OFFLOADED, Job
 from fastshard.bench.machine import mount_of
-from fastshard.bench.samples import CaseResult, Memory, Row, ratio
+from fastshard.bench.samples import CaseResult, Disturbance, Memory, Row, ratio
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--mib", "1", "--rounds", "1", "--no-memory", "--no-disturbance"]
@@ -238,7 +241,7 @@ def test_only_ours_runs_with_fastshard_in_place(tmp_path, monkeypatch):
 
 
 def test_a_case_whose_library_is_missing_is_left_out(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    monkeypatch.setattr(fitting, "find_spec", lambda name: None)
     status, document = run(tmp_path, "--cases", "trainer,small", "--modes", "return")
     assert status == 0
     left_out, ran = document["cases"]
@@ -488,19 +491,38 @@ def test_without_memory_to_write_to_the_cases_on_it_say_so(tmp_path, monkeypatch
 
 def test_cases_fit_into_the_memory_there_is(tmp_path, monkeypatch):
     shm = tmp_path / "out"
-    settings = harness.Settings(
-        tmp_path, 1 << 30, 1, 1, ("return",), (), False, (), "cpu", False, shm=shm, no_shm="none here"
+    settings = fitting.Settings(
+        tmp_path / "out", 1 << 30, 1, 1, ("return",), (), False, (), "cpu", False, shm=shm, no_shm="none here"
     )
     case = cases.CASES["prepared"]
-    assert harness.fitting(replace(case, place="disk"), settings) == 1 << 30
-    monkeypatch.setattr(harness, "free_nbytes", lambda path: 600 << 20)
-    fitted = harness.fitting(case, settings)
+    on_disk = replace(case, place="disk", copies=1.0)
+    assert fitting.fitting(on_disk, settings) == fitting.asked(on_disk, settings) == 1 << 30
+    monkeypatch.setattr(fitting, "free_nbytes", lambda path: 600 << 20)
+    fitted = fitting.fitting(case, settings)
     assert (500 << 20) / 3 < fitted < (600 << 20) / 3
-    assert harness.why_not(case, settings) is None
-    monkeypatch.setattr(harness, "free_nbytes", lambda path: 64 << 20)
-    assert "only 20 MiB fit" in harness.why_not(case, settings)
-    assert harness.why_not(case, replace(settings, shm=None)) == "none here"
-    assert harness.why_not(case, replace(settings, stop=0.0)) == "no time left"
+    assert fitting.why_not(case, settings) is None
+    # A disk is looked at when that was asked for; and memory that has grown meanwhile is used.
+    assert fitting.fitting(on_disk, settings) == 1 << 30
+    assert fitting.fitting(on_disk, replace(settings, fit=True)) == 300 << 20
+    monkeypatch.setattr(fitting, "memory_nbytes", lambda name: 425 << 20)
+    assert fitting.fitting(on_disk, replace(settings, fit=True)) == 100 << 20
+    monkeypatch.setattr(fitting, "memory_nbytes", lambda name: 8 << 30)
+    assert fitting.fitting(on_disk, replace(settings, fit=True)) == 300 << 20
+    monkeypatch.setattr(fitting, "free_nbytes", lambda path: 64 << 20)
+    assert "only 20 MiB fit into --shm" in fitting.why_not(case, settings)
+    assert "only 32 MiB fit into --dir" in fitting.why_not(on_disk, replace(settings, fit=True))
+    assert fitting.why_not(case, replace(settings, shm=None)) == "none here"
+    assert fitting.why_not(case, replace(settings, stop=0.0)) == "no time left"
+
+
+def test_a_case_that_was_made_smaller_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fitting, "LEAST_NBYTES", 1)
+    monkeypatch.setattr(fitting, "free_nbytes", lambda path: 3 << 20)
+    arguments = ["--mib", "2", "--cases", "small,one-file", "--modes", "return", "--fit"]
+    status, document = run(tmp_path, *arguments, "--rivals", "fastshard,safetensors")
+    assert status == 0
+    assert [case["fitted"] for case in document["cases"]] == [True, True]
+    assert "(1.00 MiB, for want of room, 64 tensors" in capsys.readouterr().out
 
 
 def test_out_of_time_nothing_more_is_begun(tmp_path, capsys):
@@ -515,7 +537,7 @@ def test_slow_rivals_are_the_first_to_be_left_out_when_time_runs_out(tmp_path, m
         return lambda: None
 
     late = replace(rivals.RIVALS["torch.save"], prepare=prepare)
-    settings = harness.Settings(
+    settings = fitting.Settings(
         tmp_path / "out", 1 << 20, 3, 3, ("return",), ("return",), False, (), "cpu", False, stop=1e18
     )
     contest = harness.Contest(cases.CASES["one-file"], [late, rivals.RIVALS["safetensors"]], settings)
@@ -538,15 +560,21 @@ def test_what_was_found_outlives_a_kill(tmp_path, monkeypatch):
     assert [case["name"] for case in document["cases"]] == ["small"]
 
 
-def test_a_job_beside_a_save_is_watched():
+def test_a_job_beside_saves_is_watched():
+    done = []
+
     def save():
         torch.randn(300, 300).inverse()
+        done.append("save")
 
-    found = disturbance.measure("fastshard", save, "cpu", quiet_s=0.02)
+    found = disturbance.measure("fastshard", save, "cpu", before=lambda: done.append("before"), quiet_s=0.02)
     assert found.error is None
-    assert found.steps >= 1 and found.step_ms > 0 and found.worst_ms >= found.during_ms
+    assert done == ["before", "save"] * disturbance.SAVES
+    assert found.steps >= len(done) / 2 and found.step_ms > 0 and found.worst_ms >= found.during_ms
+    assert found.longer == pytest.approx(100 * (found.during_ms - found.step_ms) / found.step_ms)
     broken = disturbance.measure("fastshard", lambda: 1 / 0, "cpu", quiet_s=0.02)
     assert broken.error.startswith("ZeroDivisionError") and broken.excess_ms is None
+    assert broken.longer is None
 
 
 class FakeEvent:
@@ -571,7 +599,7 @@ def as_if_cuda(monkeypatch):
     monkeypatch.setattr(machine, "device_kind", lambda device: "cuda")
     monkeypatch.setattr(machine, "_gpu", lambda device: {"gpu": "none at all"})
     monkeypatch.setattr(rivals_torch, "_staging", torch.empty_like)
-    monkeypatch.setattr(ceilings, "_page_locked", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
+    monkeypatch.setattr(ceilings, "page_locked", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8))
     monkeypatch.setattr(disturbance, "SIZE", {"cuda": 64})
     monkeypatch.setattr(disturbance, "QUIET_S", 0.02)
     for name, value in {
@@ -579,16 +607,27 @@ def as_if_cuda(monkeypatch):
         "synchronize": lambda *_: None,
         "empty_cache": lambda: None,
         "Event": FakeEvent,
+        "Stream": lambda device: None,
+        "stream": lambda stream: contextlib.nullcontext(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
 
 
 def test_what_a_gpu_would_run(tmp_path, as_if_cuda, standing):
     found = Memory("fastshard", 1 << 20, 1 << 20, device_nbytes=64 << 20, pinned_nbytes=1 << 30)
-    names = ["prepared", "tmpfs-eight", "eight-files", "one-file", "columns", "small", "hub", "pretrained"]
+    names = [
+        "prepared",
+        "prepared-cast",
+        "prepared-small",
+        "tmpfs-eight",
+        "eight-files",
+        "one-file",
+        "columns",
+    ]
+    names += ["small", "hub", "pretrained"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "measure", lambda *_: found)
-        arguments = ["--mib", "1", "--rounds", "1", "--budget", "60", "--cases", ",".join(names)]
+        arguments = ["--mib", "1", "--rounds", "1", "--budget", "90", "--cases", ",".join(names)]
         out = tmp_path / "bench.json"
         status = save.main([*arguments, "--dir", str(tmp_path), "--json", str(out)])
     document = json.loads(out.read_text())
@@ -606,7 +645,8 @@ def test_what_a_gpu_would_run(tmp_path, as_if_cuda, standing):
     assert states["one-file", "pinned memory"] == "not reached"
     assert {"torch.save-pinned", "dcp-fs"} <= {rival for rival, _ in rows_of(document, "one-file")}
     watched = {case["name"]: [d["rival"] for d in case["disturbance"]] for case in document["cases"]}
-    assert watched["prepared"] == ["fastshard", "prepared", "safetensors"]
+    assert watched["prepared"] == ["fastshard", "prepared", "safetensors", "link"]
+    assert all(d["error"] is None for case in document["cases"] for d in case["disturbance"])
 
 
 def test_goals_are_those_of_the_device():
@@ -621,8 +661,58 @@ def test_every_goal_can_be_measured():
         case = cases.CASES[goal.case]
         assert goal.on in case.default_on and goal.mode in case.modes
         assert goal.by in case.rivals
-        assert goal.against in (*case.rivals, *case.measures, *EXTRA)
+        assert goal.against in (*case.rivals, *case.measures, *EXTRA, STEP, PLANNING)
         assert goal.against not in EXTRA or case.memory
+        assert goal.against != STEP or (case.disturbs and goal.by in harness.WATCHED)
+
+
+def judged(goal: Goal, result: CaseResult) -> tuple[str, float | None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "GOALS", (goal,))
+        (finding,) = report.judge([result])
+    return finding.state, finding.value
+
+
+def test_a_step_and_planning_stay_within_their_goals():
+    result = CaseResult("x", "", 1, 1, 1000, 1, {})
+    step, planning = Goal("x", 3, against=STEP), Goal("x", 0.5, against=PLANNING)
+    assert judged(step, result) == judged(planning, result) == ("not measured", None)
+    result.disturbance = [
+        Disturbance("other", 1.0, 9.0),
+        Disturbance("fastshard", step_ms=2.0, during_ms=2.05),
+    ]
+    result.rows = [Row("fastshard", "return", seconds=[1.0], plan_seconds=[0.0004, 0.0006, 0.0009])]
+    state, value = judged(step, result)
+    assert state == "reached" and value == pytest.approx(2.5)
+    state, value = judged(planning, result)
+    assert state == "not reached" and value == pytest.approx(0.6)
+    result.disturbance[1].during_ms = 2.5
+    assert judged(step, result)[0] == "not reached"
+    lines = report.verdict(report.judge([replace(result, name="small")]))
+    assert "small, a tensor's planning" in lines and "<= 0.5 us" in lines
+
+
+def test_what_a_timed_save_fell_back_to_stands_beside_its_figure(tmp_path, monkeypatch, capsys):
+    refused = iter([["no kernel"], ["no kernel", "no pinning"], []])
+
+    def told():
+        return {"plan_seconds": 0.5, "fallbacks": tuple(next(refused))}
+
+    monkeypatch.setitem(rivals.RIVALS, "fastshard", replace(rivals.RIVALS["fastshard"], detail=told))
+    arguments = [
+        "--cases",
+        "small",
+        "--modes",
+        "return",
+        "--rivals",
+        "fastshard,safetensors",
+        "--rounds",
+        "3",
+    ]
+    _, document = run(tmp_path, *arguments)
+    row = rows_of(document, "small")["fastshard", "return"]
+    assert row["fallbacks"] == ["no kernel", "no pinning"] and row["plan_seconds"] == [0.5] * 3
+    assert "same bytes; no kernel; no pinning" in capsys.readouterr().out
 
 
 def test_numbers_are_finite_and_tensors_differ():
@@ -651,7 +741,7 @@ def test_ceilings_move_every_byte(as_if_cuda, monkeypatch, name):
         return targets[-1]
 
     monkeypatch.setattr(ceilings, "_touched", target)
-    monkeypatch.setattr(ceilings, "_page_locked", target)
+    monkeypatch.setattr(ceilings, "page_locked", target)
     monkeypatch.setattr(ceilings, "LINK_CHUNK_NBYTES", 1 << 16)
     tensors = {str(i): torch.full((1 << 16,), i + 1, dtype=torch.uint8) for i in range(5)}
     CEILINGS[name].prepare(Job([tensors], Path("."), durable=False))()
@@ -693,13 +783,13 @@ def test_files_import_what_comes_before_them():
 
 @pytest.mark.parametrize("nbytes", [-5, 0, 1 << 20, (65 << 20) + 5])
 def test_every_byte_of_the_ballast_is_touched_once(monkeypatch, nbytes):
-    touched, memset = [], harness.ctypes.memset
+    touched, memset = [], grow.ctypes.memset
 
     def recorded(begin, value, size):
         touched.append((begin, begin + size))
         return memset(begin, value, size)
 
-    monkeypatch.setattr(harness.ctypes, "memset", recorded)
+    monkeypatch.setattr(grow.ctypes, "memset", recorded)
     touch_and_free(nbytes)
     touched.sort()
     assert sum(end - begin for begin, end in touched) == max(nbytes, 0)
