@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-MOST_LINES = 40
+MOST_LINES = 60
 GIB, MIB = 1 << 30, 1 << 20
 
 
 def brief(phases: Iterable[dict[str, Any]], bench: dict[str, Any] | None) -> str:
-    """At most 40 lines: how the phases went, a line for each case and mode, the goals."""
+    """At most 60 lines: how the phases went, a line for each case and mode, the goals."""
     lines = [f"{p['name']}: {p['state']}, {p['seconds']:.0f} s; {p['note']}" for p in phases]
     if bench is None:
         lines.append("no bench")

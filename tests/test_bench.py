@@ -433,7 +433,9 @@ class Standing:
     """The call that begins to write something else."""
     made: list[Standing] = []
 
-    def __init__(self, tensors, path, *, allow_strided):
+    def __init__(self, tensors, path, *, allow_strided, dtype=None):
+        if dtype is not None:
+            tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
         self.tensors, self.path, self.calls, self.closed = tensors, path, 0, False
         self.made.append(self)
 
@@ -593,6 +595,11 @@ class FakeEvent:
         return (end.at - self.at) * 1000
 
 
+class FakeStream:
+    def __init__(self, device):
+        assert device
+
+
 @pytest.fixture
 def as_if_cuda(monkeypatch):
     """Host tensors taken for those of a GPU: all that only a GPU would run is run, and means nothing."""
@@ -607,7 +614,7 @@ def as_if_cuda(monkeypatch):
         "synchronize": lambda *_: None,
         "empty_cache": lambda: None,
         "Event": FakeEvent,
-        "Stream": lambda device: None,
+        "Stream": FakeStream,
         "stream": lambda stream: contextlib.nullcontext(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -632,6 +639,7 @@ def test_what_a_gpu_would_run(tmp_path, as_if_cuda, standing):
         status = save.main([*arguments, "--dir", str(tmp_path), "--json", str(out)])
     document = json.loads(out.read_text())
     assert status == 0
+    assert [case["skipped"] for case in document["cases"]] == [None] * len(names)
     for name in names:
         rows = rows_of(document, name)
         assert {"link", "link-whole"} <= {rival for rival, _ in rows}

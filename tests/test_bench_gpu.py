@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,8 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fastshard.bench import budget, build, gpu
+from fastshard.bench import budget, build, cases, gpu, gpu_tests, grow
 from fastshard.bench.brief import MOST_LINES, brief
+from fastshard.bench.goals import GOALS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -127,35 +129,218 @@ def arguments(out: Path, *more: str):
     return gpu._parser().parse_args(["--out", str(out), *more])
 
 
+def given_to(command: list[str]) -> dict[str, str]:
+    """Options of bench/save.py, and their values."""
+    return {a: b for a, b in zip(command, command[1:]) if a.startswith("--")}
+
+
 def test_commands_of_the_phases(tmp_path):
     run = gpu.Run(arguments(tmp_path, "--cases", "small", "--commit", "abc", "--shm", "/dev/shm"), tmp_path)
     run.site = tmp_path / "site"
-    tests = run.test_command()
-    assert str(ROOT / "tests" / "test_cuda_path.py") in tests
-    assert not any(name.endswith("test_bench.py") for name in tests)
     assert run.environment()["FASTSHARD_REQUIRE_CUDA"] == "1"
     assert run.environment()[gpu.COMMIT_VARIABLE] == "abc"
     command = run.bench_command(300.0)
-    given = dict(zip(command[2::2], command[3::2]))
-    assert given["--budget"] == "275" and given["--device"] == "cuda" and given["--gib"] == "8.0"
+    given = given_to(command)
+    assert given["--budget"] == "275" and given["--device"] == "cuda" and given["--gib"] == "4.0"
     assert given["--cases"] == "small" and given["--shm"] == "/dev/shm"
+    assert "--fit" in command  # smaller rather than not at all
 
 
-def test_earlier_phases_leave_the_bench_its_part(tmp_path, monkeypatch):
+def test_the_parts_have_all_cases_of_a_gpu_the_goals_first(tmp_path):
+    goals = [goal.case for goal in GOALS if goal.on == "cuda"]
+    both = [name for names in gpu.PARTS.values() for name in names]
+    assert sorted(both) == sorted(name for name, case in cases.CASES.items() if "cuda" in case.default_on)
+    assert set(goals) <= set(both)
+    for part, names in gpu.PARTS.items():
+        aims = [name in goals for name in names]
+        assert aims == sorted(aims, reverse=True)
+        run = gpu.Run(arguments(tmp_path, "--part", str(part), "--probe", "x.py"), tmp_path)
+        assert given_to(run.bench_command(300.0))["--cases"] == ",".join(names)
+    assert run.names == ["build", "memory", "bench", "sanitizer", "probe"]
+    run = gpu.Run(arguments(tmp_path, "--part", "1", "--no-tests"), tmp_path)
+    assert run.names == ["build", "memory", "bench"]
+    run = gpu.Run(arguments(tmp_path), tmp_path)
+    assert given_to(run.bench_command(300.0))["--cases"] == ",".join(both)
+    assert run.names == ["build", "memory", "tests", "bench", "sanitizer"]
+
+
+def test_earlier_phases_leave_the_bench_its_part_and_it_leaves_theirs_to_later_ones(tmp_path, monkeypatch):
     given = {}
 
     def fake(command, seconds, log, environment=None, cwd=None):
-        given[log.name] = seconds
+        given[command[1] if log.name == "build.log" else log.name] = seconds
         return budget.Outcome(0, 0.0, False, "25 passed in 1 s")
 
     monkeypatch.setattr(gpu.budget, "run", fake)
+    monkeypatch.setattr(gpu_tests, "find_sanitizer", lambda: None)
     run = gpu.Run(arguments(tmp_path, "--budget", "100", "--probe", "x.py --gib 1"), tmp_path)
-    for phase in ("tests", "probe", "bench"):
+    for phase in ("memory", "tests", "bench", "sanitizer", "probe"):
         run.phase(phase, getattr(run, phase))
-    assert 0 < given["tests.log"] <= 50 and 0 < given["probe.log"] <= 50
-    assert 90 < given["bench.txt"] < 100
-    assert [phase["state"] for phase in run.phases] == ["ok", "ok", "ok"]
-    assert json.loads((tmp_path / "gpu.json").read_text())["phases"][0]["note"] == "25 passed in 1 s"
+    assert 0 < given[str(ROOT / "bench" / "grow.py")] <= 50 and 0 < given["tests.log"] <= 50
+    assert 55 < given["bench.txt"] <= 70 and 80 < given["probe.log"] <= 95
+    assert [phase["state"] for phase in run.phases] == ["ok", "ok", "ok", "left out", "ok"]
+    assert json.loads((tmp_path / "gpu.json").read_text())["phases"][1]["note"] == "25 passed in 1 s"
+
+
+def test_what_is_running_is_on_disk(tmp_path):
+    """Should the whole run be killed, one knows in what."""
+    run = gpu.Run(arguments(tmp_path), tmp_path)
+    seen = []
+
+    def work():
+        seen.append(json.loads((tmp_path / "gpu.json").read_text())["phases"])
+        return "ok", ""
+
+    run.phase("bench", work)
+    assert [(p["name"], p["state"]) for p in seen[0]] == [("bench", "running")]
+
+
+PROBE = """
+import json, os, signal, sys, time
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+with open(given["--json"], "w") as out:
+    json.dump({"seconds": given["--seconds"]}, out)
+open(os.path.join(given["--dir"], "fastshard-probe.left"), "w").close()
+print("answered", flush=True)
+time.sleep(float(given["--sleep"]))
+"""
+
+
+@pytest.mark.parametrize("sleep", [0, 60])
+def test_a_probe_has_its_own_deadline_and_one_that_is_killed_loses_little(tmp_path, monkeypatch, sleep):
+    monkeypatch.setattr(budget, "GRACE_SECONDS", 0.2)
+    monkeypatch.setitem(gpu.CAPS, "probe", 3.0)
+    out, scratch, disk = (tmp_path / name for name in ("out", "scratch", "disk"))
+    for folder in (out, scratch, disk):
+        folder.mkdir()
+    (disk / "fastshard-before").touch()
+    (tmp_path / "probe.py").write_text(PROBE)
+    probe = f"{tmp_path / 'probe.py'} --sleep {sleep} --dir {disk}"
+    run = gpu.Run(arguments(out, "--probe", probe, "--dir", str(disk), "--shm", str(disk)), scratch)
+    run.phase("probe", run.probe)
+    assert run.phases[0]["state"] == ("cut off" if sleep else "ok")
+    assert run.phases[0]["note"].startswith("1 answers")
+    assert json.loads((out / "gpu.json").read_text())["probe"] == {"seconds": "2"}
+    assert "answered" in (out / "probe.log").read_text()
+    # What ended well has removed its files itself, or wants them to stay.
+    left = {"fastshard-before"} if sleep else {"fastshard-before", "fastshard-probe.left"}
+    assert set(os.listdir(disk)) == left
+
+
+SANITIZER = """#!/bin/sh
+echo "$@" >> {log}
+case "$2" in memcheck) echo "20 passed in 3.10s"; echo "========= ERROR SUMMARY: 0 errors" ;;
+*) echo "20 passed in 4.00s"; echo "========= RACECHECK SUMMARY: 2 hazards displayed"; exit {status} ;; esac
+"""
+
+
+@pytest.mark.parametrize("status, state", [(0, "ok"), (86, "failed")])
+def test_compute_sanitizer_watches_the_kernels_once(tmp_path, monkeypatch, status, state):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(SANITIZER.format(log=tmp_path / "asked", status=status))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    run = gpu.Run(arguments(tmp_path), tmp_path)
+    run.phase("sanitizer", run.sanitizer)
+    assert run.phases[0]["state"] == state
+    memcheck, racecheck = run.phases[0]["note"].split("; ")
+    assert memcheck.startswith("memcheck ok") and "20 passed in 3.10s, ERROR SUMMARY: 0 errors" in memcheck
+    assert racecheck.startswith(f"racecheck {state}") and "2 hazards" in racecheck
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert [line.split()[1] for line in asked] == ["memcheck", "racecheck"]
+    assert all("-m pytest" in line and "-m real_gpu" in line and "test_real_gpu.py" in line for line in asked)
+
+
+def test_without_compute_sanitizer_that_is_said(tmp_path, monkeypatch):
+    run = gpu.Run(arguments(tmp_path), tmp_path)
+    monkeypatch.setattr(gpu_tests, "find_sanitizer", lambda: None)
+    run.phase("sanitizer", run.sanitizer)
+    monkeypatch.setattr(gpu_tests, "find_sanitizer", lambda: "it")
+    refusal = budget.Outcome(1, 1.0, False, "========= Error: Device not supported.\n")
+    monkeypatch.setattr(gpu.budget, "run", lambda *_: refusal)
+    run.phase("sanitizer", run.sanitizer)
+    assert [phase["state"] for phase in run.phases] == ["left out"] * 2
+    assert run.phases[0]["note"] == "no compute-sanitizer here"
+    assert run.phases[1]["note"].count("Device not supported") == 2
+
+
+def test_the_marker_chooses_what_needs_a_gpu():
+    """By the fixtures, also in files whose names and tests do not say so."""
+    command = gpu_tests.command(ROOT)
+    files = {Path(name).name for name in command if name.endswith(".py")}
+    assert {"test_cuda_path.py", "test_real_gpu.py", "test_sharded.py", "test_archive.py"} <= files
+    assert "test_limits.py" not in files
+    done = subprocess.run([*command, "--collect-only"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = [line for line in done.stdout.splitlines() if "::" in line]
+    for wanted in ("test_parameters_on_a_device", "test_on_a_real_gpu", "test_real_bytes[cuda]"):
+        assert any(name.endswith(wanted) for name in names), wanted
+    for kind in ("small", "strided", "cast"):
+        assert any(f"test_real_prepared[real-{kind}]" in name for name in names)
+    assert not [name for name in names if "[cpu" in name or "simulated" in name or "[host" in name]
+
+
+ZONES = """Node 0, zone      DMA
+  pages free     10
+        present  512
+        managed  256
+Node 0, zone   Normal
+  per-node stats
+      nr_free_cma  0
+  pages free     262144
+        boost    0
+        present  1048576
+        managed  786432
+        protection: (0, 0)
+Node 1, zone  Movable
+  pages free     0
+        present  0
+        managed  0
+"""
+
+
+def test_memory_zones_in_a_line_each(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grow.mmap, "PAGESIZE", 4096)
+        assert grow.zones(ZONES) == [
+            "node 0 DMA: free 0.00 GiB, managed 0.00 GiB, present 0.00 GiB",
+            "node 0 Normal: free 1.00 GiB, managed 3.00 GiB, present 4.00 GiB",
+        ]
+    assert grow.state(tmp_path)[0].startswith("memory ") and str(tmp_path) in grow.state(tmp_path)[-1]
+    assert grow.state(tmp_path / "none")[-1].endswith("No such file or directory")
+
+
+class Machine:
+    """Whose memory grows by a little whenever somebody waits for it."""
+
+    def __init__(self, limit: int, available: int) -> None:
+        self.limit, self.available, self.slept = limit, available, 0.0
+
+    def grows(self, seconds: float) -> None:
+        self.slept += seconds
+        self.available = min(self.limit, self.available + (2 << 20))
+
+
+@pytest.mark.parametrize("limit, held", [(100, 9), (5, 5)])
+def test_memory_is_touched_step_by_step(monkeypatch, limit, held, capsys):
+    there = Machine(limit << 20, 3 << 20)
+    touched = []
+
+    @contextlib.contextmanager
+    def touch(nbytes):
+        assert nbytes <= min(4 << 20, there.available)
+        there.available -= nbytes
+        there.limit -= nbytes
+        touched.append(nbytes)
+        yield
+
+    monkeypatch.setattr(grow, "touched", touch)
+    monkeypatch.setattr(grow, "SPARED_NBYTES", 0)
+    found = grow.grow(9 << 20, 4 << 20, lambda: there.available, there.grows)
+    assert found == sum(touched) == held << 20
+    assert (there.slept >= grow.PATIENCE_SECONDS) == (held < 9)
+    assert capsys.readouterr().out.count("holding") == len(touched) > 1
 
 
 def test_a_phase_that_breaks_is_noted(tmp_path, monkeypatch):
@@ -177,12 +362,13 @@ def test_the_short_table_is_short():
     row = {"rival": "fastshard", "mode": "return", "error": None, "median_gib_s": 2.0, "ratio": None}
     case = {"name": "x", "skipped": None, "nbytes": 1 << 30, "rows": [row] * 2, "disturbance": []}
     case |= {"us": "fastshard", "base": "safetensors"}
+    disturbed = {"rival": "fastshard", "longer": 2.5, "excess_ms": 4.0, "save_s": 0.1}
     skipped = {"name": "y", "skipped": "no room", "rows": [], "disturbance": []}
     machine = dict.fromkeys(["gpu", "cpus", "filesystem", "torch", "safetensors", "commit"], "?")
     goal = {"case": "x", "mode": "return", "against": "link", "limit": 0.5}
     document = {
         "machine": {**machine, "memory_nbytes": 0},
-        "cases": [case, skipped] * 20,
+        "cases": [case, skipped] * 40,
         "sound": False,
         "verdict": [{"goal": goal, "value": None, "state": "not measured"}],
     }
@@ -190,38 +376,62 @@ def test_the_short_table_is_short():
     lines = brief(phases, document).splitlines()
     assert len(lines) == MOST_LINES and lines[-1] == "..."
     assert any(line.split() == ["y", "skipped:", "no", "room"] for line in lines)
-    document["cases"] = [case]
+    document["cases"] = [
+        {**case, "rows": [{**row, "fallbacks": ["no kernel: error 200"]}], "disturbance": [disturbed]}
+    ]
     assert "NOT VERIFIED" in brief(phases, document) and "not measured" in brief(phases, document)
+    lines = brief(phases, document).splitlines()
+    beside = next(i for i, line in enumerate(lines) if line.startswith("x, return"))
+    assert lines[beside + 1] == "  fell back: no kernel: error 200"
+    assert "a job beside x lost: fastshard 2.5 % a step, 4 ms of 100" in lines
+    document["verdict"] = [
+        {"goal": {**goal, "against": "a step", "unit": "%"}, "value": 2.5, "state": "reached"}
+    ]
+    assert "  x, a step, % at most" in brief(phases, document)
     assert max(map(len, brief(phases, document).splitlines())) <= 150
     assert brief(phases, None).endswith("no bench")
 
 
-def test_all_of_it_without_a_gpu(tmp_path):
+PHASES = {
+    "1": ("build", "memory", "tests", "bench"),
+    "2": ("build", "memory", "bench", "sanitizer", "probe"),
+}
+
+
+@pytest.mark.parametrize("part", PHASES)
+def test_all_of_it_without_a_gpu(tmp_path, part):
     """From the checkout, as it is started on a GPU, with the module built before."""
     probe = tmp_path / "probe.py"
     probe.write_text("import fastshard, sys; print('asked', sys.argv[1])")
     command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--device", "cpu", "--tiny", "--no-build"]
-    command += ["--cases", "small,tmpfs-eight", "--probe", f"{probe} twice", "--commit", "abc"]
+    command += ["--part", part, "--probe", f"{probe} twice", "--commit", "abc"]
+    if part == "2":  # the other cases are libraries' own
+        command += ["--cases", "one-file,tmpfs-one,cast"]
     environment = {**os.environ, "MPLCONFIGDIR": str(tmp_path), "OUT": str(tmp_path / "out")}
     done = subprocess.run(
         [*command, "--dir", str(tmp_path)], capture_output=True, text=True, cwd=tmp_path, env=environment
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    out = tmp_path / "out"
+    out = tmp_path / "out" / f"part-{part}"
     document = json.loads((out / "gpu.json").read_text())
-    assert [(p["name"], p["state"]) for p in document["phases"]] == [
-        (name, "ok") for name in ("build", "tests", "probe", "bench")
-    ]
-    assert [case["name"] for case in document["bench"]["cases"]] == ["small", "tmpfs-eight"]
-    assert "asked twice" in (out / "probe.log").read_text()
+    states = {phase["name"]: phase["state"] for phase in document["phases"]}
+    assert tuple(states) == PHASES[part]
+    assert {state for name, state in states.items() if name != "sanitizer"} == {"ok"}
+    measured = [case["name"] for case in document["bench"]["cases"]]
+    assert measured == (list(gpu.PARTS[1]) if part == "1" else ["one-file", "tmpfs-one", "cast"])
+    assert document["bench"]["cases"][0]["disturbance"]
     assert "time to return" in (out / "bench.txt").read_text()
+    if part == "2":
+        assert "asked twice" in (out / "probe.log").read_text()
     assert (out / "gpu.txt").read_text().strip() in done.stdout
     assert len((out / "gpu.txt").read_text().splitlines()) <= MOST_LINES
     assert len(list(out.iterdir())) <= 8
     assert not list(tmp_path.glob("fastshard-bench-*"))
 
 
-@pytest.mark.parametrize("name", ["samples", "machine", "budget", "build", "brief", "gpu"])
+@pytest.mark.parametrize(
+    "name", ["grow", "samples", "machine", "budget", "build", "brief", "gpu_tests", "gpu"]
+)
 def test_what_runs_before_torch_needs_none(name):
     code = f"import sys; sys.modules['torch'] = None; sys.path.append({str(ROOT)!r}); import bench.{name}"
     subprocess.run(python(code), check=True)

@@ -33,8 +33,6 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Tensors = dict[str, torch.Tensor]
 NewEngine = Callable[..., Engine]
 
-pytestmark = pytest.mark.usefixtures("no_hang")
-
 
 def numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 9).to(dtype)
@@ -188,10 +186,10 @@ def test_real_direct(place: Place, engine: NewEngine, tmp_path: Path, kind: str)
 
 
 @pytest.mark.parametrize("kind", ["strided", "cast"])
-def test_real_many_files_at_once(place: Place, engine: NewEngine, tmp_path: Path, kind: str) -> None:
+def test_real_many_files_at_once(place: Place, engine: NewEngine, memory: Path, kind: str) -> None:
     """Several writers share a device's streams, its scratch and the staging memory."""
     make, dtype = KINDS[kind]
-    made = {tmp_path / str(i): make(100 * i) for i in range(4)}
+    made = {memory / str(i): make(100 * i) for i in range(4)}
     files = {path: place.take(tensors) for path, tensors in made.items()}
     fastshard.save_files(
         files, allow_strided=True, dtype=dtype, engine=engine(threads=4, memory_budget=4 * MIB)
