@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a job that runs beside saves notices: the same step again and again, timed by its own device.
 
-On a GPU a step is matrix products and a copy of one number to the host, as a loss is fetched, on the default stream
-between CUDA events. What a save puts before them on that stream, takes from the memory's bandwidth, from the
-copy engines (which know no priorities) or from the host that launches them shows as longer steps. On the CPU the job
-and the save share the cores.
+On a GPU a step is matrix products and a copy of one number to the host, as a loss is fetched, on the default
+stream between CUDA events. What a save puts before them on that stream, takes from the memory's bandwidth, from
+the copy engines (which know no priorities) or from the host that launches them shows as longer steps. On the
+CPU the job and the save share the cores.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def measure(
     quiet_s: float = QUIET_S,
     own_stream: bool = False,
 ) -> Disturbance:
-    """A few saves, ``run()``, on a thread, while the job's steps go on in this one; ``before()`` each of them the
-    job stands still. ``own_stream``: for copies that would else wait in the job's own stream."""
+    """A few saves, ``run()``, on a thread, while the job's steps go on in this one. The job stands still for
+    ``before()``, before each of them. ``own_stream``: for copies that would else wait in the job's stream."""
     cuda = machine.device_kind(device) == "cuda"
     stream = torch.cuda.Stream(device) if own_stream and cuda else None
 

@@ -44,8 +44,8 @@ class Settings:
     disturbance: bool = False
     """Whether a job beside the save is watched."""
     fit: bool = False
-    """Whether cases on the disk shrink, too, where there is little room or memory; otherwise they are refused at
-    the beginning."""
+    """Whether cases on the disk shrink, too, where there is little room or memory; otherwise the whole run is
+    refused."""
     stop: float | None = None
     """When all must be over (time.monotonic), done or not."""
 
@@ -62,13 +62,15 @@ def asked(case: Case, settings: Settings) -> int:
 
 
 def fitting(case: Case, settings: Settings) -> int:
-    """The size at which the case is run: what was asked for, or less where memory or the place is scarce. Asked
-    before each case: the memory of some machines grows while it is used."""
+    """The size at which the case is run: what was asked for, or less where memory or the place is scarce.
+
+    To be called before each case: the memory of some machines grows while it is used.
+    """
     wanted, out = asked(case, settings), settings.out_of(case)
     if out is None or not (case.place == SHM or settings.fit):
         return wanted
-    # In memory at once: what stands in the directory, or as much of the page cache; a ceiling's target, ballast, and
-    # host tensors.
+    # In memory at once: what stands in the directory, or as much of the page cache; a ceiling's target, ballast,
+    # and host tensors.
     takes = case.copies + 2.25 + (machine.device_kind(settings.device) == CPU)
     # On a disk beside the file: a temporary of some savers.
     copies = case.copies * 1.05 if case.place == SHM else 2 * case.copies

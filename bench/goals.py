@@ -23,8 +23,8 @@ class Goal:
 
     case: str
     limit: float
-    """Times as fast as ``against``, at least; or what to stay within: extra MiB of memory, the per cent by which
-    a step is longer, microseconds for a tensor."""
+    """Times as fast as ``against``, at least; or what to stay within: extra MiB of memory, the per cent by
+    which a step is longer, microseconds for a tensor."""
     mode: str = RETURN
     against: str = "safetensors"
     """A rival, a ceiling, one of EXTRA, STEP, or PLANNING."""

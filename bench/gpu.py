@@ -41,14 +41,16 @@ from .brief import brief
 from .machine import COMMIT_VARIABLE, MEMORY_BACKED, mount_of
 
 ROOT = Path(__file__).resolve().parents[1]
-CAPS = {"build": 200.0, "memory": 60.0, "tests": 120.0, "sanitizer": 120.0, "probe": 100.0}
+CAPS = {"build": 200.0, "memory": 60.0, "tests": 120.0, "sanitizer": 150.0, "probe": 100.0}
 """Seconds a phase may take at most; the bench has what is left."""
 BENCH_PART = 0.5
 """Of the budget, kept for the bench by the phases before it."""
-LATER_PART = 0.3
+LATER_PART = 0.4
 """Of the budget, kept by the bench for the phases after it."""
+PROBE_SECONDS = 60.0
+"""Of these, kept for the probe by the sanitizer."""
 MARGIN_SECONDS = 25.0
-"""For the save that is under way when the bench's time is over, and for the plot; for a section of the probe."""
+"""For the save that is under way when the bench's time is over, and the plot; for a section of the probe."""
 MEMORY_COPIES = 6.0
 """Memory that a case takes at once, in multiples of its size: see ``fitting``."""
 PARTS = {
@@ -89,8 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--probe",
         metavar="COMMAND",
-        help="a Python file and its arguments, run after the bench with --seconds N --json FILE: it begins nothing"
-        " after N seconds and writes what it has found to FILE as it goes on",
+        help="a Python file and its arguments, run after the bench with --seconds N --json FILE: it begins"
+        " nothing after N seconds and writes what it has found to FILE as it goes on",
     )
     add("--commit", help="of this checkout, where git cannot say")
     add("--no-build", action="store_true", help="use what was built before")
@@ -213,15 +215,15 @@ class Run:
         if found is None or util.find_spec("pytest") is None:
             return "left out", f"no {'pytest' if found else 'compute-sanitizer'} here"
         states, notes = [], []
-        for i, tool in enumerate(gpu_tests.TOOLS):
-            seconds = self.budget.share(CAPS["sanitizer"]) / (len(gpu_tests.TOOLS) - i)
+        most, kept = CAPS["sanitizer"] / len(gpu_tests.TOOLS), PROBE_SECONDS if self.args.probe else 0.0
+        for tool in gpu_tests.TOOLS:
+            seconds = self.budget.share(most, kept)
             began = time.monotonic()
             done = self.command(gpu_tests.sanitizer_command(ROOT, found, tool), seconds, "tests.log")
             refused = gpu_tests.refused(done.output)
             states.append("left out" if refused else _state(done))
-            notes.append(
-                f"{tool} {states[-1]}, {time.monotonic() - began:.0f} s: {refused or gpu_tests.verdict(done.output)}"
-            )
+            said = refused or gpu_tests.verdict(done.output)
+            notes.append(f"{tool} {states[-1]}, {time.monotonic() - began:.0f} s: {said}")
         worst = next((s for s in ("failed", "cut off", "left out") if s in states), "ok")
         return worst, "; ".join(notes)
 

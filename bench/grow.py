@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory that is there only once it is used. ``python bench/grow.py GIB`` touches so much of it, step by step.
+"""Memory that is there only once it is used. ``python bench/grow.py GIB`` touches so much, step by step.
 
-The memory of some virtual machines starts small and grows as it is used, and what its host has taken back costs
-ten times a copy at first touch. A bench that looks at ``MemAvailable`` would shrink its cases, and one that does
-not would time the host. Of the standard library only.
+The memory of some virtual machines starts small and grows as it is used, and what its host has taken back
+costs ten times a copy at first touch. A bench that looks at ``MemAvailable`` would shrink its cases, and one
+that does not would time the host. Of the standard library only.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def grow(
 
 
 def main(argv: list[str]) -> int:
-    wanted, shm = int(float(argv[0]) * GIB), Path(argv[1])
+    wanted, shm = int(float(argv[0]) * GIB), Path(*argv[1:] or ["/dev/shm"])
     with contextlib.suppress(OSError):  # should memory run out, this process is the one to go
         Path("/proc/self/oom_score_adj").write_text("1000")
     print("\n".join(state(shm)), flush=True)

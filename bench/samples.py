@@ -41,8 +41,7 @@ class Row:
     plan_seconds: list[float] = field(default_factory=list)
     """Of each timed save, where the rival tells."""
     fallbacks: list[str] = field(default_factory=list)
-    """What was refused to its timed saves, and what they did instead: a figure to which one belongs is another
-    path's."""
+    """What was refused to its timed saves, and what they did instead."""
 
     def keep(self, detail: dict[str, Any]) -> None:
         """Of a timed save: the newest details, its planning, and every fallback once."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saves by every way out of a device: of a real GPU, of the simulated driver, and of the host.
 
-Small, so that all of it can run under compute-sanitizer. Many small tensors, strided ones, casts and large ones go into
-a prepared file, into registered windows, past the page cache, and into several files at once. They ask for the bytes,
-and that nothing else was done in silence.
+Small, so that all of it can run under compute-sanitizer. Many small tensors, strided ones, casts and large ones
+go into a prepared file, into registered windows, past the page cache, and into several files at once. They ask
+for the bytes, and that nothing was refused.
 """
 
 from __future__ import annotations
