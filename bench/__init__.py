@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmarks of saving, beside what others use. Start with ``python bench/save.py --quick``, and on a
-machine with a GPU with ``python bench/gpu.py --out DIR``.
+machine with a GPU with ``python bench/gpu.py --out DIR --part 1``, then 2.
 
 In reading order: ``grow`` (memory that is there once it is used), ``samples`` (what was measured,
 statistics), ``machine`` (where), ``models`` (what transformers makes of tensors), ``job`` (one save, and

@@ -82,7 +82,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--budget", type=float, default=540.0, metavar="SECONDS", help="for everything (default 540)")
     add("--device", default="cuda", help="cuda (default), cuda:1; cpu only to see that it runs")
     add("--tiny", action="store_true", help="a few seconds' worth: 1 MiB, one test")
-    add("--part", type=int, choices=(1, 2), help="half of it, into DIR/part-N: see above")
+    add(
+        "--part",
+        type=int,
+        choices=(1, 2),
+        help="1: the tests, and the cases in memory; 2: those on the disk, compute-sanitizer, the probe;"
+        " into DIR/part-N (default: everything, into DIR)",
+    )
     add("--gib", type=float, default=4.0, help="largest size of a case (default 4)")
     add("--rounds", type=int, default=3, help="at most (default 3)")
     add("--cases", help="as of bench/save.py (default: those of the part, or of both)")
