@@ -16,6 +16,12 @@ constexpr std::string_view kDtype = R"(":{"dtype":")", kShape = R"(","shape":[)"
                            kEnd = "]}";
 constexpr size_t kMaxDigits = 20;  // of a number, in the header
 
+uint64_t word_at(std::string_view text, size_t at) {
+  uint64_t word;
+  std::memcpy(&word, text.data() + at, sizeof word);
+  return word;
+}
+
 // The bytes of a name from `depth` on, of which the first is the most significant one.
 uint64_t key_at(std::string_view name, size_t depth) {
   uint64_t key = 0;
@@ -26,6 +32,7 @@ uint64_t key_at(std::string_view name, size_t depth) {
 // Returns how many of the bytes before `most` two names have in common, of which the first `depth` are known to be.
 size_t common_prefix(std::string_view one, std::string_view other, size_t depth, size_t most) {
   const size_t end = std::min({one.size(), other.size(), most});
+  while (depth + sizeof(uint64_t) <= end && word_at(one, depth) == word_at(other, depth)) depth += sizeof(uint64_t);
   while (depth < end && one[depth] == other[depth]) ++depth;
   return depth;
 }
@@ -39,9 +46,26 @@ char short_escape(char byte) {
   return at == std::string_view::npos ? 0 : kLetters[at];
 }
 
+// Whether one of eight bytes must be escaped, or perhaps one: a byte that is not ASCII counts, too.
+bool may_be_escaped(uint64_t word) {
+  constexpr uint64_t kOnes = ~uint64_t{0} / 255, kHighest = kOnes * 0x80;
+  const auto has = [&](char byte) {
+    const uint64_t zero_there = word ^ (kOnes * static_cast<unsigned char>(byte));
+    return (zero_there - kOnes) & ~zero_there;
+  };
+  return (((word - kOnes * 0x20) | has('"') | has('\\') | word) & kHighest) != 0;
+}
+
+// Bytes of a text when it is escaped.
 size_t escaped_size(std::string_view text) {
   constexpr size_t kLonger = 5;  // \u0000
-  return text.size() + kLonger * static_cast<size_t>(std::ranges::count_if(text, must_be_escaped));
+  size_t escapes = 0, at = 0;
+  for (; at + sizeof(uint64_t) <= text.size(); at += sizeof(uint64_t)) {
+    if (!may_be_escaped(word_at(text, at))) continue;
+    escapes += static_cast<size_t>(std::ranges::count_if(text.substr(at, sizeof(uint64_t)), must_be_escaped));
+  }
+  escapes += static_cast<size_t>(std::ranges::count_if(text.substr(at), must_be_escaped));
+  return text.size() + kLonger * escapes;
 }
 
 // Writes to memory that is large enough.
@@ -57,6 +81,7 @@ class Writer {
   void number(uint64_t what) { at_ = std::to_chars(at_, at_ + kMaxDigits, what).ptr; }
   // As serde_json and Python's json write a text, without the quotes: non-ASCII as it is.
   void escaped(std::string_view what) {
+    if (escaped_size(what) == what.size()) return text(what);
     while (!what.empty()) {
       const auto plain = static_cast<size_t>(std::ranges::find_if(what, must_be_escaped) - what.begin());
       text(what.substr(0, plain));
