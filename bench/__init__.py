@@ -8,8 +8,8 @@ saved), ``rivals_fastshard``, ``rivals_torch``, ``rivals_dcp``, ``rivals_sharded
 saves), ``rivals`` (all of them), ``ceilings`` (what the hardware allows), ``cases`` (what is saved by whom),
 ``goals`` (what fastshard must show), ``verify`` (are the bytes right), ``memory`` (peak in a fresh process),
 ``disturbance`` (what a job beside a save notices), ``harness`` (the rounds), ``report`` (table, verdict,
-plot), ``small_saves`` (saves made by the thousand), ``save`` (the command line), ``load`` (another one, for
-loading). Then, of the standard library only: ``budget`` (commands under one clock), ``build`` (a package made
-of the checkout), ``brief`` (the short table of a run's JSON), ``gpu`` (all of it in one go). A file imports
-only files that come before it here.
+plot), ``small_saves`` (saves made by the thousand), ``planning`` (what laying out costs), ``save`` (the command
+line), ``load`` (another one, for loading). Then, of the standard library only: ``budget`` (commands under one
+clock), ``build`` (a package made of the checkout), ``brief`` (the short table of a run's JSON), ``gpu`` (all of
+it in one go). A file imports only files that come before it here.
 """

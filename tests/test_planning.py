@@ -6,6 +6,7 @@ from __future__ import annotations
 import collections
 import ctypes
 import itertools
+import json
 import logging
 import os
 import subprocess
@@ -22,6 +23,7 @@ import torch
 from helpers import DTYPES, FLOAT4, filled
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from test_byte_identity import NASTY
 
 import fastshard
@@ -206,6 +208,20 @@ def test_casts(target: torch.dtype) -> None:
     expected = in_python(tensors, allow_strided=True, dtype=target)
     assert_same(found, expected)
     assert chunks(found) == chunks(expected)
+
+
+@needs_table
+def test_a_header_that_is_too_long(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    tensors = {"t" * 60: filled((3,))}
+    layout = planning.lay_out(tensors, allow_strided=False)
+    assert is_native(layout)
+    length = len(layout.header(None)) - 8
+    monkeypatch.setattr(planning, "MAX_HEADER_NBYTES", length)
+    assert len(layout.header(None)) == 8 + length
+    monkeypatch.setattr(planning, "MAX_HEADER_NBYTES", length - 1)
+    with pytest.raises(SafetensorError, match="^Error while serializing: header too large$"):
+        fastshard.save_file(tensors, path)
+    assert not path.exists()
 
 
 # Who lays out ---------------------------------------------------------------------------------------------
@@ -627,3 +643,16 @@ def test_entries_are_a_sequence() -> None:
     for index in (3, -4):
         with pytest.raises(IndexError):
             entries[index]
+
+
+def test_the_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fastshard.bench import planning as bench
+
+    arguments = ["--tensors", "60", "--rounds", "2", "--dir", os.fspath(tmp_path), "--json"]
+    assert bench.main([*arguments, os.fspath(tmp_path / "figures")]) in (0, 1)
+    shown = capsys.readouterr().out
+    assert "plan 60 tensors" in shown and "safetensors' time over ours" in shown
+    figures = json.loads((tmp_path / "figures").read_text())
+    assert figures["native"] is (planning.why_not_native() == "")
+    assert [len(row["seconds"]) for row in figures["plans"] + figures["saves"]] == [2] * 6
+    assert os.listdir(tmp_path) == ["figures"] and planning.VARIABLE not in os.environ

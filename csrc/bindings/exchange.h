@@ -20,7 +20,9 @@ struct Described {
   std::span<const int64_t> shape() const { return {tensor.shape, static_cast<size_t>(tensor.ndim)}; }
   std::span<const int64_t> strides() const { return {tensor.strides, static_cast<size_t>(tensor.ndim)}; }
   // A number for its dtype.
-  uint32_t dtype() const { return tensor.dtype.code | tensor.dtype.bits << 8 | uint32_t{tensor.dtype.lanes} << 16; }
+  uint32_t dtype() const {
+    return uint32_t{tensor.dtype.code} | uint32_t{tensor.dtype.bits} << 8 | uint32_t{tensor.dtype.lanes} << 16;
+  }
 };
 
 class Exchange {
