@@ -152,8 +152,9 @@ FileTarget target_from(py::handle object, uint64_t nbytes) {
                        Py_TYPE(object.ptr())->tp_name);
 }
 
-void add_items(FilePlan& file, const py::list& items) {
+void add_items(FilePlan& file, const TensorView& header, const py::list& items) {
   file.items.reserve(items.size() + 1);
+  file.items.push_back({header, 0});
   uint64_t end = file.nbytes;  // of the last item
   for (const py::handle item : items) {
     file.items.push_back(item_from(item, end));
@@ -162,8 +163,9 @@ void add_items(FilePlan& file, const py::list& items) {
   }
 }
 
-void add_items(FilePlan& file, const Layout& layout) {
+void add_items(FilePlan& file, const TensorView& header, const Layout& layout) {
   file.items.reserve(layout.tensors().size() + 1);
+  file.items.push_back({header, 0});
   for (const LaidTensor& tensor : layout.tensors()) {
     file.items.push_back({layout.view(tensor), file.nbytes, mapped_at(tensor.device, tensor.data)});
     file.nbytes += tensor.nbytes;
@@ -175,14 +177,12 @@ FilePlan file_from(py::handle object) {
   const Record record(type, object);
   FilePlan file;
   const auto header = record[type.header].cast<std::string_view>();
-  const auto* first = reinterpret_cast<const std::byte*>(header.data());
-  file.header.assign(first, first + header.size());
-  file.items.push_back({TensorView{.data = file.header.data(), .run_nbytes = header.size()}, 0});
+  const TensorView head{.data = reinterpret_cast<const std::byte*>(header.data()), .run_nbytes = header.size()};
   file.nbytes = header.size();
   if (py::isinstance<LayoutHandle>(record[type.items])) {
-    add_items(file, record[type.items].cast<const LayoutHandle&>().layout);
+    add_items(file, head, record[type.items].cast<const LayoutHandle&>().layout);
   } else {
-    add_items(file, record[type.items].cast<py::list>());
+    add_items(file, head, record[type.items].cast<py::list>());
   }
   if (const py::handle size = record[type.size]; !size.is_none()) {
     file.gaps = true;
