@@ -9,8 +9,8 @@ one way to do it), ``builders`` (the tensors that are saved), ``rivals_fastshard
 (what the hardware allows), ``cases`` (what is saved by whom), ``goals`` (what fastshard must show),
 ``fitting`` (how to measure, and what fits), ``verify`` (are the bytes right), ``memory`` (peak in a fresh
 process), ``disturbance`` (what a job beside a save notices), ``harness`` (the rounds), ``report`` (table,
-verdict, plot), ``small_saves`` (saves made by the thousand), ``save`` (the command line), ``load`` (another
-one, for loading). Then, of the standard library only: ``budget`` (commands under one clock), ``build`` (a
-package made of the checkout), ``brief`` (the short table of a run's JSON), ``gpu_tests`` (the tests that
-need a GPU), ``gpu`` (all of it in one go). A file imports only files that come before it here.
+verdict, plot), ``small_saves`` (saves made by the thousand), ``planning`` (what laying out costs), ``save``
+(the command line), ``load`` (another one, for loading). Then, of the standard library only: ``budget``
+(commands under one clock), ``build`` (a package made of the checkout), ``brief`` (the short table of a
+run's JSON), ``gpu_tests`` (the tests that need a GPU), ``gpu`` (all of it in one go). A file imports only files that come before it here.
 """

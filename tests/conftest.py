@@ -179,6 +179,23 @@ def real_cuda() -> torch.device:
     return torch.device("cuda", 0)
 
 
+@pytest.fixture
+def planned_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lays out every file in Python, as where torch has no table of DLPack functions."""
+    monkeypatch.setenv("FASTSHARD_NATIVE_PLANNING", "0")
+
+
+@pytest.fixture(params=["native", "python"])
+def planner(request: pytest.FixtureRequest) -> None:
+    """For what must be the same whoever lays out the tensors."""
+    from fastshard.engine.planning import why_not_native
+
+    if request.param == "python":
+        request.getfixturevalue("planned_in_python")
+    elif why_not_native():
+        pytest.skip(why_not_native())
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.real_gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """For what must be the same everywhere: once on the CPU, and once on a real GPU where there is one."""

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 NATIVE_LAYERS = {
-    "plan": "error.h plan.h plan.cc schedule.h schedule.cc",
+    "plan": "error.h plan.h plan.cc layout.h layout.cc schedule.h schedule.cc",
     "device": """
         device.h cast.h cast.cc pack.h pack.cc streaming.h streaming.cc kernels/table.h kernels/table.cc
         kernels/memory.cuh kernels/elements.cuh kernels/gather.cuh kernels/tiles.cuh kernels/pack.cu kernels/embedded.h
@@ -34,7 +34,7 @@ NATIVE_LAYERS = {
         engine.h engine.cc
     """,
     "bindings": """
-        python.h record.h record.cc plans.h plans.cc errors.cc saves.h saves.cc prepared.cc files.cc memory.cc system.cc
+        python.h record.h record.cc dlpack.h exchange.h exchange.cc layouts.h layouts.cc plans.h plans.cc errors.cc saves.h saves.cc prepared.cc files.cc memory.cc system.cc
         module.cc
     """,
 }
@@ -45,7 +45,7 @@ PYTHON_LAYERS = {
     "base": "settings living loading activity originals",
     "formats": "json_text naming safetensors torch_archive manifest hf_index file_kinds",
     "engine": """
-        options plan limits borrowed mapped sharing tensors future progress figures engine pipeline reading
+        options plan limits borrowed mapped sharing tensors planning future progress figures engine pipeline reading
     """,
     "publish": "hidden_names folder attributes staging change linking exchanging switching directory ranks in_place staged",
     "api": """

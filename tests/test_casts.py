@@ -316,6 +316,7 @@ def test_save_model(tmp_path: Path, dtype: torch.dtype) -> None:
     assert_same((tmp_path / "ours").read_bytes(), (tmp_path / "theirs").read_bytes())
 
 
+@pytest.mark.usefixtures("planned_in_python")
 def test_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As from an accelerator without a native device: cast on this side, a slot at a time."""
     monkeypatch.setattr(tensors, "_PIECE_NBYTES", 5000)
@@ -370,6 +371,7 @@ def test_targets_by_name(tmp_path: Path, function: Callable[..., object], name: 
     assert found[0] == found[1]
 
 
+@pytest.mark.usefixtures("planned_in_python")
 def test_targets_by_name_on_the_way_through_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = {"a": numbers(300)}
     fastshard.save_file(state, tmp_path / "expected", dtype=BF16)

@@ -13,6 +13,7 @@ import torch
 
 from fastshard import __version__, save_file
 from fastshard.cli import command as cli
+from fastshard.engine.planning import why_not_native
 
 TENSORS = {
     "wide": torch.zeros(300, 1000),
@@ -92,6 +93,7 @@ def test_env_tells_of_machine_and_filesystem(tmp_path: Path, capsys: pytest.Capt
     rows = {name: value.strip() for name, value in rows.items()}
     assert rows["fastshard"] == __version__
     assert torch.__version__.startswith(rows["torch"])  # which local part is in the metadata differs
+    assert rows["tensors are laid out"] == (f"in Python: {why}" if (why := why_not_native()) else "natively")
     assert rows["CUDA kernels"].startswith(("compiled in", "not compiled in"))
     assert rows["CUDA driver"]
     assert rows["filesystem"].endswith(os.path.realpath(tmp_path))

@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastshard
 
+pytestmark = pytest.mark.usefixtures("planner")
+
 NAME = "the.name"
 
 

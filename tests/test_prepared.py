@@ -557,6 +557,7 @@ def test_many_threads_take_turns(memory: Path) -> None:
         assert len(values) == 1
 
 
+@pytest.mark.usefixtures("planned_in_python")
 def test_a_failed_save_leaves_the_newest_and_can_be_repeated(
     memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

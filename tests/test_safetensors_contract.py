@@ -39,6 +39,8 @@ from fastshard import Engine, Options, SaveError
 from fastshard.engine.plan import HOST, FilePlan, TensorView
 from fastshard.engine.progress import wait_with_bar
 
+pytestmark = pytest.mark.usefixtures("planner")
+
 MIB = 1 << 20
 TENSORS = {"a": filled((100,)), "b": filled((3, 5), torch.bfloat16, 1)}
 

@@ -487,6 +487,7 @@ def test_a_signal_handler_may_save_while_the_engine_writes(
     assert len(began) == 3 or (len(began) == 2 and began[0].done())  # begun anew, unless it was done before
 
 
+@pytest.mark.usefixtures("planned_in_python")
 def test_what_only_this_thread_can_bring_is_refused_in_a_handler(
     tmp_path: Path, no_hang: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@
 
 PYBIND11_MODULE(_native, module) {
   fastshard::bind_errors(module);
+  fastshard::bind_layouts(module);
   fastshard::bind_plans(module);
   fastshard::bind_saves(module);
   fastshard::bind_files(module);

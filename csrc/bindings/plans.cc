@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/layouts.h"
 #include "bindings/record.h"
 #include "file/source_file.h"
 #include "plan/schedule.h"
@@ -95,6 +96,11 @@ TensorView view_from(py::handle object) {
   return view;
 }
 
+// The mapped file that host memory lies in, or null.
+const SourceFile* mapped_at(int device, const std::byte* data) {
+  return device == kHost ? SourceFile::at(data) : nullptr;
+}
+
 // A WriteItem, or a TensorView that lies behind the item before it, which ends at `end`.
 WriteItem item_from(py::handle object, uint64_t end) {
   WriteItem item{.source = {}, .file_offset = end};
@@ -105,7 +111,7 @@ WriteItem item_from(py::handle object, uint64_t end) {
   } else {
     item.source = view_from(object);
   }
-  if (item.source.device == kHost) item.mapped = SourceFile::at(item.source.data);
+  item.mapped = mapped_at(item.source.device, item.source.data);
   return item;
 }
 
@@ -146,23 +152,38 @@ FileTarget target_from(py::handle object, uint64_t nbytes) {
                        Py_TYPE(object.ptr())->tp_name);
 }
 
-FilePlan file_from(py::handle object) {
-  const FilePlanType& type = types->file_plan;
-  const Record record(type, object);
-  FilePlan file;
-  const auto header = record[type.header].cast<std::string_view>();
-  const auto* first = reinterpret_cast<const std::byte*>(header.data());
-  file.header.assign(first, first + header.size());
-  const auto items = record[type.items].cast<py::list>();
+void add_items(FilePlan& file, const TensorView& header, const py::list& items) {
   file.items.reserve(items.size() + 1);
-  file.items.push_back({TensorView{.data = file.header.data(), .run_nbytes = header.size()}, 0});
-  uint64_t end = header.size();  // of the last item
+  file.items.push_back({header, 0});
+  uint64_t end = file.nbytes;  // of the last item
   for (const py::handle item : items) {
     file.items.push_back(item_from(item, end));
     end = file.items.back().file_offset + file.items.back().source.packed_nbytes();
     file.nbytes = std::max(file.nbytes, end);
   }
-  file.nbytes = std::max<uint64_t>(file.nbytes, header.size());
+}
+
+void add_items(FilePlan& file, const TensorView& header, const Layout& layout) {
+  file.items.reserve(layout.tensors().size() + 1);
+  file.items.push_back({header, 0});
+  for (const LaidTensor& tensor : layout.tensors()) {
+    file.items.push_back({layout.view(tensor), file.nbytes, mapped_at(tensor.device, tensor.data)});
+    file.nbytes += tensor.nbytes;
+  }
+}
+
+FilePlan file_from(py::handle object) {
+  const FilePlanType& type = types->file_plan;
+  const Record record(type, object);
+  FilePlan file;
+  const auto header = record[type.header].cast<std::string_view>();
+  const TensorView head{.data = reinterpret_cast<const std::byte*>(header.data()), .run_nbytes = header.size()};
+  file.nbytes = header.size();
+  if (py::isinstance<LayoutHandle>(record[type.items])) {
+    add_items(file, head, record[type.items].cast<const LayoutHandle&>().layout);
+  } else {
+    add_items(file, head, record[type.items].cast<py::list>());
+  }
   if (const py::handle size = record[type.size]; !size.is_none()) {
     file.gaps = true;
     file.nbytes = size.cast<uint64_t>();

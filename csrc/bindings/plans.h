@@ -13,7 +13,8 @@
 
 namespace fastshard {
 
-// Makes a plan of a list of FilePlan. The header of each becomes its item 0.
+// Makes a plan of a list of FilePlan. The header of each becomes its item 0, which points into the Python object: that
+// must be kept as long as the plan.
 std::shared_ptr<SavePlan> plan_from(const py::list& files);
 
 // The options of a save.

@@ -36,6 +36,7 @@ struct PreparedHandle {
       throw std::invalid_argument("the file would have another size");
     }
     plans = std::move(bound);
+    bound_file = file;
     bound_tag = std::move(tag);
   }
 
@@ -47,7 +48,7 @@ struct PreparedHandle {
     if (asked.intent.amended || !asked.intent.keep_cached || asked.intent.follow_links) {
       throw std::invalid_argument("a prepared save is durable, checked or neither; it has no other options");
     }
-    auto submitted = std::make_unique<SaveHandle>(std::move(kept));
+    auto submitted = std::make_unique<SaveHandle>(py::make_tuple(bound_file, std::move(kept)));
     const GilReleased released;
     if (const std::shared_ptr<Save> before = newest.lock(); before != nullptr && !before->finished()) {
       before->cancel();
@@ -74,7 +75,7 @@ struct PreparedHandle {
   std::shared_ptr<Engine> engine;
   std::shared_ptr<Standing> standing;
   std::vector<std::shared_ptr<SavePlan>> plans;
-  py::object bound_tag;
+  py::object bound_file, bound_tag;
   std::weak_ptr<Save> newest;
 };
 

@@ -36,6 +36,7 @@ using Released = py::call_guard<GilReleased>;
 
 // Each adds its classes and functions to the module.
 void bind_errors(py::module_& module);
+void bind_layouts(py::module_& module);
 void bind_plans(py::module_& module);
 void bind_saves(py::module_& module);
 void bind_files(py::module_& module);

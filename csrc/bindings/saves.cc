@@ -40,7 +40,7 @@ std::unique_ptr<SaveHandle> submit(EngineHandle& handle, const py::list& files, 
   const std::shared_ptr<Engine> engine = handle.open();
   const std::shared_ptr<SavePlan> plan = plan_from(files);
   const SaveOptions asked = options_from(options);
-  auto submitted = std::make_unique<SaveHandle>(std::move(kept));
+  auto submitted = std::make_unique<SaveHandle>(py::make_tuple(py::tuple(files), std::move(kept)));
   const GilReleased released;
   read_from_files(*plan);
   submitted->save = engine->submit(plan, asked.streams, asked.intent);

@@ -26,7 +26,8 @@ struct EngineHandle {
 // A save as Python holds it. If it is dropped while running, by an exception that arrives between two bytecodes, it is
 // stopped first, as the tensors may go right after.
 struct SaveHandle {
-  // `alive` is what the save reads from. It is kept as long as the handle, which is made and dropped with the GIL held.
+  // `alive` is what the save reads from, its plan included. It is kept as long as the handle, which is made and dropped
+  // with the GIL held.
   explicit SaveHandle(py::object alive) : kept(std::move(alive)) {}
   SaveHandle(const SaveHandle&) = delete;
   SaveHandle& operator=(const SaveHandle&) = delete;

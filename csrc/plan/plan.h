@@ -138,7 +138,6 @@ std::byte* memory_of(const FileTarget& target);
 // One output of `nbytes`. The first item is the header.
 struct FilePlan {
   FileTarget target;
-  std::vector<std::byte> header;
   std::vector<WriteItem> items;  // in any order
   uint64_t nbytes = 0;
   bool gaps = false;  // there may be bytes that belong to no item: they are not written

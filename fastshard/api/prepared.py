@@ -23,6 +23,7 @@ from ..engine.pipeline import (
     lay_out,
 )
 from ..engine.plan import FETCHED, FilePlan
+from ..engine.planning import Layout, places
 from .sources import Given, Source, source_of
 
 
@@ -266,16 +267,13 @@ class PreparedSave:
                 **{n: k for n, k in source.tied.items() if n not in (metadata or {})},
             }
         strided = self._how.allow_strided or source.is_module
-        entries, header = lay_out(tensors, metadata, strided, self._dtype, self.filename)
-        for entry in entries:
-            if entry.tensor is not tensors[entry.name]:
-                raise ValueError(
-                    f"`{entry.name}` cannot be prepared: it has to be copied before it is saved (lazy conjugate or"
-                    " negative bit, or more than 8 strided dimensions). Prepare the copy, and fill it before each save."
-                )
-        return _Bound(
-            tensors, entries, FilePlan(encoded_path(self.filename), header, [entry.view for entry in entries])
-        )
+        layout, header = lay_out(tensors, metadata, strided, self._dtype, self.filename)
+        for name in layout.copied(tensors):
+            raise ValueError(
+                f"`{name}` cannot be prepared: it has to be copied before it is saved (lazy conjugate or"
+                " negative bit, or more than 8 strided dimensions). Prepare the copy, and fill it before each save."
+            )
+        return _Bound(tensors, layout, FilePlan(encoded_path(self.filename), header, layout.items))
 
     def _require_same(self, bound: _Bound) -> None:
         old, new = self._specs, bound.specs
@@ -301,11 +299,11 @@ class _Spec(NamedTuple):
 class _Bound:
     """Tensors as they were planned. None of them is held, as a module may release their memory after a save."""
 
-    def __init__(self, tensors: StateDict, entries: list[_tensors.Entry], file: FilePlan) -> None:
+    def __init__(self, tensors: StateDict, layout: Layout, file: FilePlan) -> None:
         self.file = file
-        self.names = [entry.name for entry in entries]
+        self.names = list(layout.names)
         self.specs = {name: _Spec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        self.devices = {entry.view.device for entry in entries}
+        self.devices = layout.devices
         self._keys, self._types = list(tensors), list(map(type, tensors.values()))
         self._complex = any(spec.dtype.is_complex for spec in self.specs.values())
         self._places = self._places_of(tensors)
@@ -316,8 +314,11 @@ class _Bound:
             return False
         return self._places_of(tensors) == self._places
 
-    def _places_of(self, tensors: StateDict) -> list[object]:
+    def _places_of(self, tensors: StateDict) -> object:
         """Returns address and layout of each tensor: what its view says, as far as that can be read quickly."""
+        found = places(tensors)
+        if found is not None:
+            return found
         rows: list[object] = [
             (t.data_ptr(), t.dtype, t.shape, t.device, t.is_neg(), t.is_contiguous() or t.stride())
             for t in tensors.values()

@@ -195,14 +195,12 @@ def save(
 ) -> bytes:
     """Returns the bytes that :func:`save_file` would write. Arguments and errors are the same."""
     began = time.perf_counter()
-    entries, head = lay_out(tensors, metadata, allow_strided, dtype)
-    data, address = load("fastshard._native").new_bytes(
-        len(head) + sum(entry.view.nbytes for entry in entries)
-    )
-    plan = FilePlan(Memory(address, len(data)), head, [entry.view for entry in entries])
+    layout, head = lay_out(tensors, metadata, allow_strided, dtype)
+    data, address = load("fastshard._native").new_bytes(len(head) + layout.nbytes)
+    plan = FilePlan(Memory(address, len(data)), head, layout.items)
     how = How(progress=progress, dtype=dtype, engine=engine)
     with one_save("save", "memory"):
-        write_files({"": PlannedFile(plan, entries)}, how, began, "Saving to memory")
+        write_files({"": PlannedFile(plan, layout)}, how, began, "Saving to memory")
     return bytes(data)
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts what this process has saved through the engine, and what was left to the replaced function and why.
+"""Counts what this process has saved through the engine, how it was planned, and what was left to the replaced function
+and why.
 
 :func:`fastshard.status` and the lines of the logger ``fastshard`` show it. A signal handler may save at any
 moment, so nothing here takes a lock: each count is a list that is appended to, which is atomic.
@@ -29,6 +30,7 @@ class Saved(NamedTuple):
 _MOST_KEPT: Final = 1024
 _saved: dict[str, list[Saved]] = {}
 _left: dict[tuple[str, str], list[None]] = {}
+_planned: dict[str, list[None]] = {}
 _compacting = threading.Lock()
 """A thread only tries to take this lock and never waits for it."""
 
@@ -107,6 +109,22 @@ def count_left(call: str, reason: str, *, level: int = logging.INFO) -> None:
         _LOGGER.log(level, "%s is left to the original: %s", call, reason)
 
 
+def count_planned(why_in_python: str) -> None:
+    """Counts a file whose tensors were laid out natively, or in Python for a reason.
+
+    A reason is one of few texts, without names of tensors. It is logged when it is seen for the first time.
+    """
+    seen = _planned.setdefault(why_in_python, [])
+    seen.append(None)
+    if len(seen) == 1 and why_in_python:
+        _LOGGER.info("a file is laid out in Python, which takes longer: %s", why_in_python)
+
+
+def planned() -> dict[str, int]:
+    """Returns how many files were laid out natively (under the empty text), or in Python, by reason."""
+    return {reason: len(seen) for reason, seen in _planned.copy().items()}
+
+
 def saved() -> dict[str, Saved]:
     """Returns what was saved, by public function."""
     return {call: _total(saves[:]) for call, saves in _saved.copy().items()}
@@ -133,6 +151,7 @@ def _forget() -> None:
     """Starts the counts of a forked child at zero."""
     _saved.clear()
     _left.clear()
+    _planned.clear()
 
 
 os.register_at_fork(after_in_child=_forget)

@@ -68,6 +68,7 @@ def _env(path: str) -> None:
         ("fastshard", __version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.release()}"),
         *((name, _version(name)) for name in ("torch", "safetensors")),
+        ("tensors are laid out", _layout()),
         ("CPUs", f"{usable_cpus()} usable, {options.writers} writer threads"),
         ("staging memory", f"at most {size(options.memory_budget)}"),
         (
@@ -88,6 +89,15 @@ def _env(path: str) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name.ljust(width)}  {value}".rstrip())
+
+
+def _layout() -> str:
+    try:
+        from ..engine.planning import why_not_native
+    except ImportError as error:
+        return str(error)
+    why = why_not_native()
+    return f"in Python: {why}" if why else "natively"
 
 
 def _io_uring() -> str:

@@ -49,6 +49,14 @@ def storage_number(storage: Any) -> int:
     return number
 
 
+def dlpack_exchange_api() -> object | None:
+    """Returns the capsule of torch's table of DLPack functions (torch 2.10); ``None`` if this torch has none.
+
+    csrc/bindings/exchange.cc checks its name and version.
+    """
+    return getattr(importlib.import_module("torch").Tensor, "__dlpack_c_exchange_api__", None)
+
+
 def _dtypes() -> frozenset[Any] | None:
     sizes = getattr(importlib.import_module("safetensors.torch"), "_SIZE", None)
     return None if sizes is None else frozenset(sizes)

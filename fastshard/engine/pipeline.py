@@ -13,16 +13,17 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import SaveError
-from ..formats.safetensors import HeaderTooLarge, header
+from ..formats.safetensors import HeaderTooLarge
+from . import planning
 from . import tensors as _tensors
 from .engine import Engine, Fetch, Options, SaveFuture, Stats, Step, engine_for, progress_wanted
 from .figures import counted
 from .plan import FETCHED, FilePlan
+from .planning import Layout
 from .progress import wait_with_bar
 
 PathLike = str | os.PathLike[str]
 StateDict = dict[str, torch.Tensor]
-Entries = list[_tensors.Entry]
 
 
 def lay_out(
@@ -31,33 +32,38 @@ def lay_out(
     allow_strided: bool,
     dtype: torch.dtype | str | None,
     filename: object = "",
-) -> tuple[Entries, bytes]:
+) -> tuple[Layout, bytes]:
     """Returns the tensors in file order, and the header that precedes them. Raises as
     :func:`fastshard.save_file`."""
     dtype = _tensors.check_dtype(dtype)
-    entries = _tensors.describe(tensors, allow_strided=allow_strided, dtype=dtype)
+    layout = planning.lay_out(tensors, allow_strided=allow_strided, dtype=dtype)
     check_filename(filename)
     _check_metadata(metadata)
-    _tensors.check_format(entries)
     try:
-        head = header([(e.name, e.code, e.shape, e.view.nbytes) for e in entries], metadata)
+        head = layout.header(metadata)
     except HeaderTooLarge:
         raise SafetensorError("Error while serializing: header too large") from None
-    return entries, head
+    return layout, head
 
 
-def fetcher(entries_of: list[Entries], dtype: torch.dtype | str | None) -> Fetch:
-    """Returns the function that brings bytes which only Python can bring, for the entries of each file.
+def fetcher(layouts: list[Layout], dtype: torch.dtype | str | None) -> Fetch:
+    """Returns the function that brings bytes which only Python can bring, for the tensors of each file.
 
     It may run on any thread, and copies on the streams that are current on the thread that calls ``fetcher``.
     """
     target = _tensors.check_dtype(dtype)
     on_streams = _tensors.on_current_streams(
-        [entry.tensor.device for entries in entries_of for entry in entries if entry.view.device == FETCHED]
+        [
+            entry.tensor.device
+            for layout in layouts
+            if FETCHED in layout.devices
+            for entry in layout.entries
+            if entry.view.device == FETCHED
+        ]
     )
 
     def fetch(file: int, item: int, first_byte: int, nbytes: int, address: int) -> None:
-        tensor = entries_of[file][item].tensor
+        tensor = layouts[file].entries[item].tensor
         with on_streams(tensor.device):
             _tensors.fetch(tensor, first_byte, nbytes, address, target)
 
@@ -126,15 +132,15 @@ class PlannedFile(NamedTuple):
     """The plan of a file, and the tensors that it points into."""
 
     file: FilePlan
-    entries: Entries
+    layout: Layout
 
 
 def plan_file(
     tensors: StateDict, filename: PathLike, metadata: dict[str, str] | None, how: How
 ) -> PlannedFile:
     """Plans one file of a save. Raises as :func:`fastshard.save_file`."""
-    entries, head = lay_out(tensors, metadata, how.allow_strided, how.dtype, filename)
-    return PlannedFile(FilePlan(encoded_path(filename), head, [entry.view for entry in entries]), entries)
+    layout, head = lay_out(tensors, metadata, how.allow_strided, how.dtype, filename)
+    return PlannedFile(FilePlan(encoded_path(filename), head, layout.items), layout)
 
 
 def write_files(
@@ -164,21 +170,19 @@ def start(
     save counts when it is complete. ``serve`` is true if perhaps nobody waits for the save. ``steps``,
     ``undo`` and ``explain`` are those of :meth:`fastshard.Engine.submit`.
     """
-    entries_of = [planned.entries for planned in plans.values()]
-    devices = {entry.view.device for entries in entries_of for entry in entries}
+    layouts = [planned.layout for planned in plans.values()]
+    devices = set[int]().union(*(layout.devices for layout in layouts))
     names = {
-        os.fspath(filename): [entry.name for entry in planned.entries]
-        for filename, planned in plans.items()
-        if how.checksums
+        os.fspath(filename): planned.layout.names for filename, planned in plans.items() if how.checksums
     }
     return engine_for(how.engine).submit(
         [planned.file for planned in plans.values()],
-        keep_alive=entries_of,
+        keep_alive=layouts,
         streams=_tensors.current_streams(devices),
         durable=how.durable,
         keep_cached=how.keep_cached,
         checksums=how.checksums,
-        fetch=fetcher(entries_of, how.dtype) if FETCHED in devices else None,
+        fetch=fetcher(layouts, how.dtype) if FETCHED in devices else None,
         steps=[*steps, counted(call, next(iter(plans)))] if plans else steps,
         undo=undo,
         explain=explain,

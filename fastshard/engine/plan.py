@@ -9,7 +9,10 @@ new fields anywhere, as long as both sides know them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from .. import _native
 
 HOST = -1
 """Device number of host memory; zero and above are CUDA ordinals."""
@@ -109,9 +112,9 @@ class FilePlan(NamedTuple):
 
     target: FileTarget
     header: bytes
-    items: Sequence[TensorView | WriteItem]
+    items: Sequence[TensorView | WriteItem] | _native.Layout
     """A view lies right behind the item before it; a :class:`WriteItem` says where it lies. Items may come in
-    any order and must not overlap."""
+    any order and must not overlap. A native layout stands for the views that it has, in their order."""
     size: int | None = None
     """Size of the file in bytes. Then there may be gaps: bytes that belong to no item and are not written. In
     a new file they are zeros. ``None``: the items fill the file."""
@@ -121,7 +124,9 @@ class FilePlan(NamedTuple):
         """Size of the finished file in bytes."""
         if self.size is not None:
             return self.size
-        return len(self.header) + sum(item.nbytes for item in self.items)
+        if isinstance(self.items, Sequence):
+            return len(self.header) + sum(item.nbytes for item in self.items)
+        return len(self.header) + self.items.nbytes
 
 
 class SaveOptions(NamedTuple):

@@ -2,9 +2,9 @@
 """Turns torch tensors into views that the engine can copy, with the checks and error texts of
 safetensors.torch.
 
-Twenty thousand small tensors must cost about a microsecond each. So :func:`describe` is one short loop that
-only notices that something is unusual. :func:`_refuse` then finds out what it is, in the order in which
-safetensors checks.
+Plain tensors seldom come here, as :mod:`fastshard.engine.planning` describes them natively. Here is the rule for
+all others, and every error. :func:`describe` is one short loop that only notices that something is unusual.
+:func:`_refuse` then finds out what it is, in the order in which safetensors checks.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from .sharing import by_storage, note_name, overlapping, shared_names, storage_o
 
 _MAX_DIMS = 8  # kMaxDims in csrc/plan.h
 
-_DTYPES: dict[torch.dtype, tuple[int, str, int]] = {
+DTYPES: dict[torch.dtype, tuple[int, str, int]] = {
     dtype: (DTYPE_ORDER[code], code, dtype.itemsize)
     for name, code in CODES.items()
     # What the installed safetensors cannot read, it does not write.
     if (dtype := getattr(torch, name, None)) is not None and (dtypes is None or dtype in dtypes)
 }
-_FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
+FLOAT4 = getattr(torch, "float4_e2m1fn_x2", None)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _TARGETS: dict[torch.dtype, str] = {getattr(torch, name): CODES[name] for name in CAST_NAMES}
 _PIECE_NBYTES = 1 << 20  # cast at once by torch
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
 class Entry(NamedTuple):
@@ -68,11 +68,11 @@ def describe(
     sound = True
     try:
         for name, tensor in tensors.items():
-            if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
+            if type(tensor) not in PLAIN and is_traceable_wrapper_subclass(tensor):
                 sound = False
                 break
             source = tensor.dtype
-            rank, code, itemsize = _DTYPES[source]
+            rank, code, itemsize = DTYPES[source]
             if tensor.is_neg() or (code == "C64" and tensor.is_conj()):
                 sound = False
                 tensor = tensor.resolve_conj().resolve_neg()
@@ -88,7 +88,7 @@ def describe(
             else:
                 sound = False
                 tensor, view = _unusual_view(tensor, device, nbytes)
-            if source is _FLOAT4:
+            if source is FLOAT4:
                 shape = _unpacked(shape)
             entries.append(Entry(rank, name, code, shape, view, tensor))
     except Exception as error:  # whatever a stranger object raises: the reason is found in order
@@ -112,7 +112,7 @@ def each_alone(tensors: Mapping[str, torch.Tensor]) -> bool:
     """
     addresses = set()
     for tensor in tensors.values():
-        if type(tensor) not in _PLAIN or tensor.dtype not in _DTYPES or not (tensor.is_cpu or tensor.is_cuda):
+        if type(tensor) not in PLAIN or tensor.dtype not in DTYPES or not (tensor.is_cpu or tensor.is_cuda):
             return False
         storage = storage_of(tensor)
         if storage is None or storage[0] == 0 or storage[1] != tensor.nbytes or not tensor.is_contiguous():
@@ -124,7 +124,7 @@ def each_alone(tensors: Mapping[str, torch.Tensor]) -> bool:
 def stored_as(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
     """Returns dtype and shape as in a header. Raises ``KeyError`` for a dtype that the format does not have."""
     shape = tuple(tensor.shape)
-    return _DTYPES[tensor.dtype][1], _unpacked(shape) if tensor.dtype is _FLOAT4 else shape
+    return DTYPES[tensor.dtype][1], _unpacked(shape) if tensor.dtype is FLOAT4 else shape
 
 
 def _unpacked(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -158,7 +158,7 @@ def _cast(entry: Entry, dtype: torch.dtype) -> Entry:
         return entry
     nbytes = tensor.numel() * dtype.itemsize
     if entry.code in CASTS and view.device != FETCHED:
-        cast = CASTS[entry.code], _number_of(dtype)
+        cast = CASTS[entry.code], cast_number(dtype)
         view = TensorView(view.data, nbytes, view.device, view.itemsize, view.shape, view.strides, cast)
     else:
         try:
@@ -166,12 +166,12 @@ def _cast(entry: Entry, dtype: torch.dtype) -> Entry:
         except Exception as error:
             raise type(error)(f"cannot save `{entry.name}` as {dtype}: {error}") from None
         view = TensorView(0, nbytes, FETCHED)
-    rank, code, _ = _DTYPES[dtype]
+    rank, code, _ = DTYPES[dtype]
     return Entry(rank, entry.name, code, entry.shape, view, tensor)
 
 
 @functools.cache
-def _number_of(dtype: torch.dtype) -> int:
+def cast_number(dtype: torch.dtype) -> int:
     """Returns the number of the engine's cast. Up to torch 2.12, what is too large for float8_e4m3fn becomes NaN."""
     saturates = dtype is torch.float8_e4m3fn and not torch.tensor(1e4, device="cpu").to(dtype).float().isnan()
     return CASTS["F8_E4M3_SAT" if saturates else _TARGETS[dtype]]
@@ -245,7 +245,7 @@ def _refuse(tensors: dict[str, Any], allow_strided: bool) -> None:
         with _naming(name):
             if tensor.device.type == "meta":
                 raise NotImplementedError("Cannot copy out of meta tensor; no data!")
-            if tensor.dtype not in _DTYPES:
+            if tensor.dtype not in DTYPES:
                 raise KeyError(tensor.dtype)
             _check_memory(name, tensor)
 

@@ -90,6 +90,12 @@ def cast_name(name: str) -> str:
     raise ValueError(f"dtype must be one of {names}, not {name}")
 
 
+def metadata_entry(metadata: Mapping[str, str]) -> str:
+    """Returns the metadata as the first entry of a header."""
+    pairs = ",".join(f"{quote(key)}:{quote(value)}" for key, value in metadata.items())
+    return f'"{METADATA_KEY}":{{{pairs}}}'
+
+
 class HeaderTooLarge(ValueError):
     """The header would be longer than readers accept."""
 
@@ -103,10 +109,7 @@ def header(
     ``metadata=None`` leaves the entry out, an empty mapping writes an empty one: loaders tell them apart.
     Raises :class:`HeaderTooLarge`, and ``UnicodeEncodeError`` for a name with a lone surrogate.
     """
-    parts = []
-    if metadata is not None:
-        pairs = ",".join(f"{quote(key)}:{quote(value)}" for key, value in metadata.items())
-        parts.append(f'"{METADATA_KEY}":{{{pairs}}}')
+    parts = [] if metadata is None else [metadata_entry(metadata)]
     shapes: dict[Sequence[int], str] = {}
     begin = 0
     for name, code, shape, nbytes in tensors:

@@ -39,12 +39,19 @@ class Status(NamedTuple):
     """What the engine has saved, by public function."""
     left: dict[str, dict[str, int]]
     """How many calls were left to the original, by public function and reason."""
+    planned: dict[str, int]
+    """How many files were laid out natively, under the empty text, or in Python, by reason."""
 
     def __str__(self) -> str:
         state = "installed" if self.installed else "not installed: fastshard.install(), or FASTSHARD_AUTO=1"
         lines = [f"fastshard {self.version}, {state}", *self.lines_of_replacements()]
         lines += ["saved by the engine:"]
         lines += [f"  {call}: {_described(total)}" for call, total in self.saved.items()] or ["  nothing yet"]
+        lines += ["laid out:"]
+        lines += [
+            f"  {count} file(s) in Python: {reason}" if reason else f"  {count} file(s) natively"
+            for reason, count in self.planned.items()
+        ] or ["  nothing yet"]
         lines += ["left to the original:"]
         lines += [
             f"  {call}: {count}x {reason}"
@@ -98,4 +105,11 @@ def status() -> Status:
             why_not = "fastshard is not installed"
         functions = tuple(entry.call for entry in found.entries)
         replacements.append(Replacement(library, version_of(library), functions, replaced, why_not))
-    return Status(__version__, patching.is_active(), tuple(replacements), activity.saved(), activity.left())
+    return Status(
+        __version__,
+        patching.is_active(),
+        tuple(replacements),
+        activity.saved(),
+        activity.left(),
+        activity.planned(),
+    )
