@@ -62,9 +62,11 @@ class Builder {
   }
 
   void open(Route route) {
+    const bool in_slot = limits_.in_place || limits_.block_nbytes > 1;  // else packed straight into memory
     const uint64_t limit = route == Route::in_place ? limits_.in_place_nbytes
                            : route == Route::device ? limits_.slot_nbytes
-                                                    : std::min(limits_.packed_nbytes, limits_.slot_nbytes);
+                           : in_slot                ? std::min(limits_.packed_nbytes, limits_.slot_nbytes)
+                                                    : limits_.packed_nbytes;
     const uint64_t alignment = std::max(kChunkAlignment, limits_.block_nbytes);
     const uint64_t end = (end_ + limit) / alignment * alignment;
     capacity_ = end > end_ ? end - end_ : limit;

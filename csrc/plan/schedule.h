@@ -51,7 +51,7 @@ struct ScheduleLimits {
   uint64_t packed_nbytes = 1 << 20;     // a chunk packed by the CPU: stays in its L2 cache until it is written
   uint64_t in_place_nbytes = 16 << 20;  // a chunk written from its own memory
   uint32_t max_ops = 1024;              // ops (staged) or runs (in place: IOV_MAX) in a chunk
-  bool in_place = true;                 // false: pack everything (the target is memory)
+  bool in_place = true;                 // false: pack everything, straight into the target (which is memory)
   // For direct I/O: every chunk but the last ends on a multiple of this, a power of two. A chunk may exceed `max_ops`
   // to reach the next block boundary, and host and device memory share chunks. Needs in_place == false.
   uint64_t block_nbytes = 1;

@@ -11,8 +11,8 @@
 namespace fastshard {
 namespace {
 
-// Writes that one thread has under way: enough for the disk never to wait for the copies. Depths of 2 to 8, writes of 4
-// to 16 MiB, and io_uring and threads differ by less than the noise.
+// Writes that one thread has under way, each of a slot: enough for the disk never to wait for the copies. Depths of 2
+// to 8, writes of 4 to 16 MiB, and io_uring and threads differ by less than the noise.
 constexpr unsigned kMaxWriting = 8;
 constexpr size_t kWriters = 2;
 
