@@ -73,20 +73,6 @@ def test_saves_share_the_link_of_a_device(sim: SimCuda, new_engine: NewEngine, t
     assert [sim.peak_enqueued(device) for device in (0, 1)] == [LIMIT, LIMIT]
 
 
-def test_a_writer_writes_what_it_has_before_it_waits_for_the_link(
-    sim: SimCuda, new_engine: NewEngine, path: Path
-) -> None:
-    """One writer, which could have four chunks under way: it waits for its own first, and holds nobody up."""
-    source = on_device(sim, noise(32 * MIB))
-    sim.set(implicit_sync=0)
-    with sim.paused():
-        future = submit(new_engine(memory_budget=64 * MIB, threads=1), {path: [source]})
-        wait_until(lambda: sim.count("cuEventSynchronize") > 0)
-        assert sim.count("cuMemcpyDtoHAsync") == 2
-    assert future.result().staging_nbytes <= LIMIT
-    assert_same(path.read_bytes(), contents([source]))
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_peak_of_all_kinds_of_copies(sim: SimCuda, new_engine: NewEngine, tmp_path: Path, seed: int) -> None:
     sim.set_delay(0, 4000, seed)
@@ -123,6 +109,28 @@ def test_a_kernel_that_waits_takes_no_place_from_copies(
     first.result()
     for path, sources in packed.items():
         assert_same(path.read_bytes(), contents(sources))
+
+
+@needs_kernel
+def test_a_writer_writes_what_it_has_before_it_waits_for_the_link(
+    sim: SimCuda, new_engine: NewEngine, tmp_path: Path
+) -> None:
+    """Kernels of others, which wait, have all places for what is packed; its own first chunks need none."""
+    sim.set(implicit_sync=0)
+    engine = new_engine(memory_budget=128 * MIB, threads=8)
+    others = {
+        tmp_path / f"{i}": [on_device(sim, noise(2048, 2 * 1024, seed=i)[:, :1024].T)] for i in range(4)
+    }
+    sources = [on_device(sim, noise(8 * MIB)), on_device(sim, noise(2048, 2 * 1024)[:, :1024].T)]
+    with sim.job(priority=PRIORITIES[0]):
+        first = submit(engine, others)
+        wait_until(lambda: sim.count("cuLaunchKernel") == LIMIT // (2 * MIB))
+        second = submit(engine, {tmp_path / "weights": sources})
+        wait_until(lambda: second._native.nbytes_written >= 7 * MIB)
+        assert stays_unfinished(second)
+    first.result()
+    second.result()
+    assert_same((tmp_path / "weights").read_bytes(), contents(sources))
 
 
 def test_copies_into_the_target_have_all_of_the_link(
