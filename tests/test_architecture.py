@@ -19,8 +19,9 @@ NATIVE_LAYERS = {
         device.h cast.h cast.cc pack.h pack.cc streaming.h streaming.cc kernels/table.h kernels/table.cc
         kernels/memory.cuh kernels/elements.cuh kernels/gather.cuh kernels/tiles.cuh kernels/pack.cu kernels/embedded.h
         kernels/embedded.cc host_device.cc numa.h numa.cc cuda_driver.h cuda_driver.cc cuda_info.h cuda_info.cc
-        cuda_refusal.h cuda_refusal.cc cuda_context.h cuda_scratch.h cuda_scratch.cc cuda_copies.h cuda_copies.cc cuda_kernels.h cuda_kernels.cc
-        cuda_gathers.h cuda_gathers.cc cuda_device.cc ring.h ring.cc fetch.h
+        cuda_refusal.h cuda_refusal.cc cuda_context.h cuda_streams.h cuda_streams.cc cuda_link.h cuda_link.cc
+        cuda_scratch.h cuda_scratch.cc cuda_copies.h cuda_copies.cc cuda_kernels.h cuda_kernels.cc cuda_gathers.h
+        cuda_gathers.cc cuda_device.cc ring.h ring.cc fetch.h
     """,
     "file": """
         filesystem.h filesystem.cc mapping.h mapping.cc shared_pages.h shared_pages.cc output.h output.cc suspended.cc threads.h threads.cc
@@ -120,6 +121,7 @@ ONLY_HOME = {
         "device/cuda_info.cc",
         "device/cuda_refusal.cc",
         "device/cuda_context.h",
+        "device/cuda_streams.cc",
         "device/cuda_scratch.cc",
         "device/cuda_copies.cc",
         "device/cuda_kernels.cc",

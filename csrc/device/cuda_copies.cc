@@ -15,7 +15,7 @@ constexpr uint64_t kMaxPitch = (uint64_t{1} << 31) - 1;
 }  // namespace
 
 void CudaCopies::copy(const std::byte* source, uint64_t nbytes, std::byte* out) {
-  FASTSHARD_CUDA(driver(), cuMemcpyDtoHAsync, out, reinterpret_cast<CUdeviceptr>(source), nbytes, stream_);
+  FASTSHARD_CUDA(driver_, cuMemcpyDtoHAsync, out, reinterpret_cast<CUdeviceptr>(source), nbytes, stream_);
 }
 
 void CudaCopies::gather(const CopyOp& op, const Staging& staging) {
@@ -57,7 +57,7 @@ void CudaCopies::gather_and_cast(const CopyOp& op, std::span<std::byte> scratch,
   for (uint64_t next = op.first_byte / out_nbytes; next < end;) {
     const uint64_t count = std::min(end - next, scratch.size() / in_nbytes);
     gather_runs({&source, op.item, 0, next * in_nbytes, count * in_nbytes}, scratch.data());
-    FASTSHARD_CUDA(driver(), cuStreamSynchronize, stream_);
+    FASTSHARD_CUDA(driver_, cuStreamSynchronize, stream_);
     row_cast(op.source->from, op.source->to)(scratch.data(), itemsize(op.source->from), count, out);
     out += count * out_nbytes;
     next += count;
@@ -76,7 +76,7 @@ void CudaCopies::copy_rows(const std::byte* source, uint64_t stride, uint64_t ru
   copy2d.dstPitch = run;
   copy2d.WidthInBytes = run;
   copy2d.Height = rows;
-  FASTSHARD_CUDA(driver(), cuMemcpy2DAsync, &copy2d, stream_);
+  FASTSHARD_CUDA(driver_, cuMemcpy2DAsync, &copy2d, stream_);
 }
 
 }  // namespace fastshard

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <span>
 
 #include "device/cuda_context.h"
@@ -20,7 +19,7 @@ inline constexpr uint64_t kCastNbytes = 4096;
 // Copies to the host on one stream, enqueued in the order of the calls. The context must be current.
 class CudaCopies {
  public:
-  CudaCopies(std::shared_ptr<Context> context, CUstream stream) : context_(std::move(context)), stream_(stream) {}
+  CudaCopies(const CudaDriver& driver, CUstream stream) : driver_(driver), stream_(stream) {}
 
   void copy(const std::byte* source, uint64_t nbytes, std::byte* out);
   // A gather without the kernel. One that casts is done by the CPU, through the scratch: it waits for the copies.
@@ -30,9 +29,8 @@ class CudaCopies {
   void gather_runs(const CopyOp& op, std::byte* out);
   void gather_and_cast(const CopyOp& op, std::span<std::byte> scratch, std::byte* out);
   void copy_rows(const std::byte* source, uint64_t stride, uint64_t run, uint64_t rows, std::byte* out);
-  const CudaDriver& driver() const { return context_->driver(); }
 
-  const std::shared_ptr<Context> context_;
+  const CudaDriver& driver_;
   const CUstream stream_;
 };
 

@@ -2,6 +2,7 @@
 // Device over CUDA: the device's primary context (so that torch's pointers and streams are valid), streams for
 // each save, and asynchronous copies into page-locked slots.
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <string>
 #include <utility>
@@ -11,8 +12,10 @@
 #include "device/cuda_copies.h"
 #include "device/cuda_gathers.h"
 #include "device/cuda_kernels.h"
+#include "device/cuda_link.h"
 #include "device/cuda_refusal.h"
 #include "device/cuda_scratch.h"
+#include "device/cuda_streams.h"
 #include "device/device.h"
 #include "device/numa.h"
 
@@ -68,75 +71,91 @@ class PinnedRegion final : public Registration {
 
 class CudaTicket final : public Ticket {
  public:
-  explicit CudaTicket(std::shared_ptr<Context> context) : context_(std::move(context)), event_(context_) {}
-
-  void record(CUstream stream) { FASTSHARD_CUDA(context_->driver(), cuEventRecord, event_.get(), stream); }
+  CudaTicket(std::shared_ptr<const ChunkWork> work, std::shared_ptr<DeviceLink> link)
+      : work_(std::move(work)), link_(std::move(link)) {}
+  ~CudaTicket() override { leave(); }
 
   void wait() override {
-    const Current current(*context_);
-    FASTSHARD_CUDA(context_->driver(), cuEventSynchronize, event_.get());
+    try {
+      work_->wait();
+    } catch (...) {
+      leave();
+      throw;
+    }
+    leave();
+  }
+
+  // Blocks until the link has a place for a part, which the ticket then holds.
+  void enter(Part part, uint64_t nbytes) {
+    if (nbytes != 0) passages_[static_cast<size_t>(part)] = link_->enter(part, nbytes);
+  }
+  void enqueued() {
+    for (const auto& passage : passages_) {
+      if (passage != nullptr) link_->enqueued(*passage, work_);
+    }
   }
 
  private:
-  std::shared_ptr<Context> context_;
-  Event event_;
+  void leave() noexcept {
+    for (const auto& passage : passages_) {
+      if (passage != nullptr) link_->leave(*passage);
+    }
+  }
+
+  const std::shared_ptr<const ChunkWork> work_;
+  const std::shared_ptr<DeviceLink> link_;
+  std::array<std::shared_ptr<DeviceLink::Passage>, kParts> passages_;
 };
 
 // One save's copies out of one device.
 class CudaStream final : public CopyStream {
  public:
   CudaStream(std::shared_ptr<Context> context, std::shared_ptr<CudaKernels> kernels, std::shared_ptr<Scratch> scratch,
-             GatherWay gather_way, CUstream producer)
+             std::shared_ptr<DeviceLink> link, GatherWay gather_way, CUstream producer)
       : context_(std::move(context)),
-        stream_(context_),
-        copies_(context_, stream_.get()),
-        gathers_(context_, std::move(kernels), std::move(scratch), gather_way, copies_, stream_.get()) {
-    const Current current(*context_);
-    const Event ready(context_);
-    FASTSHARD_CUDA(driver(), cuEventRecord, ready.get(), producer);
-    FASTSHARD_CUDA(driver(), cuStreamWaitEvent, stream_.get(), ready.get(), 0);
-    gathers_.order_behind(ready);
-  }
+        link_(std::move(link)),
+        gather_way_(gather_way),
+        streams_(context_, producer),
+        gathers_(context_, std::move(kernels), std::move(scratch), gather_way) {}
 
   std::unique_ptr<Ticket> pack(std::span<const CopyOp> ops, Staging& staging) override {
     const Current current(*context_);
-    // Made first: nothing is enqueued unless its completion can be waited for.
-    auto ticket = std::make_unique<CudaTicket>(context_);
+    ChunkParts parts = parts_of(ops, context_->ordinal(), gather_way_);
+    auto work = std::make_shared<ChunkWork>(streams_);
+    auto ticket = std::make_unique<CudaTicket>(work, link_);
+    if (!staging.in_target) {
+      const auto [copied, packed] = parts.nbytes();
+      ticket->enter(Part::packed, packed);
+      ticket->enter(Part::copied, copied);
+    }
     try {
-      std::vector<CopyOp> gathers;
-      for (const CopyOp& op : ops) {
-        if (op.source->contiguous() && op.nbytes >= kEngineCopyNbytes) {
-          copies_.copy(op.source->data + op.first_byte, op.nbytes, staging.bytes.data() + op.chunk_offset);
-        } else {
-          gathers.push_back(op);
-        }
+      for (const CopyOp& op : parts.copied) {
+        CudaCopies(context_->driver(), work->on(Work::copying)).gather(op, staging);
       }
-      if (!gathers.empty()) gathers_.enqueue(gathers, staging);
-      ticket->record(stream_.get());
+      if (!parts.gathered.empty()) gathers_.enqueue(parts.gathered, staging, *work);
+      work->record();
     } catch (...) {
-      // Whatever was enqueued must not reach the slot after it has been given away.
-      driver().cuStreamSynchronize(stream_.get());
+      work->abandon();  // what was enqueued must not reach the slot after it has been given away
       throw;
     }
+    ticket->enqueued();
     return ticket;
   }
 
   void add_use(DeviceUse& use) const override { gathers_.add_use(use); }
 
  private:
-  const CudaDriver& driver() const { return context_->driver(); }
-
   const std::shared_ptr<Context> context_;
-  Stream stream_;
-  CudaCopies copies_;
+  const std::shared_ptr<DeviceLink> link_;
+  const GatherWay gather_way_;
+  SaveStreams streams_;
   CudaGathers gathers_;
 };
 
 class CudaDevice final : public Device {
  public:
-  CudaDevice(int ordinal, uint64_t scratch_nbytes, uint64_t slot_nbytes)
-      : context_(std::make_shared<Context>(ordinal)),
-        scratch_(std::make_shared<Scratch>(context_, scratch_nbytes, slot_nbytes)) {}
+  CudaDevice(int ordinal, uint64_t scratch_nbytes)
+      : context_(std::make_shared<Context>(ordinal)), scratch_(std::make_shared<Scratch>(context_, scratch_nbytes)) {}
 
   PageLocking page_lock(std::span<std::byte> pages) override {
     const Current current(*context_);
@@ -146,8 +165,12 @@ class CudaDevice final : public Device {
   }
 
   std::unique_ptr<CopyStream> open(uintptr_t stream) override {
-    return std::make_unique<CudaStream>(context_, kernels_, scratch_, gather_way_, reinterpret_cast<CUstream>(stream));
+    return std::make_unique<CudaStream>(context_, kernels_, scratch_, link_, gather_way_,
+                                        reinterpret_cast<CUstream>(stream));
   }
+
+  bool link_full(std::span<const CopyOp> ops) override { return link_->full(link_nbytes(ops)); }
+  void await_link(std::span<const CopyOp> ops) override { link_->await(link_nbytes(ops)); }
 
   int numa_node() const override { return numa_node_; }
 
@@ -165,17 +188,22 @@ class CudaDevice final : public Device {
     return {std::move(region), ""};
   }
 
+  PartNbytes link_nbytes(std::span<const CopyOp> ops) const {
+    return parts_of(ops, context_->ordinal(), gather_way_).nbytes();
+  }
+
   std::shared_ptr<Context> context_;
   std::shared_ptr<CudaKernels> kernels_ = std::make_shared<CudaKernels>();
   std::shared_ptr<Scratch> scratch_;
+  std::shared_ptr<DeviceLink> link_ = std::make_shared<DeviceLink>();
   const GatherWay gather_way_ = chosen_gather_way();
   const int numa_node_ = node_of_pci_device(context_->pci_address());
 };
 
 }  // namespace
 
-std::unique_ptr<Device> make_cuda_device(int ordinal, uint64_t scratch_nbytes, uint64_t slot_nbytes) {
-  return std::make_unique<CudaDevice>(ordinal, scratch_nbytes, slot_nbytes);
+std::unique_ptr<Device> make_cuda_device(int ordinal, uint64_t scratch_nbytes) {
+  return std::make_unique<CudaDevice>(ordinal, scratch_nbytes);
 }
 
 }  // namespace fastshard

@@ -13,7 +13,9 @@
 #include "device/cuda_context.h"
 #include "device/cuda_copies.h"
 #include "device/cuda_kernels.h"
+#include "device/cuda_link.h"
 #include "device/cuda_scratch.h"
+#include "device/cuda_streams.h"
 #include "device/device.h"
 
 namespace fastshard {
@@ -26,41 +28,44 @@ enum class GatherWay {
 };
 GatherWay chosen_gather_way();
 
-// One save's gathers out of one device. They are packed on a stream of their own and copied on the save's, so that the
-// packing of a chunk overlaps the copy of the one before. The context must be current. Thread-safe.
+// The ops of a chunk on one device: what is copied out of the tensors piece by piece, and what is gathered.
+struct ChunkParts {
+  std::vector<CopyOp> copied, gathered;
+
+  PartNbytes nbytes() const;
+};
+ChunkParts parts_of(std::span<const CopyOp> ops, int ordinal, GatherWay way);
+
+// One save's gathers out of one device. The packing of a chunk overlaps the copy of the one before. The context must be
+// current. Thread-safe.
 class CudaGathers {
  public:
-  // `copies` are enqueued on `stream`; both outlive this.
   CudaGathers(std::shared_ptr<Context> context, std::shared_ptr<CudaKernels> kernels, std::shared_ptr<Scratch> scratch,
-              GatherWay way, CudaCopies& copies, CUstream stream);
+              GatherWay way);
 
-  // Nothing is packed before `ready`. Called once, before the first enqueue().
-  void order_behind(const Event& ready);
-  // Enqueues the gathers; on the save's stream they are complete in the staging bytes. Changes `gathers` on the way.
-  // After an exception some may be under way on that stream.
-  void enqueue(std::vector<CopyOp>& gathers, Staging& staging);
+  // Enqueues the gathers as part of `work`, which brings them into the staging bytes. Changes `gathers` on the way.
+  void enqueue(std::vector<CopyOp>& gathers, Staging& staging, ChunkWork& work);
   void add_use(DeviceUse& use) const;
 
  private:
   class Ranges;
 
-  bool gather_through_scratch(CUfunction kernel, std::vector<CopyOp>& gathers, Staging& staging);
+  bool gather_through_scratch(CUfunction kernel, std::vector<CopyOp>& gathers, Staging& staging, ChunkWork& work);
   size_t fill_and_drain(CUfunction kernel, std::vector<CopyOp>& gathers, size_t next, Scratch::Block& block,
-                        Staging& staging);
+                        Staging& staging, ChunkWork& work);
   size_t fill(std::vector<CopyOp>& gathers, size_t next, uint32_t begin, PackTable& table, Ranges& packed,
-              const Staging& staging);
+              const Staging& staging, ChunkWork& work);
   void note(const std::string& fallback);
-  void gather_over_link(CUfunction kernel, const std::vector<CopyOp>& gathers, Staging& staging);
+  void gather_over_link(CUfunction kernel, const std::vector<CopyOp>& gathers, Staging& staging, ChunkWork& work);
+  void gather_by_copies(std::span<const CopyOp> gathers, const Staging& staging, ChunkWork& work);
   const CudaDriver& driver() const { return context_->driver(); }
 
   const std::shared_ptr<Context> context_;
   const std::shared_ptr<CudaKernels> kernels_;
   const std::shared_ptr<Scratch> scratch_;
   const GatherWay way_;
-  CudaCopies& copies_;
-  const CUstream stream_;
-  std::unique_ptr<Stream> pack_stream_;  // with scratch
   mutable std::mutex mutex_;
+  bool kernel_used_ = false;
   std::set<CUdeviceptr> blocks_used_;
   std::set<std::string> fallbacks_;
 };

@@ -6,16 +6,20 @@
 namespace fastshard {
 namespace {
 
-// Smaller blocks are not worth their launches.
-constexpr uint64_t kMinScratchBlockNbytes = 64 << 10;
-constexpr uint64_t kBlockAlignment = 4096;
+constexpr uint64_t kMaxBlockNbytes = 8 << 20;
+
+// What is left for blocks beside the kernel's code, in whole units.
+uint64_t units_for_blocks(uint64_t nbytes) {
+  const uint64_t units = nbytes / kDeviceUnitNbytes;
+  return units > 0 ? units - 1 : 0;
+}
 
 }  // namespace
 
-Scratch::Scratch(std::shared_ptr<Context> context, uint64_t nbytes, uint64_t block_nbytes)
+Scratch::Scratch(std::shared_ptr<Context> context, uint64_t nbytes)
     : context_(std::move(context)),
-      block_nbytes_(std::min(block_nbytes, nbytes / 2) / kBlockAlignment * kBlockAlignment),
-      limit_(block_nbytes_ < kMinScratchBlockNbytes ? 0 : nbytes / block_nbytes_) {}
+      block_nbytes_(std::min(kMaxBlockNbytes, units_for_blocks(nbytes) / 2 * kDeviceUnitNbytes)),
+      limit_(block_nbytes_ == 0 ? 0 : units_for_blocks(nbytes) * kDeviceUnitNbytes / block_nbytes_) {}
 
 Scratch::~Scratch() {
   try {

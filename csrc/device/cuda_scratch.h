@@ -15,6 +15,9 @@
 
 namespace fastshard {
 
+// The driver gives device memory in units of this: to blocks, and to the kernel's code.
+inline constexpr uint64_t kDeviceUnitNbytes = 2 << 20;
+
 // Thread-safe.
 class Scratch {
  public:
@@ -41,9 +44,9 @@ class Scratch {
     Block* block_;
   };
 
-  // Takes at most `nbytes`, in at least two blocks of at most `block_nbytes` each, so that one is packed beside the
-  // copy of another. With less than that, nothing is taken.
-  Scratch(std::shared_ptr<Context> context, uint64_t nbytes, uint64_t block_nbytes);
+  // With the kernel's code at most `nbytes` are taken, in at least two blocks, so that one is packed beside the copy of
+  // another. Where that is less than three units of the driver, there are none.
+  Scratch(std::shared_ptr<Context> context, uint64_t nbytes);
   ~Scratch();
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

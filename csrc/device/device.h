@@ -48,6 +48,7 @@ struct Staging {
   std::span<std::byte> bytes;
   std::span<std::byte> scratch;
   bool streaming = false;  // `bytes` are the target itself: stores of the CPU go past its caches
+  bool in_target = false;  // `bytes` are the target itself, so that the link's whole rate is wanted
   // Registration::base_of() the two; null where they are pageable.
   const std::byte* bytes_base = nullptr;
   const std::byte* scratch_base = nullptr;
@@ -88,6 +89,11 @@ class Device {
   virtual PageLocking page_lock(std::span<std::byte> pages) = 0;
   // Makes a copy stream that is ordered behind what is enqueued on the caller's `stream` now.
   virtual std::unique_ptr<CopyStream> open(uintptr_t stream) = 0;
+  // Whether the ops of a chunk that are on this device are not to be staged just now, as a running job's own copies
+  // would wait for all that is on its way already.
+  virtual bool link_full(std::span<const CopyOp>) { return false; }
+  // Blocks until they may be. pack() blocks, too, where somebody else was first.
+  virtual void await_link(std::span<const CopyOp>) {}
   // The memory node that the device is next to, or -1 if that is not known.
   virtual int numa_node() const { return -1; }
   // Loads and allocates now what the first save would.
@@ -95,8 +101,8 @@ class Device {
 };
 
 std::unique_ptr<Device> make_host_device();
-// Opens a CUDA device. It uses at most `scratch_nbytes` of the device's memory, in blocks of at most `slot_nbytes`,
-// which are allocated at the first gather. Throws CudaError if there is no driver or no such device.
-std::unique_ptr<Device> make_cuda_device(int ordinal, uint64_t scratch_nbytes, uint64_t slot_nbytes);
+// Opens a CUDA device. It uses at most `scratch_nbytes` of the device's memory, which is allocated at the first gather.
+// Throws CudaError if there is no driver or no such device.
+std::unique_ptr<Device> make_cuda_device(int ordinal, uint64_t scratch_nbytes);
 
 }  // namespace fastshard

@@ -94,18 +94,22 @@ const Chunk* ChunkWriter::claim(End end) {
 }
 
 std::optional<Slot> ChunkWriter::slot_for(const Chunk& chunk, bool holds_none) {
-  const int node = node_of(chunk);
+  Device* const device = first_device_of(chunk);
+  if (device != nullptr && !copies_into_target() && device->link_full(schedule_.ops_of(chunk))) {
+    if (!holds_none) return std::nullopt;
+    device->await_link(schedule_.ops_of(chunk));  // without a slot, which others may want
+  }
+  const int node = device == nullptr ? -1 : device->numa_node();
   return holds_none ? resources_.ring.acquire(node) : resources_.ring.try_acquire(node);
 }
 
-// Of the first device that packs into the chunk's slot.
-int ChunkWriter::node_of(const Chunk& chunk) const {
-  if (chunk.route != Route::device) return -1;
+Device* ChunkWriter::first_device_of(const Chunk& chunk) const {
+  if (chunk.route != Route::device) return nullptr;
   for (const CopyOp& op : schedule_.ops_of(chunk)) {
     const auto device = resources_.devices.find(op.source->device);
-    if (device != resources_.devices.end()) return device->second->numa_node();
+    if (device != resources_.devices.end()) return device->second;
   }
-  return -1;
+  return nullptr;
 }
 
 std::unique_ptr<StagedChunk> ChunkWriter::stage(const Chunk& chunk, Slot slot, std::optional<Mapping> window) {
@@ -136,6 +140,7 @@ void ChunkWriter::enqueue_copies(StagedChunk& staged) {
   const SourcePages::Held sources(sources_, staged.chunk);  // of those in host memory, which this thread packs
   Staging staging{.bytes = staged.bytes,
                   .scratch = staged.in_target ? staged.slot.all() : staged.slot.scratch(),
+                  .in_target = staged.in_target,
                   .bytes_base = staged.bytes_base,
                   .locker = [&]() -> const std::byte* {
                     if (Device* const device = device_of(staged.chunk)) pin(staged.slot, *device);

@@ -74,7 +74,7 @@ class ChunkWriter : public FileWriter {
   // Claims the next chunk from one end for the calling thread; null when there is none left.
   const Chunk* claim(End end = End::front);
   // A slot for the chunk, near the device that it comes from. A thread blocks for one only while it holds none, so that
-  // one slot is enough to finish; else there may be none.
+  // one slot is enough to finish; else there may be none, or the device's link may have enough to do.
   std::optional<Slot> slot_for(const Chunk& chunk, bool holds_none);
   // Asks each device that owns a part of the chunk to pack it into the slot, or where place() says. `window` is what
   // the writer has made of the chunk's target.
@@ -104,8 +104,10 @@ class ChunkWriter : public FileWriter {
  private:
   // Decides where the chunk's copies go: into the slot, unless the target itself can take them.
   virtual void place(StagedChunk& staged) { place_in_slot(staged); }
+  // Whether it mostly can: such copies are to have all of the link.
+  virtual bool copies_into_target() const { return false; }
   void enqueue_copies(StagedChunk& staged);
-  int node_of(const Chunk& chunk) const;
+  Device* first_device_of(const Chunk& chunk) const;
   CopyStream& stream_for(int device);
 
   const std::unique_ptr<CopyStream> fetched_;

@@ -82,8 +82,7 @@ Device& Engine::device(int ordinal) {
     const auto known = devices_.find(ordinal);
     if (known != devices_.end()) return *known->second;
   }
-  auto made = make_cuda_device(ordinal, options_.device_scratch,
-                               ring_.slot_nbytes());  // not under the lock: the driver may take its time
+  auto made = make_cuda_device(ordinal, options_.device_scratch);  // not under the lock: the driver may take its time
   const std::lock_guard lock(mutex_);
   return *devices_.try_emplace(ordinal, std::move(made)).first->second;
 }

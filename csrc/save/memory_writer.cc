@@ -117,6 +117,8 @@ class StandingWriter final : public MemoryWriter {
     pack(chunk, memory_of(chunk), true);
   }
 
+  bool copies_into_target() const override { return standing_.page_locked; }
+
   void place(StagedChunk& staged) override {
     if (!standing_.page_locked) return place_in_slot(staged);
     const uint64_t part = standing_.locked_part_nbytes;
@@ -186,6 +188,8 @@ class RegisteredWriter final : public MappedWriter {
     locked_.emplace(chunk.file_offset, LockedWindow{std::move(window), std::move(locking)});
     return std::nullopt;
   }
+
+  bool copies_into_target() const override { return true; }
 
   void place(StagedChunk& staged) override {
     if (staged.window) return staged.copy_into_target(staged.window->bytes(), nullptr);

@@ -43,8 +43,9 @@ class Options:
     tells). Where that is ``"buffered"``, idle threads store a part of a large file through mappings."""
     device_scratch: int = _DEVICE_SCRATCH
     """Bytes of each CUDA device's memory in which strided, cast and small tensors may be packed before they
-    are copied to the host. It is allocated when it is first needed and kept until the engine is closed. With
-    0, or if the device has no memory to spare, none is used."""
+    are copied to the host, with the 2 MiB of the code that packs them. It is taken in units of 2 MiB when it is
+    first needed and kept until the engine is closed. With less than 6 MiB, or if the device has no memory to
+    spare, they are packed straight into host memory."""
 
     def __init__(
         self,
@@ -136,7 +137,8 @@ class Stats:
     mapped_nbytes: int
     """Bytes that further threads have stored into a file through mappings, beside the thread that writes it."""
     device_scratch_nbytes: int
-    """Bytes of device memory in which tensors were packed, of all devices together."""
+    """Bytes of device memory that packing took, of all devices together: in whole units of the driver, the
+    code included."""
     fallbacks: tuple[str, ...]
     """What the filesystem, the kernel or a device refused, and what was done instead."""
     checksums: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
