@@ -4,7 +4,7 @@
 // io_uring"; each makes that call fail with ENOTSUP, or with the number behind a colon ("rename:5"); with 999 the
 // process is killed there. "rename@2" refuses the second call only. Some words refuse nothing. "short": pwrite writes
 // half of what it is given and a piece of a block. "pause": rename waits half a second. "nap": pwritev does a second.
-// "slow": pwritev waits for a process_vm_readv, which is "readv". "late": what "range" refuses takes half a second.
+// "slow:3": pwritev waits for three process_vm_readv ("readv"). "late": what "range" refuses takes half a second.
 // `refused_calls` counts.
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -144,7 +144,8 @@ ssize_t pwritev(int fd, const struct iovec* parts, int count, off_t offset) {
   static int calls, pauses, naps;
   if (refused("nap", &naps)) usleep(1000000);
   if (refused("slow", &pauses)) {
-    for (int i = 0; i < 5000 && __atomic_load_n(&stores, __ATOMIC_RELAXED) == 0; ++i) usleep(1000);
+    const int wanted = errno;
+    for (int i = 0; i < 5000 && __atomic_load_n(&stores, __ATOMIC_RELAXED) < wanted; ++i) usleep(1000);
   }
   return refused("pwritev", &calls) ? -1 : REAL(pwritev)(fd, parts, count, offset);
 }

@@ -93,7 +93,7 @@ def test_packing_goes_first_when_a_kernel_of_the_job_ends(
 def test_a_chunk_of_several_blocks(sim: SimCuda, new_engine: NewEngine, path: Path) -> None:
     """Chunks of nearly 4 MiB through two blocks of 2 MiB, each of which is packed while the other is emptied."""
     sources = [on_device(sim, noise(3000, 6000, seed=i)[:, :3000].T) for i in range(2)]
-    stats = save(new_engine(memory_budget=32 * MIB, device_scratch=6 * MIB), {path: sources})
+    stats = save(new_engine(memory_budget=32 * MIB, device_scratch=6 * MIB, threads=1), {path: sources})
     assert stats.device_scratch_nbytes == 6 * MIB
     assert sim.count("cuLaunchKernel") >= 2 * 3000 * 3000 // (2 * MIB)
     assert sim.streams_made() == {FIRST: 1, 0: 1}

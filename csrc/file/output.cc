@@ -121,7 +121,8 @@ void OutputFile::write(std::span<iovec> parts, uint64_t offset) {
   }
 }
 
-int OutputFile::store(std::span<const iovec> parts, uint64_t offset) {
+int OutputFile::store(std::span<const iovec> parts, uint64_t offset, const std::optional<Mapping>& target) {
+  if (target) return copy_by_kernel(target->bytes(), parts);
   uint64_t nbytes = 0;
   for (const iovec& part : parts) nbytes += part.iov_len;
   try {
@@ -130,6 +131,15 @@ int OutputFile::store(std::span<const iovec> parts, uint64_t offset) {
   } catch (const IoError& error) {
     return error.code().value();
   }
+}
+
+std::optional<Mapping> OutputFile::map_for_store(uint64_t offset, uint64_t nbytes) const noexcept try {
+  std::optional<Mapping> target;
+  target.emplace(fd_.get(), offset, nbytes, path_);
+  populate(target->bytes(), path_);
+  return target;
+} catch (const std::exception&) {
+  return std::nullopt;  // store() will tell
 }
 
 Mapping OutputFile::window(uint64_t offset, uint64_t nbytes) {

@@ -62,7 +62,10 @@ class OutputFile {
   bool storable() const { return storable_; }
   // Does what write() does through a mapping, without the lock that writes to one file wait for. Returns 0, or the
   // errno of what was refused; then write() tells why, or can do it. `parts` stay as they are.
-  int store(std::span<const iovec> parts, uint64_t offset);
+  int store(std::span<const iovec> parts, uint64_t offset, const std::optional<Mapping>& target = std::nullopt);
+  // The target of a later store(), with its pages, so that nothing but the copy is left to do; none where it is
+  // refused.
+  std::optional<Mapping> map_for_store(uint64_t offset, uint64_t nbytes) const noexcept;
   // Mapped path only: the populated memory of [offset, offset + nbytes).
   Mapping window(uint64_t offset, uint64_t nbytes);
   // Direct path only: addresses, lengths and offsets of writes to descriptor() must be multiples of this. end_writing()

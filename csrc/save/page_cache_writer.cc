@@ -74,6 +74,12 @@ class PageCacheWriter final : public InTurnWriter {
     return leaves ? nullptr : claim(end);
   }
 
+  std::optional<Mapping> make_target(const Chunk& chunk, End end) override {
+    if (end == End::front || !progress_.may_map()) return std::nullopt;
+    const Timer timer(progress_.write_ns);
+    return file_->map_for_store(chunk.file_offset, chunk.nbytes);
+  }
+
   bool write_unstaged(const Chunk& chunk, End end) override {
     if (chunk.route != Route::in_place) return false;
     write_in_place(chunk, end);
@@ -84,7 +90,7 @@ class PageCacheWriter final : public InTurnWriter {
     staged.wait();
     add_checksums(staged.chunk, staged.bytes);
     iovec part{staged.bytes.data(), staged.bytes.size()};
-    write(staged.chunk, {&part, 1}, end);
+    write(staged.chunk, {&part, 1}, end, staged.window);
   }
 
   // Host memory in long runs: the kernel reads it from where it lies.
@@ -106,10 +112,10 @@ class PageCacheWriter final : public InTurnWriter {
     checksums_[op.item].add(first, run);
   }
 
-  void write(const Chunk& chunk, std::span<iovec> parts, End end) {
+  void write(const Chunk& chunk, std::span<iovec> parts, End end, const std::optional<Mapping>& target = std::nullopt) {
     {
       const Timer timer(progress_.write_ns);
-      if (end == End::front || !store(chunk, parts)) file_->write(parts, chunk.file_offset);
+      if (end == End::front || !store(chunk, parts, target)) file_->write(parts, chunk.file_offset);
     }
     count(chunk);
     if (!file_->keep_cached()) return file_->evict_behind(chunk.file_offset, chunk.nbytes);
@@ -117,12 +123,12 @@ class PageCacheWriter final : public InTurnWriter {
   }
 
   // Returns false where that is refused, for all of the save.
-  bool store(const Chunk& chunk, std::span<const iovec> parts) {
+  bool store(const Chunk& chunk, std::span<const iovec> parts, const std::optional<Mapping>& target) {
     if (chunk.route == Route::in_place && copied_on_read(parts)) {
       progress_.source_shared = true;
       return false;
     }
-    const int refused = file_->store(parts, chunk.file_offset);
+    const int refused = file_->store(parts, chunk.file_offset, target);
     if (refused == 0) {
       progress_.mapped_nbytes += chunk.nbytes;
     } else {
