@@ -112,7 +112,7 @@ Choice choose(const FileSystem& filesystem, const Intent& intent) {
     return {WritePath::direct, "waits for the disk anyway, and is staged anyway: past the page cache"};
   }
   return {WritePath::buffered,
-          "new file: preallocated, one writer of large pwrites a file, writeback started behind it"};
+          "new file: preallocated, one writer of large pwrites, helped by idle threads, writeback behind it"};
 }
 
 }  // namespace
