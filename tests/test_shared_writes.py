@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -136,6 +138,15 @@ def test_the_reason_of_a_page_that_cannot_be_had(preloaded: Path, folder: Path) 
 FORKED = """
 import json, os, signal, sys
 import torch
+
+def forked():
+    child = os.fork()
+    return child if child != 0 else signal.pause()
+
+child = None
+if sys.argv[2] == "before the import":
+    state = {str(i): torch.full((1 << 20,), float(i)) for i in range(12)}
+    child = forked()
 import fastshard
 from fastshard import Options, save_file
 
@@ -143,10 +154,9 @@ def private():
     with open("/proc/self/smaps_rollup") as lines:
         return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) << 10
 
-state = {str(i): torch.full((1 << 20,), float(i)) for i in range(12)}
-child = os.fork()
-if child == 0:
-    signal.pause()
+if child is None:
+    state = {str(i): torch.full((1 << 20,), float(i)) for i in range(12)}
+    child = forked()
 save_file({"x": state["0"][:100]}, sys.argv[1])  # what is made only once
 before = private()
 save_file(state, sys.argv[1], engine=Options(threads=3))
@@ -158,8 +168,14 @@ print(json.dumps({"grown": grown, "mapped": stats.mapped_nbytes, "fallbacks": st
 """
 
 
-def test_memory_shared_with_a_forked_process_stays_shared(preloaded: Path, path: Path) -> None:
-    done = run(FORKED, path, env=preload(preloaded, "nap@1"))
+@pytest.mark.parametrize("how", ["by a forked process", "after the import", "before the import"])
+def test_memory_shared_with_a_forked_process_stays_shared(preloaded: Path, path: Path, how: str) -> None:
+    environment = preload(preloaded, "nap@1")
+    if how == "by a forked process":
+        done = run(FORKED, path, how, env=environment)
+    else:
+        command = [sys.executable, "-c", FORKED, path, how]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=path.parent)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["mapped"] == 0 and len(found["fallbacks"]) == 1

@@ -41,14 +41,14 @@ struct PreparedHandle {
   }
 
   // Null unless what is bound has this tag.
-  std::unique_ptr<SaveHandle> submit(const py::object& options, const py::object& tag, py::object kept) {
+  std::unique_ptr<SaveHandle> submit(const py::object& options, const py::object& tag, const py::object& kept) {
     if (standing == nullptr) throw std::runtime_error("the prepared save is closed");
     if (!tag.is(bound_tag)) return nullptr;
     const SaveOptions asked = options_from(options);
     if (asked.intent.amended || !asked.intent.keep_cached || asked.intent.follow_links) {
       throw std::invalid_argument("a prepared save is durable, checked or neither; it has no other options");
     }
-    auto submitted = std::make_unique<SaveHandle>(py::make_tuple(bound_file, std::move(kept)));
+    auto submitted = std::make_unique<SaveHandle>(py::make_tuple(bound_file, kept));
     const GilReleased released;
     if (const std::shared_ptr<Save> before = newest.lock(); before != nullptr && !before->finished()) {
       before->cancel();

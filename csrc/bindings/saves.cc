@@ -36,11 +36,11 @@ namespace {
 
 // The handle is made before the save, which may stand when it is submitted.
 std::unique_ptr<SaveHandle> submit(EngineHandle& handle, const py::list& files, const py::object& options,
-                                   py::object kept) {
+                                   const py::object& kept) {
   const std::shared_ptr<Engine> engine = handle.open();
   const std::shared_ptr<SavePlan> plan = plan_from(files);
   const SaveOptions asked = options_from(options);
-  auto submitted = std::make_unique<SaveHandle>(py::make_tuple(py::tuple(files), std::move(kept)));
+  auto submitted = std::make_unique<SaveHandle>(py::make_tuple(py::tuple(files), kept));
   const GilReleased released;
   read_from_files(*plan);
   submitted->save = engine->submit(plan, asked.streams, asked.intent);

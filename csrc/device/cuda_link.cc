@@ -36,6 +36,7 @@ void DeviceLink::wait_for_one(Part part, std::unique_lock<std::mutex>& lock) {
   const auto oldest = std::ranges::find_if(
       passages_, [&](const auto& passage) { return passage->part == part && passage->work != nullptr; });
   if (oldest == passages_.end()) return changed_.wait(lock);
+  // NOLINTNEXTLINE(performance-unnecessary-copy-initialization): it may leave the list meanwhile
   const std::shared_ptr<Passage> passage = *oldest;
   const std::shared_ptr<const ChunkWork> work = passage->work;
   lock.unlock();

@@ -2,11 +2,20 @@
 #include "file/shared_pages.h"
 
 #include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <cerrno>
 #include <cstdint>
+#include <fstream>
+#include <iterator>
+#include <sstream>
+#include <string>
 
 #include "file/filesystem.h"
 
@@ -21,6 +30,37 @@ constexpr uint64_t kPresent = uint64_t{1} << 63;
 constexpr uint64_t kOfFile = uint64_t{1} << 61;  // or shared on purpose
 constexpr uint64_t kOurs = uint64_t{1} << 56;    // mapped once
 
+// Whether this process has forked, or was forked without an exec: set when it does, and at the start where it has
+// children already, or is such a child.
+std::atomic<bool> has_forked = false;
+
+void note_fork() { has_forked = true; }
+
+// The flags of this process, of which Linux tells in the ninth field of /proc/self/stat (include/linux/sched.h).
+constexpr unsigned long kForkedWithoutExec = 0x40;
+
+bool was_forked() {
+  std::ifstream stat("/proc/self/stat");
+  std::string text((std::istreambuf_iterator<char>(stat)), std::istreambuf_iterator<char>());
+  const size_t name_end = text.rfind(')');  // a name may have spaces and brackets in it
+  if (name_end == std::string::npos) return true;
+  std::istringstream fields(text.substr(name_end + 1));
+  std::string skipped;
+  for (int field = 3; field < 9; ++field) fields >> skipped;
+  unsigned long flags = 0;
+  return !(fields >> flags) || (flags & kForkedWithoutExec) != 0;
+}
+
+bool has_children() {
+  siginfo_t child;
+  return waitid(P_ALL, 0, &child, WEXITED | WNOHANG | WNOWAIT) == 0 || errno != ECHILD;
+}
+
+const bool watched = [] {
+  has_forked = pthread_atfork(nullptr, note_fork, note_fork) != 0 || was_forked() || has_children();
+  return true;
+}();
+
 class PageMap {
  public:
   PageMap() : file_(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)) {}
@@ -31,7 +71,7 @@ class PageMap {
     while (first < last) {
       const size_t wanted = std::min<size_t>(entries.size(), last - first) * sizeof(uint64_t);
       const ssize_t nbytes = pread(file_.get(), entries.data(), wanted, static_cast<off_t>(first * sizeof(uint64_t)));
-      if (nbytes <= 0 || nbytes % sizeof(uint64_t) != 0) return true;
+      if (nbytes <= 0) return true;
       const size_t count = static_cast<size_t>(nbytes) / sizeof(uint64_t);
       const bool found = std::any_of(entries.begin(), entries.begin() + count,
                                      [](uint64_t entry) { return (entry & (kPresent | kOfFile | kOurs)) == kPresent; });
@@ -48,6 +88,7 @@ class PageMap {
 }  // namespace
 
 bool copied_on_read(std::span<const iovec> parts) {
+  if (!has_forked) return false;
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const PageMap map;
   uintptr_t first = 0, last = 0;  // pages that are to be looked at

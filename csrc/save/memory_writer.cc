@@ -148,7 +148,7 @@ class MappedWriter : public IntoMemoryWriter {
     pack(chunk, window.bytes(), true);
   }
 
-  std::span<std::byte> target_of(StagedChunk& staged) override { return staged.window->bytes(); }
+  std::span<std::byte> target_of(StagedChunk& staged) override { return staged.window.value().bytes(); }
 
   void wrote(const Chunk& chunk) override {
     count(chunk);

@@ -61,6 +61,7 @@ void Save::start(bool here) {
   std::iota(order.begin(), order.end(), size_t{0});
   std::ranges::stable_sort(order, std::greater(), [&](size_t index) { return plan_->files[index].nbytes; });
   std::vector<size_t> most_shares;  // before a writer may be gone
+  most_shares.reserve(writers_.size());
   for (const auto& writer : writers_) most_shares.push_back(writer->writers());
   open_shares_ = std::vector<std::atomic<size_t>>(writers_.size());
   for (auto& shares : open_shares_) shares = 1;
