@@ -32,25 +32,24 @@ void for_each_run(const CopyOp& op, Visit visit) {
 constexpr uint64_t kMinSharedNbytes = 16 << 20;
 // Pieces of a file that several threads write: they end within one of each other.
 constexpr uint64_t kSharedNbytes = 4 << 20;
-// Bytes in host memory that are checked before they are written: still in the L2 cache then.
-constexpr uint64_t kCheckedNbytes = 1 << 20;
-
 bool only_python_has_some(const FilePlan& plan) {
   return std::ranges::any_of(plan.items, [](const WriteItem& item) { return item.source.device == kFetched; });
 }
 
-// What only Python brings, it brings to one thread.
-size_t writers_of(const WriterParts& parts, const OutputFile& file) {
-  const bool shared =
-      file.storable() && parts.plan.written_nbytes() >= kMinSharedNbytes && !only_python_has_some(parts.plan);
-  return shared ? parts.resources.workers.threads() : 1;
+// Whether several threads may write the file. What only Python brings, it brings to one.
+bool shared(const WriterParts& parts, const OutputFile& file) {
+  return file.storable() && parts.plan.written_nbytes() >= kMinSharedNbytes && !only_python_has_some(parts.plan);
 }
 
-ScheduleLimits limits_of(const WriterParts& parts, size_t writers) {
+size_t writers_of(const WriterParts& parts, bool shared) {
+  const size_t threads = parts.resources.workers.threads();
+  return shared ? threads : parts.checksums ? std::min<size_t>(threads, 2) : 1;
+}
+
+ScheduleLimits limits_of(const WriterParts& parts, bool shared) {
   ScheduleLimits limits;
   limits.slot_nbytes = parts.resources.ring.slot_nbytes();
-  if (writers > 1) limits.in_place_nbytes = std::min(limits.in_place_nbytes, kSharedNbytes);
-  if (parts.checksums) limits.in_place_nbytes = std::min(limits.in_place_nbytes, kCheckedNbytes);
+  if (shared) limits.in_place_nbytes = std::min(limits.in_place_nbytes, kSharedNbytes);
   if (reads_files(parts.plan)) {
     limits.in_place_nbytes = std::min(limits.in_place_nbytes, kFromFilesNbytes);
     limits.packed_nbytes = std::min(limits.packed_nbytes, kFromFilesNbytes);
@@ -59,19 +58,28 @@ ScheduleLimits limits_of(const WriterParts& parts, size_t writers) {
 }
 
 // One thread writes from the front of the file: the kernel lets nobody else write to it meanwhile. Others store from
-// the back, through mappings, until they meet.
+// the back, through mappings, until they meet. Checksums of what the first one writes are the others' first business,
+// as it would have to read these bytes once more.
 class PageCacheWriter final : public InTurnWriter {
  public:
-  PageCacheWriter(WriterParts parts, const ScheduleLimits& limits, size_t writers, std::shared_ptr<OutputFile> file)
-      : InTurnWriter(std::move(parts), limits, writers), file_(std::move(file)) {}
+  PageCacheWriter(WriterParts parts, const ScheduleLimits& limits, size_t writers, bool shared,
+                  std::shared_ptr<OutputFile> file)
+      : InTurnWriter(std::move(parts), limits, writers), file_(std::move(file)), shared_(shared) {}
 
-  void write_chunks() override { write_in_turn(has_writer_.exchange(true) ? End::back : End::front); }
+  void write_chunks() override {
+    const End end = has_writer_.exchange(true) ? End::back : End::front;
+    write_in_turn(end);
+    check_written_in_place(end);
+  }
 
  private:
+  // Whether others wait for this thread. At the front there is one who goes on.
+  bool leaves(End end) const { return end == End::back && resources_.workers.wanted(); }
+
   const Chunk* next(End end) override {
-    // Not while others wait for this thread: at the front there is one who goes on.
-    const bool leaves = end == End::back && (!progress_.may_map() || resources_.workers.wanted());
-    return leaves ? nullptr : claim(end);
+    if (end == End::front) return claim(end);
+    check_written_in_place(end);
+    return shared_ && progress_.may_map() && !leaves(end) ? claim(end) : nullptr;
   }
 
   std::optional<Mapping> make_target(const Chunk& chunk, End end) override {
@@ -96,20 +104,39 @@ class PageCacheWriter final : public InTurnWriter {
   // Host memory in long runs: the kernel reads it from where it lies.
   void write_in_place(const Chunk& chunk, End end) {
     const SourcePages::Held sources(sources_, chunk);
+    if (end == End::back || !checked_by_others()) check_in_place(chunk);
     std::vector<iovec> parts;
     parts.reserve(chunk.op_count);
     for (const CopyOp& op : schedule_.ops_of(chunk)) {
-      for_each_run(op, [&](uint64_t first, std::span<const std::byte> run) {
-        if (!checksums_.empty()) add_checksum(op, first, run);
+      for_each_run(op, [&](uint64_t, std::span<const std::byte> run) {
         parts.push_back({const_cast<std::byte*>(run.data()), run.size()});
       });
     }
     write(chunk, parts, end);
   }
 
-  void add_checksum(const CopyOp& op, uint64_t first, std::span<const std::byte> run) {
+  // Tensors that lie in files are there only while they are written, so that the one who writes them checks them, too.
+  bool checked_by_others() const { return !sources_.any(); }
+
+  // Checks the chunks of the front, until there is none left or this thread leaves.
+  void check_written_in_place(End end) {
+    if (checksums_.empty() || !checked_by_others()) return;
+    size_t index = next_checked_;
+    while (index < (shared_ ? claimed_in_front() : schedule_.chunks.size()) && !leaves(end)) {
+      if (!next_checked_.compare_exchange_weak(index, index + 1)) continue;
+      check_stop();
+      const Chunk& chunk = schedule_.chunks[index];
+      if (chunk.route == Route::in_place) check_in_place(chunk);
+      index = next_checked_;
+    }
+  }
+
+  void check_in_place(const Chunk& chunk) {
+    if (checksums_.empty()) return;
     const Timer timer(progress_.copy_ns);
-    checksums_[op.item].add(first, run);
+    for (const CopyOp& op : schedule_.ops_of(chunk)) {
+      for_each_run(op, [&](uint64_t first, std::span<const std::byte> run) { checksums_[op.item].add(first, run); });
+    }
   }
 
   void write(const Chunk& chunk, std::span<iovec> parts, End end, const std::optional<Mapping>& target = std::nullopt) {
@@ -138,15 +165,18 @@ class PageCacheWriter final : public InTurnWriter {
   }
 
   const std::shared_ptr<OutputFile> file_;
+  const bool shared_;
   std::atomic<bool> has_writer_ = false;
+  std::atomic<size_t> next_checked_ = 0;
 };
 
 }  // namespace
 
 std::unique_ptr<FileWriter> make_page_cache_writer(WriterParts parts, std::shared_ptr<OutputFile> file) {
-  const size_t writers = writers_of(parts, *file);
-  const ScheduleLimits limits = limits_of(parts, writers);
-  return std::make_unique<PageCacheWriter>(std::move(parts), limits, writers, std::move(file));
+  const bool by_several = shared(parts, *file);
+  const ScheduleLimits limits = limits_of(parts, by_several);
+  const size_t writers = writers_of(parts, by_several);
+  return std::make_unique<PageCacheWriter>(std::move(parts), limits, writers, by_several, std::move(file));
 }
 
 }  // namespace fastshard
