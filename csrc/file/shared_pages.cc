@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstdint>
+#include <exception>
 #include <fstream>
 #include <iterator>
 #include <sstream>
@@ -56,8 +57,13 @@ bool has_children() {
   return waitid(P_ALL, 0, &child, WEXITED | WNOHANG | WNOWAIT) == 0 || errno != ECHILD;
 }
 
-const bool watched = [] {
-  has_forked = pthread_atfork(nullptr, note_fork, note_fork) != 0 || was_forked() || has_children();
+// From the import of the module on.
+const bool watched = []() noexcept {
+  try {
+    has_forked = pthread_atfork(nullptr, note_fork, note_fork) != 0 || was_forked() || has_children();
+  } catch (const std::exception&) {
+    has_forked = true;  // it may have
+  }
   return true;
 }();
 

@@ -148,7 +148,9 @@ class MappedWriter : public IntoMemoryWriter {
     pack(chunk, window.bytes(), true);
   }
 
-  std::span<std::byte> target_of(StagedChunk& staged) override { return staged.window.value().bytes(); }
+  std::span<std::byte> target_of(StagedChunk& staged) override {
+    return staged.window->bytes();  // NOLINT(bugprone-unchecked-optional-access): make_target() has made it
+  }
 
   void wrote(const Chunk& chunk) override {
     count(chunk);
