@@ -12,9 +12,9 @@
 #include <atomic>
 #include <cerrno>
 #include <cstdint>
-#include <exception>
 #include <fstream>
 #include <iterator>
+#include <mutex>
 #include <sstream>
 #include <string>
 
@@ -57,16 +57,6 @@ bool has_children() {
   return waitid(P_ALL, 0, &child, WEXITED | WNOHANG | WNOWAIT) == 0 || errno != ECHILD;
 }
 
-// From the import of the module on.
-const bool watched = []() noexcept {
-  try {
-    has_forked = pthread_atfork(nullptr, note_fork, note_fork) != 0 || was_forked() || has_children();
-  } catch (const std::exception&) {
-    has_forked = true;  // it may have
-  }
-  return true;
-}();
-
 class PageMap {
  public:
   PageMap() : file_(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)) {}
@@ -92,6 +82,13 @@ class PageMap {
 };
 
 }  // namespace
+
+void watch_forks() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    if (pthread_atfork(nullptr, note_fork, note_fork) != 0 || was_forked() || has_children()) note_fork();
+  });
+}
 
 bool copied_on_read(std::span<const iovec> parts) {
   if (!has_forked) return false;

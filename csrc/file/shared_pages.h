@@ -8,6 +8,9 @@
 
 namespace fastshard {
 
+// To be called before the first save: only a process that has forked since, or before, shares memory so.
+void watch_forks();
+
 // Returns whether some of the memory is shared until either process changes it, or whether that cannot be told. A
 // kernel that reads such pages in the name of another process, as process_vm_readv(2) does, gives this process copies
 // of its own first (Linux 5.19): memory that the save would take for good.

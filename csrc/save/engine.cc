@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "file/shared_pages.h"
+
 namespace fastshard {
 namespace {
 
@@ -37,7 +39,9 @@ size_t checked_threads(const Options& options) {
 Engine::Engine(const Options& options)
     : options_(options),
       ring_(slot_nbytes(options), options.memory_budget / (slot_nbytes(options) + kScratchNbytes)),
-      workers_(checked_threads(options)) {}
+      workers_(checked_threads(options)) {
+  watch_forks();
+}
 
 std::shared_ptr<Save> Engine::submit(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams,
                                      Intent intent, std::function<std::vector<std::string>()> commit) {
