@@ -4,7 +4,8 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <cstring>
+#include <cstddef>
+#include <span>
 
 #include "device/pack.h"
 
@@ -87,8 +88,9 @@ bool PackTable::add(const TensorView& view, uint64_t first_byte, uint64_t nbytes
 }
 
 void PackTable::write(std::byte* memory) const {
-  std::memcpy(memory, entries_.data(), entries_nbytes());
-  std::memcpy(memory + entries_nbytes(), dims_.data(), dims_.size() * sizeof(PackDim));
+  // Not by memcpy(), which must not be given the null pointer that an empty list has.
+  std::ranges::copy(std::as_bytes(std::span(entries_)), memory);
+  std::ranges::copy(std::as_bytes(std::span(dims_)), memory + entries_nbytes());
 }
 
 uint16_t PackTable::add_dims(const PackDim* dims, uint32_t count) {
