@@ -171,6 +171,7 @@ def environment_of(sanitizer: Sanitizer, folder: Path, package: Path) -> dict[st
         "PYTHONPATH": str(package),
         "FASTSHARD_SIMCUDA_CACHE": str(folder / "simcuda"),
         "CXXFLAGS": flags(sanitizer),  # of the simulated driver
+        "FASTSHARD_HANG_SECONDS": "600",  # all is several times as slow
         "OMP_NUM_THREADS": "1",  # torch's OpenMP synchronizes where no sanitizer sees it
     }
 

@@ -270,7 +270,7 @@ def test_the_marker_chooses_what_needs_a_gpu():
     files = {Path(name).name for name in command if name.endswith(".py")}
     assert {"test_cuda_path.py", "test_real_gpu.py", "test_sharded.py", "test_archive.py"} <= files
     assert "test_limits.py" not in files
-    done = subprocess.run([*command, "--collect-only"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([*command, "--collect-only"], capture_output=True, text=True, cwd=ROOT / "tests")
     assert done.returncode == 0, done.stdout + done.stderr
     names = [line for line in done.stdout.splitlines() if "::" in line]
     for wanted in ("test_parameters_on_a_device", "test_on_a_real_gpu", "test_real_bytes[cuda]"):

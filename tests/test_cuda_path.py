@@ -748,8 +748,7 @@ def test_scratch_holds_what_the_option_allows(sim: SimCuda, new_engine: NewEngin
     """The driver's units are counted, and one of them for the kernel's code, which is there without scratch, too."""
     files = {tmp_path / f"{i}.part": gathered(sim, i % 2, seed=i) for i in range(4)}
     tensors = sim.live()["allocated_bytes"]
-    if not _native.kernels_compiled_in():
-        sim.set_delay(0, 0)  # tens of thousands of copies, a row each
+    sim.set_delay(0, 0)  # many launches, or tens of thousands of copies, a row each
     for option, block in [
         (0, 0),
         (100_000, 0),

@@ -136,7 +136,7 @@ def test_from_a_device(engines: NewEngine, sim: object, tmp_path: Path) -> None:
         }
         stats = save(engines(threads=threads), files, durable=True)
         assert (stats.write_path, stats.staging) == ("direct", "pinned")
-    sim.set_delay(0, 50)  # type: ignore[attr-defined]
+    sim.set_delay(0, 0)  # type: ignore[attr-defined]
     small = [on_device(sim, noise(1, seed=i)) for i in range(2 * PAGE)]  # type: ignore[arg-type]
     for path in files:
         path.unlink()
