@@ -82,7 +82,12 @@ PIPES = {
 }
 MORE_MEMORY = "the sanitizer keeps notes of memory in memory, and the test measures that of the process"
 DUPLICATE = "it ends a forked child that starts a thread at an address where the parent had one"
+FORKED = "test_shared_writes.py::test_memory_shared_with_a_forked_process_stays_shared"
 THREADS = {
+    **{
+        f"{FORKED}[{how}]": MORE_MEMORY
+        for how in ("by a forked process", "after the import", "before the import")
+    },
     "test_mapped.py::test_memory_is_bounded": MORE_MEMORY,
     "test_direct.py::test_fork_while_a_save_runs": DUPLICATE,
     "test_files.py::test_fork_while_a_save_runs": DUPLICATE,
