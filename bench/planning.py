@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import safetensors.torch
 import torch
@@ -25,6 +24,7 @@ import fastshard
 from fastshard.engine import pipeline, planning
 
 from . import machine
+from .samples import RETURN, Row
 
 TENSORS: Final = 20_000
 NBYTES: Final = 16 << 10
@@ -33,21 +33,6 @@ GOAL: Final = 0.5e-6
 _PARTS: Final = ("down_proj", "gate_proj", "up_proj")
 
 StateDict = dict[str, torch.Tensor]
-
-
-class Measured(NamedTuple):
-    """Seconds of each round."""
-
-    name: str
-    seconds: list[float]
-
-    @property
-    def best(self) -> float:
-        return min(self.seconds)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
 
 
 def model(count: int) -> StateDict:
@@ -87,27 +72,27 @@ def saves(tensors: StateDict, folder: Path) -> Iterator[tuple[str, Callable[[], 
     yield "safetensors", lambda: safetensors.torch.save_file(tensors, folder / "theirs")
 
 
-def measure(calls: Iterator[tuple[str, Callable[[], object]]], rounds: int) -> list[Measured]:
+def measure(calls: Iterator[tuple[str, Callable[[], object]]], rounds: int) -> list[Row]:
     """Calls them in turn, one after the other in each round. The first round is not counted."""
     known = os.environ.get(planning.VARIABLE)
-    found = [(Measured(name, []), call) for name, call in calls]
+    found = [(Row(name, RETURN), call) for name, call in calls]
     try:
         for number in range(rounds + 1):
-            for measured, call in found:
+            for row, call in found:
                 began = time.perf_counter()
                 made = call()
                 seconds = time.perf_counter() - began
                 del made
                 if number:
-                    measured.seconds.append(seconds)
+                    row.seconds.append(seconds)
     finally:
         os.environ.pop(planning.VARIABLE)
         if known is not None:
             os.environ[planning.VARIABLE] = known
-    return [measured for measured, _ in found]
+    return [row for row, _ in found]
 
 
-def table(title: str, results: Sequence[Measured], count: int) -> str:
+def table(title: str, results: Sequence[Row], count: int) -> str:
     """As it is printed: milliseconds of a call, and microseconds for each tensor."""
     lines = [f"{title:32}  best ms  median ms  best us  median us"]
     for result in results:
@@ -118,7 +103,7 @@ def table(title: str, results: Sequence[Measured], count: int) -> str:
             1e6 * result.median / count,
         ]
         lines.append(
-            f"{result.name:32}{figures[0]:9.2f}{figures[1]:11.2f}{figures[2]:9.3f}{figures[3]:11.3f}"
+            f"{result.rival:32}{figures[0]:9.2f}{figures[1]:11.2f}{figures[2]:9.3f}{figures[3]:11.3f}"
         )
     return "\n".join(lines)
 
@@ -139,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(f"plan {given.tensors} tensors", results, given.tensors))
     if why_not:
         print(f"nothing was laid out natively: {why_not}")
-    saved: list[Measured] = []
+    saved: list[Row] = []
     if given.dir:
         with tempfile.TemporaryDirectory(dir=given.dir) as folder:
             saved = measure(saves(tensors, Path(folder)), given.rounds)
@@ -150,8 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "machine": machine.describe(given.dir or Path(tempfile.gettempdir()), "cpu"),
             "tensors": given.tensors,
             "native": not why_not,
-            "plans": [result._asdict() for result in results],
-            "saves": [result._asdict() for result in saved],
+            "plans": [{"name": result.rival, "seconds": result.seconds} for result in results],
+            "saves": [{"name": result.rival, "seconds": result.seconds} for result in saved],
         }
         given.json.write_text(json.dumps(found, indent=1) + "\n")
     return int(not why_not and results[0].median > GOAL * given.tensors)

@@ -97,6 +97,24 @@ def public() -> Iterator[Path]:
 
 
 @pytest.fixture
+def memory() -> Iterator[Path]:
+    """An empty directory on a filesystem in memory, whose files a device can write."""
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("no /dev/shm here")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        yield Path(name)
+
+
+@pytest.fixture(params=["disk", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """An empty directory on a disk, and one on a filesystem in memory."""
+    if request.param == "disk":
+        return tmp_path
+    in_memory: Path = request.getfixturevalue("memory")
+    return in_memory
+
+
+@pytest.fixture
 def no_hang() -> Iterator[None]:
     """Ends the process, saying where every thread is, when the test does not come to an end."""
     faulthandler.dump_traceback_later(HANG_SECONDS, exit=True, file=_stderr[0])

@@ -15,6 +15,7 @@ from test_cuda_path import (
     MIB,
     NewEngine,
     Source,
+    assert_saved,
     contents,
     gathered,
     needs_kernel,
@@ -25,7 +26,6 @@ from test_cuda_path import (
     submit,
     wait_until,
 )
-from test_cuda_prepared import memory  # noqa: F401
 
 from fastshard.engine.plan import FilePlan
 
@@ -53,8 +53,7 @@ def test_a_job_waits_for_little(sim: SimCuda, new_engine: NewEngine, tmp_path: P
             time.sleep(0.005)
         future.result()
         assert MIB <= job.most_ahead <= LIMIT
-    for path, sources in files.items():
-        assert_same(path.read_bytes(), contents(sources))
+    assert_saved(files)
 
 
 def test_saves_share_the_link_of_a_device(sim: SimCuda, new_engine: NewEngine, tmp_path: Path) -> None:
@@ -107,8 +106,7 @@ def test_a_kernel_that_waits_takes_no_place_from_copies(
         assert sim.count("cuLaunchKernel") == LIMIT // (2 * MIB)
         assert stays_unfinished(first)
     first.result()
-    for path, sources in packed.items():
-        assert_same(path.read_bytes(), contents(sources))
+    assert_saved(packed)
 
 
 @needs_kernel
@@ -136,7 +134,7 @@ def test_a_writer_writes_what_it_has_before_it_waits_for_the_link(
 def test_copies_into_the_target_have_all_of_the_link(
     sim: SimCuda,
     new_engine: NewEngine,
-    memory: Path,  # noqa: F811
+    memory: Path,
 ) -> None:
     source = on_device(sim, noise(64 * MIB))
     engine = new_engine(memory_budget=128 * MIB, threads=2)

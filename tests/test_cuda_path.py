@@ -136,11 +136,16 @@ def submit(engine: Engine, files: Mapping[Path, list[Source]], **options: object
     return engine.submit(plans, keep_alive=files, **options)
 
 
+def assert_saved(files: Mapping[Path, list[Source]]) -> None:
+    for path, sources in files.items():
+        assert_same(path.read_bytes(), contents(sources))
+
+
 def save(engine: Engine, files: Mapping[Path, list[Source]], **options: object) -> Stats:
     """Saves, and compares the files with the plan."""
     stats = submit(engine, files, **options).result()
-    for path, sources in files.items():
-        assert_same(path.read_bytes(), contents(sources))
+    assert_saved(files)
+    for path in files:
         assert os.listdir(path.parent) == sorted(other.name for other in files) or len(files) > 1
     return stats
 
@@ -815,8 +820,7 @@ def test_scratch_shared_by_saves_late_and_out_of_order(
         saves.append((files, submit(engine, files)))
     for files, future in saves:
         future.result()
-        for path, sources in files.items():
-            assert_same(path.read_bytes(), contents(sources))
+        assert_saved(files)
 
 
 @needs_kernel

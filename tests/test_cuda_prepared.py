@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +22,6 @@ SMALL = 2000
 COPIES = ("cuMemcpyDtoHAsync", "cuMemcpy2DAsync")
 IN_TARGET = 4 * 2 * SLOT
 """Bytes of a chunk that is copied straight into its target, with the budget of these tests."""
-
-
-@pytest.fixture
-def memory() -> Iterator[Path]:
-    if not os.access("/dev/shm", os.W_OK):
-        pytest.skip("no /dev/shm here")
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
-        yield Path(name)
 
 
 def prepared(engine: Engine, path: Path, sources: list[Source]) -> Stats:

@@ -13,6 +13,7 @@ from test_cuda_path import (
     SLOT,
     NewEngine,
     Source,
+    assert_saved,
     contents,
     gathered,
     needs_kernel,
@@ -70,8 +71,7 @@ def test_copies_do_not_wait_for_kernels(
         wait_until(lambda: future._native.nbytes_written >= nbytes)
         assert stays_unfinished(future)
     future.result()
-    for path, sources in files.items():
-        assert_same(path.read_bytes(), contents(sources))
+    assert_saved(files)
 
 
 @needs_kernel

@@ -8,7 +8,6 @@ import errno
 import os
 import subprocess
 import sys
-import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,14 +116,6 @@ def test_the_smallest_room_counts(tmp_path: Path, what: str) -> None:
 
 def test_without_proc(tmp_path: Path) -> None:
     assert limits.memory_room(str(tmp_path)) is None
-
-
-@pytest.fixture
-def memory() -> Iterator[Path]:
-    if not os.access("/dev/shm", os.W_OK):
-        pytest.skip("no /dev/shm here")
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
-        yield Path(name)
 
 
 def saves(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, object]:

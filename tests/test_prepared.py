@@ -8,10 +8,9 @@ import mmap
 import os
 import signal
 import stat
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,27 +46,6 @@ def model(value: float = 0.0) -> dict[str, torch.Tensor]:
 def fill(tensors: dict[str, torch.Tensor], value: float) -> None:
     for tensor in tensors.values():
         tensor.fill_(value)
-
-
-@pytest.fixture(params=["disk", "memory"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """An empty directory on a disk, and one on a filesystem in memory."""
-    if request.param == "disk":
-        yield tmp_path
-        return
-    yield from memory_folder()
-
-
-def memory_folder() -> Iterator[Path]:
-    if not os.access("/dev/shm", os.W_OK):
-        pytest.skip("no /dev/shm here")
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
-        yield Path(name)
-
-
-@pytest.fixture
-def memory() -> Iterator[Path]:
-    yield from memory_folder()
 
 
 # The same files ------------------------------------------------------------------------------------------

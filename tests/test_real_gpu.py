@@ -9,9 +9,7 @@ for the bytes, and that nothing was refused.
 from __future__ import annotations
 
 import ctypes
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -127,15 +125,6 @@ def place(request: pytest.FixtureRequest) -> Place:
 def engine(place: Place, new_engine: NewEngine) -> NewEngine:
     """After ``place``: what the simulator has looks for leaks when the engines are closed."""
     return new_engine
-
-
-@pytest.fixture
-def memory() -> Iterator[Path]:
-    """A folder whose files a device can write."""
-    if not os.access("/dev/shm", os.W_OK):
-        pytest.skip("no /dev/shm here")
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
-        yield Path(name)
 
 
 @pytest.mark.parametrize("kind", KINDS)

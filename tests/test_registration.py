@@ -27,7 +27,6 @@ from test_cuda_path import (
     varied,
 )
 from test_cuda_prepared import HEADER, IN_TARGET
-from test_cuda_prepared import memory as memory
 from test_schedule import PAGE, PRODUCTION, Chunk, contiguous, file_of
 
 from fastshard import _native

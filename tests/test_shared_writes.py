@@ -66,16 +66,6 @@ except SaveError as error:
 KINDS = ("large", "durable", "small", "strided", "cast", "checked", "archive")
 
 
-@pytest.fixture(params=["disk", "memory"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if request.param == "disk":
-        return tmp_path
-    folder = Path("/dev/shm") / f"fastshard-test-{os.getpid()}-{tmp_path.name}"
-    folder.mkdir()
-    request.addfinalizer(lambda: [*(file.unlink() for file in folder.iterdir()), folder.rmdir()])
-    return folder
-
-
 def save(library: Path, refuse: str, kind: str, path: Path, **options: object) -> dict[str, object]:
     done = run(SAVE, kind, path, json.dumps(options), env=preload(library, refuse))
     assert done.returncode == 0, done.stderr

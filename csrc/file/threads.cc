@@ -64,9 +64,13 @@ void WorkerPool::offer(std::function<void()> task) noexcept {
   try {
     const std::lock_guard lock(mutex_);
     offered_.push_back(std::move(task));
-    start_one_if_needed();
+    try {
+      start_one_if_needed();
+    } catch (const std::exception&) {
+      if (running_.empty()) offered_.pop_back();
+    }
   } catch (const std::exception&) {
-    // It waits for a thread that runs, or for none.
+    return;  // no memory for it
   }
   posted_.notify_one();
 }
