@@ -26,7 +26,7 @@ from helpers import filled, names, open_descriptors, preload, run, same
 import fastshard
 from fastshard import Options, _native, save_file, save_files
 from fastshard.engine.engine import IO_URING_VARIABLE, Engine
-from fastshard.engine.plan import HOST, FilePlan, TensorView
+from fastshard.engine.plan import FETCHED, HOST, FilePlan, TensorView
 
 pytestmark = pytest.mark.usefixtures("no_hang")
 
@@ -253,8 +253,9 @@ def test_cancel(engines: NewEngine, path: Path) -> None:
     data = bytes(64 * MIB)
     engine = engines()
     view = TensorView(ctypes.cast(data, ctypes.c_void_p).value or 0, len(data), HOST)
-    future = engine.submit([FilePlan(os.fsencode(path), b"", [view])], keep_alive=data)
-    future.cancel()
+    plan = FilePlan(os.fsencode(path), b"", [view, TensorView(0, 8, FETCHED)])  # it waits for the last bytes
+    future = engine.submit([plan], keep_alive=data, fetch=lambda *_: None, serve=False)
+    assert future.cancel()
     with pytest.raises(CancelledError):
         future.result()
     assert names(path.parent) == []

@@ -107,10 +107,15 @@ def on_host(data: bytes) -> TensorView:
 
 
 def submit(
-    engine: Engine, files: dict[Path, list[TensorView]], fetch: Fetch, keep: object = None
+    engine: Engine,
+    files: dict[Path, list[TensorView]],
+    fetch: Fetch,
+    keep: object = None,
+    *,
+    serve: bool = True,
 ) -> SaveFuture:
     plans = [FilePlan(os.fsencode(path), HEADER, views) for path, views in files.items()]
-    return engine.submit(plans, keep_alive=keep, fetch=fetch)
+    return engine.submit(plans, keep_alive=keep, fetch=fetch, serve=serve)
 
 
 def noise(nbytes: int, seed: int = 0) -> bytes:
@@ -244,7 +249,7 @@ def test_cancelled_by_the_thread_that_waits(new_engine: NewEngine, path: Path) -
         library(*request)
         futures[0].cancel()
 
-    futures.append(submit(new_engine(), {path: [fetched(data)]}, fetch))
+    futures.append(submit(new_engine(), {path: [fetched(data)]}, fetch, serve=False))
     with pytest.raises(CancelledError):
         futures[0].result()
     assert len(library.asked) <= 2
@@ -254,8 +259,8 @@ def test_cancelled_by_the_thread_that_waits(new_engine: NewEngine, path: Path) -
 def test_cancelled_before_anything_was_brought(new_engine: NewEngine, path: Path) -> None:
     data = noise(5 * SLOT)
     library = Library([data])
-    future = submit(new_engine(), {path: [fetched(data)]}, library)
-    future.cancel()
+    future = submit(new_engine(), {path: [fetched(data)]}, library, serve=False)
+    assert future.cancel()
     with pytest.raises(CancelledError):
         future.result()
     assert library.asked == []
