@@ -49,7 +49,8 @@ struct FilePlanType : RecordType {
 struct SaveOptionsType : RecordType {
   SaveOptionsType() : RecordType("SaveOptions") { require_all_known(); }
   const Field streams = field("streams"), durable = field("durable"), keep_cached = field("keep_cached"),
-              checksums = field("checksums"), amended = field("amended"), follow_links = field("follow_links");
+              checksums = field("checksums"), amended = field("amended"), held = field("held"),
+              tells_read = field("tells_read"), follow_links = field("follow_links");
 };
 
 struct Types {
@@ -233,6 +234,8 @@ SaveOptions options_from(py::handle object) {
                      .keep_cached = record[type.keep_cached].cast<bool>(),
                      .checksums = record[type.checksums].cast<bool>(),
                      .amended = record[type.amended].cast<bool>(),
+                     .held = record[type.held].cast<bool>(),
+                     .tells_read = record[type.tells_read].cast<bool>(),
                      .follow_links = record[type.follow_links].cast<bool>()}};
 }
 

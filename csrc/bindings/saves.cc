@@ -80,6 +80,10 @@ void bind_save(py::module_& module) {
       .def(
           "finished", [](const SaveHandle& handle) { return handle.save->finished(); }, Released())
       .def(
+          "begin", [](SaveHandle& handle) { handle.save->start(false); }, Released())
+      .def(
+          "read", [](const SaveHandle& handle) { return handle.save->read(); }, Released())
+      .def(
           "cancel", [](SaveHandle& handle) { return handle.save->cancel(); }, Released())
       .def(
           "disown_fetches", [](SaveHandle& handle) { handle.save->disown_fetches(false); }, Released())

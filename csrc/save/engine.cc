@@ -49,7 +49,7 @@ std::shared_ptr<Save> Engine::submit(std::shared_ptr<const SavePlan> plan, const
   Resources resources{ring_, workers_, write_behind_, *host_, devices_of(*plan), io_uring_refused_};
   intent.wanted = options_.write_path;
   auto save = std::make_shared<Save>(std::move(plan), streams, intent, std::move(commit), std::move(resources));
-  save->start(is_small(*save, intent));
+  if (!intent.held) save->start(is_small(*save, intent));
   return save;
 }
 

@@ -55,6 +55,7 @@ Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>&
 Save::~Save() = default;
 
 void Save::start(bool here) {
+  if (begun_.exchange(true)) return;
   if (writers_.empty()) return finish();
   // The largest first: the last writer to finish then has the least left.
   std::vector<size_t> order(writers_.size());
@@ -141,7 +142,9 @@ void Save::write_share(size_t index) {
     if (!stored_together(*file)) store(index);
   });
   awake.reset();
-  if (--unfinished_files_ == 0 && !await_amendment()) finish();
+  if (--unfinished_files_ != 0) return;
+  say_read();
+  if (!await_amendment()) finish();
 }
 
 // Sees to it that what was written of a file is where it has to be before anything is published. An error of writeback
@@ -160,6 +163,14 @@ void Save::store(size_t index) {
 // wait for these to pause. What is to be amended is synced afterwards.
 bool Save::stored_together(const OutputFile& file) const {
   return intent_.amended || (file.write_path() == WritePath::direct && !bounded_);
+}
+
+void Save::say_read() {
+  const std::lock_guard lock(mutex_);
+  read_ = true;
+  if (!intent_.tells_read) return;
+  tell_read_ = true;
+  changed_.notify_all();
 }
 
 // Whether the save is not to be finished yet: Python has its say first, or whoever cancels.
@@ -244,7 +255,7 @@ bool Save::fail(std::exception_ptr error) {
   }
   progress_.stop = true;
   fetches_.abort();
-  if (abandoned) finish();
+  if (abandoned || !begun_.exchange(true)) finish();
   return true;
 }
 
@@ -303,7 +314,8 @@ void Save::finish() {
 bool Save::wait(double seconds) {
   std::unique_lock lock(mutex_);
   changed_.wait_for(lock, std::chrono::duration<double>(seconds),
-                    [&] { return finished_ || amending_ == Amending::due || !fetches_.empty(); });
+                    [&] { return finished_ || tell_read_ || amending_ == Amending::due || !fetches_.empty(); });
+  tell_read_ = false;
   if (finished_ && error_) std::rethrow_exception(error_);
   return finished_;
 }
@@ -316,6 +328,11 @@ void Save::settle() {
 std::vector<std::vector<uint32_t>> Save::checksums() const {
   const std::lock_guard lock(mutex_);
   return checksums_;
+}
+
+bool Save::read() const {
+  const std::lock_guard lock(mutex_);
+  return read_ || finished_;
 }
 
 bool Save::finished() const {

@@ -52,14 +52,16 @@ class Save : public std::enable_shared_from_this<Save> {
        std::function<std::vector<std::string>()> commit, Resources resources);
   ~Save();
 
-  // Gives the work to the writers. Called once. The calling thread does the work for which no thread can be started,
-  // and all of it with `here`.
+  // Gives the work to the writers, unless that has been done or the save was cancelled. The calling thread does the
+  // work for which no thread can be started, and all of it with `here`.
   void start(bool here);
 
-  // Returns true when the save is finished, and false after `seconds`, or when fetch() has a request or an amendment is
-  // due. Throws what the save has failed with.
+  // Returns true when the save is finished, and false after `seconds`, when fetch() has a request or an amendment is
+  // due, and once when read() has become true, if Intent::tells_read. Throws what the save has failed with.
   bool wait(double seconds);
   bool finished() const;
+  // Returns whether all bytes have been read, so that what they were read from may change.
+  bool read() const;
   // Blocks until the save is finished, however it ends.
   void settle();
   // Stops the save when the chunks under way are done. Returns false if it is too late, as all chunks are written.
@@ -93,6 +95,7 @@ class Save : public std::enable_shared_from_this<Save> {
   void write_share(size_t index);
   void offer_share(size_t index) noexcept;
   void take_share(size_t index);
+  void say_read();
   bool await_amendment();
   void write(const Amendment& amendment);
   void take_checksums();
@@ -127,10 +130,12 @@ class Save : public std::enable_shared_from_this<Save> {
   std::vector<std::unique_ptr<FileWriter>> writers_;
   std::vector<std::atomic<size_t>> open_shares_;  // of each file, that which is certain to be written included
   std::atomic<size_t> unfinished_files_ = 0;
+  std::atomic<bool> begun_ = false;
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::exception_ptr error_;
+  bool read_ = false, tell_read_ = false;
   enum class Amending { no, due, taken } amending_ = Amending::no;
   bool ending_ = false;  // all chunks are through: too late to fail or cancel
   bool finished_ = false;

@@ -138,4 +138,8 @@ class SaveOptions(NamedTuple):
     checksums: bool = False
     amended: bool = False
     """Whether some bytes follow when all others are written."""
+    held: bool = False
+    """It begins with ``Save.begin()`` only. Its files are made, and their space is reserved, before."""
+    tells_read: bool = False
+    """``Save.wait()`` returns once when all bytes have been read."""
     follow_links: bool = False
