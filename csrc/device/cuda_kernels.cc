@@ -20,7 +20,10 @@ CudaKernels::~CudaKernels() {
 }
 
 CUfunction CudaKernels::pack(const std::shared_ptr<Context>& context) {
-  std::call_once(once_, [&] { load(context); });
+  // Not std::call_once: not everywhere may what it calls throw, and the next call is to try again.
+  const std::lock_guard lock(mutex_);
+  if (!asked_) load(context);
+  asked_ = true;
   return pack_;
 }
 

@@ -28,7 +28,8 @@ class CudaKernels {
  private:
   void load(const std::shared_ptr<Context>& context);
 
-  std::once_flag once_;
+  std::mutex mutex_;
+  bool asked_ = false;  // and answered: not out of memory
   std::shared_ptr<Context> context_;
   CUmodule module_ = nullptr;
   CUfunction pack_ = nullptr;
