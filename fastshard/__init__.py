@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from safetensors.torch import load_model as load_model
 
     from .api.archive import torch_save as torch_save
+    from .api.asynchronous import save_file_async as save_file_async
+    from .api.asynchronous import save_files_async as save_files_async
+    from .api.asynchronous import save_model_async as save_model_async
+    from .api.asynchronous import save_sharded_state_async as save_sharded_state_async
+    from .api.asynchronous import save_torch_model_async as save_torch_model_async
+    from .api.asynchronous import save_torch_state_dict_async as save_torch_state_dict_async
+    from .api.asynchronous import torch_save_async as torch_save_async
     from .api.hub import save_torch_model as save_torch_model
     from .api.hub import save_torch_state_dict as save_torch_state_dict
     from .api.prepared import PreparedSave as PreparedSave
@@ -28,6 +35,8 @@ if TYPE_CHECKING:
     from .api.saving import save_model as save_model
     from .api.sharded_load import load_sharded_state as load_sharded_state
     from .api.sharded_save import save_sharded_state as save_sharded_state
+    from .engine.background import asynchronous as asynchronous
+    from .engine.background import wait_all as wait_all
     from .engine.engine import Engine as Engine
     from .engine.engine import SaveFuture as SaveFuture
     from .engine.figures import stats as stats
@@ -55,6 +64,7 @@ _HOMES = {
     "SaveFuture": "fastshard.engine.engine",
     "Stats": "fastshard.engine.options",
     "Status": "fastshard.integrations.report",
+    "asynchronous": "fastshard.engine.background",
     "install": "fastshard.integrations.patching",
     "installed": "fastshard.integrations.patching",
     "load": "safetensors.torch",
@@ -67,16 +77,24 @@ _HOMES = {
     "safe_open": "safetensors",
     "save": "fastshard.api.saving",
     "save_file": "fastshard.api.saving",
+    "save_file_async": "fastshard.api.asynchronous",
     "save_files": "fastshard.api.saving",
+    "save_files_async": "fastshard.api.asynchronous",
     "save_model": "fastshard.api.saving",
+    "save_model_async": "fastshard.api.asynchronous",
     "save_sharded_state": "fastshard.api.sharded_save",
+    "save_sharded_state_async": "fastshard.api.asynchronous",
     "save_torch_model": "fastshard.api.hub",
+    "save_torch_model_async": "fastshard.api.asynchronous",
     "save_torch_state_dict": "fastshard.api.hub",
+    "save_torch_state_dict_async": "fastshard.api.asynchronous",
     "shard_checkpoint": "fastshard.tools.reshard",
     "stats": "fastshard.engine.figures",
     "status": "fastshard.integrations.report",
     "torch_save": "fastshard.api.archive",
+    "torch_save_async": "fastshard.api.asynchronous",
     "uninstall": "fastshard.integrations.patching",
+    "wait_all": "fastshard.engine.background",
 }
 
 __all__ = list(_HOMES)

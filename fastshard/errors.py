@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import TypeVar
 
 from safetensors import SafetensorError
@@ -50,3 +52,12 @@ def rewritten(error: OSError, kind: type[_Kind], filename: str | bytes | None = 
     if notes:
         made.__dict__["__notes__"] = list(notes)
     return made
+
+
+@contextlib.contextmanager
+def save_errors() -> Iterator[None]:
+    """Raises failed system calls of the native module as :class:`SaveError`."""
+    try:
+        yield
+    except OSError as error:
+        raise rewritten(error, SaveError) from None

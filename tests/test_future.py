@@ -371,7 +371,8 @@ def test_figures_are_those_of_the_thread_that_started_it(path: Path) -> None:
         fastshard.save_file({"another": torch.ones(3)}, path.parent / "another")
 
     plan = pipeline.plan_file(state, path, None, How(checksums=True))
-    future = pipeline.start({path: plan}, How(checksums=True), time.perf_counter(), serve=True)
+    future = pipeline.start({path: plan}, How(checksums=True), time.perf_counter())
+    future.serve()
     until(future.done)
     thread = threading.Thread(target=elsewhere)
     thread.start()

@@ -73,7 +73,7 @@ LEFT_OUT: dict[str, dict[str, str]] = {
 """Public function -> common option that it does not have -> why."""
 
 NOT_SAVING = {
-    "install", "installed", "uninstall", "load", "load_file", "load_model", "load_sharded_state", "stats", "status",
+    "wait_all", "install", "installed", "uninstall", "load", "load_file", "load_model", "load_sharded_state", "stats", "status",
 }  # fmt: skip
 
 
@@ -83,7 +83,18 @@ def function(name: str) -> Callable[..., Any]:
 
 def test_every_public_function_that_saves_is_listed() -> None:
     functions = {name for name in fastshard.__all__ if inspect.isfunction(function(name))}
-    assert functions == LEFT_OUT.keys() | NOT_SAVING
+    asynchronous = {name for name in functions if name.endswith("_async")}
+    assert functions - asynchronous == LEFT_OUT.keys() | NOT_SAVING
+    made_at_once = {"save", "prepare", "shard_checkpoint", "merge_checkpoint", "reshard_checkpoint"}
+    assert asynchronous == {f"{name}_async" for name in LEFT_OUT.keys() - made_at_once}
+
+
+def test_an_asynchronous_form_has_the_savers_parameters_and_those_of_asynchronous() -> None:
+    own = list(inspect.signature(fastshard.asynchronous).parameters.values())
+    for name in [name for name in fastshard.__all__ if name.endswith("_async")]:
+        saver = function(name.removesuffix("_async"))
+        theirs = list(inspect.signature(saver).parameters.values())
+        assert list(inspect.signature(function(name)).parameters.values()) == theirs + own, name
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)

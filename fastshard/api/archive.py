@@ -9,8 +9,8 @@ torch writes over it.
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import functools
 import io
 import os
 import pickle
@@ -23,14 +23,15 @@ import torch
 
 from ..base.activity import count_left
 from ..base.originals import original_of
+from ..engine import background
 from ..engine import tensors as _tensors
 from ..engine.engine import Engine, Options, Stats, engine_for, progress_wanted
 from ..engine.figures import counted, keep_stats
-from ..engine.pipeline import How, encoded_path, finish
+from ..engine.pipeline import How, encoded_path, finish, wanted
 from ..engine.plan import FilePlan
-from ..publish.in_place import LATE, note_made, why_in_place
+from ..publish.in_place import LATE, note_when_made, why_in_place
 from .archive_by_torch import can_replace, new_file, replace_by_torch, sync_folder
-from .archive_errors import NO_SPACE, archive_error, archive_errors, no_space
+from .archive_errors import NO_SPACE, archive_error, archive_errors, as_archive_error, no_space
 from .archive_skeleton import NotByEngine, Pickling, Plan, Skeleton, make_skeleton, plan, stem_in_archive
 
 if TYPE_CHECKING:
@@ -131,6 +132,8 @@ def _save(original: Callable[..., None], pickling: Pickling, f: Any, how: How, i
     if not stem_in_archive(path):
         count_left(_CALL, "a path that torch takes for no file name")
         return by_torch(path)
+    # In a block of asynchronous() only what is written at once waits for earlier saves.
+    background.make_way(path, wait=background.current() is None)
     with archive_errors(path):
         encoded_path(path)
         try:
@@ -156,6 +159,7 @@ def _save(original: Callable[..., None], pickling: Pickling, f: Any, how: How, i
         if not can_replace(path):
             return _write_over(by_torch, path, reason, how)
         count_left(_CALL, reason)
+        background.make_way(path)
         by_name = pickling.new_format and path.isascii()
         replace_by_torch(by_torch, path, by_name, how.durable, how.keep_cached)
 
@@ -193,6 +197,7 @@ def _write_new(pickling: Pickling, path: str, how: How, began: float) -> str | N
 def _publish(made: _native.NewFile, path: str, how: How, began: float) -> None:
     """Publishes a small archive that torch has written."""
     try:
+        background.make_way(path)
         with archive_errors(path):
             nbytes, refused = made.publish(how.durable)
     finally:
@@ -221,6 +226,10 @@ def _stats_of(nbytes: int, seconds: float, refused: Sequence[str]) -> Stats:
 
 def _write(path: str, skeleton: Skeleton, planned: Plan, how: How, began: float) -> None:
     file = FilePlan(encoded_path(path), b"", planned.items)
+    scope = background.current()
+    if scope is not None and scope.check_unchanged:
+        raise ValueError("check_unchanged: torch does not count changes of storages, which torch.save writes")
+
     with archive_errors(path):
         future = engine_for(how.engine).submit(
             [file],
@@ -232,18 +241,26 @@ def _write(path: str, skeleton: Skeleton, planned: Plan, how: How, began: float)
             follow_links=True,
             fetch=planned.fetch,
             amend=planned.amend,
-            steps=[counted(_CALL, path)],
+            steps=[functools.partial(note_when_made, path), counted(_CALL, path)],
+            explain=functools.partial(_explained, path, skeleton.nbytes),
             plan_seconds=time.perf_counter() - began,
             serve=False,
+            wanted=None if scope is None else wanted(scope, [path]),
         )
         finish(future, how.progress, os.path.basename(path))
-    with contextlib.suppress(OSError):  # others may have moved it already
-        note_made(path)
+
+
+def _explained(path: str, nbytes: int, error: BaseException) -> BaseException | None:
+    """Returns what the caller is told of an error of the engine."""
+    if isinstance(error, OSError) and error.errno in NO_SPACE and not getattr(error, "published", False):
+        return no_space(error.errno, path, nbytes)
+    return as_archive_error(path, error)
 
 
 def _write_over(by_torch: Callable[[Any], None], path: str, reason: str, how: How) -> None:
     """Writes as torch does, and leaves what torch leaves."""
     count_left(_CALL, reason)
+    background.make_way(path)
     by_torch(path)
     if not how.durable and how.keep_cached:
         return

@@ -76,11 +76,18 @@ class archive_errors:  # noqa: N801 (used as a function is)
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if isinstance(error, OSError):
-            published = getattr(error, "published", False)
-            number = error.errno if error.errno is not None else errno.EIO
-            text = error.strerror or str(error)
-            raise archive_error(number, text, self._path, published=published) from None
+        found = None if error is None else as_archive_error(self._path, error)
+        if found is not None:
+            raise found from None
+
+
+def as_archive_error(path: str, error: BaseException) -> ArchiveError | None:
+    """Returns the error of a failed system call as an :class:`ArchiveError`; ``None`` for all others."""
+    if not isinstance(error, OSError):
+        return None
+    published = getattr(error, "published", False)
+    number = error.errno if error.errno is not None else errno.EIO
+    return archive_error(number, error.strerror or str(error), path, published=published)
 
 
 def no_space(number: int, path: str, needed: int | None) -> ArchiveError:

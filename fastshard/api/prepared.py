@@ -231,7 +231,7 @@ class PreparedSave:
             return None
         self._fetching = FETCHED in bound.devices
         try:
-            figures = finish(future, progress, os.path.basename(filename))
+            figures = finish(future, progress, os.path.basename(filename)) or future.stats
             keep_stats(figures, "PreparedSave.save", filename)
             return figures
         except CancelledError:

@@ -104,10 +104,8 @@ def save_sharded_state(
     parts = {names.part(i): part for i, part in enumerate(_split(_separated(kept), max_size))}
     how = How(durable=durable, keep_cached=keep_cached, progress=progress, allow_strided=True, engine=engine)
     with staged(os.fspath(path), names.is_part, how, call="save_sharded_state", create=True) as stage:
-        for name, part in parts.items():
-            stage.add(part, os.path.join(stage.path, name), None)
+        sizes = {name: stage.add(part, os.path.join(stage.path, name), None) for name, part in parts.items()}
         aliases = {name: _alias(state[name], holder, state[holder]) for name, holder in covered.items()}
-        stage.write()
         manifest = Manifest(
             ranks=ranks,
             pattern=names.pattern,
@@ -115,7 +113,7 @@ def save_sharded_state(
             writer=writer,
             quantization=quantization,
             post_processed=post_processed,
-            files={name: os.path.getsize(os.path.join(stage.path, name)) for name in parts},
+            files=sizes,
             tensors={tensor: name for name, part in parts.items() for tensor in part},
             aliases=aliases,
         )

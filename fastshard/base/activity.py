@@ -69,6 +69,14 @@ class one_save:  # noqa: N801 (used as a function is)
             seconds = time.perf_counter() - self._began
             count_saved(self._call, self._place, self._files, self._nbytes, seconds)
 
+    @staticmethod
+    def around() -> tuple[str, object] | None:
+        """Returns the public function and the place of the outermost block that this thread is in."""
+        save = _this_thread.save
+        while save is not None and save._outer is not None:
+            save = save._outer
+        return None if save is None else (save._call, save._place)
+
     def add(self, files: int, nbytes: int) -> None:
         self._files += files
         self._nbytes += nbytes

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -19,12 +20,15 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from ..base.living import Living
 from ..base.loading import load
 from ..base.settings import flag
-from . import limits
+from ..errors import save_errors
+from . import background, limits, snapshots
+from .arena import Arena
+from .background import Wanted as Wanted
 from .future import Amend as Amend
+from .future import Background, Served
 from .future import Fetch as Fetch
 from .future import SaveFuture as SaveFuture
 from .future import Step as Step
-from .future import save_errors
 from .options import Options as Options
 from .options import Stats as Stats
 from .options import usable_cpus as usable_cpus
@@ -56,6 +60,8 @@ class Engine:
         self._saves: Living[SaveFuture] = Living()
         self._prepared: Living[_native.Prepared] = Living()
         self._spares: Living[_native.Engine] = Living()
+        self.arena = Arena(self.options.snapshot_budget)
+        """The memory of snapshots."""
         self._submitting: list[int] = []
         """Threads that are in the middle of submitting a save."""
         self._natives: dict[None, _native.Engine] = {None: self._start()}
@@ -87,10 +93,11 @@ class Engine:
         amend: Amend | None = None,
         steps: Sequence[Step] = (),
         undo: Callable[[], None] | None = None,
-        explain: Callable[[BaseException], None] | None = None,
+        explain: Callable[[BaseException], BaseException | None] | None = None,
         tensor_names: Mapping[str, Sequence[str]] | None = None,
         plan_seconds: float = 0.0,
         serve: bool = True,
+        wanted: Wanted | None = None,
     ) -> SaveFuture:
         """Starts a save of these files: all of them become visible, or none.
 
@@ -107,10 +114,13 @@ class Engine:
             steps: called one after the other with the figures of the save when the files stand, until one raises. The save ends
                 with the last one.
             undo: called at the end of a save that was started, however it ends.
-            explain: changes what an error of the save says or names, before anybody sees it.
+            explain: changes what an error of the save says or names, before anybody sees it, or returns another
+                error in its place.
             tensor_names: of each file, for ``Stats.checksums``.
             plan_seconds: how long planning has taken, for ``Stats``.
             serve: a thread of the engine calls these functions. Otherwise whoever waits for the save does.
+            wanted: for a save whose caller goes on while its files are written. It is to be served as soon as its
+                caller does not wait for the snapshot any more.
 
         Raises:
             SaveError: there is no space, no directory, ...; raised before the first copy.
@@ -125,26 +135,49 @@ class Engine:
             follow_links=follow_links,
         )
 
-        def start(native: _native.Engine) -> SaveFuture:
-            kept = [keep_alive, self, native]
-            save = native.submit(list(files), asked, kept)
-            return SaveFuture(
-                save,
-                kept=kept,
-                fetch=fetch,
-                amend=amend,
-                steps=steps,
-                undo=undo,
-                explain=explain,
-                tensor_names=tensor_names,
-                plan_seconds=plan_seconds,
-                settled=_rest_at_exit,
-            )
-
-        future = self._submit(start)
+        served = Served(
+            fetch=fetch,
+            amend=amend,
+            steps=steps,
+            undo=undo,
+            explain=explain,
+            tensor_names=tensor_names,
+            plan_seconds=plan_seconds,
+        )
+        if wanted is not None:
+            return snapshots.start_behind(self, wanted, files, asked, keep_alive, served)
+        future = self.start(files, asked, keep_alive, served)
         if serve and (fetch or amend or steps or undo):
             future.serve()
         return future
+
+    def start(
+        self,
+        files: Sequence[FilePlan],
+        asked: SaveOptions,
+        keep_alive: object,
+        served: Served,
+        settled: Callable[[SaveFuture], None] | None = None,
+        background: Background | None = None,
+    ) -> SaveFuture:
+        """Starts a save. Its parts are those of :meth:`submit`, which says what they are."""
+
+        def start(native: _native.Engine) -> SaveFuture:
+            kept = [keep_alive, self, native]
+            save = native.submit(list(files), asked, kept)
+            return SaveFuture(save, kept=kept, served=served, settled=end, background=background)
+
+        def end(future: SaveFuture) -> None:
+            if settled is not None:
+                settled(future)
+            _rest_at_exit()
+
+        return self._submit(start)
+
+    def in_flight(self) -> list[SaveFuture]:
+        """Returns the asynchronous saves of this engine that have not ended, the oldest first."""
+        mine = self._saves.all()
+        return [future for future in background.in_flight() if any(future is one for one in mine)]
 
     def prepare(self, file: FilePlan, generations: int, tag: object = None) -> _native.Prepared:
         """Makes the files of a prepared save (:func:`fastshard.prepare`), ``generations`` of them.
@@ -182,7 +215,8 @@ class Engine:
             save = prepared.submit(asked, tag, kept)
             if save is None:
                 return None
-            return SaveFuture(save, kept=kept, fetch=fetch, tensor_names=tensor_names, settled=_rest_at_exit)
+            served = Served(fetch=fetch, tensor_names=tensor_names)
+            return SaveFuture(save, kept=kept, served=served, settled=_rest_at_exit)
 
         return self._submit(start)
 
@@ -249,6 +283,7 @@ class Engine:
             return  # one that this call has interrupted; what it uses goes with it
         for prepared in self._prepared.all():
             prepared.close()
+        self.arena.release()
         native = self._natives.pop(None, None)
         if native is not None:
             native.close()
@@ -266,6 +301,8 @@ class Engine:
             leak(future._native)
         for native in (*self._prepared.all(), *self._spares.all(), *self._natives.values()):
             leak(native)
+        for locked in self.arena.abandon():
+            leak(locked)
         self._saves, self._prepared, self._spares = Living(), Living(), Living()
         self._submitting.clear()
         self._natives.clear()
@@ -319,7 +356,7 @@ def io_uring_allowed() -> bool:
     return flag(IO_URING_VARIABLE, True)
 
 
-def _rest_at_exit() -> None:
+def _rest_at_exit(_: object = None) -> None:
     if _exiting:
         for engine in _engines.all():
             engine._rest()
@@ -330,6 +367,20 @@ def _at_exit() -> None:
     global _exiting
     _exiting = True
     _rest_at_exit()
+    if background.report_lost():
+        _fail_at_exit()
+
+
+def _fail_at_exit() -> None:
+    """Ends the process with exit code 1, when all other exit hooks have run."""
+    atexit.unregister(_at_exit)
+    run = getattr(atexit, "_run_exitfuncs", None)
+    if run is not None:
+        run()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(1)
 
 
 def _after_fork() -> None:

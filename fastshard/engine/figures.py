@@ -6,7 +6,8 @@ from __future__ import annotations
 import functools
 import threading
 
-from ..base.activity import count_saved
+from ..base.activity import count_saved, one_save
+from . import background
 from .future import Step
 from .options import Stats
 
@@ -37,6 +38,9 @@ def counted(call: str, place: object) -> Step:
     """Returns the last step of a save of this thread, which counts it as one of the public function
     ``call``."""
     of_starter = _of_this_thread()
+    around = one_save.around()
+    if around is not None and background.current() is not None:
+        call, place = around  # it will have ended before the save
     return functools.partial(_keep, call, place, of_starter)
 
 

@@ -1,44 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The handle of a save, which everybody holds who has started one.
-
-A save is a list of steps. The native module copies and writes. It asks Python for bytes that only Python has,
-and for bytes that are known only when all others are in place. Then the steps of the caller run, of which
-publishing a directory is one. A thread of the engine can serve all of this, so that a save ends whether or
-not anybody waits for it. Whoever waits serves, too. A save that is waited for at once needs no thread: it
-then runs with the caller's current stream and thread-local state, and signals reach it as in any other call.
-
-No lock is held in here that a signal handler could wait for while it interrupts the holder: each change is a
-single step of the interpreter.
-"""
+"""The handle of a save, which everybody holds who has started one."""
 
 from __future__ import annotations
 
-import _thread
-import collections
-import contextlib
 import copy
-import logging
-import os
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import CancelledError
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from ..errors import SaveError, rewritten
 from .options import Stats
-
-if TYPE_CHECKING:
-    from .. import _native
-
-Fetch = Callable[[int, int, int, int, int], None]
-Amend = Callable[[list[list[int]]], list[tuple[int, int, bytes]]]
-Step = Callable[[Stats], None]
-_POLL_SECONDS: Final = 0.1
-"""The longest time until Ctrl-C is noticed."""
-_START_SECONDS: Final = 1.0
-"""The time that a thread is given to begin."""
-_log: Final = logging.getLogger("fastshard")
+from .serving import Amend as Amend
+from .serving import Background as Background
+from .serving import Fetch as Fetch
+from .serving import Served as Served
+from .serving import ServedSave
+from .serving import Step as Step
 
 
 class Progress(NamedTuple):
@@ -48,71 +24,12 @@ class Progress(NamedTuple):
     nbytes: int
 
 
-@contextlib.contextmanager
-def save_errors() -> Iterator[None]:
-    """Raises failed system calls of the native module as :class:`SaveError`."""
-    try:
-        yield
-    except OSError as error:
-        raise rewritten(error, SaveError) from None
-
-
-class SaveFuture:
+class SaveFuture(ServedSave):
     """A save under way, with the methods of ``concurrent.futures.Future``. Any thread may use it.
 
-    It keeps the tensors alive. Whoever started the save must not change them before it has ended.
+    It keeps the tensors alive. Whoever started the save must not change them before :meth:`staged` is true. Where
+    there is no snapshot, that is the case when all bytes are written.
     """
-
-    def __init__(
-        self,
-        native: _native.Save,
-        *,
-        kept: list[object],
-        fetch: Fetch | None = None,
-        amend: Amend | None = None,
-        steps: Sequence[Step] = (),
-        undo: Callable[[], None] | None = None,
-        explain: Callable[[BaseException], None] | None = None,
-        tensor_names: Mapping[str, Sequence[str]] | None = None,
-        plan_seconds: float = 0.0,
-        settled: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._native = native
-        self._kept = kept
-        self._fetch = fetch
-        self._amend = amend
-        self._steps = collections.deque(steps)
-        self._undo = undo
-        self._explain = explain
-        self._names = tensor_names or {}
-        self._plan_seconds = plan_seconds
-        self._on_settled = settled
-        self._callbacks: list[Callable[[SaveFuture], object]] = []
-        self.began: Final = time.time() - plan_seconds
-        """When planning began, in seconds since the epoch."""
-        self._pid = os.getpid()
-        self._starter = threading.get_ident()
-        self._only_native = not steps and undo is None
-        self._serving: list[int] = []
-        """Threads that are in the middle of a step."""
-        self._claims: dict[str, object] = {}
-        """Who does what only one thread may do."""
-        self._served_from: float | None = None
-        """When a thread was started to serve this save."""
-        self._is_served = False
-        """Whether that thread has begun to."""
-        self._stopped = False
-        self._error: BaseException | None = None
-        self._final: Stats | None = None
-        """Figures that do not change any more."""
-        self._settled = False
-        # Free once the save is settled. Taken for no more than a moment then, so nobody is interrupted while holding it.
-        self._gate = _thread.allocate_lock()
-        self._gate.acquire()
-
-    def done(self) -> bool:
-        """Returns whether the save has ended: the files stand, or it has failed or was cancelled."""
-        return self._settled or (self._only_native and self._native.finished())
 
     def running(self) -> bool:
         """Returns whether the save is under way."""
@@ -122,40 +39,26 @@ class SaveFuture:
         """Returns whether the save was stopped, by :meth:`cancel` or by an exception in a waiting thread."""
         return self.done() and self.wait() and isinstance(self._error, CancelledError)
 
-    def cancel(self) -> bool:
-        """Stops the save, which leaves everything as it was; :meth:`result` then raises ``CancelledError``.
+    def staged(self) -> bool:
+        """Returns whether the tensors may be changed: the file will have what they were at the call."""
+        return self._is_staged or self.done() or (self.background is not None and self._read())
 
-        Returns ``False`` if it is too late, as the save has ended or its files are about to appear.
+    def wait_staged(self, timeout: float | None = None) -> bool:
+        """Waits until the tensors may be changed, at most ``timeout`` seconds, and returns whether they may.
+
+        A save that has no snapshot is staged when all its bytes are written. Raises what the save has failed with
+        if that has happened meanwhile, as :meth:`result` does. An exception that arrives meanwhile (Ctrl-C) stops
+        the save.
         """
-        if self.done():
-            return False
-        stopped = self._native.cancel()
-        if not self._only_native and self._claims.get("end") is None:
-            self._stopped = stopped = True
-        return stopped
+        if not self._is_staged:
+            self._wait_for(self.staged, self._staged_gate, timeout)
+        if self._error is not None and self.done():
+            self.result()
+        return self.staged()
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Waits for the end of the save, at most ``timeout`` seconds, and returns whether it has ended.
-
-        An exception that arrives meanwhile (Ctrl-C) stops the save, which leaves nothing behind. Raises
-        ``RuntimeError`` in a forked child, and in a signal handler that has interrupted a step of this save.
-        """
-        self._check_process()
-        if threading.get_ident() in self._serving:
-            raise RuntimeError("this save waits for the call that has been interrupted by this one")
-        end = None if timeout is None else time.monotonic() + timeout
-        try:
-            while not self._settled:
-                self._check_process()  # a handler may have forked
-                left = _POLL_SECONDS if end is None else min(_POLL_SECONDS, max(0.0, end - time.monotonic()))
-                self._pass(left)
-                if end is not None and time.monotonic() >= end:
-                    break
-        except BaseException:
-            if os.getpid() == self._pid:
-                self._stop()
-            raise
-        return self._settled
+    def is_served_here(self) -> bool:
+        """Returns whether this call has interrupted a step of the save, which therefore cannot be waited for."""
+        return threading.get_ident() in self._serving
 
     def result(self, timeout: float | None = None) -> Stats:
         """Waits until the files stand under their names and returns the figures of the save.
@@ -196,6 +99,7 @@ class SaveFuture:
         The traceback's frames hold the handle, so only a garbage collection would release the frames of the
         failed call.
         """
+        self.seen = True
         error = self._error
         if error is not None:
             try:
@@ -220,174 +124,53 @@ class SaveFuture:
         """Returns how many bytes of the files are written, and how many there are."""
         return Progress(self._native.nbytes_written, self._native.nbytes)
 
+
+class _Nothing:
+    """Stands where a save has no native part, as everything was done before."""
+
+    nbytes = nbytes_written = 0
+    fetches = False
+
+    def finished(self) -> bool:
+        return True
+
+    def wait(self, seconds: float) -> bool:
+        return True
+
+    def read(self) -> bool:
+        return True
+
+    def cancel(self) -> bool:
+        return False
+
     def checksums(self) -> list[list[int]]:
-        """Returns the CRC-32 of each tensor of each file, in file order.
+        return []
 
-        The lists are empty unless checksums were asked for, and until everything is written.
-        """
-        return [values[1:] for values in self._native.checksums()]  # the first is the header's
+    def stats(self) -> dict[str, Any]:
+        return _NO_FIGURES.copy()
 
-    @property
-    def stats(self) -> Stats:
-        """Figures of the save. They are final once it is done."""
-        if self._final is not None:
-            return self._final
-        ended = self._native.finished()
-        figures = self._native.stats()
-        figures["seconds"] += self._plan_seconds
-        checksums = {
-            file: dict(zip(names, values))
-            for (file, names), values in zip(self._names.items(), self.checksums())
-        }
-        stats = Stats(plan_seconds=self._plan_seconds, checksums=checksums, **figures)
-        if ended:
-            self._final = stats
-        return stats
 
-    def serve(self) -> None:
-        """Lets a thread of the engine serve this save, so that it ends although nobody waits. Only the first
-        call counts.
+_NO_FIGURES: Final[dict[str, Any]] = {
+    "files": 0,
+    "nbytes": 0,
+    "seconds": 0.0,
+    "copy_seconds": 0.0,
+    "write_seconds": 0.0,
+    "sync_seconds": 0.0,
+    "write_path": "",
+    "staging": "none",
+    "staging_nbytes": 0,
+    "mapped_nbytes": 0,
+    "device_scratch_nbytes": 0,
+    "fallbacks": (),
+}
 
-        If no thread can be started, whoever waits serves it, as without this call.
-        """
-        claim = object()
-        if self._claims.setdefault("thread", claim) is not claim:
-            return
-        self._served_from = time.monotonic()
-        try:
-            _thread.start_new_thread(self._serve_until_settled, ())
-        except RuntimeError as error:
-            self._served_from = None
-            _log.warning("a save has to be waited for, as no thread is to be had to serve it: %s", error)
 
-    def needs(self, thread: int) -> bool:
-        """Returns whether the save cannot end without that thread, which has started it and brings its
-        bytes."""
-        return (
-            self._starter == thread
-            and not self._is_served
-            and self._native.fetches
-            and not self._native.finished()
-        )
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise RuntimeError("this save belongs to the parent process")
-
-    def _pass(self, seconds: float) -> None:
-        """Waits for so long, and serves the save unless a thread of the engine does."""
-        served = self._is_served
-        if (
-            not served and self._served_from is not None
-        ):  # the thread has had no memory for its first frame, perhaps
-            served = time.monotonic() < self._served_from + _START_SECONDS
-        if not served:
-            self._advance(seconds)
-        elif self._gate.acquire(timeout=seconds):
-            self._gate.release()
-
-    def _serve_until_settled(self) -> None:
-        self._is_served = True
-        while not self._settled:
-            with contextlib.suppress(BaseException):  # it is the save's, and kept for those who wait
-                self._advance(_POLL_SECONDS)
-
-    def _advance(self, seconds: float) -> None:
-        """Serves what the save asks for in the next ``seconds``, and ends it when everything is written."""
-        error = None
-        try:
-            written = self._native.wait(seconds)
-        except Exception as raised:
-            if not self._native.finished():
-                raise  # a signal handler's
-            error, written = raised, True
-            if isinstance(error, OSError):
-                error = rewritten(error, SaveError)
-        if not written:
-            return self._bring()
-        try:
-            self._end(error, seconds)
-        finally:
-            del error  # its traceback has this frame
-
-    def _bring(self) -> None:
-        """Brings the bytes that only Python can bring, and those that are known last."""
-        me = threading.get_ident()
-        self._serving.append(me)
-        try:
-            while request := self._native.fetch():
-                ticket, *what = request
-                assert self._fetch is not None
-                self._fetch(*what)
-                self._native.fetched(ticket)
-            if self._amend is not None and self._native.take_amendment():
-                self._native.amend(self._amend(self.checksums()))
-        except BaseException as error:
-            self._error = self._error or error
-            self._native.cancel()
-            self._native.disown_fetches()  # of this thread: an exception has ended what it was bringing
-        finally:
-            self._serving.remove(me)
-
-    def _end(self, error: BaseException | None, seconds: float) -> None:
-        """Runs the steps that are left if all went well, and settles the save. Waits if another thread does
-        that."""
-        me = threading.get_ident()
-        self._serving.append(me)
-        try:
-            # A thread that finds its own claim was interrupted by an exception in here, and goes on.
-            if self._claims.setdefault("end", me) != me:
-                if self._gate.acquire(timeout=seconds):
-                    self._gate.release()
-                return
-            if self._settled:
-                return
-            self._error = self._error or error
-            try:
-                while self._steps and self._error is None:
-                    if self._stopped:
-                        raise CancelledError("the save was cancelled")
-                    self._steps[0](self.stats)
-                    self._steps.popleft()
-            except BaseException as raised:
-                self._error = raised
-            undo, self._undo = self._undo, None
-            try:
-                if undo is not None:
-                    undo()
-            except BaseException as raised:
-                self._error = self._error or raised
-            if self._explain is not None and self._error is not None:
-                self._explain(self._error)
-            self._kept.clear()
-            self._fetch = self._amend = self._explain = None
-            self._settled = True
-            self._gate.release()
-        finally:
-            self._serving.remove(me)
-        self._on_settled()
-        self._call_back()
-
-    def _call_back(self) -> None:
-        while self._callbacks:
-            with contextlib.suppress(IndexError):  # another thread has taken it
-                function = self._callbacks.pop(0)
-                try:
-                    function(self)
-                except Exception:
-                    _log.exception("a callback of a save has failed")
-
-    def _stop(self) -> None:
-        """Cancels the save, and waits until nothing touches the tensors or the files any more."""
-        self._stopped = True
-        self._native.cancel()
-        self._native.disown_fetches()  # of this thread: an exception has ended what it was bringing
-        while not self._settled:
-            with contextlib.suppress(BaseException):
-                self._pass(_POLL_SECONDS)
-
-    def __del__(self) -> None:
-        # Dropped without waiting: the tensors must not go while they are being read.
-        if not getattr(self, "_settled", True) and os.getpid() == self._pid:
-            with contextlib.suppress(BaseException):
-                self.wait()
+def ended_save(figures: Stats | None) -> SaveFuture:
+    """Returns the handle of a save that had ended when its call returned. ``figures`` are those of the engine, if
+    it has made the save."""
+    nothing: Any = _Nothing()
+    future = SaveFuture(nothing, kept=[], served=Served())
+    future._final = figures
+    future.wait()
+    return future

@@ -141,6 +141,17 @@ def memory_room(root: str = "/") -> Room | None:
     return min((room for room in rooms if room is not None), default=None)
 
 
+def free_memory(root: str = "/") -> int:
+    """Returns how many bytes this process can take without anything being moved to swap space, as far as the
+    kernel and the control groups tell; a very large number if they tell nothing."""
+    available = _figures(os.path.join(root, "proc"), "meminfo").get("MemAvailable:")
+    room = memory_room(root)
+    return min(
+        _UNLIMITED if available is None else available << 10,
+        _UNLIMITED if room is None else max(0, room.nbytes),
+    )
+
+
 def _own_groups(root: str) -> Iterator[tuple[str, str]]:
     """Returns the path of this process's group for each controller; ``""`` stands for the one hierarchy of
     version 2."""

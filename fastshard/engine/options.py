@@ -17,6 +17,7 @@ _LEAST_BUDGET: Final = 1 << 20
 _DEVICE_SCRATCH: Final = 64 << 20
 _MOST_NBYTES: Final = (1 << 63) - 1
 _MOST_THREADS: Final = 4096
+_MAX_IN_FLIGHT: Final = 2
 
 
 def usable_cpus() -> int:
@@ -41,6 +42,11 @@ class Options:
     ``"mapped"`` (stores into the mapped file), ``"registered"`` (as mapped, with devices copying straight
     into page-locked windows), or ``"auto"``: what suits the save and the filesystem (``fastshard env PATH``
     tells). Where that is ``"buffered"``, idle threads store a part of a large file through mappings."""
+    max_in_flight: int = _MAX_IN_FLIGHT
+    """Asynchronous saves of the engine that may be in flight. The call of a further one waits for the oldest."""
+    snapshot_budget: int | None = None
+    """Bytes of host memory that the snapshots of asynchronous saves may take together, between saves, too. ``None``:
+    half of the memory that is free when the first one is made."""
     device_scratch: int = _DEVICE_SCRATCH
     """Bytes of each CUDA device's memory in which strided, cast and small tensors may be packed before they
     are copied to the host, with the 2 MiB of the code that packs them. It is taken in units of 2 MiB when it is
@@ -54,6 +60,8 @@ class Options:
         threads: int | None = None,
         write_path: str = "auto",
         device_scratch: int | str = _DEVICE_SCRATCH,
+        max_in_flight: int = _MAX_IN_FLIGHT,
+        snapshot_budget: int | str | None = None,
     ) -> None:
         budget = _size("memory_budget", memory_budget)
         if budget < _LEAST_BUDGET:
@@ -66,8 +74,16 @@ class Options:
             raise TypeError(f"write_path must be a str, not {type(write_path).__name__}")
         if write_path not in _WRITE_PATHS:
             raise ValueError(f"write_path must be one of {', '.join(_WRITE_PATHS)}, not {write_path!r}")
+        max_in_flight = _integer("max_in_flight", max_in_flight)
+        if max_in_flight < 1:
+            raise ValueError(f"max_in_flight must be at least 1, not {max_in_flight}")
         for name, value in (
             ("memory_budget", budget),
+            ("max_in_flight", max_in_flight),
+            (
+                "snapshot_budget",
+                None if snapshot_budget is None else _size("snapshot_budget", snapshot_budget),
+            ),
             ("threads", threads),
             ("write_path", str(write_path)),
             ("device_scratch", _size("device_scratch", device_scratch)),
@@ -80,9 +96,10 @@ class Options:
         return min(16, usable_cpus()) if self.threads is None else self.threads
 
     @property
-    def key(self) -> tuple[int, int | None, str, int]:
+    def key(self) -> tuple[int, int | None, str, int, int, int | None]:
         """Tells these options from others. It is compared without running any Python code."""
-        return self.memory_budget, self.threads, self.write_path, self.device_scratch
+        limits = self.memory_budget, self.threads, self.write_path, self.device_scratch
+        return *limits, self.max_in_flight, self.snapshot_budget
 
 
 def _size(option: str, size: object) -> int:
@@ -139,6 +156,11 @@ class Stats:
     device_scratch_nbytes: int
     """Bytes of device memory that packing took, of all devices together: in whole units of the driver, the
     code included."""
+    snapshot: str = "none"
+    """What an asynchronous save has written its files from: ``"copy"``, ``"fork"``, or ``"none"``: the tensors
+    themselves. ``"written"``: the same, and its caller waited until they were written."""
+    staged_seconds: float = 0.0
+    """Seconds from the call of an asynchronous save until the tensors might be changed."""
     fallbacks: tuple[str, ...]
     """What the filesystem, the kernel or a device refused, and what was done instead."""
     checksums: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

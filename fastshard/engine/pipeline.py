@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 
 from ..errors import SaveError
 from ..formats.safetensors import HeaderTooLarge
-from . import planning
+from . import background, planning
 from . import tensors as _tensors
-from .engine import Engine, Fetch, Options, SaveFuture, Stats, Step, engine_for, progress_wanted
+from .engine import Engine, Fetch, Options, SaveFuture, Stats, Step, Wanted, engine_for, progress_wanted
 from .figures import counted
-from .plan import FETCHED, FilePlan
+from .plan import FETCHED, FilePlan, Memory
 from .planning import Layout
 from .progress import wait_with_bar
 
@@ -150,6 +150,7 @@ def write_files(
     if description is None:
         one = os.path.basename(os.fspath(next(iter(plans)))) if len(plans) == 1 else None
         description = f"{len(plans)} files" if one is None else one
+    background.make_way(*plans, wait=background.current() is None)
     finish(start(plans, how, began), how.progress, description)
 
 
@@ -161,14 +162,15 @@ def start(
     call: str = "save_file",
     steps: Sequence[Step] = (),
     undo: Callable[[], None] | None = None,
-    explain: Callable[[BaseException], None] | None = None,
-    serve: bool = False,
+    explain: Callable[[BaseException], BaseException | None] | None = None,
+    paths: Iterable[PathLike] | None = None,
 ) -> SaveFuture:
     """Starts writing these files.
 
     ``began`` is when planning did, by ``time.perf_counter``. ``call`` is the public function under which the
-    save counts when it is complete. ``serve`` is true if perhaps nobody waits for the save. ``steps``,
-    ``undo`` and ``explain`` are those of :meth:`fastshard.Engine.submit`.
+    save counts when it is complete. ``paths`` are the files and folders that it changes, if these are not the
+    plans' own. ``steps``, ``undo`` and ``explain`` are those of :meth:`fastshard.Engine.submit`. In a block of
+    :func:`fastshard.asynchronous` the save is made behind a snapshot.
     """
     layouts = [planned.layout for planned in plans.values()]
     devices = set[int]().union(*(layout.devices for layout in layouts))
@@ -188,12 +190,62 @@ def start(
         explain=explain,
         tensor_names=names,
         plan_seconds=time.perf_counter() - began,
-        serve=serve,
+        serve=False,
+        wanted=_wanted(plans, layouts, paths),
     )
 
 
-def finish(future: SaveFuture, progress: bool | None, description: str) -> Stats:
-    """Waits for a save, with a bar if one is wanted, and returns its figures."""
+def _wanted(
+    plans: Mapping[PathLike, PlannedFile], layouts: list[Layout], paths: Iterable[PathLike] | None
+) -> Wanted | None:
+    """Returns how the save is to be made whose caller goes on; ``None`` if its caller waits."""
+    scope = background.current()
+    if scope is None or any(isinstance(planned.file.target, Memory) for planned in plans.values()):
+        return None
+    unchanged = _unchanged(layouts) if scope.check_unchanged else None
+    return wanted(scope, plans if paths is None else paths, unchanged)
+
+
+def wanted(
+    scope: background.asynchronous, paths: Iterable[PathLike], unchanged: Callable[[], None] | None = None
+) -> Wanted:
+    """Returns how a save of these files and folders is to be made in a block of :func:`fastshard.asynchronous`."""
+    places = frozenset(background.place_of(path) for path in paths)
+    return Wanted(scope.snapshot, scope.wait_staged, unchanged, places)
+
+
+def _unchanged(layouts: list[Layout]) -> Callable[[], None]:
+    """Returns a function that raises if a tensor was changed since. Raises ``ValueError`` if torch does not count
+    the changes of one."""
+    seen: list[tuple[str, torch.Tensor, int]] = []
+    for layout in layouts:
+        for name, entry in zip(layout.names, layout.entries):
+            if entry.tensor.is_inference():
+                raise ValueError(
+                    f"check_unchanged: torch does not count the changes of inference tensor {name!r}"
+                )
+            seen.append((name, entry.tensor, entry.tensor._version))
+
+    def check() -> None:
+        for name, tensor, version in seen:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"tensor {name!r} was changed before the snapshot of the save was complete"
+                )
+
+    return check
+
+
+def finish(future: SaveFuture, progress: bool | None, description: str) -> Stats | None:
+    """Waits for a save, with a bar if one is wanted, and returns its figures.
+
+    A save that was started in a block of :func:`fastshard.asynchronous` is handed over to that, and there are no
+    figures yet.
+    """
+    scope = background.current()
+    if scope is not None and future.background is not None:
+        scope.take(future)
+        return None
     if progress_wanted(progress) and future.progress().nbytes:
         wait_with_bar(future, description)
     return future.result()

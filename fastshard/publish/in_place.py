@@ -106,6 +106,12 @@ def note_made(path: str) -> None:
     _made.append((info.st_dev, info.st_ino))
 
 
+def note_when_made(path: str, _: object) -> None:
+    """Does the same as a step of a save."""
+    with contextlib.suppress(OSError):  # others may have moved it already
+        note_made(path)
+
+
 def _is_mapped(descriptor: int, info: os.stat_result) -> bool:
     inode, place = str(info.st_ino).encode(), os.readlink(f"/proc/self/fd/{descriptor}".encode())
     place = place.replace(b"\n", b"\\012")

@@ -9,7 +9,6 @@ safetensors' does not write there, but collects.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -19,19 +18,20 @@ from typing import Any, Final
 import torch
 
 from ..base.activity import one_save
+from ..engine import background
 from ..engine.engine import SaveFuture
 from ..engine.mapped import lies_in_file
 from ..engine.pipeline import How, PathLike, PlannedFile, StateDict, finish, plan_file, start, write_files
 from ..engine.sharing import storage_of
 from ..formats.naming import are_of_the_same_weights, is_safetensors_of, is_weights, pickled_stems
-from .directory import Replacement, final_places, was_left
+from .directory import Replacement, was_left
 from .folder import Named
 from .hidden_names import hidden_folder_of
+from .messages import Messages
 
 DESCRIPTION: Final = "Saving checkpoint shards"
 """The text of the progress bar."""
 _TEMPORARY_NBYTES: Final = 128 << 20
-_log: Final = logging.getLogger("fastshard")
 
 _running = threading.local()
 
@@ -58,14 +58,14 @@ class Stage:
         self._temporary: dict[int, int] = {}
         self._began: float | None = None
 
-    def add(self, tensors: StateDict, filename: PathLike, metadata: dict[str, str] | None) -> None:
-        """Adds a file to be written. Its tensors are kept alive until then.
+    def add(self, tensors: StateDict, filename: PathLike, metadata: dict[str, str] | None) -> int:
+        """Adds a file to be written. Its tensors are kept alive until then. Returns its size in bytes.
 
         Raises what :func:`fastshard.save_file` raises for the tensors.
         """
         if self._began is None:
             self._began = time.perf_counter()
-        self._files[filename] = plan_file(tensors, filename, metadata, self._how)
+        planned = self._files[filename] = plan_file(tensors, filename, metadata, self._how)
         if self.lasting is not None:
             self._unseen += tensors.values()
             self._nbytes += sum(tensor.nbytes for tensor in tensors.values())
@@ -73,6 +73,7 @@ class Stage:
                 self._look_at_storages(self.lasting)
         if self.at_once or sum(self._temporary.values()) > _TEMPORARY_NBYTES:
             self.write()
+        return planned.file.nbytes
 
     def _look_at_storages(self, lasting: Callable[[], set[int]]) -> None:
         if self._known is None:
@@ -86,7 +87,8 @@ class Stage:
     def write(self) -> None:
         """Writes in parallel what was added, and waits."""
         if self._files:
-            finish(self.start(), self._how.progress, DESCRIPTION)
+            with background.synchronous():
+                finish(self.start(), self._how.progress, DESCRIPTION)
 
     def start(self, **steps: Any) -> SaveFuture:
         """Starts writing what was added. ``steps`` are those of :func:`fastshard.engine.pipeline.start`."""
@@ -132,30 +134,30 @@ def staged(
     outer = current()
     names: set[str] = set()
     obsolete = stale or (lambda name: are_of_the_same_weights(names, name))
-    held: list[logging.LogRecord] = []
+    messages = Messages(directory)
+    background.make_way(directory)
+
     with one_save(call, directory):
         change = Replacement(directory, obsolete, create=create, durable=how.durable)
         try:
             stage = _running.stage = Stage(change.path, how)
             try:
-                with _held_back(loggers, change.path, held):
+                with messages.held_back(loggers, change.path):
                     yield stage
             finally:
                 _running.stage = outer
             names |= stage.weights()
-            preferred = _preferred(directory, names)
-            future = stage.start(steps=[change.publish], undo=change.close, explain=change.explain)
+            messages.preferred = _preferred(directory, names)
+            future = stage.start(
+                steps=[change.publish, messages.tell],
+                undo=change.close,
+                explain=change.explain,
+                paths=[directory],
+            )
         except BaseException as error:
             change.end(error)
             raise
         finish(future, how.progress, DESCRIPTION)
-    for record in held:
-        logging.getLogger(record.name).handle(record)
-    for name in preferred:
-        _log.warning(
-            "%s is of an earlier save, and loaders look for it before the .bin files that were saved just now",
-            os.path.join(directory, name),
-        )
 
 
 def save_alone(
@@ -203,28 +205,3 @@ def _preferred(directory: str, names: set[str]) -> list[str]:
 def current() -> Stage | None:
     """Returns the stage that this thread is in."""
     return getattr(_running, "stage", None)
-
-
-@contextlib.contextmanager
-def _held_back(loggers: tuple[str, ...], path: str, held: list[logging.LogRecord]) -> Iterator[None]:
-    """Holds messages about files in the stage back until these stand, and lets them name the final places.
-
-    Whoever reads of a file may open it. After an exception the messages are dropped.
-    """
-
-    def is_about_others(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        if path not in text:
-            return True
-        record.msg, record.args = final_places(text), None
-        held.append(record)
-        return False
-
-    found = [logging.getLogger(name) for name in loggers]
-    for logger in found:
-        logger.addFilter(is_about_others)
-    try:
-        yield
-    finally:
-        for logger in found:
-            logger.removeFilter(is_about_others)
