@@ -14,6 +14,7 @@ from typing import Final
 
 import torch
 
+from ..engine.background import make_way
 from ..engine.engine import Engine, Options
 from ..engine.pipeline import How
 from ..engine.sharing import by_storage
@@ -152,6 +153,7 @@ def save_torch_state_dict(
         split = theirs.split_torch_state_dict_into_shards(
             sized, filename_pattern=filename_pattern, max_shard_size=max_shard_size
         )
+    make_way(save_directory)
     place = _Place(os.fspath(save_directory), filename_pattern)
     place.check(SaveError if safe_serialization else ArchiveError)
     obsolete = place.earlier() if is_main_process else frozenset()

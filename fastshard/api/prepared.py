@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ..engine import tensors as _tensors
-from ..engine.engine import Engine, Options, Stats, engine_for
-from ..engine.figures import keep_stats
+from ..engine.background import asynchronous, make_way, place_of
+from ..engine.engine import Engine, Options, SaveFuture, Stats, engine_for
+from ..engine.figures import counted
 from ..engine.pipeline import (
     How,
     PathLike,
@@ -149,16 +150,28 @@ class PreparedSave:
         Raises ``ValueError``, naming the tensor, for a name, shape or dtype that has changed, and
         ``RuntimeError`` in a signal handler that has interrupted a save of tensors whose bytes Python brings.
         """
+        return self._save(tensors, progress, None).stats
+
+    def save_async(self, tensors: Given | None = None) -> SaveFuture:
+        """Does the same, but returns when the tensors may be changed: all is in the new file, which is then synced
+        if that is wanted, and appears. The next save waits for it.
+
+        An error after that is raised by ``result()`` of the future, or as :func:`fastshard.save_file_async` says.
+        """
+        return self._save(tensors, False, asynchronous())
+
+    def _save(self, tensors: Given | None, progress: bool | None, scope: asynchronous | None) -> SaveFuture:
         self._open()
         given = None if tensors is None else source_of(tensors)
         with self._lock:
+            make_way(self.filename)
             source = given or self._source
             source.check()
-            figures = None
-            while figures is None:
-                figures = self._attempt(source, progress)
+            future = None
+            while future is None:
+                future = self._attempt(source, progress, scope)
             self._saves += 1
-            return figures
+            return future
 
     def bind(self, tensors: Given) -> None:
         """Binds other tensors, which are saved from now on.
@@ -196,7 +209,9 @@ class PreparedSave:
             raise RuntimeError("the prepared save is closed")
         return native
 
-    def _attempt(self, source: Source, progress: bool | None) -> Stats | None:
+    def _attempt(
+        self, source: Source, progress: bool | None, scope: asynchronous | None
+    ) -> SaveFuture | None:
         """Makes one save. Returns ``None`` if a signal handler has used this object meanwhile.
 
         A handler may interrupt anywhere in here, and finds nothing half done. What is bound and the tag that
@@ -226,14 +241,18 @@ class PreparedSave:
             fetch=_fetcher(ordered, self._dtype),
             tensor_names={filename: bound.names} if self._how.checksums else None,
             tag=bound,
+            steps=[counted("PreparedSave.save", filename)],
+            paths=None if scope is None else frozenset([place_of(filename)]),
         )
         if future is None:
             return None
         self._fetching = FETCHED in bound.devices
         try:
-            figures = finish(future, progress, os.path.basename(filename)) or future.stats
-            keep_stats(figures, "PreparedSave.save", filename)
-            return figures
+            if scope is None:
+                finish(future, progress, os.path.basename(filename))
+            else:
+                scope.take(future)
+            return future
         except CancelledError:
             if self._turn == turn:
                 raise

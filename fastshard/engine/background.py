@@ -128,14 +128,15 @@ _lost: list[SaveFuture] = []
 """Saves that have failed, which nobody knows yet."""
 
 
-def watch(future: SaveFuture) -> None:
-    """Holds a save until it has ended."""
+def watch(future: SaveFuture) -> SaveFuture:
+    """Holds a save until it has ended, and returns it."""
     _in_flight[id(future)] = future
+    return future
 
 
 def ended(future: SaveFuture) -> None:
     """Lets go of a save that has ended, and keeps its error until somebody has seen it."""
-    if future._error is not None and not future.seen:
+    if future.background is not None and future._error is not None and not future.seen:
         _lost.append(future)
     _in_flight.pop(id(future), None)
 
@@ -187,16 +188,16 @@ def make_way(*paths: str | os.PathLike[str], wait: bool = True) -> None:
         for earlier in conflicting(places):
             earlier.wait()
     for lost in _lost[:]:
-        if lost.background and _meet(lost.background.paths, places):
+        if lost.seen or (lost.background and _meet(lost.background.paths, places)):
             _give_out(lost)
 
 
 def _give_out(lost: SaveFuture) -> None:
-    """Raises the error of a save that nobody has seen."""
-    with contextlib.suppress(ValueError):
+    """Raises the error of a save unless somebody has seen it."""
+    with contextlib.suppress(ValueError):  # another thread gives it out
         _lost.remove(lost)
-        if not lost.seen:
-            lost.result()
+    if not lost.seen:
+        lost.result()
 
 
 def wait_all(timeout: float | None = None) -> None:

@@ -201,24 +201,33 @@ class Engine:
         checksums: bool = False,
         fetch: Fetch | None,
         tensor_names: Mapping[str, Sequence[str]] | None = None,
+        steps: Sequence[Step] = (),
         tag: object = None,
+        paths: frozenset[str] | None = None,
     ) -> SaveFuture | None:
         """Starts filling the next generation of a prepared save. Whoever waits serves it.
 
         A save of it that this call has interrupted is cancelled. If what is bound has another tag, nothing is
-        done and ``None`` is returned. The arguments are those of :meth:`submit`.
+        done and ``None`` is returned. ``paths`` are given for a save whose caller goes on. The other arguments are
+        those of :meth:`submit`.
         """
-        asked = SaveOptions(dict(streams), durable=durable, checksums=checksums)
+        behind = None if paths is None else Background("written", paths=paths)
+        asked = SaveOptions(dict(streams), durable=durable, checksums=checksums, tells_read=paths is not None)
 
         def start(native: _native.Engine) -> SaveFuture | None:
             kept = [keep_alive, prepared, self, native]
             save = prepared.submit(asked, tag, kept)
             if save is None:
                 return None
-            served = Served(fetch=fetch, tensor_names=tensor_names)
-            return SaveFuture(save, kept=kept, served=served, settled=_rest_at_exit)
+            served = Served(fetch=fetch, steps=steps, tensor_names=tensor_names)
+            return SaveFuture(save, kept=kept, served=served, settled=end, background=behind)
 
-        return self._submit(start)
+        def end(future: SaveFuture) -> None:
+            background.ended(future)
+            _rest_at_exit()
+
+        future = self._submit(start)
+        return future if future is None or behind is None else background.watch(future)
 
     def _submit(self, start: Callable[[_native.Engine], F]) -> F:
         thread = threading.get_ident()

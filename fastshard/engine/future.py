@@ -10,12 +10,12 @@ from concurrent.futures import CancelledError
 from typing import Any, Final, NamedTuple
 
 from .options import Stats
-from .serving import Amend as Amend
-from .serving import Background as Background
-from .serving import Fetch as Fetch
-from .serving import Served as Served
+from .parts import Amend as Amend
+from .parts import Background as Background
+from .parts import Fetch as Fetch
+from .parts import Served as Served
+from .parts import Step as Step
 from .serving import ServedSave
-from .serving import Step as Step
 
 
 class Progress(NamedTuple):

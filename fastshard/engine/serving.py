@@ -20,52 +20,22 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import CancelledError
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import SaveError, rewritten
 from .options import Stats
+from .parts import Background, Served
 
 if TYPE_CHECKING:
     from .. import _native
 
-Fetch = Callable[[int, int, int, int, int], None]
-Amend = Callable[[list[list[int]]], list[tuple[int, int, bytes]]]
-Step = Callable[[Stats], None]
 _POLL_SECONDS: Final = 0.1
 """The longest time until Ctrl-C is noticed."""
 _START_SECONDS: Final = 1.0
 """The time that a thread is given to begin."""
 _log: Final = logging.getLogger("fastshard")
-
-
-class Served(NamedTuple):
-    """What Python does for a save. :meth:`fastshard.Engine.submit` describes the fields."""
-
-    fetch: Fetch | None = None
-    amend: Amend | None = None
-    steps: Sequence[Step] = ()
-    undo: Callable[[], None] | None = None
-    explain: Callable[[BaseException], BaseException | None] | None = None
-    tensor_names: Mapping[str, Sequence[str]] | None = None
-    plan_seconds: float = 0.0
-
-
-class Background(NamedTuple):
-    """What is different about a save whose caller goes on while its files are written."""
-
-    kind: str
-    """The snapshot: ``"copy"``, ``"fork"``, ``"none"`` (nobody changes the tensors), or ``"written"`` (there is
-    none: the tensors may be changed when all bytes are written)."""
-    packing: ServedSave | None = None
-    """The save that copies the tensors into the arena. The save itself is held until it has ended."""
-    after: Sequence[ServedSave] = ()
-    """Earlier saves of the same files. The save is held until they have ended."""
-    paths: frozenset[str] = frozenset()
-    """The files and folders that it will change."""
-    refused: tuple[str, ...] = ()
-    """Why there is no better snapshot, for ``Stats.fallbacks``."""
 
 
 class ServedSave:
@@ -100,6 +70,8 @@ class ServedSave:
         """``None`` for a save that its caller waits for."""
         self._packing = background.packing if background else None
         self._held = background is not None and (self._packing is not None or bool(background.after))
+        self._packed: Stats | None = None
+        """The figures of the packing."""
         self._is_staged = background is not None and background.kind in ("fork", "none")
         self.seen: bool = False
         """Whether somebody has been told how the save ended."""
@@ -207,6 +179,11 @@ class ServedSave:
         background = self.background
         if background is not None:
             figures["fallbacks"] += background.refused
+            if self._packed is not None:
+                figures["fallbacks"] += self._packed.fallbacks
+                figures["copy_seconds"] += self._packed.copy_seconds
+                for name in ("staging", "staging_nbytes", "device_scratch_nbytes"):
+                    figures[name] = getattr(self._packed, name)
             figures["snapshot"] = background.kind
             figures["staged_seconds"] = self.staged_seconds
         stats = Stats(plan_seconds=self._plan_seconds, checksums=checksums, **figures)
@@ -304,6 +281,7 @@ class ServedSave:
             if error is not None:
                 self._error = self._error or error
                 self._native.cancel()
+            self._packed = packing.stats
             self._packing = None  # and the tensors
             self._say_staged()
         if self._error is None and not self._stopped:
