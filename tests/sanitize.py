@@ -44,6 +44,7 @@ TESTS = (
     "test_cuda_link.py",
     "test_cuda_capture.py",
     "test_cuda_cruelty.py",
+    "test_asynchronous.py",
     "simulated_driver",
 )
 """Those that reach most of csrc."""
@@ -91,6 +92,7 @@ THREADS = {
     "test_mapped.py::test_memory_is_bounded": MORE_MEMORY,
     "test_direct.py::test_fork_while_a_save_runs": DUPLICATE,
     "test_files.py::test_fork_while_a_save_runs": DUPLICATE,
+    "test_warm_up.py::test_a_forked_child_has_none_of_it": DUPLICATE,
 }
 SANITIZERS = {
     "address": Sanitizer(

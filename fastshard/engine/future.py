@@ -53,7 +53,7 @@ class SaveFuture(ServedSave):
         """
         if not self._is_staged:
             self._wait_for(self.staged, self._staged_gate, timeout)
-        if self._error is not None and self.done():
+        if self._error is not None:  # without the snapshot the save will not begin
             self.result()
         return self.staged()
 

@@ -276,7 +276,8 @@ class ServedSave:
         packing = self._packing
         if packing is not None:
             if not packing._settled:
-                return packing._pass(seconds)
+                packing._pass(seconds)
+                return None
             error = packing._error
             if error is not None:
                 self._error = self._error or error
@@ -287,7 +288,8 @@ class ServedSave:
         if self._error is None and not self._stopped:
             for earlier in self.background.after if self.background else ():
                 if not earlier._settled:
-                    return earlier._pass(seconds)
+                    earlier._pass(seconds)
+                    return None
         self._native.begin()  # nothing happens if it was cancelled
         self._held = False
 
