@@ -43,7 +43,7 @@ def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwar
     """
     from transformers.utils import logging
 
-    arguments = _arguments(original)(model, *args, **kwargs)
+    arguments = arguments_by_name(original)(model, *args, **kwargs)
     directory = arguments["save_directory"]
     reason = _why_left(original, model, arguments)
     if reason is not None or os.path.isfile(directory):
@@ -75,7 +75,7 @@ def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwar
 
 
 @functools.cache
-def _arguments(function: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+def arguments_by_name(function: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
     """Returns a function that returns the arguments of a call by name."""
     return arguments_of(inspect.signature(function))
 
@@ -91,11 +91,11 @@ def _why_left(original: Callable[..., Any], model: Any, arguments: Mapping[str, 
             return "a save_function of the caller's"
     elif wrapped(bound("transformers.modeling_utils", "safe_save_file")):
         return "somebody else's save_file is in place"
-    own = next(filter(None, _overridden(model)), None)
+    own = next(filter(None, overridden_in_model(model)), None)
     return f"{own} is not transformers' own" if own else None
 
 
-def _overridden(model: Any) -> Iterator[str | None]:
+def overridden_in_model(model: Any) -> Iterator[str | None]:
     """Returns methods that a user has overridden and that the original calls with its directory, or after it
     has saved a file."""
     yield overridden(model, "num_parameters", "barrier_after_gathered_checkpoint_save")

@@ -10,19 +10,17 @@ one rename.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
-from typing import Any, Final
 
-from ..base.activity import one_save
+from ..base.activity import departs, one_save
+from ..engine import background
 from ..engine.engine import SaveFuture, Stats
-from ..engine.pipeline import How, start
-from .directory import Replacement, final_places
+from ..engine.pipeline import start_after
+from .directory import Replacement
+from .messages import Messages
 
-_log: Final = logging.getLogger("fastshard")
 _running = threading.local()
 _in_flight: list[Checkpoint] = []
 """The checkpoints of this process that have not appeared yet, or whose error nobody has been told."""
@@ -41,8 +39,10 @@ class Checkpoint:
         self.change = Replacement(directory, create=True, durable=durable, beside=True)
         self.path = self.change.path
         """The hidden folder to write to, of the same name as :attr:`directory`."""
-        self._futures: list[SaveFuture] = []
+        self.saves: list[SaveFuture] = []
+        """Those that fill it."""
         self._steps: list[Callable[[], object]] = []
+        self._arrives: Callable[[], None] = lambda: None
 
     def then(self, step: Callable[[], object]) -> None:
         """Adds what is to be done when the checkpoint stands. An error of it is the save's."""
@@ -58,42 +58,38 @@ class Checkpoint:
         os.makedirs(directory, exist_ok=True)
         return Part(self, directory)
 
-    def add(self, future: SaveFuture) -> None:
-        """Adds a save that the checkpoint has to wait for."""
-        self._futures.append(future)
-
     def publish(self, count: Callable[[], None]) -> None:
         """Lets the folder appear when the saves in it have ended."""
-        steps = [self._await_saves, self.change.publish, self._run_steps, lambda _: count()]
-        self.future = start(
-            {},
-            How(),
-            time.perf_counter(),
-            steps=steps,
+        self._arrives = departs(self.directory)
+        self.future = start_after(
+            self.saves,
+            [self.directory],
+            steps=[self._await_saves, self.change.publish, self._run_steps, lambda _: count()],
             undo=self.close,
             explain=self.change.explain,
-            serve=True,
         )
         _in_flight.append(self)
 
     def close(self) -> None:
         """Removes the hidden folder. Saves in it that have not ended are stopped."""
-        for future in self._futures:
+        arrives, self._arrives = self._arrives, lambda: None
+        arrives()
+        for future in self.saves:
             future.cancel()
-        for future in self._futures:
+        for future in self.saves:
             future.wait()
-        self._futures.clear()
+        self.saves.clear()
         self._steps.clear()
         self.change.close()
 
     def _await_saves(self, _: Stats) -> None:
-        for future in self._futures:
+        for future in self.saves:
             future.result()
 
-    def _run_steps(self, _: Stats) -> None:
+    def _run_steps(self, figures: Stats) -> None:
         for step in self._steps:
             step()
-        release(self.records)
+        self.messages.tell(figures)
 
 
 class Part:
@@ -124,20 +120,24 @@ def checkpoint(
     """A context manager that gives a hidden folder for the checkpoint ``directory``.
 
     In the block this thread's saves are asynchronous. At its end all snapshots are complete, and the folder
-    appears when everything is written: see :attr:`Checkpoint.future`. If ``directory`` is there already,
-    files of the same names are replaced then, all at once, and others stay. After an exception in the block
-    everything is as it was.
+    appears when everything is written: see :attr:`Checkpoint.future`, which also belongs to the block of
+    :func:`fastshard.asynchronous` around this one. If ``directory`` is there already, files of the same names
+    are replaced then, all at once, and others stay. After an exception in the block everything is as it was.
 
     All saves in it count as one of the public function ``call``. Messages of ``loggers`` about its files are
     held back until these stand, and name the final places.
     """
-    outer = current_checkpoint()
+    outer, around = current_checkpoint(), background.current()
     with one_save(call, directory) as counted:
         made = Checkpoint(directory, durable)
         try:
             _running.checkpoint = made
             try:
-                with held_back(loggers, made.path, made.records):
+                with (
+                    background.asynchronous(snapshot=around.snapshot if around else "auto") as saves,
+                    made.messages.held_back(loggers, made.path),
+                ):
+                    made.saves = saves.futures
                     yield made
             finally:
                 _running.checkpoint = outer
@@ -146,6 +146,8 @@ def checkpoint(
             made.change.explain(error)
             made.close()
             raise
+    if around is not None and made.future is not None:
+        around.take(made.future)
 
 
 def current_checkpoint() -> Checkpoint | None:
@@ -161,15 +163,11 @@ def wait_for_earlier() -> None:
     for made in _in_flight[:]:
         assert made.future is not None
         try:
-            made.future.result()
+            if made.future.wait() and not made.future.seen:
+                made.future.result()
         finally:
             if made.future.done() and made in _in_flight:
                 _in_flight.remove(made)
-
-
-def in_flight() -> tuple[str, ...]:
-    """Returns the places of the checkpoints that have not appeared yet."""
-    return tuple(made.directory for made in _in_flight[:] if made.future and not made.future.done())
 
 
 os.register_at_fork(after_in_child=_in_flight.clear)  # they are the parent's
