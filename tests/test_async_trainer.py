@@ -254,7 +254,7 @@ def test_nothing_is_to_be_seen_before_everything_is_written(tmp_path, held):
     held.set()
     checkpoints.wait_for_earlier()
     folder = tmp_path / "checkpoint-1"
-    assert FILES < set(names(folder)) and names(tmp_path) == ["checkpoint-1"]
+    assert set(names(folder)) > FILES and names(tmp_path) == ["checkpoint-1"]
     saved = load_file(folder / "model.safetensors")
     assert all(torch.equal(value, saved[name]) for name, value in before.items())
     state = torch.load(folder / "optimizer.pt")["state"].values()
@@ -363,7 +363,7 @@ def test_training_that_fails_waits_for_what_is_in_flight(tmp_path, asynchronous)
 
     with pytest.raises(ZeroDivisionError):
         trainer_of(tmp_path, callbacks=[Fails()], save_steps=3).train()
-    assert names(tmp_path) == ["checkpoint-3"] and FILES < set(names(tmp_path / "checkpoint-3"))
+    assert names(tmp_path) == ["checkpoint-3"] and set(names(tmp_path / "checkpoint-3")) > FILES
 
 
 def test_an_error_of_the_call_is_raised_by_it_and_leaves_nothing(tmp_path, asynchronous):
@@ -461,7 +461,7 @@ def test_what_is_pushed_to_the_hub_is_finished(tmp_path, asynchronous, monkeypat
     trainer = ready(tmp_path)
     trainer.args.push_to_hub = True
     save(trainer, 1)
-    assert FILES < set(pushed[0]) and visible(tmp_path) == ["checkpoint-1"]
+    assert set(pushed[0]) > FILES and visible(tmp_path) == ["checkpoint-1"]
     assert on_the_spot() == "push_to_hub=True"
 
 
