@@ -16,7 +16,18 @@ from ..errors import SaveError
 from ..formats.safetensors import HeaderTooLarge
 from . import background, planning, snapshots
 from . import tensors as _tensors
-from .engine import Engine, Fetch, Options, SaveFuture, Stats, Step, Wanted, engine_for, progress_wanted
+from .engine import (
+    Engine,
+    Fetch,
+    Options,
+    SaveFuture,
+    Served,
+    Stats,
+    Step,
+    Wanted,
+    engine_for,
+    progress_wanted,
+)
 from .figures import counted
 from .plan import FETCHED, FilePlan, Memory
 from .planning import Layout
