@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from ..base.activity import count_on_the_spot
+from ..engine import background
 from ..publish.checkpoint import Checkpoint, checkpoint, wait_for_earlier
 from ..publish.directory import final_places
 from .overrides import bound, is_of_a_library, overridden, wrapped
@@ -70,7 +71,8 @@ def save_checkpoint(original: Callable[..., Any], trainer: Any, *args: Any, **kw
     reason = next(_reasons(trainer, directory), None)
     if reason is not None:
         count_on_the_spot(_CALL, reason)
-        return original(trainer, *args, **kwargs)
+        with background.synchronous():
+            return original(trainer, *args, **kwargs)
     os.makedirs(run, exist_ok=True)
     with checkpoint(directory, call=_CALL, loggers=_LOGGERS) as made, _filling(made):
         try:
