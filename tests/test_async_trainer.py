@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 import fastshard
 from fastshard.base import activity
+from fastshard.engine import background
 from fastshard.publish import checkpoint as checkpoints
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -116,19 +117,31 @@ def asynchronous() -> Iterator[None]:
         yield
 
 
+class Gate:
+    """Stands for an earlier save of the same files, which ends when the event is set."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    @property
+    def _settled(self) -> bool:
+        return self.go.is_set()
+
+    def _pass(self, seconds: float) -> None:
+        self.go.wait(seconds)
+
+    def wait(self) -> None:
+        """A save that is not asynchronous is not held up."""
+
+
 @pytest.fixture
 def held(asynchronous: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """No checkpoint appears before this event."""
-    go = threading.Event()
-    awaiting = checkpoints.Checkpoint._await_saves
-
-    def held_first(made: Any, stats: Any) -> None:
-        assert go.wait(30)
-        awaiting(made, stats)
-
-    monkeypatch.setattr(checkpoints.Checkpoint, "_await_saves", held_first)
-    yield go
-    go.set()
+    """No asynchronous save writes anything before this event."""
+    gate = Gate()
+    monkeypatch.setattr(background, "conflicting", lambda paths: [gate])
+    yield gate.go
+    gate.go.set()
+    background.wait_all()
 
 
 def visible(folder: Path) -> list[str]:
@@ -483,6 +496,72 @@ def test_modules_that_are_no_models_of_transformers(tmp_path):
     plain, ours, *_ = by_both(tmp_path, act)
     assert plain == ours and "checkpoint-4/model.safetensors" in ours
     assert fastshard.status().saved[CALL].saves == 2
+
+
+# save_pretrained in a block -----------------------------------------------------------------------------
+
+PRETRAINED = "PreTrainedModel.save_pretrained"
+
+
+def test_save_pretrained_appears_later_as_one_save(tmp_path, held, caplog):
+    model = Model()
+    model.save_pretrained(tmp_path / "plain", max_shard_size="50KB")
+    activity._forget()
+    transformers.utils.logging.set_verbosity_info()
+    transformers.utils.logging.enable_propagation()
+    try:
+        with caplog.at_level(logging.INFO), fastshard.asynchronous() as saves:
+            model.save_pretrained(tmp_path / "ours", max_shard_size="50KB")
+            with torch.no_grad():
+                model.inner.weight.fill_(3)
+            assert not (tmp_path / "ours").exists() and "ours" not in caplog.text
+        assert len(saves.futures) == 1 and PRETRAINED not in fastshard.status().saved
+        held.set()
+        saves.wait()
+    finally:
+        transformers.utils.logging.set_verbosity_warning()
+        transformers.utils.logging.disable_propagation()
+    assert tree(tmp_path / "ours") == tree(tmp_path / "plain")
+    assert len([name for name in tree(tmp_path / "ours") if name.endswith(".safetensors")]) > 1
+    total = fastshard.status().saved[PRETRAINED]
+    assert total.saves == 1 and total.files == len(list((tmp_path / "ours").glob("*.safetensors")))
+    assert str(tmp_path / "ours" / "config.json") in caplog.text and ".fastshard" not in caplog.text
+
+
+class SavesItself(Model):
+    def save_pretrained(self, folder: Any, **kwargs: Any) -> None:
+        super().save_pretrained(folder, **kwargs)
+        assert load_file(f"{folder}/model.safetensors")
+
+
+class Counts(Config):
+    def save_pretrained(self, folder: Any, **kwargs: Any) -> None:
+        super().save_pretrained(folder, **kwargs)
+        assert os.path.exists(f"{folder}/config.json") and ".fastshard" not in str(folder)
+
+
+@pytest.mark.parametrize(("kind", "config"), [(SavesItself, Config), (Model, Counts)])
+def test_own_code_in_save_pretrained_finds_finished_files(tmp_path, asynchronous, kind, config):
+    with fastshard.asynchronous() as saves:
+        kind(config()).save_pretrained(tmp_path)
+        assert load_file(tmp_path / "model.safetensors")
+    assert not saves.futures
+    [reason] = fastshard.status().on_the_spot[PRETRAINED]
+    assert "save_pretrained" in reason
+
+
+def test_offloaded_weights_are_saved_on_the_spot(tmp_path, asynchronous):
+    accelerate = pytest.importorskip("accelerate")
+    model = Model()
+    model.save_pretrained(tmp_path / "plain")
+    accelerate.dispatch_model(
+        model, {"inner": "disk", "head": "cpu"}, main_device="cpu", offload_dir=str(tmp_path / "offload")
+    )
+    with fastshard.asynchronous() as saves:
+        model.save_pretrained(tmp_path / "ours")
+        assert tree(tmp_path / "ours") == tree(tmp_path / "plain")
+    assert not saves.futures
+    assert fastshard.status().on_the_spot == {PRETRAINED: {"weights are offloaded": 1}}
 
 
 # The switch ---------------------------------------------------------------------------------------------

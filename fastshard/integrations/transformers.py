@@ -115,6 +115,9 @@ def _why_on_the_spot(model: Any) -> str | None:
     """Returns why a save has to be complete when its call returns; ``None`` if it may be asynchronous."""
     if hasattr(model, "hf_device_map") and is_offloaded(model):
         return "weights are offloaded"  # and may be read from the files that are being replaced
+    own = overridden(model, "save_pretrained")
+    if own is not None:
+        return f"{own} may look at what was saved"
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         return "several processes save together"
