@@ -255,6 +255,11 @@ def test_nothing_is_to_be_seen_before_everything_is_written(tmp_path, held):
     trainer = ready(tmp_path, save_total_limit=1)
     save(trainer, 1)
     assert visible(tmp_path) == [] and fastshard.status().in_flight == (str(tmp_path / "checkpoint-1"),)
+    [made] = checkpoints._in_flight
+    assert len(made.saves) == 2  # weights and moments; nothing of them is written
+    assert all(
+        save.staged() and not save.done() and not save.progress().nbytes_written for save in made.saves
+    )
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     moments = [state["exp_avg"].clone() for state in trainer.optimizer.state.values()]
     with torch.no_grad():

@@ -25,10 +25,9 @@ from . import background, limits, snapshots
 from .arena import Arena
 from .background import Wanted as Wanted
 from .future import Amend as Amend
-from .future import Background
+from .future import Background, Served
 from .future import Fetch as Fetch
 from .future import SaveFuture as SaveFuture
-from .future import Served as Served
 from .future import Step as Step
 from .options import Options as Options
 from .options import Stats as Stats

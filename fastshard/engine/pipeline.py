@@ -21,7 +21,6 @@ from .engine import (
     Fetch,
     Options,
     SaveFuture,
-    Served,
     Stats,
     Step,
     Wanted,
@@ -29,6 +28,7 @@ from .engine import (
     progress_wanted,
 )
 from .figures import counted
+from .parts import Served
 from .plan import FETCHED, FilePlan, Memory
 from .planning import Layout
 from .progress import wait_with_bar
