@@ -21,6 +21,7 @@ from helpers import names
 from safetensors.torch import load_file
 
 import fastshard
+from fastshard.api.archive_skeleton import torch_makes_holes
 from fastshard.base import activity
 from fastshard.engine import background
 from fastshard.publish import checkpoint as checkpoints
@@ -180,11 +181,8 @@ def test_every_file_is_the_same_and_training_resumes_to_the_bit(tmp_path):
     status = fastshard.status()
     assert status.saved[CALL].saves == 2 and not status.on_the_spot and not status.in_flight
     assert "PreTrainedModel.save_pretrained" not in status.saved  # it is part of the checkpoint
-    nbytes = sum(
-        len(ours[f"checkpoint-{n}/{file}"]) for n in (2, 4) for file in FILES if not file.endswith("json")
-    )
-    nbytes += sum(len(ours[f"checkpoint-{n}/training_args.bin"]) for n in (2, 4))
-    assert status.saved[CALL].nbytes == nbytes
+    engines = (".safetensors", ".pt", ".pth", ".bin") if torch_makes_holes() else (".safetensors",)
+    assert status.saved[CALL].nbytes == sum(len(ours[name]) for name in ours if name.endswith(engines))
     plain, ours, one, other = by_both(tmp_path / "again", lambda folder: train_further(tmp_path, folder))
     assert [name for name in plain if plain[name] != ours[name]] == []
     assert all(torch.equal(v, other.model.state_dict()[n]) for n, v in one.model.state_dict().items())
@@ -256,7 +254,7 @@ def test_nothing_is_to_be_seen_before_everything_is_written(tmp_path, held):
     save(trainer, 1)
     assert visible(tmp_path) == [] and fastshard.status().in_flight == (str(tmp_path / "checkpoint-1"),)
     [made] = checkpoints._in_flight
-    assert len(made.saves) == 2  # weights and moments; nothing of them is written
+    assert len(made.saves) == 1 + torch_makes_holes()  # weights and moments; nothing of them is written
     assert all(
         save.staged() and not save.done() and not save.progress().nbytes_written for save in made.saves
     )

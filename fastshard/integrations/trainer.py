@@ -163,7 +163,7 @@ def train(original: Callable[..., Any], trainer: Any, *args: Any, **kwargs: Any)
 
 def _reasons(trainer: Any, directory: str) -> Iterator[str]:
     """Yields why a checkpoint is to stand when the call returns: somebody's own code may look at it."""
-    from transformers.utils import is_sagemaker_mp_enabled, is_torch_xla_available
+    from transformers.utils.import_utils import is_sagemaker_mp_enabled, is_torch_xla_available
 
     options = trainer.args
     if options.push_to_hub and getattr(options.hub_strategy, "value", None) != "end":
