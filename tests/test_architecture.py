@@ -49,13 +49,13 @@ PYTHON_LAYERS = {
         options plan limits borrowed mapped sharing tensors planning parts serving future progress arena background snapshots
         figures engine pipeline reading
     """,
-    "publish": "hidden_names folder attributes staging change linking exchanging switching directory messages ranks in_place staged",
+    "publish": "hidden_names folder attributes staging change linking exchanging switching directory messages ranks in_place checkpoint staged",
     "api": """
         saving holders sources prepared archive_errors archive_skeleton archive_by_torch archive hub sharded_state
         sharded_save sharded_load asynchronous
     """,
     "integrations": """
-        patch_groups import_hook calls patching overrides report offload transformers accelerate adapters vllm_states vllm
+        patch_groups import_hook calls patching overrides report offload transformers trainer accelerate adapters vllm_states vllm
         sglang vllm_save
     """,
     "tools": "convert tp_plan model_plan parts rank_folders reshard",
@@ -367,6 +367,7 @@ PRIVATE = {
     "_save_to_state_dict": {"integrations/offload"},
     "_hf_hook": {"integrations/offload"},
     "_hf_peft_config_loaded": {"integrations/transformers"},
+    "_get_output_dir": {"integrations/trainer"},
     "_filter_subtensors": {"integrations/vllm_states"},
     "_keys_to_ignore_on_load_unexpected": {"tools/model_plan"},
     "_model_mapping": {"tools/model_plan"},

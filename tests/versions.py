@@ -94,6 +94,7 @@ ECOSYSTEM = (
     "test_startup.py",
     "test_hub.py",
     "test_transformers.py",
+    "test_async_trainer.py",
     "test_offload.py",
     "test_archive.py",
     "test_in_place.py",

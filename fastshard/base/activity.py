@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Final, NamedTuple
 
@@ -30,6 +31,8 @@ class Saved(NamedTuple):
 _MOST_KEPT: Final = 1024
 _saved: dict[str, list[Saved]] = {}
 _left: dict[tuple[str, str], list[None]] = {}
+_on_the_spot: dict[tuple[str, str], list[None]] = {}
+_in_flight: list[str] = []
 _planned: dict[str, list[None]] = {}
 _compacting = threading.Lock()
 """A thread only tries to take this lock and never waits for it."""
@@ -45,51 +48,86 @@ _this_thread = _OfThisThread()
 class one_save:  # noqa: N801 (used as a function is)
     """Counts what this thread saves in the ``with`` block as one save of one public function.
 
-    However many files it takes, it is counted and logged once, at the end of the block. Nothing is counted if
-    the block ends with an exception or has saved nothing.
+    However many files it takes, it is counted and logged once: when the block has ended and all saves that
+    were started in it are complete, whichever thread that is on. Nothing is counted if the block ends with an
+    exception, if one of the saves fails, or if nothing was saved.
     """
 
-    __slots__ = ("_began", "_call", "_files", "_nbytes", "_outer", "_place")
+    __slots__ = ("_awaited", "_began", "_call", "_claim", "_ended", "_outer", "_parts", "_place")
 
     def __init__(self, call: str, place: object) -> None:
         self._call = call
         self._place = place
-        self._files = self._nbytes = 0
+        self._parts: list[tuple[int, int]] = []
+        self._awaited: list[None] = []
+        self._claim: list[None] = [None]
+        """Whoever takes it counts."""
+        self._ended = False
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> one_save:
         self._began = time.perf_counter()
         self._outer = _this_thread.save
+        if self._outer is not None:
+            self._outer.expect()
         _this_thread.save = self
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         _this_thread.save = self._outer
-        if kind is None and self._files:
-            seconds = time.perf_counter() - self._began
-            count_saved(self._call, self._place, self._files, self._nbytes, seconds)
+        if kind is None:
+            self._ended = True
+            self._count_if_complete()
+        elif self._outer is not None:
+            self._outer.done()
 
-    @staticmethod
-    def around() -> tuple[str, object] | None:
-        """Returns the public function and the place of the outermost block that this thread is in."""
-        save = _this_thread.save
-        while save is not None and save._outer is not None:
-            save = save._outer
-        return None if save is None else (save._call, save._place)
+    def expect(self) -> Callable[[], None]:
+        """Says that something has been started. It is complete when :meth:`done`, which is returned, is
+        called."""
+        self._awaited.append(None)
+        return self.done
 
     def add(self, files: int, nbytes: int) -> None:
-        self._files += files
-        self._nbytes += nbytes
+        """Adds what was saved."""
+        self._parts.append((files, nbytes))
+
+    def done(self) -> None:
+        """Says that something that was started is complete."""
+        self._awaited.pop()
+        self._count_if_complete()
+
+    def _count_if_complete(self) -> None:
+        if not self._ended or self._awaited:
+            return
+        try:
+            self._claim.pop()
+        except IndexError:
+            return
+        files, nbytes = (sum(numbers) for numbers in zip((0, 0), *self._parts))
+        if files:
+            seconds = time.perf_counter() - self._began
+            count_saved(self._call, self._place, files, nbytes, seconds, self._outer)
+        if self._outer is not None:
+            self._outer.done()
 
 
-def count_saved(call: str, place: object, files: int, nbytes: int, seconds: float) -> None:
+def counting() -> one_save | None:
+    """Returns the block in which this thread counts what it saves as one save."""
+    return _this_thread.save
+
+
+def count_saved(
+    call: str, place: object, files: int, nbytes: int, seconds: float, within: one_save | None
+) -> None:
     """Counts a save of the engine under the public function that made it, and logs one line (INFO).
 
     ``call`` is the function, as ``"save_file"``, and ``place`` the file or folder. ``nbytes`` are the bytes
-    of all files, ``seconds`` the time of the whole save. Within :class:`one_save` it is added to that save.
+    of all files, ``seconds`` the time of the whole save. If it was made ``within`` another save, it is added
+    to that one.
     """
-    if _this_thread.save is not None:
-        _this_thread.save.add(files, nbytes)
+    if within is not None:
+        within.add(files, nbytes)
         return
     saves = _saved.setdefault(call, [])
     saves.append(Saved(1, files, nbytes, seconds))
@@ -115,6 +153,18 @@ def count_left(call: str, reason: str, *, level: int = logging.INFO) -> None:
     seen.append(None)
     if len(seen) == 1:
         _LOGGER.log(level, "%s is left to the original: %s", call, reason)
+
+
+def count_on_the_spot(call: str, reason: str) -> None:
+    """Counts a call that was to be asynchronous and is not: its files stand when it returns. A reason is
+    logged when it is seen for the first time.
+
+    ``reason`` is one of few texts, as for :func:`count_left`.
+    """
+    seen = _on_the_spot.setdefault((call, reason), [])
+    seen.append(None)
+    if len(seen) == 1:
+        _LOGGER.info("%s finishes on the spot: %s", call, reason)
 
 
 def count_planned(why_in_python: str) -> None:
@@ -149,8 +199,30 @@ def _total(saves: list[Saved]) -> Saved:
 
 def left() -> dict[str, dict[str, int]]:
     """Returns how often each call was left to the replaced function, by call and reason."""
+    return _by_call(_left)
+
+
+def on_the_spot() -> dict[str, dict[str, int]]:
+    """Returns how often each call was finished on the spot, though it was to be asynchronous, by call and
+    reason."""
+    return _by_call(_on_the_spot)
+
+
+def departs(place: str) -> Callable[[], None]:
+    """Says that a checkpoint has been captured and is being written. The function that is returned says that
+    it has ended."""
+    _in_flight.append(place)
+    return lambda: _in_flight.remove(place)
+
+
+def in_flight() -> tuple[str, ...]:
+    """Returns the places of checkpoints that are being written while the job goes on."""
+    return tuple(_in_flight)
+
+
+def _by_call(counts: dict[tuple[str, str], list[None]]) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
-    for (call, reason), seen in _left.copy().items():
+    for (call, reason), seen in counts.copy().items():
         found.setdefault(call, {})[reason] = len(seen)
     return found
 
@@ -159,6 +231,8 @@ def _forget() -> None:
     """Starts the counts of a forked child at zero."""
     _saved.clear()
     _left.clear()
+    _on_the_spot.clear()
+    _in_flight.clear()
     _planned.clear()
 
 

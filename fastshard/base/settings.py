@@ -11,6 +11,9 @@ AUTO_VARIABLE: Final = "FASTSHARD_AUTO"
 """If it is set to yes, every Python runs ``import fastshard.auto`` when it starts; setup.py installs the line
 for that."""
 
+ASYNC_VARIABLE: Final = "FASTSHARD_ASYNC"
+"""If it is set to yes, ``import fastshard.auto`` calls ``install(asynchronous=True)``."""
+
 _NO: Final = frozenset(("", "0", "false", "no", "off", "n", "f", "never"))
 
 _UNITS: Final = {

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 
-from ..base.activity import count_saved, one_save
-from . import background
+from ..base.activity import count_saved, counting, one_save
 from .future import Step
 from .options import Stats
 
@@ -37,19 +35,23 @@ def stats() -> Stats | None:
 def counted(call: str, place: object) -> Step:
     """Returns the last step of a save of this thread, which counts it as one of the public function
     ``call``."""
-    of_starter = _of_this_thread()
-    around = one_save.around()
-    if around is not None and background.current() is not None:
-        call, place = around  # it will have ended before the save
-    return functools.partial(_keep, call, place, of_starter)
+    of_starter, within = _of_this_thread(), counting()
+    done = None if within is None else within.expect()
+
+    def count(figures: Stats) -> None:
+        _keep(call, place, of_starter, figures, within)
+        if done is not None:
+            done()
+
+    return count
 
 
 def keep_stats(figures: Stats, call: str, place: object) -> None:
     """Counts a save that this thread has made without the engine."""
-    _keep(call, place, _of_this_thread(), figures)
+    _keep(call, place, _of_this_thread(), figures, counting())
 
 
-def _keep(call: str, place: object, of_starter: list[Stats], figures: Stats) -> None:
+def _keep(call: str, place: object, of_starter: list[Stats], figures: Stats, within: one_save | None) -> None:
     of_starter[:] = [figures]
     _Newest.of_all = figures
-    count_saved(call, place, figures.files, figures.nbytes, figures.seconds)
+    count_saved(call, place, figures.files, figures.nbytes, figures.seconds, within)

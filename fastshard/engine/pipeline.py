@@ -14,10 +14,21 @@ from safetensors import SafetensorError
 
 from ..errors import SaveError
 from ..formats.safetensors import HeaderTooLarge
-from . import background, planning
+from . import background, planning, snapshots
 from . import tensors as _tensors
-from .engine import Engine, Fetch, Options, SaveFuture, Stats, Step, Wanted, engine_for, progress_wanted
+from .engine import (
+    Engine,
+    Fetch,
+    Options,
+    SaveFuture,
+    Stats,
+    Step,
+    Wanted,
+    engine_for,
+    progress_wanted,
+)
 from .figures import counted
+from .parts import Served
 from .plan import FETCHED, FilePlan, Memory
 from .planning import Layout
 from .progress import wait_with_bar
@@ -193,6 +204,22 @@ def start(
         serve=False,
         wanted=_wanted(plans, layouts, paths),
     )
+
+
+def start_after(
+    saves: Sequence[SaveFuture],
+    paths: Iterable[PathLike],
+    *,
+    steps: Sequence[Step],
+    undo: Callable[[], None],
+    explain: Callable[[BaseException], BaseException | None],
+) -> SaveFuture:
+    """Starts a save without files of its own: its steps change ``paths`` when these saves have ended."""
+    places = frozenset(background.place_of(path) for path in paths)
+    served = Served(steps=steps, undo=undo, explain=explain)
+    future = snapshots.start_after(engine_for(None), saves, places, served)
+    future.serve()
+    return future
 
 
 def _wanted(

@@ -103,6 +103,20 @@ def start_behind(
     return future
 
 
+def start_after(
+    engine: Starter, saves: Sequence[SaveFuture], paths: frozenset[str], served: Served
+) -> SaveFuture:
+    """Starts a save without files of its own. Its steps change ``paths`` when all these saves have ended, and
+    earlier ones of these paths."""
+    after = [*saves, *background.conflicting(paths)]
+    asked = SaveOptions({}, held=bool(after))
+    future = engine.start(
+        [], asked, None, served, functools.partial(_ended, None), Background("none", None, after, paths)
+    )
+    background.watch(future)
+    return future
+
+
 def _to_wait_for(engine: Starter) -> list[SaveFuture]:
     """Returns the saves in flight that this thread can wait for: a signal handler cannot for one that it has
     interrupted."""

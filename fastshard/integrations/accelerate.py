@@ -18,7 +18,7 @@ from ..base.activity import count_left
 from ..engine.pipeline import How
 from ..publish.staged import current, staged
 from .offload import offloaded_state_dict
-from .overrides import bound, overridden, wrapped
+from .overrides import bound, on_the_spot, overridden, wrapped
 
 _CALL: Final = "Accelerator.save_model"
 
@@ -36,9 +36,11 @@ def save_model(
     On the main process, shards and indexes of an earlier save are removed in the same moment.
     """
     reason = _why_left(accelerator)
-    if reason is not None or os.path.isfile(save_directory):
-        if reason is not None:
-            count_left(_CALL, reason)
+    if reason is not None:
+        count_left(_CALL, reason)
+        with on_the_spot(_CALL, reason):
+            return original(accelerator, model, save_directory, *args, **kwargs)
+    if os.path.isfile(save_directory):
         return original(accelerator, model, save_directory, *args, **kwargs)
     stale = None if accelerator.is_main_process else _nothing
     directory = os.fspath(save_directory)
@@ -46,7 +48,9 @@ def save_model(
         directory, stale, How(), call=_CALL, create=True, loggers=("accelerate.accelerator",)
     ) as stage:
         result = original(accelerator, model, stage.path, *args, **kwargs)
-        if not stage.weights():  # another process writes them, and with them the index that all have made
+        if (
+            not stage.weights() and stage.path != directory
+        ):  # another process writes them, and with them the index that all have made
             for name in os.listdir(stage.path):
                 os.unlink(os.path.join(stage.path, name))
     return result

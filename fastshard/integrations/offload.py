@@ -98,6 +98,11 @@ def held_elsewhere(model: torch.nn.Module) -> bool:
     )
 
 
+def is_offloaded(model: torch.nn.Module) -> bool:
+    """Returns whether hooks of accelerate hold weights for the model."""
+    return next(_holders(model), None) is not None
+
+
 def follow_weights(model: torch.nn.Module, directory: str) -> None:
     """Tells the hooks of accelerate in which file of ``directory`` weights are that were saved over their own
     files.

@@ -9,11 +9,14 @@ by file.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+from ..base.activity import count_on_the_spot
 from ..base.originals import is_ours, is_own, namespace
+from ..engine import background
 
 _LIBRARIES: Final = frozenset(
     (
@@ -59,3 +62,13 @@ def is_of_a_library(method: Any) -> bool:
     # The module of a wrapper's code, and the one that it says.
     said = getattr(function, "__globals__", {}).get("__name__"), getattr(function, "__module__", None)
     return all(isinstance(module, str) and module.partition(".")[0] in _LIBRARIES for module in said)
+
+
+@contextlib.contextmanager
+def on_the_spot(call: str, reason: str) -> Iterator[None]:
+    """A block whose saves are complete when their calls return. If they were to be asynchronous, that is
+    counted."""
+    if background.current() is not None:
+        count_on_the_spot(call, reason)
+    with background.synchronous():
+        yield

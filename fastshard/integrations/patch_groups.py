@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of what fastshard replaces, and whether that fits the installed libraries.
 
-To add a replacement, add a row to :data:`TABLE` and write its implementation. A row names the module that
+To add a replacement, add a row to :data:`TABLE`, or to :data:`ASYNCHRONOUS` for what is replaced only on
+request, and write its implementation. A row names the module that
 *defines* the function, the attribute in it (``"save_file"``; ``"PreTrainedModel.save_pretrained"`` for what a
 class holds, static and class methods included), and the implementation, which is imported by the first call.
 Rows that work only together have a group, which is replaced whole or not at all. Each row without one is its
@@ -36,6 +37,8 @@ class Entry(NamedTuple):
     group: str = ""
     since: str = ""
     """The version of the library that introduced the function. It is not missed in older ones."""
+    until: str = ""
+    """The version that removed it. It is not missed from then on."""
 
     @property
     def call(self) -> str:
@@ -57,6 +60,7 @@ class Entry(NamedTuple):
 
 _PRETRAINED: Final = "transformers: save_pretrained"
 _ACCELERATOR: Final = "accelerate: save_model"
+_TRAINER: Final = "transformers: checkpoints of Trainer"
 
 TABLE: tuple[Entry, ...] = (
     Entry(
@@ -122,6 +126,61 @@ TABLE: tuple[Entry, ...] = (
     ),
 )
 
+ASYNCHRONOUS: tuple[Entry, ...] = (
+    Entry(
+        "transformers.trainer",
+        "Trainer._save_checkpoint",
+        "fastshard.integrations.trainer:save_checkpoint",
+        "self model trial",
+        _TRAINER,
+    ),
+    Entry(
+        "transformers.trainer",
+        "Trainer._get_output_dir",
+        "fastshard.integrations.trainer:run_folder",
+        "self trial",
+        _TRAINER,
+    ),
+    Entry(
+        "transformers.trainer",
+        "Trainer._rotate_checkpoints",
+        "fastshard.integrations.trainer:rotate_by_method",
+        "self use_mtime output_dir",
+        _TRAINER,
+        until="5.2",
+    ),
+    Entry(
+        "transformers.trainer_utils",
+        "rotate_checkpoints",
+        "fastshard.integrations.trainer:rotate",
+        "output_dir save_total_limit best_model_checkpoint use_mtime",
+        _TRAINER,
+        since="5.2",
+    ),
+    Entry(
+        "transformers.trainer",
+        "Trainer._load_best_model",
+        "fastshard.integrations.trainer:after_checkpoints",
+        "self",
+        _TRAINER,
+    ),
+    Entry(
+        "transformers.trainer_utils",
+        "get_last_checkpoint",
+        "fastshard.integrations.trainer:after_checkpoints",
+        "folder",
+        _TRAINER,
+    ),
+    Entry(
+        "transformers.trainer",
+        "Trainer.train",
+        "fastshard.integrations.trainer:train",
+        "self resume_from_checkpoint trial",
+        _TRAINER,
+    ),
+)
+"""What ``install(asynchronous=True)`` replaces besides."""
+
 NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "safetensors: save_model": ("safetensors.torch:_remove_duplicate_names",),
     "huggingface_hub: save_torch_state_dict": (
@@ -136,6 +195,7 @@ NEEDS: Final[dict[str, tuple[str, ...]]] = {
         "transformers.utils.logging:EmptyTqdm",
         "transformers.utils.logging:is_progress_bar_enabled",
     ),
+    _TRAINER: ("transformers.trainer_callback:TrainerCallback",),
     _ACCELERATOR: (
         "accelerate.utils.offload:OffloadedWeightsLoader",
         "accelerate.utils.offload:PrefixedDataset",
@@ -198,11 +258,14 @@ def _installed_version(library: str) -> str:
 
 def expected(entries: Iterable[Entry]) -> list[Entry]:
     """Returns the functions of a group that the imported version of the library should have."""
-    return [
-        entry
-        for entry in entries
-        if not entry.since or _release(version_of(entry.library)) >= _release(entry.since)
-    ]
+    return [entry for entry in entries if _is_of_this_version(entry)]
+
+
+def _is_of_this_version(entry: Entry) -> bool:
+    release = _release(version_of(entry.library)) if entry.since or entry.until else ()
+    return (not entry.since or release >= _release(entry.since)) and (
+        not entry.until or release < _release(entry.until)
+    )
 
 
 def _release(version: str) -> tuple[int, ...]:

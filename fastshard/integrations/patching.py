@@ -38,6 +38,7 @@ from ..base.originals import Function, is_ours, namespace
 from . import import_hook, patch_groups
 from .calls import load as _load  # noqa: F401
 from .calls import refused, replacement_of
+from .patch_groups import ASYNCHRONOUS as ASYNCHRONOUS
 from .patch_groups import TABLE as TABLE
 from .patch_groups import Entry as Entry
 from .patch_groups import Found, Target, bring, examine, groups
@@ -56,10 +57,17 @@ class _State:
     """Whether ``install()`` was called, and not yet ``uninstall()``."""
     blocks = 0
     """The number of ``with installed()`` blocks under way, of all threads."""
+    lasting_asynchronous = False
+    asynchronous_blocks = 0
+    """The same of those that were called with ``asynchronous=True``."""
 
     @property
     def active(self) -> bool:
         return self.lasting or self.blocks > 0
+
+    @property
+    def asynchronous(self) -> bool:
+        return self.lasting_asynchronous or self.asynchronous_blocks > 0
 
 
 class _Pair(NamedTuple):
@@ -96,7 +104,7 @@ _finished: set[str] = set()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
-def install() -> None:
+def install(*, asynchronous: bool = False) -> None:
     """Replaces the functions in :data:`patch_groups.TABLE` with fastshard's, until :func:`uninstall`.
 
     No library is imported: those that are not loaded yet are patched when they are imported. A second call
@@ -105,14 +113,22 @@ def install() -> None:
     inherit the replacements, spawned processes do not; for these, and for scripts that are not to be edited,
     there is ``FASTSHARD_AUTO=1``. :func:`fastshard.status` shows what is replaced, and what is not and why.
 
+    Args:
+        asynchronous: let the loops of other libraries go on while their checkpoints are being written, as those
+            of transformers' ``Trainer``. A checkpoint holds what everything was when the call that saves it
+            returned, and appears complete or not at all, before the next one is made and before training ends;
+            then an error of it is raised. Where somebody's own code may look at files that were just saved,
+            checkpoints are written before the call returns, as without it; ``status()`` says where and why.
+
     Raises:
         ImportError: fastshard's native module cannot be loaded. Nothing has been replaced then. So a script ends
             in its first line and not at its first save.
     """
     _load_native()
     with _lock:
-        first = not _state.lasting
+        first = not _state.lasting or asynchronous > _state.lasting_asynchronous
         _state.lasting = True
+        _state.lasting_asynchronous |= asynchronous
     _begin()
     if first:
         _log_installation()
@@ -125,26 +141,28 @@ def uninstall() -> None:
     Without an ``install()`` it does nothing.
     """
     with _lock:
-        _state.lasting = False
+        _state.lasting = _state.lasting_asynchronous = False
         _end()
 
 
 @contextlib.contextmanager
-def installed() -> Iterator[None]:
+def installed(*, asynchronous: bool = False) -> Iterator[None]:
     """Replaces the functions for the duration of a ``with`` block, in the whole process.
 
     Blocks may be nested and may overlap on several threads. The replacements are undone when the last block
-    ends, unless ``install()`` was called. Raises as :func:`install`.
+    ends, unless ``install()`` was called. Argument and errors are those of :func:`install`.
     """
     _load_native()
     with _lock:
         _state.blocks += 1
+        _state.asynchronous_blocks += asynchronous
     try:
         _begin()
         yield
     finally:
         with _lock:
             _state.blocks -= 1
+            _state.asynchronous_blocks -= asynchronous
             _end()
 
 
@@ -153,12 +171,22 @@ def is_active() -> bool:
     return _state.active
 
 
+def is_asynchronous() -> bool:
+    """Returns whether checkpoints are to be written while their loops go on."""
+    return _state.active and _state.asynchronous
+
+
+def _table() -> tuple[Entry, ...]:
+    """Returns the rows that are wanted now."""
+    return (*TABLE, *ASYNCHRONOUS) if _state.asynchronous else TABLE
+
+
 def overview() -> dict[str, tuple[Found, bool]]:
     """Returns for each group what was found of it, and whether it is replaced now. It does not need an
     ``install()``."""
     found = {}
     with _lock:
-        for group, entries in groups(TABLE).items():
+        for group, entries in groups(_table()).items():
             seen = _found.get(group) if group in _in_place else examine(group, entries, _ready, is_ours)
             seen = seen or examine(group, entries, _ready, is_ours)
             if group in refused:
@@ -201,7 +229,7 @@ def _end() -> None:
 def _await_imports() -> None:
     """Waits for other threads that are importing a module of the table, and began before the finder was
     there."""
-    for name in {entry.module for entry in TABLE}:
+    for name in {entry.module for entry in _table()}:
         if _is_being_imported(name):
             with contextlib.suppress(Exception):  # the other thread's, which will see it
                 importlib.import_module(name)  # waits for it
@@ -225,14 +253,14 @@ def _imported(name: str) -> None:
         _finished.discard(name)
 
 
-_finder: Final = import_hook.Hook(lambda name: any(entry.module == name for entry in TABLE), _imported)
+_finder: Final = import_hook.Hook(lambda name: any(entry.module == name for entry in _table()), _imported)
 
 
 def _replace_if_active(imported: bool = False) -> None:
     """Replaces all groups that can be replaced now. ``imported`` is false at the installation."""
     if not _state.active:
         return
-    by_group = groups(TABLE)
+    by_group = groups(_table())
     for group, entries in by_group.items():
         bring(group, entries, _ready)
     with _lock:
@@ -268,7 +296,8 @@ def _replace(target: Target) -> None:
     entry, function, owner, value, kind = target
     pair = _pairs.get(id(function))
     if pair is None:
-        pair = _Pair(function, replacement_of(function, entry, is_active, _log_findings), entry.belongs_to)
+        wanted = is_asynchronous if entry in ASYNCHRONOUS else is_active
+        pair = _Pair(function, replacement_of(function, entry, wanted, _log_findings), entry.belongs_to)
         _pairs[id(function)] = pair
         originals.replaced[id(pair.replacement)] = function
     if owner is not None:
@@ -321,7 +350,7 @@ def described(found: Found) -> str:
 def _log_installation() -> None:
     if "logging" not in sys.modules:  # so nobody listens
         return
-    replaced = [described(_found[group]) for group in groups(TABLE) if group in _in_place]
+    replaced = [described(_found[group]) for group in groups(_table()) if group in _in_place]
     awaited = {f.entries[0].library: None for f in _found.values() if f.awaited}
     texts = [
         f"replaces {'; '.join(replaced)}" if replaced else "",
@@ -329,4 +358,5 @@ def _log_installation() -> None:
     ]
     import logging
 
-    logging.getLogger("fastshard").info("installed: %s", ", and ".join(text for text in texts if text))
+    how = "installed, asynchronously" if _state.asynchronous else "installed"
+    logging.getLogger("fastshard").info("%s: %s", how, ", and ".join(text for text in texts if text))

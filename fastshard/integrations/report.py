@@ -41,9 +41,17 @@ class Status(NamedTuple):
     """How many calls were left to the original, by public function and reason."""
     planned: dict[str, int]
     """How many files were laid out natively, under the empty text, or in Python, by reason."""
+    asynchronous: bool = False
+    """Whether checkpoints of other libraries are written while their loops go on."""
+    in_flight: tuple[str, ...] = ()
+    """Checkpoints that have not appeared yet."""
+    on_the_spot: dict[str, dict[str, int]] = {}
+    """How many calls were finished on the spot though they were to be asynchronous, by function and
+    reason."""
 
     def __str__(self) -> str:
-        state = "installed" if self.installed else "not installed: fastshard.install(), or FASTSHARD_AUTO=1"
+        how = "installed, asynchronously" if self.asynchronous else "installed"
+        state = how if self.installed else "not installed: fastshard.install(), or FASTSHARD_AUTO=1"
         lines = [f"fastshard {self.version}, {state}", *self.lines_of_replacements()]
         lines += ["saved by the engine:"]
         lines += [f"  {call}: {_described(total)}" for call, total in self.saved.items()] or ["  nothing yet"]
@@ -52,12 +60,11 @@ class Status(NamedTuple):
             f"  {count} file(s) in Python: {reason}" if reason else f"  {count} file(s) natively"
             for reason, count in self.planned.items()
         ] or ["  nothing yet"]
-        lines += ["left to the original:"]
-        lines += [
-            f"  {call}: {count}x {reason}"
-            for call, reasons in self.left.items()
-            for reason, count in reasons.items()
-        ] or ["  nothing yet"]
+        lines += ["left to the original:", *(_by_reason(self.left) or ["  nothing yet"])]
+        if self.in_flight:
+            lines += ["in flight:", *(f"  {place}" for place in self.in_flight)]
+        if self.on_the_spot:
+            lines += ["finished on the spot:", *_by_reason(self.on_the_spot)]
         lines += ["not seen here, if it happens:", *(f"  {text}" for text in UNSEEN)]
         return "\n".join(lines)
 
@@ -71,6 +78,14 @@ class Status(NamedTuple):
                 why = f" ({r.why_not})" if r.why_not else ""
                 lines.append(f"  {f'{r.library} {r.version}'.rstrip()}: {', '.join(r.functions)}{why}")
         return lines
+
+
+def _by_reason(counts: dict[str, dict[str, int]]) -> list[str]:
+    return [
+        f"  {call}: {count}x {reason}"
+        for call, reasons in counts.items()
+        for reason, count in reasons.items()
+    ]
 
 
 def _described(total: Saved) -> str:
@@ -112,4 +127,7 @@ def status() -> Status:
         activity.saved(),
         activity.left(),
         activity.planned(),
+        patching.is_asynchronous(),
+        activity.in_flight(),
+        activity.on_the_spot(),
     )

@@ -8,6 +8,7 @@ argument.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -23,8 +24,8 @@ from ..engine.pipeline import How
 from ..engine.sharing import storage_of
 from ..publish.staged import current, staged
 from .calls import arguments_of
-from .offload import follow_weights, held_elsewhere, held_in_memory, offloaded_tensor
-from .overrides import bound, is_of_a_library, overridden, wrapped
+from .offload import follow_weights, held_elsewhere, held_in_memory, is_offloaded, offloaded_tensor
+from .overrides import bound, is_of_a_library, on_the_spot, overridden, wrapped
 
 _CALL: Final = "PreTrainedModel.save_pretrained"
 _LOGGERS: Final = (
@@ -41,16 +42,31 @@ def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwar
     What is pushed to the hub, and distributed checkpoints, are written as transformers does it, file by file.
     So are saves in which a user's own code takes part.
     """
-    from transformers.utils import logging
-
-    arguments = _arguments(original)(model, *args, **kwargs)
+    arguments = arguments_by_name(original)(model, *args, **kwargs)
     directory = arguments["save_directory"]
     reason = _why_left(original, model, arguments)
-    if reason is not None or os.path.isfile(directory):
-        if reason is not None:
-            count_left(_CALL, reason)
+    if reason is not None:
+        count_left(_CALL, reason)
+        with on_the_spot(_CALL, reason):
+            return original(model, *args, **kwargs)
+    if os.path.isfile(directory):
         return original(model, *args, **kwargs)
     directory = os.fspath(directory)
+    reason = _why_on_the_spot(model)
+    with contextlib.nullcontext() if reason is None else on_the_spot(_CALL, reason):
+        return _save(original, model, directory, arguments, args, kwargs)
+
+
+def _save(
+    original: Callable[..., Any],
+    model: Any,
+    directory: str,
+    arguments: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    from transformers.utils import logging
+
     # In transformers 4 such a process writes its files and removes none; its old spelling of the argument, too.
     is_main = arguments.get("is_main_process", True) and arguments.get("kwargs", {}).get("save_config", True)
     how = How(progress=logging.is_progress_bar_enabled())
@@ -75,7 +91,7 @@ def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwar
 
 
 @functools.cache
-def _arguments(function: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+def arguments_by_name(function: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
     """Returns a function that returns the arguments of a call by name."""
     return arguments_of(inspect.signature(function))
 
@@ -91,11 +107,24 @@ def _why_left(original: Callable[..., Any], model: Any, arguments: Mapping[str, 
             return "a save_function of the caller's"
     elif wrapped(bound("transformers.modeling_utils", "safe_save_file")):
         return "somebody else's save_file is in place"
-    own = next(filter(None, _overridden(model)), None)
+    own = next(filter(None, overridden_in_model(model)), None)
     return f"{own} is not transformers' own" if own else None
 
 
-def _overridden(model: Any) -> Iterator[str | None]:
+def _why_on_the_spot(model: Any) -> str | None:
+    """Returns why a save has to be complete when its call returns; ``None`` if it may be asynchronous."""
+    if hasattr(model, "hf_device_map") and is_offloaded(model):
+        return "weights are offloaded"  # and may be read from the files that are being replaced
+    own = overridden(model, "save_pretrained")
+    if own is not None:
+        return f"{own} may look at what was saved"
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        return "several processes save together"
+    return None
+
+
+def overridden_in_model(model: Any) -> Iterator[str | None]:
     """Returns methods that a user has overridden and that the original calls with its directory, or after it
     has saved a file."""
     yield overridden(model, "num_parameters", "barrier_after_gathered_checkpoint_save")

@@ -76,7 +76,8 @@ class Replacement:
 
     Files are made in the hidden directory :attr:`path`. :meth:`publish` puts them in place, and :meth:`close`
     releases everything, whether they were put in place or not. As a context manager it closes, and explains
-    errors. Raises as :func:`replacing`.
+    errors. With ``beside`` the hidden directory has the directory's own name, in a hidden folder beside it,
+    also if the directory is there already. Raises as :func:`replacing`.
     """
 
     def __init__(
@@ -88,13 +89,14 @@ class Replacement:
         create: bool = False,
         durable: bool = False,
         must_be_empty: bool = False,
+        beside: bool = False,
     ) -> None:
         self._directory = directory
         self._what = stale, frozenset(obsolete), must_be_empty
         self._publishing = False
         try:
             _wait_for_space(directory)
-            self._staging = _Staging(directory, create, durable)
+            self._staging = _Staging(directory, create, durable, beside)
         except Exception as error:
             self.explain(error)
             raise
@@ -149,7 +151,7 @@ class Replacement:
 class _Staging:
     """The hidden folder in which the files of a save are made, and the way they become visible."""
 
-    def __init__(self, directory: str, create: bool, durable: bool) -> None:
+    def __init__(self, directory: str, create: bool, durable: bool, beside: bool = False) -> None:
         self.directory = directory
         self.durable = durable
         self.held: list[int] = []
@@ -159,13 +161,17 @@ class _Staging:
         self._process = os.getpid()
         self._switch: Switch | None = None
         while True:
-            try:
-                self.folder, self.hidden = self._in(directory)
-                break
-            except FileNotFoundError:
-                if not create:
-                    raise
+            if not beside:
+                try:
+                    self.folder, self.hidden = self._in(directory)
+                    break
+                except FileNotFoundError:
+                    if not create:
+                        raise
             above, self.missing = _missing(directory)
+            if beside and not self.missing:
+                above, base = real_place(directory)
+                self.missing = [base]
             if self.missing:
                 self.folder = open_folder(above)
                 try:

@@ -19,11 +19,12 @@ import torch
 
 from ..base.activity import one_save
 from ..engine import background
-from ..engine.engine import SaveFuture
+from ..engine.engine import SaveFuture, Step
 from ..engine.mapped import lies_in_file
 from ..engine.pipeline import How, PathLike, PlannedFile, StateDict, finish, plan_file, start, write_files
 from ..engine.sharing import storage_of
 from ..formats.naming import are_of_the_same_weights, is_safetensors_of, is_weights, pickled_stems
+from .checkpoint import current_checkpoint
 from .directory import Replacement, was_left
 from .folder import Named
 from .hidden_names import hidden_folder_of
@@ -134,11 +135,14 @@ def staged(
     outer = current()
     names: set[str] = set()
     obsolete = stale or (lambda name: are_of_the_same_weights(names, name))
-    messages = Messages(directory)
-    background.make_way(directory)
+    made = current_checkpoint()
+    part = made.part(directory) if made is not None and made.holds(directory) else None
+    messages = Messages(directory) if part is None else part.messages
+    if part is None:
+        background.make_way(directory)
 
-    with one_save(call, directory):
-        change = Replacement(directory, obsolete, create=create, durable=how.durable)
+    with one_save(call, directory) as counted:
+        change = part or Replacement(directory, obsolete, create=create, durable=how.durable)
         try:
             stage = _running.stage = Stage(change.path, how)
             try:
@@ -147,12 +151,16 @@ def staged(
             finally:
                 _running.stage = outer
             names |= stage.weights()
-            messages.preferred = _preferred(directory, names)
+            counts = counted.expect()
+            steps: list[Step] = [change.publish, lambda _: counts()]
+            if part is None:
+                messages.preferred = _preferred(directory, names)
+                steps.insert(1, messages.tell)
             future = stage.start(
-                steps=[change.publish, messages.tell],
+                steps=steps,
                 undo=change.close,
                 explain=change.explain,
-                paths=[directory],
+                paths=[directory] if part is None else None,
             )
         except BaseException as error:
             change.end(error)

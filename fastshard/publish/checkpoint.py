@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint that several saves and ordinary small files fill, and that appears when all of them are done.
+
+The loops of other libraries write a checkpoint file by file. :func:`checkpoint` gives them a hidden folder of
+the same name for that, beside the final place. Saves in it are asynchronous: each has its snapshot when its
+call returns, and is written while the job goes on. When all of them have ended, the folder gets its name by
+one rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+from ..base.activity import departs, one_save
+from ..engine import background
+from ..engine.engine import SaveFuture, Stats
+from ..engine.pipeline import start_after
+from .directory import Replacement
+from .messages import Messages
+
+_running = threading.local()
+_in_flight: list[Checkpoint] = []
+"""The checkpoints of this process that have not appeared yet, or whose error nobody has been told."""
+
+
+class Checkpoint:
+    """A folder that does not have its name yet. It is filled by one thread, in :func:`checkpoint`."""
+
+    def __init__(self, directory: str, durable: bool) -> None:
+        self.directory = directory
+        """Where it will appear."""
+        self.future: SaveFuture | None = None
+        """After the block: ends when the folder stands under its name, or everything is undone."""
+        self.messages = Messages(directory)
+        """What other libraries say of its files."""
+        self.change = Replacement(directory, create=True, durable=durable, beside=True)
+        self.path = self.change.path
+        """The hidden folder to write to, of the same name as :attr:`directory`."""
+        self.saves: list[SaveFuture] = []
+        """Those that fill it."""
+        self._steps: list[Callable[[], object]] = []
+        self._arrives: Callable[[], None] = lambda: None
+
+    def then(self, step: Callable[[], object]) -> None:
+        """Adds what is to be done when the checkpoint stands. An error of it is the save's."""
+        self._steps.append(step)
+
+    def holds(self, path: object) -> bool:
+        """Returns whether a path is the folder's, or of something in it."""
+        found = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+        return isinstance(found, str) and f"{found}{os.sep}".startswith(self.path + os.sep)
+
+    def part(self, directory: str) -> Part:
+        """Returns what stands for the change of names of a save that fills this folder, or one in it."""
+        os.makedirs(directory, exist_ok=True)
+        return Part(self, directory)
+
+    def publish(self, count: Callable[[], None]) -> None:
+        """Lets the folder appear when the saves in it have ended."""
+        self._arrives = departs(self.directory)
+        self.future = start_after(
+            self.saves,
+            [self.directory],
+            steps=[self._await_saves, self.change.publish, self._run_steps, lambda _: count()],
+            undo=self.close,
+            explain=self.change.explain,
+        )
+        _in_flight.append(self)
+
+    def close(self) -> None:
+        """Removes the hidden folder. Saves in it that have not ended are stopped."""
+        arrives, self._arrives = self._arrives, lambda: None
+        arrives()
+        for future in self.saves:
+            future.cancel()
+        for future in self.saves:
+            future.wait()
+        self.saves.clear()
+        self._steps.clear()
+        self.change.close()
+
+    def _await_saves(self, _: Stats) -> None:
+        for future in self.saves:
+            future.result()
+
+    def _run_steps(self, figures: Stats) -> None:
+        for step in self._steps:
+            step()
+        self.messages.tell(figures)
+
+
+class Part:
+    """A save in a checkpoint, as :class:`fastshard.publish.directory.Replacement` without a change of
+    names."""
+
+    def __init__(self, whole: Checkpoint, path: str) -> None:
+        self.path = path
+        self.messages = whole.messages
+        """They are the checkpoint's, which tells them when it stands."""
+        self.explain = whole.change.explain
+
+    def publish(self, _: object = None) -> None:
+        """Has nothing to do: the files are where they are to be."""
+
+    def close(self) -> None:
+        """Has nothing to remove."""
+
+    def end(self, error: BaseException) -> None:
+        """Explains what has ended the save."""
+        self.explain(error)
+
+
+@contextlib.contextmanager
+def checkpoint(
+    directory: str, *, call: str, loggers: tuple[str, ...] = (), durable: bool = False
+) -> Iterator[Checkpoint]:
+    """A context manager that gives a hidden folder for the checkpoint ``directory``.
+
+    In the block this thread's saves are asynchronous. At its end all snapshots are complete, and the folder
+    appears when everything is written: see :attr:`Checkpoint.future`, which also belongs to the block of
+    :func:`fastshard.asynchronous` around this one. If ``directory`` is there already, files of the same names
+    are replaced then, all at once, and others stay. After an exception in the block everything is as it was.
+
+    All saves in it count as one of the public function ``call``. Messages of ``loggers`` about its files are
+    held back until these stand, and name the final places.
+    """
+    outer, around = current_checkpoint(), background.current()
+    with one_save(call, directory) as counted:
+        made = Checkpoint(directory, durable)
+        try:
+            _running.checkpoint = made
+            try:
+                with (
+                    background.asynchronous(snapshot=around.snapshot if around else "auto") as saves,
+                    made.messages.held_back(loggers, made.path),
+                ):
+                    made.saves = saves.futures
+                    yield made
+            finally:
+                _running.checkpoint = outer
+            made.publish(counted.expect())
+        except BaseException as error:
+            made.change.explain(error)
+            made.close()
+            raise
+    if around is not None and made.future is not None:
+        around.take(made.future)
+
+
+def current_checkpoint() -> Checkpoint | None:
+    """Returns the checkpoint that this thread is filling."""
+    return getattr(_running, "checkpoint", None)
+
+
+def wait_for_earlier() -> None:
+    """Waits for the checkpoints of this process that are in flight.
+
+    Raises the error of one that has failed, which nobody has been told yet.
+    """
+    for made in _in_flight[:]:
+        assert made.future is not None
+        try:
+            if made.future.wait() and not made.future.seen:
+                made.future.result()
+        finally:
+            if made.future.done() and made in _in_flight:
+                _in_flight.remove(made)
+
+
+os.register_at_fork(after_in_child=_in_flight.clear)  # they are the parent's
