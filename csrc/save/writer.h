@@ -55,6 +55,7 @@ struct Progress {
   std::atomic<int64_t> copy_ns = 0, write_ns = 0, sync_ns = 0;
   std::atomic<uint64_t> staged_nbytes = 0, peak_staged_nbytes = 0;
   std::atomic<bool> staged_pinned = false, staged_pageable = false, copied_in_place = false;
+  std::atomic<uint64_t> unpacked = 0;       // chunks that enqueue() has left host memory of
   std::atomic<int> io_uring_refused = 0;    // errno
   std::atomic<uint64_t> mapped_nbytes = 0;  // stored through mappings, beside what is written
   std::atomic<int> mapping_refused = 0;     // errno
@@ -90,6 +91,9 @@ class FileWriter {
   virtual ~FileWriter() = default;
   // The number of threads that can work on the file at once.
   virtual size_t writers() const = 0;
+  // Called once, before any share begins, by the thread that starts the save: enqueues copies out of devices whose
+  // target can take them all at once. Returns why not all that the file has of devices is enqueued; empty if it is.
+  virtual std::string enqueue() { return "copies go through staging buffers"; }
   // One thread's share: claims chunks until none is left, or, beside another thread's share, until other work waits.
   // Throws Cancelled when the save has been stopped.
   virtual void write_chunks() = 0;
