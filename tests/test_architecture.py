@@ -46,7 +46,7 @@ PYTHON_LAYERS = {
     "base": "settings living loading activity originals",
     "formats": "json_text naming safetensors torch_archive manifest hf_index file_kinds",
     "engine": """
-        options plan limits borrowed mapped sharing tensors planning parts serving future progress arena background snapshots
+        options plan limits borrowed mapped sharing tensors planning staged_event parts serving future progress arena background snapshots
         figures engine pipeline reading
     """,
     "publish": "hidden_names folder attributes staging change linking exchanging switching directory messages ranks in_place staged",
@@ -82,6 +82,7 @@ WITHOUT_TORCH = {
     "engine/options": set(),
     "engine/plan": set(),
     "engine/limits": set(),
+    "engine/staged_event": set(),
     "engine/parts": set(),
     "engine/serving": set(),
     "engine/future": set(),

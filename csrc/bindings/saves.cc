@@ -113,6 +113,7 @@ void bind_save(py::module_& module) {
       .def("amend", &amend, "amendments"_a)
       .def_property_readonly("nbytes", [](const SaveHandle& handle) { return handle.save->nbytes(); })
       .def_property_readonly("nbytes_written", [](const SaveHandle& handle) { return handle.save->nbytes_written(); })
+      .def_property_readonly("devices", [](const SaveHandle& handle) { return handle.save->devices(); })
       .def_property_readonly("fetches", [](const SaveHandle& handle) { return handle.save->fetches(); })
       .def("checksums", [](const SaveHandle& handle) { return handle.save->checksums(); })
       .def("stats", [](const SaveHandle& handle) { return to_dict(handle.save->stats()); });

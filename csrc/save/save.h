@@ -70,6 +70,8 @@ class Save : public std::enable_shared_from_this<Save> {
   // read. Returns without waiting for them, but only when host memory has been packed, as streams do not hold up the
   // changes of that. Returns why it cannot be done if so: the host then has to wait. Throws CudaError.
   std::optional<std::string> hold_stream(int ordinal, uintptr_t stream);
+  // Returns the ordinals of the devices that the save reads from.
+  std::vector<int> devices() const;
   // Says that bytes which this thread, or anybody, has taken with fetch() will not be brought any more.
   void disown_fetches(bool anybodys) { fetches_.disown(anybodys); }
 

@@ -7,6 +7,7 @@
 // (cuStreamWaitValue32) would not do. A call that waits for the device keeps others out of the driver until then, so
 // whoever frees memory behind the flag would keep this save from enqueuing what the flag waits for; and the driver,
 // which does not see that order, may put copies behind the flag into one queue.
+#include <ranges>
 #include <utility>
 
 #include "save/save.h"
@@ -25,6 +26,11 @@ void Save::enqueue() {
   const std::lock_guard lock(mutex_);
   marks_ = std::move(marks);
   not_enqueued_ = std::move(refusal);
+}
+
+std::vector<int> Save::devices() const {
+  const auto ordinals = std::views::keys(resources_.devices);
+  return {ordinals.begin(), ordinals.end()};
 }
 
 std::optional<std::string> Save::hold_stream(int ordinal, uintptr_t stream) {
