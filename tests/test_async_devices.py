@@ -64,9 +64,9 @@ class Arena:
         self.lock = native.page_lock(begin, len(self.memory), 0)
         self.engine = engine
 
-    def target(self, nbytes: int) -> Memory:
+    def target(self, nbytes: int, offset: int = 0) -> Memory:
         locked = None if isinstance(self.lock, str) else self.lock
-        return Memory(self.address, nbytes, True, locked)
+        return Memory(self.address + offset, nbytes, True, locked)
 
     def save(
         self, sources: Sequence[Source], streams: dict[int, int] | None = None, **more: Any
@@ -74,9 +74,9 @@ class Arena:
         plan = FilePlan(self.target(len(contents(list(sources)))), HEADER, [s.view for s in sources])
         return self.engine.submit([plan], keep_alive=sources, streams=streams, **more)
 
-    def holds(self, sources: Sequence[Source]) -> None:
+    def holds(self, sources: Sequence[Source], offset: int = 0) -> None:
         expected = contents(list(sources))
-        assert_same(ctypes.string_at(self.address, len(expected)), expected)
+        assert_same(ctypes.string_at(self.address + offset, len(expected)), expected)
 
     def release(self) -> None:
         if not isinstance(self.lock, str):
@@ -138,6 +138,25 @@ def test_the_device_holds_no_second_copy(
     assert (stats.staging, stats.staging_nbytes, stats.fallbacks) == ("in place", 0, ())
     assert sim.registered() == [len(block.memory), 2 * SLOT]  # the kernels' tables have one slot
     assert sim.count("cuStreamSynchronize") == 0
+
+
+@needs_kernel
+def test_the_tables_of_many_files_share_a_slot(sim: SimCuda, new_engine: NewEngine, arena: Block) -> None:
+    engine = new_engine()
+    files = [gathered(sim, seed=i, count=2) for i in range(12)]
+    block = arena(engine, 12 * MIB)
+    plans = [
+        FilePlan(block.target(len(contents(sources)), place * MIB), HEADER, [s.view for s in sources])
+        for place, sources in enumerate(files)
+    ]
+    producer = sim.stream(0)
+    with sim.paused():
+        future = engine.submit(plans, keep_alive=files, streams={0: producer})
+        assert future._native.hold_stream(0, producer) is None
+    assert future.result().fallbacks == ()
+    for place, sources in enumerate(files):
+        block.holds(sources, place * MIB)
+    assert sim.registered() == [len(block.memory), 2 * SLOT]
 
 
 @pytest.mark.parametrize("lead", [0, 3 * PAGE, 200 * PAGE])

@@ -295,6 +295,7 @@ void Save::finish() {
   progress_.unpacked = 0;
   progress_.unpacked.notify_all();
   writers_.clear();
+  early_scratch_ = {};
   streams_.clear();
   commit_ = nullptr;  // and what it holds
   // Whoever waits may count on the files being closed: a nameless one holds its space until then.

@@ -134,6 +134,7 @@ class Save : public std::enable_shared_from_this<Save> {
   std::vector<PlacedFile*> placed_files_;          // those that get their names from this save
   std::vector<std::unique_ptr<LinkCopy>> copies_;  // by index in the plan; null but for a link that was refused
   bool bounded_ = false;                           // files are open only while they are worked on
+  EarlyScratch early_scratch_;
   std::vector<std::unique_ptr<FileWriter>> writers_;
   std::vector<std::atomic<size_t>> open_shares_;  // of each file, that which is certain to be written included
   std::atomic<size_t> unfinished_files_ = 0;

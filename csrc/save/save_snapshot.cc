@@ -17,7 +17,7 @@ namespace fastshard {
 void Save::enqueue() {
   std::string refusal;
   for (const auto& writer : writers_) {
-    if (std::string refused = writer->enqueue(); refusal.empty()) refusal = std::move(refused);
+    if (std::string refused = writer->enqueue(early_scratch_); refusal.empty()) refusal = std::move(refused);
   }
   std::map<int, std::shared_ptr<const Mark>> marks;
   if (refusal.empty()) {

@@ -45,11 +45,11 @@ SnapshotWriter::~SnapshotWriter() {
 }
 
 // Once one chunk cannot be enqueued, all that follow are left to the writer's threads.
-std::string SnapshotWriter::enqueue() {
+std::string SnapshotWriter::enqueue(EarlyScratch& scratch) {
   std::string refusal;
   uint64_t host_nbytes = 0;
   for (const Chunk& chunk : schedule_.chunks) {
-    if (chunk.route == Route::device && refusal.empty()) refusal = enqueue(chunk);
+    if (chunk.route == Route::device && refusal.empty()) refusal = enqueue(chunk, scratch);
     if (chunk.route == Route::device && !enqueued(chunk).all) continue;
     const uint64_t nbytes = nbytes_of(those(schedule_.ops_of(chunk), on_host));
     if (nbytes == 0) continue;
@@ -63,7 +63,7 @@ std::string SnapshotWriter::enqueue() {
   return refusal;
 }
 
-std::string SnapshotWriter::enqueue(const Chunk& chunk) {
+std::string SnapshotWriter::enqueue(const Chunk& chunk, EarlyScratch& scratch) {
   if (!memory_.page_locked()) return "copies go through staging buffers, as the memory is not page-locked";
   const std::vector<CopyOp> ops = by_device(chunk);
   if (!std::ranges::all_of(ops, [](const CopyOp& op) { return on_device(op) || on_host(op); })) {
@@ -76,37 +76,37 @@ std::string SnapshotWriter::enqueue(const Chunk& chunk) {
     if (needs.waiting) return "the CPU casts, as there are no kernels, and waits for what it casts";
     tables += needs.scratch;
   }
-  if (std::string refusal = take_scratch(tables * kScratchNbytes, chunk); !refusal.empty()) return refusal;
+  if (std::string refusal = take(scratch, tables * kScratchNbytes, chunk); !refusal.empty()) return refusal;
   const Timer timer(progress_.copy_ns);
   Enqueued& work = enqueued(chunk);
   work.tickets.reserve(copies.size());  // no ticket may be lost
   Staging staging{.bytes = memory_of(chunk),
-                  .scratch = scratch_,
+                  .scratch = scratch.left,
                   .in_target = true,
                   .bytes_base = base_of(chunk),
-                  .scratch_base = slots_.empty() ? nullptr : slots_.back().base()};
+                  .scratch_base = scratch.base()};
   for (std::span<const CopyOp> left = copies; !left.empty(); left = left.subspan(first_group(left).size())) {
     const std::span<const CopyOp> group = first_group(left);
     if (auto ticket = streams_.at(group.front().source->device)->pack(group, staging)) {
       work.tickets.push_back(std::move(ticket));
     }
   }
-  scratch_ = staging.scratch;  // without the tables
+  scratch.left = staging.scratch;  // without the tables
   work.all = true;
   progress_.copied_in_place = true;
   return "";
 }
 
 // Sees to it that so much scratch is left, page-locked. It waits for nobody.
-std::string SnapshotWriter::take_scratch(size_t nbytes, const Chunk& chunk) {
-  if (nbytes <= scratch_.size()) return "";
+std::string SnapshotWriter::take(EarlyScratch& scratch, size_t nbytes, const Chunk& chunk) {
+  if (nbytes <= scratch.left.size()) return "";
   Device& device = *device_of(chunk);
   std::optional<Slot> slot = resources_.ring.try_acquire(device.numa_node());
   if (!slot || slot->all().size() < nbytes) return "no staging memory was free for the kernels' tables";
   pin(*slot, device);
   if (!slot->pinned()) return "the kernels' tables are not page-locked";
-  scratch_ = slot->all();
-  slots_.push_back(std::move(*slot));
+  scratch.left = slot->all();
+  scratch.slots.push_back(std::move(*slot));
   return "";
 }
 

@@ -17,7 +17,7 @@ class SnapshotWriter final : public MemoryWriter {
   SnapshotWriter(WriterParts parts, const ScheduleLimits& limits, size_t threads);
   ~SnapshotWriter() override;
 
-  std::string enqueue() override;
+  std::string enqueue(EarlyScratch& scratch) override;
   void write_chunks() override;
 
  private:
@@ -27,15 +27,13 @@ class SnapshotWriter final : public MemoryWriter {
     std::vector<std::unique_ptr<Ticket>> tickets{};
   };
 
-  std::string enqueue(const Chunk& chunk);
-  std::string take_scratch(size_t nbytes, const Chunk& chunk);
+  std::string enqueue(const Chunk& chunk, EarlyScratch& scratch);
+  std::string take(EarlyScratch& scratch, size_t nbytes, const Chunk& chunk);
   void pack_from_host(const Chunk& chunk);
   void wait_for(const Chunk& chunk);
   bool write_unstaged(const Chunk& chunk, End end) override;
   Enqueued& enqueued(const Chunk& chunk) { return enqueued_[static_cast<size_t>(&chunk - schedule_.chunks.data())]; }
 
-  std::vector<Slot> slots_;  // whose memory the kernels' tables lie in until all copies have ended
-  std::span<std::byte> scratch_;
   std::vector<Enqueued> enqueued_;       // by chunk
   std::vector<const Chunk*> with_host_;  // those that have host memory and are not staged
   std::atomic<size_t> packed_ = 0;       // how many of them are claimed
