@@ -21,31 +21,39 @@ import numpy as np
 import pytest
 import torch
 from conftest import BUDGET, DRIVER_VARIABLE, SLOT, assert_same
+from helpers import filled
 from simcuda import Result, SimCuda
 from test_cuda_path import (
     HEADER,
     HERE,
     MIB,
     NewEngine,
+    SimTensor,
     Source,
+    Uploader,
     contents,
+    current_streams,
     gathered,
     needs_kernel,
     noise,
     on_device,
     on_host,
+    reference_bytes,
     stays_unfinished,
+    upload,
     varied,
     wait_until,
 )
 from test_cuda_prepared import casts, small
 from test_fetch import fetched
 
+import fastshard
 from fastshard import _native
 from fastshard.engine.engine import Engine, SaveFuture
 from fastshard.engine.plan import FilePlan, Memory
 from fastshard.engine.staged_event import StagedEvent
 
+__all__ = ["current_streams", "upload"]  # fixtures
 PAGE = mmap.PAGESIZE
 IN_TARGET = 4 * 2 * SLOT
 """Bytes of a chunk that is copied straight into its target, with the budget of these tests."""
@@ -739,3 +747,180 @@ def test_saves_that_follow_one_another(sim: SimCuda, new_engine: NewEngine, aren
     for future in futures:
         future.result()
     assert len(sim.registered()) <= 2 + 2  # the blocks, and slots for tables
+
+
+# The public functions, with tensors that torch believes to be on a GPU.
+
+
+def model(seed: int) -> dict[str, torch.Tensor]:
+    """Large, small, strided and empty tensors, and a counter of an optimizer on the host."""
+    base = filled((600, 500), seed=seed)
+    return {
+        "large": filled((900, 700), seed=seed),
+        "left": base[:, :200],
+        "right": base[:, 200:].t(),
+        **{f"small.{i}": filled((3 + i,), torch.bfloat16, seed=seed + i) for i in range(40)},
+        "empty": torch.empty(0, 4),
+    }
+
+
+class Training:
+    """A model on simulated devices, whose steps change all of it on the producer's stream."""
+
+    def __init__(self, sim: SimCuda, upload: Uploader, streams: dict[int, int], devices: int) -> None:
+        self.sim = sim
+        self.streams = streams
+        self.step = 0
+        self.counter = torch.tensor(0)
+        streams.update({device: sim.stream(device) for device in range(devices)})
+        self.states = [
+            {f"{device}.{n}": t for device in range(devices) for n, t in model(s).items()} for s in (1, 2)
+        ]
+        self.tensors = {
+            name: upload(tensor, int(name[0])) if tensor.numel() else tensor
+            for name, tensor in self.states[0].items()
+        }
+        self.images: list[dict[str, tuple[int, bytes]]] = []
+        for state in self.states:
+            image = {}
+            for name, tensor in state.items():
+                if tensor.numel() == 0:
+                    continue
+                storage = tensor.untyped_storage()
+                there = SimTensor.places[self.tensors[name].untyped_storage().data_ptr()][1]
+                image[name] = there, ctypes.string_at(storage.data_ptr(), storage.nbytes())
+            self.images.append(image)
+
+    def advance(self) -> None:
+        """Enqueues what makes the other state of this one, and counts on the host at once."""
+        self.step += 1
+        self.counter += 1
+        for name, (address, data) in self.images[self.step % 2].items():
+            self.sim.enqueue_write(self.streams[int(name[0])], address, data)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {**self.tensors, "counter": self.counter}
+
+    def expected(self, step: int) -> bytes:
+        return reference_bytes({**self.states[step % 2], "counter": torch.tensor(step)})
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_training_loop(
+    sim: SimCuda,
+    upload: Uploader,
+    current_streams: dict[int, int],
+    new_engine: NewEngine,
+    tmp_path: Path,
+    devices: int,
+) -> None:
+    """Each step is enqueued behind the event of the save before; no host has waited, and each file is of its step."""
+    engine = new_engine(memory_budget=16 * MIB, snapshot_budget="64MiB")
+    training = Training(sim, upload, current_streams, devices)
+    sim.set_delay(0, 3000)
+    futures = []
+    registered = None
+    for step in range(5):
+        future = fastshard.save_file_async(
+            training.state_dict(), tmp_path / str(step), allow_strided=True, engine=engine, wait_staged=False
+        )
+        future.staged_event().wait()
+        training.advance()
+        futures.append(future)
+        if step == 1:  # as many as are in flight
+            registered = sim.registered()
+    for step, future in enumerate(futures):
+        stats = future.result()
+        assert_same((tmp_path / str(step)).read_bytes(), training.expected(step))
+        assert (stats.snapshot, stats.staging, stats.fallbacks) == ("copy", "in place", ())
+    assert sim.registered() == registered  # page-locked once
+    assert sim.count("cuStreamSynchronize") == 0
+    assert engine.arena.peak <= 64 * MIB
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_change_right_after_the_event(
+    sim: SimCuda,
+    upload: Uploader,
+    current_streams: dict[int, int],
+    new_engine: NewEngine,
+    path: Path,
+    waits: bool,
+) -> None:
+    """The file has what the tensors were at the call. Without the event it has changed bytes: this test would fail."""
+    engine = new_engine(memory_budget=16 * MIB)
+    training = Training(sim, upload, current_streams, 1)
+    sim.set_delay(2000, 6000)
+    with sim.paused():
+        future = fastshard.save_file_async(
+            training.state_dict(), path, allow_strided=True, engine=engine, wait_staged=False
+        )
+        if waits:
+            future.staged_event().wait()
+        training.advance()
+        assert not future.staged()
+        training.counter.zero_()
+    future.result()
+    found = path.read_bytes()
+    if waits:
+        assert_same(found, training.expected(0))
+    else:
+        assert found != training.expected(0)
+
+
+def test_by_default_the_host_waits_for_the_snapshot(
+    sim: SimCuda, upload: Uploader, current_streams: dict[int, int], new_engine: NewEngine, path: Path
+) -> None:
+    engine = new_engine(memory_budget=16 * MIB)
+    training = Training(sim, upload, current_streams, 2)
+    sim.set_delay(1000, 4000)
+    future = fastshard.save_file_async(training.state_dict(), path, allow_strided=True, engine=engine)
+    assert future.staged()
+    waits = sim.count("cuStreamWaitEvent")
+    event = future.staged_event()
+    event.wait()
+    assert event.query() and sim.count("cuStreamWaitEvent") == waits
+    training.advance()
+    future.result()
+    assert_same(path.read_bytes(), training.expected(0))
+
+
+def test_what_is_refused_is_a_fallback(
+    sim: SimCuda, upload: Uploader, current_streams: dict[int, int], new_engine: NewEngine, path: Path
+) -> None:
+    """Without page-locking, and without room for a snapshot, the event is waited for on the host."""
+    training = Training(sim, upload, current_streams, 1)
+    sim.set_delay(0, 300)
+    sim.fail("cuMemHostRegister", Result.OUT_OF_MEMORY, nth=0)
+    for options, texts in (
+        ({}, ("page-locking the snapshot's memory refused", "the host waits for the snapshot")),
+        ({"snapshot_budget": "1MiB"}, ("no snapshot: ",)),
+    ):
+        engine = new_engine(memory_budget=16 * MIB, **options)
+        future = fastshard.save_file_async(
+            training.state_dict(), path, allow_strided=True, engine=engine, wait_staged=False
+        )
+        future.staged_event().wait()
+        assert future.staged()
+        before = training.step
+        training.advance()
+        stats = future.result()
+        assert_same(path.read_bytes(), training.expected(before))
+        for text in texts:
+            assert any(text in fallback for fallback in stats.fallbacks), stats.fallbacks
+        sim.synchronize(current_streams[0])
+
+
+def test_memory_of_snapshots_is_unlocked_before_it_goes(
+    sim: SimCuda, upload: Uploader, current_streams: dict[int, int], new_engine: NewEngine, path: Path
+) -> None:
+    """Also while a handle of an old save is kept."""
+    engine = new_engine(memory_budget=16 * MIB)
+    training = Training(sim, upload, current_streams, 1)
+    before = sim.live()["registrations"]
+    future = fastshard.save_file_async(training.state_dict(), path, allow_strided=True, engine=engine)
+    future.result()
+    assert sim.live()["registrations"] > before
+    engine.close()
+    assert sim.live()["registrations"] == before
+    assert future.stats.snapshot == "copy"
