@@ -44,6 +44,7 @@ TESTS = (
     "test_cuda_link.py",
     "test_cuda_capture.py",
     "test_cuda_cruelty.py",
+    "test_async_devices.py",
     "simulated_driver",
 )
 """Those that reach most of csrc."""
