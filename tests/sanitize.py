@@ -45,6 +45,7 @@ TESTS = (
     "test_cuda_capture.py",
     "test_cuda_cruelty.py",
     "test_asynchronous.py",
+    "test_async_devices.py",
     "simulated_driver",
 )
 """Those that reach most of csrc."""

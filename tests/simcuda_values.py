@@ -26,7 +26,8 @@ GRANULE = 2 << 20
 
 SETTINGS = {
     "implicit_sync": "1, or 0 for not: page-locking, allocating, what gives these back, and loading a module wait for "
-    "what runs in the context; all calls but those about events and streams wait for them",
+    "what runs in the context, or with 2 for all that is enqueued; all calls but those about events and streams wait for "
+    "them",
     "copy_fifo": "1, or 0 for not: a device takes its copies to the host one by one, in the order in which they became "
     "possible, whatever the priorities of their streams",
     "disk_pinning": "0, or 1 for allowed: shared mappings of files on disks are page-locked, as before driver 550.67",

@@ -21,7 +21,7 @@ NATIVE_LAYERS = {
         kernels/embedded.cc host_device.cc numa.h numa.cc cuda_driver.h cuda_driver.cc cuda_info.h cuda_info.cc
         cuda_refusal.h cuda_refusal.cc cuda_context.h cuda_streams.h cuda_streams.cc cuda_link.h cuda_link.cc
         cuda_scratch.h cuda_scratch.cc cuda_copies.h cuda_copies.cc cuda_kernels.h cuda_kernels.cc cuda_gathers.h
-        cuda_gathers.cc cuda_device.cc ring.h ring.cc fetch.h
+        cuda_gathers.cc cuda_device.cc page_lock.h page_lock.cc ring.h ring.cc fetch.h
     """,
     "file": """
         filesystem.h filesystem.cc mapping.h mapping.cc shared_pages.h shared_pages.cc output.h output.cc suspended.cc threads.h threads.cc
@@ -31,11 +31,11 @@ NATIVE_LAYERS = {
     """,
     "save": """
         crc32.h crc32.cc writer.h source_pages.h source_pages.cc chunk_writer.h chunk_writer.cc page_cache_writer.h
-        page_cache_writer.cc direct_writer.h direct_writer.cc memory_writer.h memory_writer.cc writer.cc targets.h targets.cc save.h save.cc save_report.cc
+        page_cache_writer.cc direct_writer.h direct_writer.cc into_memory.h snapshot_writer.h snapshot_writer.cc memory_writer.h memory_writer.cc writer.cc targets.h targets.cc save.h save.cc save_report.cc save_snapshot.cc
         engine.h engine.cc
     """,
     "bindings": """
-        python.h record.h record.cc dlpack.h exchange.h exchange.cc layouts.h layouts.cc plans.h plans.cc errors.cc saves.h saves.cc prepared.cc files.cc memory.cc system.cc
+        python.h record.h record.cc dlpack.h exchange.h exchange.cc layouts.h layouts.cc page_lock.h plans.h plans.cc errors.cc saves.h saves.cc prepared.cc files.cc memory.cc system.cc
         module.cc
     """,
 }
@@ -46,7 +46,7 @@ PYTHON_LAYERS = {
     "base": "settings living loading activity originals",
     "formats": "json_text naming safetensors torch_archive manifest hf_index file_kinds",
     "engine": """
-        options plan limits borrowed mapped sharing tensors planning parts serving future progress arena background snapshots
+        options plan limits borrowed mapped sharing tensors planning staged_event parts serving future progress arena background snapshots
         figures engine pipeline reading
     """,
     "publish": "hidden_names folder attributes staging change linking exchanging switching directory messages ranks in_place checkpoint staged",
@@ -82,6 +82,7 @@ WITHOUT_TORCH = {
     "engine/options": set(),
     "engine/plan": set(),
     "engine/limits": set(),
+    "engine/staged_event": set(),
     "engine/parts": set(),
     "engine/serving": set(),
     "engine/future": set(),

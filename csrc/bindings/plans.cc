@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bindings/layouts.h"
+#include "bindings/page_lock.h"
 #include "bindings/record.h"
 #include "file/source_file.h"
 #include "plan/schedule.h"
@@ -28,7 +29,8 @@ struct WriteItemType : RecordType {
 
 struct MemoryType : RecordType {
   MemoryType() : RecordType("Memory") { require_all_known(); }
-  const Field address = field("address"), nbytes = field("nbytes");
+  const Field address = field("address"), nbytes = field("nbytes"), streaming = field("streaming"),
+              locked = field("locked");
 };
 
 struct ForeignFileType : RecordType {
@@ -125,7 +127,20 @@ Memory memory_from(py::handle object, uint64_t nbytes) {
   if (record[type.nbytes].cast<uint64_t>() != nbytes) {
     throw std::invalid_argument("the memory target does not have the plan's size");
   }
-  return {reinterpret_cast<std::byte*>(record[type.address].cast<uintptr_t>())};
+  Memory memory{.bytes = reinterpret_cast<std::byte*>(record[type.address].cast<uintptr_t>()),
+                .streaming = record[type.streaming].cast<bool>()};
+  if (const py::handle locked = record[type.locked]; !locked.is_none()) {
+    const auto& lock = locked.cast<const PageLockHandle&>().lock;
+    if (lock == nullptr) throw std::invalid_argument("the page lock of the memory target has been released");
+    const std::span<std::byte> pages = lock->pages();
+    const auto begin = static_cast<uint64_t>(memory.bytes - pages.data());
+    if (memory.bytes < pages.data() || begin > pages.size() || nbytes > pages.size() - begin) {
+      throw std::invalid_argument("the memory target lies outside of what is page-locked");
+    }
+    memory.locked_begin = pages.data();
+    memory.locked_part_nbytes = lock->part_nbytes();
+  }
+  return memory;
 }
 
 ForeignFile foreign_file_from(py::handle object) {
@@ -195,11 +210,12 @@ FilePlan file_from(py::handle object) {
 
 // (chunks, ops) of each file, for the tests of the schedule.
 py::list schedule_of(const py::list& files, uint64_t slot_nbytes, uint64_t packed_nbytes, uint64_t in_place_nbytes,
-                     uint32_t max_ops, bool in_place, uint64_t block_nbytes, uint64_t boundary_nbytes) {
+                     uint32_t max_ops, bool in_place, uint64_t block_nbytes, uint64_t boundary_nbytes,
+                     uint64_t begin_nbytes) {
   const std::shared_ptr<const SavePlan> plan = plan_from(files);
   check(*plan);
   const ScheduleLimits limits{slot_nbytes, packed_nbytes, in_place_nbytes, max_ops,
-                              in_place,    block_nbytes,  boundary_nbytes};
+                              in_place,    block_nbytes,  boundary_nbytes, begin_nbytes};
   py::list result;
   for (const FilePlan& file : plan->files) {
     const FileSchedule schedule = make_schedule(file, limits);
@@ -251,7 +267,7 @@ WritePath write_path_from(const std::string& name) {
 void bind_plans(py::module_& module) {
   if (types == nullptr) types = new Types;
   module.def("schedule", &schedule_of, "files"_a, "slot_nbytes"_a, "packed_nbytes"_a, "in_place_nbytes"_a, "max_ops"_a,
-             "in_place"_a, "block_nbytes"_a = 1, "boundary_nbytes"_a = 0);
+             "in_place"_a, "block_nbytes"_a = 1, "boundary_nbytes"_a = 0, "begin_nbytes"_a = 0);
 }
 
 }  // namespace fastshard

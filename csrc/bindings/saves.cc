@@ -6,8 +6,10 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <variant>
 #include <vector>
 
+#include "bindings/page_lock.h"
 #include "bindings/plans.h"
 #include "file/source_file.h"
 
@@ -45,6 +47,19 @@ std::unique_ptr<SaveHandle> submit(EngineHandle& handle, const py::list& files, 
   read_from_files(*plan);
   submitted->save = engine->submit(plan, asked.streams, asked.intent);
   return submitted;
+}
+
+// What keeps the memory page-locked, or why the driver does not do it.
+std::variant<std::unique_ptr<PageLockHandle>, std::string> page_lock(EngineHandle& handle, uintptr_t address,
+                                                                     uint64_t nbytes, int ordinal) {
+  const std::shared_ptr<Engine> engine = handle.open();
+  std::unique_ptr<PageLock> lock;
+  {
+    const GilReleased released;
+    lock = engine->page_lock(ordinal, {reinterpret_cast<std::byte*>(address), nbytes});
+  }
+  if (!lock->refusal().empty()) return lock->refusal();
+  return std::make_unique<PageLockHandle>(std::move(lock));
 }
 
 // A request in Python's numbering: the header, item 0 here, is never fetched.
@@ -86,6 +101,10 @@ void bind_save(py::module_& module) {
       .def(
           "cancel", [](SaveHandle& handle) { return handle.save->cancel(); }, Released())
       .def(
+          "hold_stream",
+          [](SaveHandle& handle, int ordinal, uintptr_t stream) { return handle.save->hold_stream(ordinal, stream); },
+          "ordinal"_a, "stream"_a, Released())
+      .def(
           "disown_fetches", [](SaveHandle& handle) { handle.save->disown_fetches(false); }, Released())
       .def("fetch", &fetch)
       .def(
@@ -94,6 +113,7 @@ void bind_save(py::module_& module) {
       .def("amend", &amend, "amendments"_a)
       .def_property_readonly("nbytes", [](const SaveHandle& handle) { return handle.save->nbytes(); })
       .def_property_readonly("nbytes_written", [](const SaveHandle& handle) { return handle.save->nbytes_written(); })
+      .def_property_readonly("devices", [](const SaveHandle& handle) { return handle.save->devices(); })
       .def_property_readonly("fetches", [](const SaveHandle& handle) { return handle.save->fetches(); })
       .def("checksums", [](const SaveHandle& handle) { return handle.save->checksums(); })
       .def("stats", [](const SaveHandle& handle) { return to_dict(handle.save->stats()); });
@@ -115,6 +135,7 @@ py::class_<EngineHandle> bind_engine(py::module_& module) {
       .def(
           "warm_up", [](EngineHandle& handle, int ordinal) { handle.open()->warm_up(ordinal); }, "ordinal"_a,
           Released())
+      .def("page_lock", &page_lock, "address"_a, "nbytes"_a, "ordinal"_a)
       .def_property_readonly("closed", [](const EngineHandle& handle) { return handle.engine == nullptr; })
       .def("close", &EngineHandle::close);
   return engine;
@@ -123,6 +144,11 @@ py::class_<EngineHandle> bind_engine(py::module_& module) {
 }  // namespace
 
 void bind_saves(py::module_& module) {
+  py::class_<PageLockHandle>(module, "PageLock")
+      .def("release", &PageLockHandle::release)
+      .def_property_readonly("part_nbytes", [](const PageLockHandle& handle) {
+        return handle.lock == nullptr ? 0 : handle.lock->part_nbytes();
+      });
   bind_save(module);
   py::class_<EngineHandle> engine = bind_engine(module);
   bind_prepared(module, engine);

@@ -107,6 +107,23 @@ class CudaTicket final : public Ticket {
   std::array<std::shared_ptr<DeviceLink::Passage>, kParts> passages_;
 };
 
+class CudaMark final : public Mark {
+ public:
+  CudaMark(std::shared_ptr<Context> context, std::vector<std::unique_ptr<Event>> events)
+      : context_(std::move(context)), events_(std::move(events)) {}
+
+  void hold(uintptr_t stream, const Mark& other) const override {
+    const Current current(*context_);
+    for (const auto& event : static_cast<const CudaMark&>(other).events_) {  // no other device makes marks
+      FASTSHARD_CUDA(context_->driver(), cuStreamWaitEvent, reinterpret_cast<CUstream>(stream), event->get(), 0);
+    }
+  }
+
+ private:
+  const std::shared_ptr<Context> context_;
+  const std::vector<std::unique_ptr<Event>> events_;
+};
+
 // One save's copies out of one device.
 class CudaStream final : public CopyStream {
  public:
@@ -140,6 +157,18 @@ class CudaStream final : public CopyStream {
     }
     ticket->enqueued();
     return ticket;
+  }
+
+  PackNeeds needs(std::span<const CopyOp> ops) override {
+    const Current current(*context_);
+    const std::vector<CopyOp> gathered = parts_of(ops, context_->ordinal(), gather_way_).gathered;
+    const bool casts = std::ranges::any_of(gathered, [](const CopyOp& op) { return op.source->cast(); });
+    return {.scratch = !gathered.empty(), .waiting = casts && !gathers_.by_kernel()};
+  }
+
+  std::shared_ptr<const Mark> mark() override {
+    const Current current(*context_);
+    return std::make_shared<CudaMark>(context_, streams_.mark());
   }
 
   void add_use(DeviceUse& use) const override { gathers_.add_use(use); }

@@ -45,6 +45,8 @@ class CudaGathers {
 
   // Enqueues the gathers as part of `work`, which brings them into the staging bytes. Changes `gathers` on the way.
   void enqueue(std::vector<CopyOp>& gathers, Staging& staging, ChunkWork& work);
+  // Whether the kernel does it. Without it, the CPU casts, and waits for what it casts.
+  bool by_kernel() const { return way_ != GatherWay::pitched && kernels_->pack(context_) != nullptr; }
   void add_use(DeviceUse& use) const;
 
  private:

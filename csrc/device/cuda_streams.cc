@@ -27,6 +27,18 @@ CUstream SaveStreams::get(Work work) {
   return made.compare_exchange_strong(other, stream.get()) ? stream.release()->get() : other->get();
 }
 
+// What has been packed is read no more.
+std::vector<std::unique_ptr<Event>> SaveStreams::mark() const {
+  std::vector<std::unique_ptr<Event>> events;
+  for (const Work work : {Work::copying, Work::packing}) {
+    const Stream* const stream = made_[static_cast<size_t>(work)];
+    if (stream == nullptr) continue;
+    events.push_back(std::make_unique<Event>(context_));
+    FASTSHARD_CUDA(context_->driver(), cuEventRecord, events.back()->get(), stream->get());
+  }
+  return events;
+}
+
 CUstream ChunkWork::on(Work work) {
   std::optional<Mark>& mark = marks_[static_cast<size_t>(work)];
   if (!mark) mark.emplace(streams_.get(work), context_);

@@ -9,6 +9,7 @@
 #include <optional>
 #include <span>
 #include <utility>
+#include <vector>
 
 #include "device/cuda_context.h"
 
@@ -33,8 +34,10 @@ class SaveStreams {
   SaveStreams(const SaveStreams&) = delete;
   SaveStreams& operator=(const SaveStreams&) = delete;
 
-  // The context must be current.
+  // The context must be current, as for mark().
   CUstream get(Work work);
+  // Events behind all that reads tensors.
+  std::vector<std::unique_ptr<Event>> mark() const;
   const std::shared_ptr<Context>& context() const { return context_; }
 
  private:

@@ -70,11 +70,30 @@ struct DeviceUse {
   std::vector<std::string> fallbacks;
 };
 
+// The end of what one save reads on one device, of all that was enqueued when the mark was made.
+class Mark {
+ public:
+  virtual ~Mark() = default;
+  // What is enqueued later on `stream`, of the device of this mark, waits for `other` there, a mark of the same save.
+  // Returns at once. Throws CudaError.
+  virtual void hold(uintptr_t stream, const Mark& other) const = 0;
+};
+
+// What pack() takes besides the bytes.
+struct PackNeeds {
+  bool scratch = false;  // kScratchNbytes of page-locked memory
+  bool waiting = false;  // it waits for the device
+};
+
 // One save's copies out of one device: a copy stream ordered behind the caller's work.
 // pack() may be called by several threads at once.
 class CopyStream {
  public:
   virtual ~CopyStream() = default;
+  // Of pack() with the same ops, into page-locked memory.
+  virtual PackNeeds needs(std::span<const CopyOp>) { return {.waiting = true}; }
+  // Marks the end of all that is enqueued. Null where there is nothing to wait for.
+  virtual std::shared_ptr<const Mark> mark() { return nullptr; }
   // Gathers `ops`, all of which are on this device, into the staging bytes. Returns when the copies are enqueued, and
   // null when they are done already. After an exception nothing is under way.
   virtual std::unique_ptr<Ticket> pack(std::span<const CopyOp> ops, Staging& staging) = 0;

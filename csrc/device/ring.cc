@@ -8,6 +8,7 @@
 #include <new>
 
 #include "device/numa.h"
+#include "device/page_lock.h"
 
 namespace fastshard {
 namespace {
@@ -26,17 +27,6 @@ std::span<std::byte> map_aligned(uint64_t nbytes) {
   if (lead != 0) munmap(begin, lead);
   if (lead != slack) munmap(begin + lead + nbytes, slack - lead);
   return {begin + lead, nbytes};
-}
-
-// What is page-locked is all there at once, so it may as well be in huge pages, which take less time to lock. A fork
-// would have to copy it, as what devices write to must stay the parent's; the child has no use for it. Refusals cost
-// only speed.
-void make_ready(std::span<std::byte> memory) {
-  if (memory.size() >= kHugePageNbytes) madvise(memory.data(), memory.size(), MADV_HUGEPAGE);
-  madvise(memory.data(), memory.size(), MADV_DONTFORK);
-#ifdef MADV_POPULATE_WRITE
-  madvise(memory.data(), memory.size(), MADV_POPULATE_WRITE);  // here, and not under the driver's lock
-#endif
 }
 
 }  // namespace
@@ -61,7 +51,7 @@ Ring::~Ring() {
 
 void Ring::Slot::pin(Device& device) {
   if (block_->locking_tried) return;
-  make_ready(block_->memory);
+  make_lockable(block_->memory);
   block_->locking = device.page_lock(block_->memory);
   block_->locking_tried = true;
 }

@@ -85,10 +85,12 @@ size_t Standing::next() {
 StandingMapping Standing::target(size_t generation) const {
   const Generation& chosen = *generations_[generation];
   const Registration* const locked = chosen.locking.registration.get();
+  std::byte* const bytes = chosen.mapping->bytes().data();
   return {.path = path_,
-          .bytes = chosen.mapping->bytes().data(),
-          .page_locked = locked != nullptr,
-          .locked_part_nbytes = locked != nullptr ? locked->part_nbytes() : 0,
+          .memory = {.bytes = bytes,
+                     .streaming = true,
+                     .locked_begin = locked != nullptr ? bytes : nullptr,
+                     .locked_part_nbytes = locked != nullptr ? locked->part_nbytes() : 0},
           .populate = chosen.file.has_writeback()};
 }
 

@@ -116,10 +116,9 @@ const std::string& path_of(const FileTarget& target) {
       target);
 }
 
-std::byte* memory_of(const FileTarget& target) {
-  if (const auto* standing = std::get_if<StandingMapping>(&target)) return standing->bytes;
-  if (const auto* memory = std::get_if<Memory>(&target)) return memory->bytes;
-  return nullptr;
+const Memory* memory_of(const FileTarget& target) {
+  if (const auto* standing = std::get_if<StandingMapping>(&target)) return &standing->memory;
+  return std::get_if<Memory>(&target);
 }
 
 uint64_t FilePlan::written_nbytes() const {

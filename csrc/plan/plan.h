@@ -98,18 +98,22 @@ struct NewFile {
   std::string path;
 };
 
-// The memory of a file that a prepared save fills and publishes. It is larger than any cache, and its pages are there.
-struct StandingMapping {
-  std::string path;
-  std::byte* bytes = nullptr;
-  bool page_locked = false;         // devices copy straight into it
-  uint64_t locked_part_nbytes = 0;  // no copy reaches across multiples of this; 0: there are none
-  bool populate = false;            // a disk's page cache: pages must be made writable again before each store
-};
-
 // Memory of the file's size.
 struct Memory {
   std::byte* bytes = nullptr;
+  bool streaming = false;  // it is larger than any cache: the CPU stores past its caches
+  // Where the page-locked memory begins that it lies in, or null: devices copy straight into it.
+  const std::byte* locked_begin = nullptr;
+  uint64_t locked_part_nbytes = 0;  // of each part of that: no copy reaches from one into the next; 0: there is one
+
+  bool page_locked() const { return locked_begin != nullptr; }
+};
+
+// The memory of a file that a prepared save fills and publishes. Its pages are there.
+struct StandingMapping {
+  std::string path;
+  Memory memory;
+  bool populate = false;  // a disk's page cache: pages must be made writable again before each store
 };
 
 // A file that somebody else has made and will publish, of which others may write other parts meanwhile. The items are
@@ -133,7 +137,7 @@ using FileTarget = std::variant<NewFile, ForeignFile, StandingMapping, Memory, L
 // Empty where it has none.
 const std::string& path_of(const FileTarget& target);
 // Null where the target is no memory.
-std::byte* memory_of(const FileTarget& target);
+const Memory* memory_of(const FileTarget& target);
 
 // One output of `nbytes`. The first item is the header.
 struct FilePlan {

@@ -71,7 +71,8 @@ class Builder {
     const uint64_t end = (end_ + limit) / alignment * alignment;
     capacity_ = end > end_ ? end - end_ : limit;
     if (limits_.boundary_nbytes != 0) {
-      capacity_ = std::min(capacity_, limits_.boundary_nbytes - end_ % limits_.boundary_nbytes);
+      capacity_ =
+          std::min(capacity_, limits_.boundary_nbytes - (limits_.begin_nbytes + end_) % limits_.boundary_nbytes);
     }
     out_.chunks.push_back({end_, 0, static_cast<uint32_t>(out_.ops.size()), 0, route});
     pieces_ = 0;
@@ -116,7 +117,8 @@ FileSchedule make_schedule(const FilePlan& file, const ScheduleLimits& limits) {
                                   limits.slot_nbytes < std::max(kChunkAlignment, limits.block_nbytes))) {
     throw std::invalid_argument("chunks of whole blocks are staged, and as large as a slot of at least one");
   }
-  if (limits.boundary_nbytes % std::max(kChunkAlignment, limits.block_nbytes) != 0) {
+  const uint64_t unit = std::max(kChunkAlignment, limits.block_nbytes);
+  if (limits.boundary_nbytes % unit != 0 || (limits.boundary_nbytes != 0 && limits.begin_nbytes % unit != 0)) {
     throw std::invalid_argument("a boundary between chunks is one of pages and blocks");
   }
   if (limits.block_nbytes > 1 && file.gaps) throw std::invalid_argument("a file with gaps has no whole blocks");

@@ -55,8 +55,10 @@ struct ScheduleLimits {
   // For direct I/O: every chunk but the last ends on a multiple of this, a power of two. A chunk may exceed `max_ops`
   // to reach the next block boundary, and host and device memory share chunks. Needs in_place == false.
   uint64_t block_nbytes = 1;
-  // No chunk reaches across a multiple of this, itself one of kChunkAlignment, in the file. 0: there is none.
+  // No chunk reaches across a boundary: so many bytes lie between two of them, and the file begins so many behind the
+  // first. Both are multiples of kChunkAlignment. 0: there is none.
   uint64_t boundary_nbytes = 0;
+  uint64_t begin_nbytes = 0;
 };
 
 // Runs of at least this many bytes are written by pwritev from where they lie; shorter ones are packed first.

@@ -70,10 +70,10 @@ std::vector<uint32_t> ChunkWriter::checksums() const {
   return values;
 }
 
-void ChunkWriter::add_checksums(const Chunk& chunk, std::span<const std::byte> bytes) {
+void ChunkWriter::add_checksums(std::span<const CopyOp> ops, std::span<const std::byte> bytes) {
   if (checksums_.empty()) return;
   const Timer timer(progress_.copy_ns);
-  for (const CopyOp& op : schedule_.ops_of(chunk)) {
+  for (const CopyOp& op : ops) {
     checksums_[op.item].add(op.first_byte, bytes.subspan(op.chunk_offset, op.nbytes));
   }
 }
@@ -146,15 +146,25 @@ void ChunkWriter::enqueue_copies(StagedChunk& staged) {
                     if (Device* const device = device_of(staged.chunk)) pin(staged.slot, *device);
                     return staged.slot.base();
                   }};
-  const std::span<const CopyOp> all = schedule_.ops_of(staged.chunk);
+  const std::vector<CopyOp> ops = by_device(staged.chunk);
+  for (std::span<const CopyOp> left = ops; !left.empty();) {
+    const std::span<const CopyOp> group = first_group(left);
+    const int device = group.front().source->device;
+    if (auto ticket = stream_for(device).pack(group, staging)) staged.tickets.push_back(std::move(ticket));
+    left = left.subspan(group.size());
+  }
+}
+
+std::vector<CopyOp> ChunkWriter::by_device(const Chunk& chunk) const {
+  const std::span<const CopyOp> all = schedule_.ops_of(chunk);
   std::vector<CopyOp> ops(all.begin(), all.end());
   std::ranges::stable_sort(ops, {}, [](const CopyOp& op) { return op.source->device; });
-  for (auto first = ops.begin(); first != ops.end();) {
-    const int device = first->source->device;
-    const auto last = std::find_if(first, ops.end(), [&](const CopyOp& op) { return op.source->device != device; });
-    if (auto ticket = stream_for(device).pack({first, last}, staging)) staged.tickets.push_back(std::move(ticket));
-    first = last;
-  }
+  return ops;
+}
+
+std::span<const CopyOp> first_group(std::span<const CopyOp> ops) {
+  const auto of_another = [&](const CopyOp& op) { return op.source->device != ops.front().source->device; };
+  return {ops.begin(), std::ranges::find_if(ops, of_another)};
 }
 
 CopyStream& ChunkWriter::stream_for(int device) {

@@ -57,6 +57,9 @@ struct StagedChunk {
   std::vector<std::unique_ptr<Ticket>> tickets;
 };
 
+// The ops at the front that are on the same device.
+std::span<const CopyOp> first_group(std::span<const CopyOp> ops);
+
 // The end of a file from which a thread takes its chunks.
 enum class End { front, back };
 
@@ -88,7 +91,13 @@ class ChunkWriter : public FileWriter {
   // The device whose copies the chunk's memory is page-locked for; null if only the CPU packs it.
   Device* device_of(const Chunk& chunk) const;
   // Adds the bytes of a whole chunk to the checksums, if these were asked for: while they are in a cache, if they are.
-  void add_checksums(const Chunk& chunk, std::span<const std::byte> bytes);
+  void add_checksums(const Chunk& chunk, std::span<const std::byte> bytes) {
+    add_checksums(schedule_.ops_of(chunk), bytes);
+  }
+  // The same for some of a chunk's ops.
+  void add_checksums(std::span<const CopyOp> ops, std::span<const std::byte> bytes);
+  // A chunk's ops, those of one device together.
+  std::vector<CopyOp> by_device(const Chunk& chunk) const;
   // Throws Cancelled when the save has been stopped.
   void check_stop() const;
   // Tells the progress that the chunk is written.

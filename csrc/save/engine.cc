@@ -80,6 +80,14 @@ void Engine::warm_up(int ordinal) {
   ring_.warm_up(wanted);
 }
 
+std::unique_ptr<PageLock> Engine::page_lock(int ordinal, std::span<std::byte> pages) {
+  const auto begin = reinterpret_cast<uintptr_t>(pages.data());
+  if (pages.empty() || begin == 0 || begin % kPage != 0 || pages.size() % kPage != 0) {
+    throw std::invalid_argument("whole pages are page-locked");
+  }
+  return std::make_unique<PageLock>(device(ordinal), pages);
+}
+
 Device& Engine::device(int ordinal) {
   {
     const std::lock_guard lock(mutex_);

@@ -5,7 +5,9 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <span>
 
+#include "device/page_lock.h"
 #include "file/direct_io.h"
 #include "file/standing.h"
 #include "save/save.h"
@@ -38,6 +40,8 @@ class Engine {
   // Makes ready what saves from this device share and would make one by one: kernels, device scratch, and the staging
   // memory, page-locked. What is ready already is left alone.
   void warm_up(int ordinal);
+  // Page-locks memory for the devices, whole pages that somebody else maps. The lock may outlive the engine.
+  std::unique_ptr<PageLock> page_lock(int ordinal, std::span<std::byte> pages);
 
  private:
   std::map<int, Device*> devices_of(const SavePlan& plan);

@@ -9,7 +9,8 @@
 #include <string>
 #include <utility>
 
-#include "device/streaming.h"
+#include "save/into_memory.h"
+#include "save/snapshot_writer.h"
 
 namespace fastshard {
 namespace {
@@ -36,94 +37,16 @@ std::string file_refused(const PageLocking& locking) {
   return "page-locking the file refused by the driver: " + locking.refusal;
 }
 
-// What is done with a chunk once its part of the target is there.
-class IntoMemoryWriter : public InTurnWriter {
- public:
-  IntoMemoryWriter(WriterParts parts, const ScheduleLimits& limits, size_t threads)
-      : InTurnWriter(std::move(parts), limits, threads) {}
-  void write_chunks() override { write_in_turn(); }
-
- protected:
-  void pack(const Chunk& chunk, std::span<std::byte> target, bool streaming) {
-    {
-      const Timer timer(progress_.copy_ns);
-      const SourcePages::Held sources(sources_, chunk);
-      Staging staging{.bytes = target, .scratch = {}, .streaming = streaming};
-      host_->pack(schedule_.ops_of(chunk), staging);
-    }
-    add_checksums(chunk, target);
-    wrote(chunk);
-  }
-
- private:
-  // Packs the chunk into its part of the target.
-  virtual void pack_into_target(const Chunk& chunk) = 0;
-  // The chunk's part of the target, which make_target() has made ready. It stays there as long as `staged`.
-  virtual std::span<std::byte> target_of(StagedChunk& staged) = 0;
-  virtual void wrote(const Chunk& chunk) { count(chunk); }
-
-  bool write_unstaged(const Chunk& chunk, End) override {
-    if (chunk.route != Route::packed) return false;
-    pack_into_target(chunk);
-    return true;
-  }
-
-  void write_staged(StagedChunk& staged, End) override {
-    staged.wait();
-    add_checksums(staged.chunk, staged.bytes);
-    if (!staged.in_target) {
-      const std::span<std::byte> target = target_of(staged);
-      const Timer timer(progress_.write_ns);
-      copy_streaming(target.data(), staged.bytes.data(), staged.bytes.size());
-    }
-    wrote(staged.chunk);
-  }
-};
-
-class MemoryWriter : public IntoMemoryWriter {
- public:
-  using IntoMemoryWriter::IntoMemoryWriter;
-
- protected:
-  std::span<std::byte> memory_of(const Chunk& chunk) const {
-    return {fastshard::memory_of(plan_.target) + chunk.file_offset, chunk.nbytes};
-  }
-
- private:
-  void pack_into_target(const Chunk& chunk) override { pack(chunk, memory_of(chunk), false); }
-  std::span<std::byte> target_of(StagedChunk& staged) override { return memory_of(staged.chunk); }
-  void place(StagedChunk& staged) override { place_in_slot(staged); }
-};
-
 // The memory of a file that stands.
 class StandingWriter final : public MemoryWriter {
  public:
   using MemoryWriter::MemoryWriter;
 
  private:
-  void make_writable(std::span<std::byte> bytes) {
+  void make_writable(std::span<std::byte> bytes) override {
     if (!standing_.populate) return;
     const Timer timer(progress_.write_ns);
     populate(bytes, standing_.path);
-  }
-
-  std::optional<Mapping> make_target(const Chunk& chunk, End) override {
-    make_writable(memory_of(chunk));
-    return std::nullopt;
-  }
-
-  void pack_into_target(const Chunk& chunk) override {
-    make_writable(memory_of(chunk));
-    pack(chunk, memory_of(chunk), true);
-  }
-
-  bool copies_into_target() const override { return standing_.page_locked; }
-
-  void place(StagedChunk& staged) override {
-    if (!standing_.page_locked) return place_in_slot(staged);
-    const uint64_t part = standing_.locked_part_nbytes;
-    const uint64_t before = part == 0 ? 0 : staged.chunk.file_offset / part * part;
-    staged.copy_into_target(memory_of(staged.chunk), standing_.bytes + before);
   }
 
   const StandingMapping& standing_ = std::get<StandingMapping>(plan_.target);
@@ -211,13 +134,19 @@ class RegisteredWriter final : public MappedWriter {
 std::unique_ptr<FileWriter> make_memory_writer(WriterParts parts) {
   ScheduleLimits limits = limits_of(parts, kMemoryChunkNbytes);
   const size_t threads = parts.resources.workers.threads();
-  const auto* const standing = std::get_if<StandingMapping>(&parts.plan.target);
-  if (standing == nullptr) return std::make_unique<MemoryWriter>(std::move(parts), limits, threads);
-  if (standing->page_locked) {
+  const Memory& memory = *memory_of(parts.plan.target);
+  if (memory.page_locked()) {
     limits.slot_nbytes = in_target_nbytes(parts);
-    limits.boundary_nbytes = standing->locked_part_nbytes;
+    limits.boundary_nbytes = memory.locked_part_nbytes;
+    if (limits.boundary_nbytes != 0) {
+      limits.begin_nbytes = static_cast<uint64_t>(memory.bytes - memory.locked_begin) % limits.boundary_nbytes;
+    }
   }
-  return std::make_unique<StandingWriter>(std::move(parts), limits, threads);
+  if (std::holds_alternative<StandingMapping>(parts.plan.target)) {
+    return std::make_unique<StandingWriter>(std::move(parts), limits, threads);
+  }
+  if (!parts.resources.devices.empty()) return std::make_unique<SnapshotWriter>(std::move(parts), limits, threads);
+  return std::make_unique<MemoryWriter>(std::move(parts), limits, threads);
 }
 
 std::unique_ptr<FileWriter> make_mapped_writer(WriterParts parts, std::shared_ptr<OutputFile> file) {

@@ -57,6 +57,7 @@ Save::~Save() = default;
 void Save::start(bool here) {
   if (begun_.exchange(true)) return;
   if (writers_.empty()) return finish();
+  if (!resources_.devices.empty()) attempt([&] { enqueue(); });
   // The largest first: the last writer to finish then has the least left.
   std::vector<size_t> order(writers_.size());
   std::iota(order.begin(), order.end(), size_t{0});
@@ -228,9 +229,9 @@ void Save::amend(std::vector<Amendment> amendments) {
 void Save::write(const Amendment& amendment) {
   if (amendment.bytes.empty()) return;
   const Timer timer(progress_.write_ns);
-  std::byte* const memory = memory_of(plan_->files[amendment.file].target);
+  const Memory* const memory = memory_of(plan_->files[amendment.file].target);
   if (memory != nullptr) {
-    std::ranges::copy(std::as_bytes(std::span(amendment.bytes)), memory + amendment.offset);
+    std::ranges::copy(std::as_bytes(std::span(amendment.bytes)), memory->bytes + amendment.offset);
   } else {
     iovec part{const_cast<char*>(amendment.bytes.data()), amendment.bytes.size()};
     const OutputFile::Awake awake(*files_[amendment.file]);
@@ -290,6 +291,11 @@ void Save::finish() {
   for (PlacedFile* file : placed_files_) file->discard();
   if (error) error = with_what_stays(std::move(error));
   describe_end(use);
+  // Nobody packs any more; and copies that nobody has waited for end before their streams go.
+  progress_.unpacked = 0;
+  progress_.unpacked.notify_all();
+  writers_.clear();
+  early_scratch_ = {};
   streams_.clear();
   commit_ = nullptr;  // and what it holds
   // Whoever waits may count on the files being closed: a nameless one holds its space until then.
@@ -300,9 +306,9 @@ void Save::finish() {
     closing.swap(files_);
     copied.swap(copies_);
     placed_files_.clear();
+    marks_.clear();
     if (error) checksums_.clear();
   }
-  writers_.clear();
   closing.clear();
   const std::lock_guard lock(mutex_);
   error_ = error;

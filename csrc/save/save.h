@@ -66,6 +66,12 @@ class Save : public std::enable_shared_from_this<Save> {
   void settle();
   // Stops the save when the chunks under way are done. Returns false if it is too late, as all chunks are written.
   bool cancel();
+  // What is enqueued later on `stream`, of a device that the save reads from, waits there until the devices have been
+  // read. Returns without waiting for them, but only when host memory has been packed, as streams do not hold up the
+  // changes of that. Returns why it cannot be done if so: the host then has to wait. Throws CudaError.
+  std::optional<std::string> hold_stream(int ordinal, uintptr_t stream);
+  // Returns the ordinals of the devices that the save reads from.
+  std::vector<int> devices() const;
   // Says that bytes which this thread, or anybody, has taken with fetch() will not be brought any more.
   void disown_fetches(bool anybodys) { fetches_.disown(anybodys); }
 
@@ -92,6 +98,7 @@ class Save : public std::enable_shared_from_this<Save> {
  private:
   using Clock = std::chrono::steady_clock;
 
+  void enqueue();
   void write_share(size_t index);
   void offer_share(size_t index) noexcept;
   void take_share(size_t index);
@@ -127,6 +134,7 @@ class Save : public std::enable_shared_from_this<Save> {
   std::vector<PlacedFile*> placed_files_;          // those that get their names from this save
   std::vector<std::unique_ptr<LinkCopy>> copies_;  // by index in the plan; null but for a link that was refused
   bool bounded_ = false;                           // files are open only while they are worked on
+  EarlyScratch early_scratch_;
   std::vector<std::unique_ptr<FileWriter>> writers_;
   std::vector<std::atomic<size_t>> open_shares_;  // of each file, that which is certain to be written included
   std::atomic<size_t> unfinished_files_ = 0;
@@ -136,6 +144,8 @@ class Save : public std::enable_shared_from_this<Save> {
   std::condition_variable changed_;
   std::exception_ptr error_;
   bool read_ = false, tell_read_ = false;
+  std::map<int, std::shared_ptr<const Mark>> marks_;  // by ordinal, if all copies out of devices are enqueued
+  std::string not_enqueued_ = "the save has not begun, or it has failed";  // else why not
   enum class Amending { no, due, taken } amending_ = Amending::no;
   bool ending_ = false;  // all chunks are through: too late to fail or cancel
   bool finished_ = false;

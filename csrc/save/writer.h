@@ -10,6 +10,7 @@
 #include <memory>
 #include <mutex>
 #include <set>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -55,6 +56,7 @@ struct Progress {
   std::atomic<int64_t> copy_ns = 0, write_ns = 0, sync_ns = 0;
   std::atomic<uint64_t> staged_nbytes = 0, peak_staged_nbytes = 0;
   std::atomic<bool> staged_pinned = false, staged_pageable = false, copied_in_place = false;
+  std::atomic<uint64_t> unpacked = 0;       // chunks that enqueue() has left host memory of
   std::atomic<int> io_uring_refused = 0;    // errno
   std::atomic<uint64_t> mapped_nbytes = 0;  // stored through mappings, beside what is written
   std::atomic<int> mapping_refused = 0;     // errno
@@ -83,6 +85,15 @@ class Timer {
 // One copy stream for each device of a save; files share them.
 using CopyStreams = std::map<int, std::unique_ptr<CopyStream>>;
 
+// Page-locked scratch for what is enqueued before a save begins, from the front: slots that are kept until it has
+// ended.
+struct EarlyScratch {
+  std::vector<Slot> slots{};
+  std::span<std::byte> left{};  // of the last
+
+  const std::byte* base() const { return slots.empty() ? nullptr : slots.back().base(); }
+};
+
 // What writes one file of the plan. Threads are given to it by the save: one for certain, and while they have nothing
 // else to do up to writers() at once.
 class FileWriter {
@@ -90,6 +101,9 @@ class FileWriter {
   virtual ~FileWriter() = default;
   // The number of threads that can work on the file at once.
   virtual size_t writers() const = 0;
+  // Called once, before any share begins, by the thread that starts the save: enqueues copies out of devices whose
+  // target can take them all at once. Returns why not all that the file has of devices is enqueued; empty if it is.
+  virtual std::string enqueue(EarlyScratch&) { return "copies go through staging buffers"; }
   // One thread's share: claims chunks until none is left, or, beside another thread's share, until other work waits.
   // Throws Cancelled when the save has been stopped.
   virtual void write_chunks() = 0;

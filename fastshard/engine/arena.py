@@ -15,9 +15,12 @@ import contextlib
 import ctypes
 import mmap
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from . import limits
+
+if TYPE_CHECKING:
+    from .. import _native
 
 _HUGE_PAGE: Final = 2 << 20
 _SHARE_OF_FREE: Final = 0.5
@@ -32,8 +35,8 @@ class Block:
     def __init__(self, nbytes: int, user: object) -> None:
         self.nbytes: Final = nbytes
         self.address = 0
-        self.locked: object = None
-        """What keeps it page-locked for devices."""
+        self.locked: _native.PageLock | str | None = None
+        """What keeps it page-locked for devices, or why the driver does not do it; ``None`` until that is asked."""
         self._mapping: mmap.mmap | None = None
         self._claims: dict[str, object] = {"user": user}
 
@@ -56,7 +59,15 @@ class Block:
             self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
 
+    def lock(self, native: _native.Engine, ordinal: int) -> _native.PageLock | None:
+        """Page-locks the memory for devices, once in its life. Returns ``None`` if the driver refuses that."""
+        if self.locked is None:
+            self.locked = native.page_lock(self.address, self.nbytes, ordinal)
+        return None if isinstance(self.locked, str) else self.locked
+
     def unmap(self) -> None:
+        if self.locked is not None and not isinstance(self.locked, str):
+            self.locked.release()  # the plans of old saves may still have it
         self.locked = None
         self.address = 0
         self._mapping = None
@@ -143,11 +154,12 @@ class Arena:
                 self._drop(block)
 
     def abandon(self) -> list[object]:
-        """Forgets all blocks, in a forked child, where the parent's saves have no copies of them. Returns what
-        page-locks them, which is the parent's."""
-        locked = [block.locked for block in self._blocks]
+        """Forgets all blocks, in a forked child, where the parent's saves have no copies of them. Returns what is
+        the parent's: page-locks, and with them memory that the child does not have, so that it must not be
+        unmapped."""
+        parents = [(block.locked, block._mapping) for block in self._blocks if block.locked is not None]
         self._blocks = []
-        return locked
+        return list(parents)
 
 
 def _whole_pages(nbytes: int) -> int:

@@ -16,6 +16,7 @@ from .parts import Fetch as Fetch
 from .parts import Served as Served
 from .parts import Step as Step
 from .serving import ServedSave
+from .staged_event import StagedEvent
 
 
 class Progress(NamedTuple):
@@ -56,6 +57,17 @@ class SaveFuture(ServedSave):
         if self._error is not None:  # without the snapshot the save will not begin
             self.result()
         return self.staged()
+
+    def staged_event(self) -> StagedEvent:
+        """Returns an event for the streams of a job, as a ``torch.cuda.Event``: ``staged_event().wait()`` lets the
+        current streams of the devices wait until their tensors are copied, and the host goes on.
+
+        What is enqueued on them afterwards may change these tensors. ``check_unchanged`` finds such changes all the
+        same, as torch counts them at once.
+        """
+        packing = self._packing
+        holders = [] if packing is None else [packing._native]
+        return StagedEvent(holders, self.staged, self.wait_staged, self._notes.append)
 
     def is_served_here(self) -> bool:
         """Returns whether this call has interrupted a step of the save, which therefore cannot be waited for."""

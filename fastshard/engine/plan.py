@@ -72,6 +72,11 @@ class Memory(NamedTuple):
 
     address: int
     nbytes: int
+    streaming: bool = False
+    """Whether the CPU stores past its caches, as is best for memory that is larger than these."""
+    locked: _native.PageLock | None = None
+    """What keeps it page-locked, if anything does. It must begin at a page. Devices copy straight into it, and
+    all their copies are enqueued when the save is submitted."""
 
 
 class ForeignFile(NamedTuple):

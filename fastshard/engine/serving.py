@@ -70,6 +70,8 @@ class ServedSave:
         """``None`` for a save that its caller waits for."""
         self._packing = background.packing if background else None
         self._held = background is not None and (self._packing is not None or bool(background.after))
+        self._notes: list[str] = []
+        """Why the host has waited where streams were to, for ``Stats.fallbacks``."""
         self._packed: Stats | None = None
         """The figures of the packing."""
         self._is_staged = background is not None and background.kind in ("fork", "none")
@@ -178,7 +180,7 @@ class ServedSave:
         }
         background = self.background
         if background is not None:
-            figures["fallbacks"] += background.refused
+            figures["fallbacks"] += (*background.refused, *self._notes)
             if self._packed is not None:
                 figures["fallbacks"] += self._packed.fallbacks
                 figures["copy_seconds"] += self._packed.copy_seconds

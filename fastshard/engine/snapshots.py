@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from . import background
 from .arena import Arena, Block
@@ -18,6 +18,9 @@ from .background import Wanted
 from .future import Amend, Background, Fetch, SaveFuture, Served
 from .options import Options
 from .plan import HOST, FilePlan, Link, Memory, SaveOptions, TensorView, WriteItem
+
+if TYPE_CHECKING:
+    from .. import _native
 
 
 class Starter(Protocol):
@@ -38,9 +41,13 @@ class Starter(Protocol):
 
     def in_flight(self) -> list[SaveFuture]: ...
 
+    def _with_native(self, call: Callable[[Any], Any]) -> Any: ...
+
 
 _FILE_ALIGNMENT: Final = 4096
 _ITEM_ALIGNMENT: Final = 16
+_STREAMED: Final = 32 << 20
+"""A snapshot of so many bytes is stored past the caches of the CPU."""
 
 
 def start_behind(
@@ -70,7 +77,8 @@ def start_behind(
     packing = None
     try:
         if block is not None:
-            copy = copied(files, block.address, served.fetch, asked.checksums)
+            locked = _lock(engine, block, files, refused)
+            copy = copied(files, block.address, served.fetch, asked.checksums, locked)
             packing = engine.start(
                 copy.packing,
                 SaveOptions(asked.streams, held=True),
@@ -115,6 +123,26 @@ def start_after(
     )
     background.watch(future)
     return future
+
+
+def _lock(
+    engine: Starter, block: Block, files: Sequence[FilePlan], refused: list[str]
+) -> _native.PageLock | None:
+    """Page-locks the memory of a snapshot if a device is to copy into it. What is refused is added to ``refused``."""
+    ordinals = sorted(ordinal for file in files for ordinal in _devices(file) if ordinal >= 0)
+    if not ordinals:
+        return None
+    locked: _native.PageLock | None = engine._with_native(lambda native: block.lock(native, ordinals[0]))
+    if locked is None:
+        refused.append(f"page-locking the snapshot's memory refused by the driver: {block.locked}")
+    return locked
+
+
+def _devices(file: FilePlan) -> set[int]:
+    items = file.items
+    if not isinstance(items, Sequence):
+        return items.devices()
+    return {(item.source if isinstance(item, WriteItem) else item).device for item in items}
 
 
 def _to_wait_for(engine: Starter) -> list[SaveFuture]:
@@ -169,11 +197,19 @@ def nbytes_of(files: Sequence[FilePlan]) -> int:
     return sum(_aligned(_payload(file)) for file in files)
 
 
-def copied(files: Sequence[FilePlan], address: int, fetch: Fetch | None, by_item: bool) -> Copy:
+def copied(
+    files: Sequence[FilePlan],
+    address: int,
+    fetch: Fetch | None,
+    by_item: bool,
+    locked: _native.PageLock | None = None,
+) -> Copy:
     """Returns the plans of a save by way of memory at ``address``, of :func:`nbytes_of` bytes.
 
-    ``by_item``: the items stay apart, as their checksums are wanted one by one.
+    ``by_item``: the items stay apart, as their checksums are wanted one by one. ``locked`` keeps the memory
+    page-locked.
     """
+    streaming = nbytes_of(files) >= _STREAMED
     packing: list[FilePlan] = []
     written: list[FilePlan] = []
     numbers: list[int] = []
@@ -182,7 +218,7 @@ def copied(files: Sequence[FilePlan], address: int, fetch: Fetch | None, by_item
         if nbytes == 0:
             written.append(file)
             continue
-        packed, items = _in_memory(file, address, nbytes, by_item)
+        packed, items = _in_memory(file, Memory(address, nbytes, streaming, locked), by_item)
         packing.append(packed)
         numbers.append(number)
         written.append(file._replace(items=items))
@@ -208,10 +244,10 @@ def _placed(items: Sequence[TensorView | WriteItem]) -> bool:
 
 
 def _in_memory(
-    file: FilePlan, address: int, nbytes: int, by_item: bool
+    file: FilePlan, memory: Memory, by_item: bool
 ) -> tuple[FilePlan, Sequence[TensorView | WriteItem]]:
     """Returns the plan that packs a file's items into memory, and the items of a plan that writes them from there."""
-    memory, items = Memory(address, nbytes), file.items
+    items, address, nbytes = file.items, memory.address, memory.nbytes
     whole = [TensorView(address, nbytes, HOST)]
     if not isinstance(items, Sequence):
         packed = FilePlan(memory, b"", items)

@@ -91,6 +91,7 @@ void Call::synchronize_implicitly() {
   if (s.settings.implicit_sync == 0) return;
   s.synchronizing = true;
   wait_for_running_work(lock, *context);
+  if (s.settings.implicit_sync == 2) wait_for_enqueued_work(lock, *context);
   s.synchronizing = false;
   s.changed.notify_all();
 }

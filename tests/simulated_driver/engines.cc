@@ -2,6 +2,8 @@
 // What the streams of a device have to share: its multiprocessors, its copy engine, its link.
 #include <algorithm>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "simulator.h"
 
@@ -67,6 +69,17 @@ void wait_for_running_work(std::unique_lock<std::mutex>& lock, Context& context)
   state().changed.wait(lock, [&] {
     const bool job_waits = job != nullptr && context.job.get() == job && job->ended == ended;
     return !job_waits && (context.running.empty() || *context.running.begin() > last);
+  });
+}
+
+void wait_for_enqueued_work(std::unique_lock<std::mutex>& lock, Context& context) {
+  std::vector<std::pair<std::shared_ptr<Stream>, uint64_t>> ends;
+  if (context.legacy_stream != nullptr) ends.emplace_back(context.legacy_stream, context.legacy_stream->enqueued);
+  for (const auto& [handle, stream] : state().streams) {
+    if (stream->context == &context) ends.emplace_back(stream, stream->enqueued);
+  }
+  state().changed.wait(lock, [&] {
+    return std::ranges::all_of(ends, [](const auto& end) { return end.first->completed >= end.second; });
   });
 }
 

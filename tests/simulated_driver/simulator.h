@@ -270,6 +270,8 @@ void step_job(Context& context);
 void end_job(Context& context);
 // Until everything is complete that runs now, the job's kernel included.
 void wait_for_running_work(std::unique_lock<std::mutex>& lock, Context& context);
+// Until everything is complete that is enqueued now.
+void wait_for_enqueued_work(std::unique_lock<std::mutex>& lock, Context& context);
 
 // Takes the time that `nbytes` to the host need at the set bandwidth. Called without the lock, by a worker.
 void occupy_link(Context* context, size_t nbytes);

@@ -178,6 +178,27 @@ def test_nothing_waits_for_what_has_not_begun(sim: SimCuda) -> None:
     sim.synchronize(stream)
 
 
+def test_drivers_that_wait_for_all_that_is_enqueued(sim: SimCuda, others: ThreadPoolExecutor) -> None:
+    """Also for what cannot begin yet; and meanwhile nobody else can enqueue what it may wait for."""
+    sim.set(implicit_sync=2)
+    stream, source, unused = sim.stream(0), sim.alloc(0, 64), sim.alloc(0, 64)
+    with Host(sim, 4096) as host, sim.current(0):
+        before = sim.count("cuMemFree")
+        with sim.paused():
+            sim.enqueue_write(stream, source, b"x" * 64)
+            frees = others.submit(sim.free, unused)
+            wait_until(lambda: sim.count("cuMemFree") == before + 1)
+            copies = others.submit(
+                call_elsewhere, others, sim, "cuMemcpyDtoHAsync", host.address, source, 8, stream
+            )
+            time.sleep(0.02)
+            assert not frees.done() and not copies.done()
+        frees.result()
+        assert copies.result() == Result.SUCCESS
+        sim.synchronize(stream)
+        assert host.memory[:8] == b"x" * 8
+
+
 # Granules.
 
 
