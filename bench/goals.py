@@ -75,7 +75,7 @@ _HOST = (
     Goal("async", 2.0, mode=STALL, against="fastshard", by="async-copy"),
     Goal("async", 10.0, mode=STALL, against="fastshard", by="async-fork"),
     Goal("async", 3.0, mode=STALL, against="dcp-async", by="async-copy"),
-    Goal("async", 16, mode=STALL, against=OVER_BUDGET, by="async-copy"),
+    Goal("async", 4, mode=STALL, against=OVER_BUDGET, by="async-copy"),
     Goal("async-trainer", 1 / 0.35, mode=LOST, against="training-unpatched", by="training-async"),
 )
 

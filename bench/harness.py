@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from . import ceilings, disturbance, machine, memory
+from . import ceilings, disturbance, machine, memory, training_steps
 from .cases import FULL_NBYTES, SHM, Case
 from .ceilings import CEILINGS
 from .fitting import NO_TIME, Settings, asked, fitting, why_not
@@ -31,7 +31,7 @@ from .grow import touch_and_free
 from .job import BASE, CPU, OFFLOADED, SOURCES, US, Job, Rival, Unavailable, finish
 from .machine import memory_nbytes
 from .rivals import RIVALS
-from .samples import DURABLE, FILE, GIB, JOB, LOST, MIB, STALL, CaseResult, Disturbance, Row
+from .samples import DURABLE, GIB, MIB, STALL, CaseResult, Disturbance, Row
 from .training_steps import JobSample, Steps
 from .verify import Mismatch, Reference
 
@@ -165,31 +165,17 @@ class Contest:
                 return self.result
         with self._entries() as entries:
             self._rounds(entries, deadline)
-            self.result.rows += self._beside_stalls(entries)
-            # A job that does not save is not stalled: only what it took says something.
-            self.result.rows = [row for row in self.result.rows if row.error or not self._idle(row)]
+            self._add_beside_stalls(entries)
         return self.result
 
-    def _idle(self, row: Row) -> bool:
-        return row.mode == STALL and row.rival == self.case.without
-
-    def _beside_stalls(self, entries: list[_Entry]) -> Iterator[Row]:
-        """Rows of what was measured beside the stalls."""
-        taken = {e.rival.name: e.samples for e in entries if e.samples and not e.row.wrong}
-        without = {round_: s.job for round_, s in taken.get(self.case.without, {}).items()}
-        for mode in (FILE, JOB, LOST):
-            for name, samples in taken.items():
-                row = Row(name, mode, ceiling=name == self.case.without)
-                for round_, sample in samples.items():
-                    seconds = sample.file if mode == FILE else sample.job
-                    if mode == LOST and seconds is not None:
-                        alone = without.get(round_)
-                        seconds = None if alone is None else seconds - alone
-                    if seconds is not None:
-                        row.seconds.append(seconds)
-                        row.rounds.append(round_)
-                if row.seconds and (mode == JOB or not row.ceiling):
-                    yield row
+    def _add_beside_stalls(self, entries: list[_Entry]) -> None:
+        """Adds rows of what was measured beside the stalls."""
+        taken = [entry for entry in entries if entry.samples and not entry.row.wrong]
+        alone = next((e.samples for e in taken if e.rival.name == self.case.without), {})
+        for entry in taken:
+            self.result.rows += training_steps.beside(entry.row, entry.samples, alone)
+            if entry.samples is alone:  # a job that saves nothing is not stalled
+                self.result.rows.remove(entry.row)
 
     def _rounds(self, entries: list[_Entry], deadline: float | None) -> None:
         for round_ in range(self.settings.rounds):

@@ -106,7 +106,7 @@ def in_training(weights: dict[str, torch.Tensor], out: Path, steps: int, every: 
     After the last step it does not save, as transformers would: what is saved there nobody could do anything
     beside, and a job has one of those.
     """
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     class NotAtTheEnd(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -128,7 +128,9 @@ def in_training(weights: dict[str, torch.Tensor], out: Path, steps: int, every: 
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (steps, TOKENS), generator=generator)
     data = [{"input_ids": row, "labels": row} for row in tokens]
-    return Trainer(model, arguments, train_dataset=data, callbacks=[NotAtTheEnd()])
+    made = Trainer(model, arguments, train_dataset=data, callbacks=[NotAtTheEnd()])
+    made.remove_callback(PrinterCallback)
+    return made
 
 
 def on_disk(tensors: dict[str, torch.Tensor], directory: Path) -> Any:

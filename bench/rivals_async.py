@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,18 +16,17 @@ from .job import CPU, Job, Prepare, Rival, Unavailable
 from .rivals_fastshard import accepts, detail, require
 from .samples import MIB, STALL
 
-BUDGET_UNIT = 2 * MIB
-SNAPSHOT_EXTRA = 2 * BUDGET_UNIT
-"""What a snapshot may take beside the tensors: the header, and the rest of its last huge page."""
+HUGE_PAGE = 2 * MIB
 
 
 def snapshot_budget(job: Job) -> int:
-    """Bytes that a snapshot by copy is allowed: as many as the files have, in whole huge pages."""
-    return -(-job.nbytes // BUDGET_UNIT) * BUDGET_UNIT + SNAPSHOT_EXTRA
+    """Bytes that a snapshot by copy is allowed: as many as the file has, in whole huge pages. A case whose header is
+    larger than one of them would have no snapshot."""
+    return (job.nbytes // HUGE_PAGE + 1) * HUGE_PAGE
 
 
 def _fastshard(snapshot: str) -> Prepare:
-    """Prepares ``save_file_async``, and saves once: from then on the memory of the snapshot is there."""
+    """Prepares ``save_file_async`` by an engine with a budget for its snapshots."""
 
     def prepare(job: Job) -> Callable[[], Any]:
         import fastshard
@@ -35,9 +35,7 @@ def _fastshard(snapshot: str) -> Prepare:
         options = fastshard.Options(**accepts(fastshard.Options, snapshot_budget=snapshot_budget(job)))
         engine = fastshard.Engine(options)
         save_file_async, (path,), (tensors,) = fastshard.save_file_async, job.paths, job.shards
-        save = _Call(lambda: save_file_async(tensors, path, snapshot=snapshot, engine=engine), engine.close)
-        save().result()
-        return save
+        return _Call(lambda: save_file_async(tensors, path, snapshot=snapshot, engine=engine), engine.close)
 
     return prepare
 
@@ -99,20 +97,24 @@ def _dcp(kept: bool) -> Prepare:
             keywords["async_stager"] = stager
 
         def save() -> Any:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                # A storage writer of DCP's would be its own stager: the default one is asked for by a path.
-                response = checkpoint.async_save(job.merged(), checkpoint_id=job.out, **keywords)
+            # A storage writer of DCP's would be its own stager: the default one is asked for by a path.
+            response = checkpoint.async_save(job.merged(), checkpoint_id=job.out, **keywords)
             if not hasattr(response, "staging_completion"):
                 return response
             response.staging_completion.result()
             return response.upload_completion
 
-        call = _Call(save, stager.close if stager is not None else lambda: None)
-        save().result()
-        return call
+        return _Call(save, stager.close if stager is not None else lambda: None)
 
     return prepare
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """DCP's thread warns that there is no process group, which is intended, and that it writes over the last round."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _asynchronous(name: str, about: str, prepare: Prepare, **fields: Any) -> Rival:
@@ -159,6 +161,7 @@ ASYNC = (
         "DCP async_save (thread, default stager)",
         _dcp(kept=False),
         writes="dcp",
+        within=_without_warnings,
         footprint=2.0,
         slow=True,
     ),
@@ -167,6 +170,7 @@ ASYNC = (
         "the same with a stager that is kept, its copies too; until staging_completion",
         _dcp(kept=True),
         writes="dcp",
+        within=_without_warnings,
         slow=True,
     ),
 )

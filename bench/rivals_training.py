@@ -61,7 +61,7 @@ def _training(saves: bool) -> Prepare:
             cpu, began = time.process_time(), time.perf_counter()
             trainer.train()
             seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-            return JobSample(sum(clock.stalls) / len(clock.stalls), job=seconds, cpu=cpu)
+            return JobSample(sum(clock.stalls) / len(clock.stalls), seconds, cpu=cpu)
 
         return train
 

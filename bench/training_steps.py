@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 
 from . import machine
 from .job import CPU, Shard
-from .samples import MIB
+from .samples import FILE, JOB, LOST, MIB, Row
 
 STEPS = 10
 """An even number: what the first half changes the second half changes back."""
@@ -35,10 +35,10 @@ class JobSample:
 
     stall: float
     """From the call of a saver until it returned: the values are captured."""
+    job: float
+    """From the same moment until the last step had ended."""
     file: float | None = None
     """From the same moment until the files stood."""
-    job: float | None = None
-    """From the same moment until the last step had ended."""
     cpu: float = 0.0
     """User plus system time of the process during the stall."""
 
@@ -47,6 +47,7 @@ class Steps:
     """A job whose state is the tensors of a case."""
 
     def __init__(self, shards: list[Shard], device: str) -> None:
+        self.shards = shards
         self._bits = [t.view(torch.int16) for shard in shards for t in shard.values()]
         self._device = device
         self._a, self._b, self._out = (torch.randn(SIZE, SIZE, device=device) for _ in range(3))
@@ -54,13 +55,16 @@ class Steps:
         self._products = max(1, nbytes // NBYTES_OF_PRODUCT)
 
     def run(self) -> None:
-        for i in range(STEPS):
-            for _ in range(self._products):
-                torch.mm(self._a, self._b, out=self._out)
-            for bits in self._bits:
-                bits.bitwise_xor_(12345 + i % (STEPS // 2))
+        for number in range(STEPS):
+            self._step(number)
         if machine.device_kind(self._device) != CPU:
             torch.cuda.synchronize(self._device)
+
+    def _step(self, number: int) -> None:
+        for _ in range(self._products):
+            torch.mm(self._a, self._b, out=self._out)
+        for bits in self._bits:
+            bits.bitwise_xor_(12345 + number % (STEPS // 2))
 
     def after(self, save: Callable[[], Any], unchanged: bool) -> JobSample:
         """One save and the steps after it. ``save`` returns a future, or nothing if its files stand already.
@@ -87,4 +91,24 @@ class Steps:
         written.wait()
         if future is not None:
             future.result()
-        return JobSample(stall, ended[0] - began, job, cpu)
+        return JobSample(stall, job, ended[0] - began, cpu)
+
+
+def beside(row: Row, samples: dict[int, JobSample], alone: dict[int, JobSample]) -> Iterator[Row]:
+    """Rows of what was measured beside the stalls of ``row``, by round; ``alone``: the job that saves nothing."""
+    times = {
+        FILE: {round_: sample.file for round_, sample in samples.items()},
+        JOB: {round_: sample.job for round_, sample in samples.items()},
+        LOST: {r: sample.job - alone[r].job for r, sample in samples.items() if r in alone},
+    }
+    for mode in (JOB,) if samples is alone else times:
+        known = {round_: seconds for round_, seconds in times[mode].items() if seconds is not None}
+        if known:
+            yield Row(
+                row.rival,
+                mode,
+                ceiling=row.ceiling,
+                seconds=list(known.values()),
+                rounds=list(known),
+                checked=row.checked,
+            )

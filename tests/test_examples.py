@@ -63,29 +63,27 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return weights
 
 
-# Right after a step that is followed by a save, in the middle of nothing, and in the step after a save began.
-@pytest.mark.parametrize("killed", [(5,), (20, 37), (31, 50)])
-def test_a_killed_training_ends_with_the_same_bits(
-    tmp_path: Path, uninterrupted: bytes, killed: tuple[int, ...]
+def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(
+    tmp_path: Path, uninterrupted: bytes
 ) -> None:
-    for step in killed:
+    # Before the first save, right before or in one, after its call, and between two.
+    for step in (5, 20, 31, 47):
         kill_at(tmp_path, f"step {step}:")
         for path in tmp_path.iterdir():  # each checkpoint that can be seen is complete
             assert torch.load(path, weights_only=True)["step"] == int(path.stem.removeprefix("step-"))
     first, weights = trained(tmp_path)
-    # The newest save may have been in flight, and the output ahead of what was read when the process was killed.
-    begun = int(first.removeprefix("begins after step "))
-    assert begun % 10 == 0 and begun >= (killed[-1] - 1) // 10 * 10 - 10
+    # The newest save may have been in flight; before it began the former one had ended.
+    assert int(first.removeprefix("begins after step ")) in (30, 40)
     assert weights == uninterrupted
 
 
-def test_a_save_that_fails_ends_the_training_before_the_next_one(tmp_path: Path) -> None:
+def test_a_save_that_fails_ends_the_training(tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 
     with training(tmp_path, preexec_fn=limit, stderr=subprocess.PIPE) as process:
         printed, told = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert printed.splitlines()[-1].startswith("step 20:")
+    assert printed.splitlines()[-1].startswith(("step 10:", "step 20:"))
     assert os.strerror(errno.EFBIG) in told.splitlines()[-1]
     assert names(tmp_path) == []
