@@ -4,8 +4,9 @@ machine with a GPU with ``python bench/gpu.py --out DIR --part 1``, then 2.
 
 In reading order: ``grow`` (memory that is there once it is used), ``samples`` (what was measured,
 statistics), ``machine`` (where), ``models`` (what transformers makes of tensors), ``job`` (one save, and
-one way to do it), ``builders`` (the tensors that are saved), ``rivals_fastshard``, ``rivals_torch``,
-``rivals_dcp``, ``rivals_sharded`` and ``rivals_hub`` (who saves), ``rivals`` (all of them), ``ceilings``
+one way to do it), ``builders`` (the tensors that are saved), ``training_steps`` (a job that
+goes on while its state is saved), ``rivals_fastshard``, ``rivals_torch``, ``rivals_dcp``, ``rivals_sharded``,
+``rivals_hub``, ``rivals_async`` and ``rivals_training`` (who saves), ``rivals`` (all of them), ``ceilings``
 (what the hardware allows), ``cases`` (what is saved by whom), ``goals`` (what fastshard must show),
 ``fitting`` (how to measure, and what fits), ``verify`` (are the bytes right), ``memory`` (peak in a fresh
 process), ``disturbance`` (what a job beside a save notices), ``harness`` (the rounds), ``report`` (table,

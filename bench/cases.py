@@ -30,7 +30,7 @@ from .builders import (
 )
 from .job import BASE, CPU, CUDA, KINDS, Shard
 from .models import LIBRARIES
-from .samples import DURABLE, GIB, MODES, RETURN
+from .samples import DURABLE, GIB, RETURN, STALL, WRITTEN
 
 DISK, SHM = "disk", "shm"
 """Places that a case saves to: ``--dir`` or ``--shm``."""
@@ -59,7 +59,7 @@ class Case:
     dtype: torch.dtype | None = None
     """What the tensors are cast to on their way."""
     place: str = DISK
-    modes: tuple[str, ...] = MODES
+    modes: tuple[str, ...] = WRITTEN
     default_on: tuple[str, ...] = KINDS
     """Kinds of devices on which it is run without being asked for."""
     quick: bool = False
@@ -72,6 +72,8 @@ class Case:
     """The ceiling of buffered writes: one writer, or one for each file."""
     memory: bool = False
     """Whether peak memory is measured too."""
+    without: str = "no-save"
+    """In the mode STALL, the row of the job that saves nothing."""
     disturbs: bool = False
     """Whether a job that runs beside the save is watched too."""
 
@@ -85,14 +87,22 @@ class Case:
     @property
     def measures(self) -> tuple[str, ...]:
         """Ceilings to run beside the rivals."""
-        named = ("memcpy-1", "memcpy-n", *self.bound, self.writer, "direct", "link", "link-whole")
-        return tuple(dict.fromkeys(name for name in named if name != "direct" or DURABLE in self.modes))
+        named = ["memcpy-1", "memcpy-n", *self.bound, self.writer, "direct", "link", "link-whole"]
+        if DURABLE not in self.modes:
+            named.remove("direct")
+        if STALL in self.modes and self.without not in self.rivals:
+            named.append(self.without)
+        return tuple(dict.fromkeys(named))
 
     @property
     def bound_by(self) -> dict[str, tuple[str, ...]]:
         """For each mode the ceilings that bound it."""
         writer = (self.writer, "link") if self.place == SHM else (self.writer,)
-        return {RETURN: self.bound or writer, DURABLE: (self.writer, "direct")}
+        return {
+            RETURN: self.bound or writer,
+            DURABLE: (self.writer, "direct"),
+            STALL: self.bound or writer,
+        }
 
 
 _ONE = ("fastshard", "safetensors")
@@ -344,6 +354,40 @@ _ALL = (
         dtype=torch.float8_e4m3fn,
         place=SHM,
         modes=(RETURN,),
+    ),
+    Case(
+        "async",
+        "64 MiB bf16 tensors in one file, while a job goes on that changes them",
+        blocks,
+        (
+            "async-copy",
+            "fastshard",
+            "async-fork",
+            "async-none",
+            "torch-save-thread",
+            "dcp-async",
+            "dcp-async-kept",
+        ),
+        base="fastshard",
+        modes=(STALL,),
+        default_on=(CPU,),
+        bound=("memcpy-n",),
+        memory=True,
+    ),
+    Case(
+        "async-trainer",
+        "a Trainer with AdamW that saves every 20 steps: a Llama in fp32 and its state, twice as large",
+        training,
+        ("training-async", "training-installed", "training-unpatched", "training-no-save"),
+        base="training-unpatched",
+        needs=LIBRARIES,
+        natural_nbytes=GIB,
+        modes=(STALL,),
+        default_on=(CPU,),
+        bound=("memcpy-n",),
+        copies=3.0,  # two checkpoints stand while the next one is written
+        writer="pwrite-n",
+        without="training-no-save",
     ),
 )
 CASES: dict[str, Case] = {case.name: case for case in _ALL}

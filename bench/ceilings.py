@@ -20,7 +20,7 @@ import torch
 
 from .job import Job, Prepare, Rival, Shard, fsync_tree
 from .machine import cpu_count
-from .samples import DURABLE, GIB, MIB, RETURN
+from .samples import DURABLE, GIB, MIB, MODES, RETURN, STALL
 
 CHUNK_NBYTES = 16 * MIB
 DIRECT_CHUNK_NBYTES = 4 * MIB
@@ -264,7 +264,7 @@ _ALL = (
         "memcpy-1",
         "memory to memory, one thread",
         _memcpy(1),
-        modes=(RETURN,),
+        modes=(RETURN, STALL),
         devices=("cpu",),
         footprint=0.0,
     ),
@@ -272,7 +272,7 @@ _ALL = (
         "memcpy-n",
         "memory to memory, all CPUs",
         _memcpy(cpu_count()),
-        modes=(RETURN,),
+        modes=(RETURN, STALL),
         devices=("cpu",),
         footprint=0.0,
     ),
@@ -308,8 +308,21 @@ _ALL = (
         devices=("cuda",),
         footprint=0.0,
     ),
-    _ceiling("pwrite-1", "pwritev of 16 MiB, one thread, one file", _pwrite_one),
-    _ceiling("pwrite-n", "pwritev of 16 MiB, a thread for each file", _pwrite_many, many_files_only=True),
+    _ceiling("pwrite-1", "pwritev of 16 MiB, one thread, one file", _pwrite_one, modes=MODES),
+    _ceiling(
+        "pwrite-n",
+        "pwritev of 16 MiB, a thread for each file",
+        _pwrite_many,
+        modes=MODES,
+        many_files_only=True,
+    ),
     _ceiling("direct", "O_DIRECT writes of 4 MiB, 4 in flight", _direct, modes=(DURABLE,)),
+    _ceiling(
+        "no-save",
+        "no save: the job's ten steps, of which what the others lose is counted",
+        lambda job: lambda: None,
+        modes=(STALL,),
+        footprint=0.0,
+    ),
 )
 CEILINGS: dict[str, Rival] = {ceiling.name: ceiling for ceiling in _ALL}

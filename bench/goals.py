@@ -6,10 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .job import CPU, CUDA
-from .samples import DURABLE, RETURN
+from .samples import DURABLE, LOST, RETURN, STALL
 
 MEMORY, HIGH_WATER, DEVICE_MEMORY, PINNED = "memory", "high water", "device memory", "pinned memory"
-EXTRA = (MEMORY, HIGH_WATER, DEVICE_MEMORY, PINNED)
+OVER_BUDGET = "memory over budget"
+"""Extra memory, less what the saver was told that it may take."""
+EXTRA = (MEMORY, HIGH_WATER, DEVICE_MEMORY, PINNED, OVER_BUDGET)
 STEP = "a step"
 """A step of a job that runs beside the save."""
 PLANNING = "planning"
@@ -69,6 +71,12 @@ _HOST = (
     Goal("tp-shard", 0.8, against="copy-threads", by="fastshard-shard"),
     Goal("tp-shard", 128, against=MEMORY, by="fastshard-shard"),
     Goal("tp-shard", 128, against=HIGH_WATER, by="fastshard-shard"),
+    # At most 0.5, 0.1 and 0.35 of the other one's time.
+    Goal("async", 2.0, mode=STALL, against="fastshard", by="async-copy"),
+    Goal("async", 10.0, mode=STALL, against="fastshard", by="async-fork"),
+    Goal("async", 3.0, mode=STALL, against="dcp-async", by="async-copy"),
+    Goal("async", 4, mode=STALL, against=OVER_BUDGET, by="async-copy"),
+    Goal("async-trainer", 1 / 0.35, mode=LOST, against="training-unpatched", by="training-async"),
 )
 
 _TAKES_MEMORY = ("tmpfs-eight", "one-file", "columns")

@@ -17,20 +17,22 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import ceilings, disturbance, machine, memory
+from . import ceilings, disturbance, machine, memory, training_steps
 from .cases import FULL_NBYTES, SHM, Case
 from .ceilings import CEILINGS
 from .fitting import NO_TIME, Settings, asked, fitting, why_not
 from .grow import touch_and_free
-from .job import BASE, CPU, OFFLOADED, SOURCES, US, Job, Rival, Unavailable
+from .job import BASE, CPU, OFFLOADED, SOURCES, US, Job, Rival, Unavailable, finish
 from .machine import memory_nbytes
 from .rivals import RIVALS
-from .samples import DURABLE, GIB, MIB, CaseResult, Disturbance, Row
+from .samples import DURABLE, GIB, MIB, STALL, CaseResult, Disturbance, Row
+from .training_steps import JobSample, Steps
 from .verify import Mismatch, Reference
 
 SLACK_NBYTES = 512 * MIB
@@ -51,7 +53,9 @@ class _Entry:
     rival: Rival
     job: Job
     row: Row
-    run: Callable[[], None]
+    run: Callable[[], Any]
+    samples: dict[int, JobSample] = field(default_factory=dict)
+    """By round, in the mode STALL."""
 
 
 def empty(directory: Path) -> None:
@@ -103,7 +107,7 @@ def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _close(run: Callable[[], None]) -> None:
+def _close(run: Callable[[], Any]) -> None:
     """Ends what stands from round to round."""
     getattr(run, "close", lambda: None)()
 
@@ -161,7 +165,17 @@ class Contest:
                 return self.result
         with self._entries() as entries:
             self._rounds(entries, deadline)
+            self._add_beside_stalls(entries)
         return self.result
+
+    def _add_beside_stalls(self, entries: list[_Entry]) -> None:
+        """Adds rows of what was measured beside the stalls."""
+        taken = [entry for entry in entries if entry.samples and not entry.row.wrong]
+        alone = next((e.samples for e in taken if e.rival.name == self.case.without), {})
+        for entry in taken:
+            self.result.rows += training_steps.beside(entry.row, entry.samples, alone)
+            if entry.samples is alone:  # a job that saves nothing is not stalled
+                self.result.rows.remove(entry.row)
 
     def _rounds(self, entries: list[_Entry], deadline: float | None) -> None:
         for round_ in range(self.settings.rounds):
@@ -225,12 +239,17 @@ class Contest:
         warm_up = rival.prepare(replace(self.warm_up, durable=durable, out=out))
         try:
             with rival.within():
-                warm_up()
+                finish(warm_up())
         finally:
             _close(warm_up)
         empty(out)
         job = replace(self.job, durable=durable, out=out)
-        return _Entry(rival, job, row, rival.prepare(job))
+        entry = _Entry(rival, job, row, rival.prepare(job))
+        if row.mode == STALL and rival.writes is not None and not rival.trains:
+            # A job saves again and again: what a saver keeps for the next time is there before the rounds.
+            with rival.within():
+                finish(entry.run())
+        return entry
 
     def disturbances(self) -> None:
         """What a job beside saves of each of WATCHED notices, and beside the link's own copies."""
@@ -263,7 +282,7 @@ class Contest:
         row = entry.row
         try:
             _settle(entry, self.result.nbytes, self.job.out)
-            seconds, cpu_seconds = _timed(entry, self.settings.device)
+            seconds, cpu_seconds = self._sample(entry, round_)
             row.seconds.append(seconds)
             row.cpu_seconds.append(cpu_seconds)
             row.rounds.append(round_)
@@ -276,6 +295,19 @@ class Contest:
             row.wrong, row.error = True, f"WRONG: {error}"
         except Exception as error:
             row.error = _text(error)
+
+    def _sample(self, entry: _Entry, round_: int) -> tuple[float, float]:
+        """(wall, CPU) seconds of one run; of one in the mode STALL more is kept."""
+        rival = entry.rival
+        if entry.row.mode != STALL or (rival.writes is None and rival.name != self.case.without):
+            return _timed(entry, self.settings.device)
+        with rival.within():
+            if rival.trains:
+                sample: JobSample = entry.run()
+            else:
+                sample = Steps(self.job.shards, self.settings.device).after(entry.run, rival.unchanged)
+        entry.samples[round_] = sample
+        return sample.stall, sample.cpu
 
     def _must_check(self, entry: _Entry) -> bool:
         """The first run of everyone, and of fastshard in each mode: a durable save goes other ways."""

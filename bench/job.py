@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .samples import MODES
+from .samples import WRITTEN
 
 CPU, CUDA = KINDS = ("cpu", "cuda")
 """Kinds of devices that tensors can be on."""
@@ -91,7 +91,13 @@ class Job:
         return {name: t for shard in self.contiguous() for name, t in shard.items()}
 
 
-Prepare = Callable[[Job], Callable[[], None]]
+Prepare = Callable[[Job], Callable[[], Any]]
+"""In the mode STALL the call may return a future that is done when the files stand."""
+
+
+def finish(made: Any) -> None:
+    """Waits for what a call has begun, if it returned a future."""
+    getattr(made, "result", lambda: None)()
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ class Rival:
     prepare: Prepare
     writes: str | None = "safetensors"
     """What the output is, for ``verify``: safetensors, torch, dcp, dcp-hf."""
-    modes: tuple[str, ...] = MODES
+    modes: tuple[str, ...] = WRITTEN
     slow: bool = False
     """Takes part in the first rounds only: more would double the length of the whole bench."""
     own: bool = False
@@ -119,6 +125,12 @@ class Rival:
     within: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     """Entered before each run and left after it; neither is timed."""
     detail: Callable[[], dict[str, Any]] | None = None
+    unchanged: bool = False
+    """Its files hold what the tensors were only if nobody changes them until the files stand."""
+    trains: bool = False
+    """The call is a whole job that makes several saves, and returns a ``JobSample`` of them."""
+    budget: Callable[[Job], int] | None = None
+    """The bytes of memory that it is told it may take."""
 
 
 def fsync_tree(directory: Path) -> None:

@@ -21,12 +21,13 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import machine
 from .cases import CASES
-from .job import CPU, Job, Rival
+from .job import CPU, Job, Rival, finish
 from .machine import MEMORY_BACKED, memory_nbytes, mount_of
 from .rivals import RIVALS
 from .samples import Memory
@@ -39,12 +40,14 @@ def probe(spec: str) -> None:
     """The child: build the dict, say "ready", save when told to, say "done", leave when told to."""
     case, rival, nbytes, device, out = json.loads(spec)
     shards = CASES[case].build(nbytes, device)
-    run = RIVALS[rival].prepare(Job(shards, Path(out), durable=False, dtype=CASES[case].dtype))
-    with RIVALS[rival].within():
-        _probe(run, RIVALS[rival], device)
+    job = Job(shards, Path(out), durable=False, dtype=CASES[case].dtype)
+    chosen = RIVALS[rival]
+    run = chosen.prepare(job)
+    with chosen.within():
+        _probe(run, chosen, device, [chosen.budget(job)] if chosen.budget else [])
 
 
-def _probe(run: Callable[[], None], rival: Rival, device: str) -> None:
+def _probe(run: Callable[[], Any], rival: Rival, device: str, budget: list[int]) -> None:
     if machine.device_kind(device) != CPU:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what building left over must not serve as the save's own
@@ -52,8 +55,8 @@ def _probe(run: Callable[[], None], rival: Rival, device: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     print("ready", flush=True)
     sys.stdin.readline()
-    run()
-    print("done", _pinned(rival, device), flush=True)
+    finish(run())
+    print("done", _pinned(rival, device), *budget, flush=True)
     sys.stdin.readline()
 
 
@@ -78,8 +81,9 @@ def _held(pid: int, with_shared: bool) -> int:
     return held + memory_nbytes("RssShmem", status) if with_shared else held
 
 
-def _watch(child: subprocess.Popen[str], out: Path, device: str) -> tuple[int, int, int, int] | None:
-    """Extra bytes of the save: held, high water, of the GPU, page-locked; None when the child ended early."""
+def _watch(child: subprocess.Popen[str], out: Path, device: str) -> tuple[int, ...] | None:
+    """Extra bytes of the save: held, high water, of the GPU, page-locked, and what it was allowed, where that was said;
+    None when the child ended early."""
     assert child.stdin and child.stdout
     if child.stdout.readline() != "ready\n":
         return None
@@ -96,11 +100,11 @@ def _watch(child: subprocess.Popen[str], out: Path, device: str) -> tuple[int, i
         ended = bool(select.select([child.stdout], [], [], INTERVAL_S)[0])
         peak = max(peak, _held(child.pid, with_shared))
         least_free = min(least_free, _device_free(device))
-    word, _, pinned = child.stdout.readline().strip().partition(" ")
-    if word != "done":
+    words = child.stdout.readline().split()
+    if words[:1] != ["done"]:
         return None
     high_water = memory_nbytes("VmHWM", status) - resident_before
-    return peak - held_before, high_water, free_before - least_free, int(pinned)
+    return peak - held_before, high_water, free_before - least_free, *map(int, words[1:])
 
 
 def measure(case: str, rival: str, nbytes: int, device: str, out: Path) -> Memory:

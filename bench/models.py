@@ -14,6 +14,8 @@ import torch
 
 LIBRARIES = ("transformers", "accelerate")
 HEADS = 8
+TOKENS = 16
+"""Of a training step."""
 
 
 def llama_shapes(width: float = 1.0) -> dict[str, tuple[int, ...]]:
@@ -94,6 +96,40 @@ def trainer(weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], 
             **{kind: moments[f"{name}.{kind}"] for kind in kinds},
         }
     made.state.global_step = 1
+    return made
+
+
+def in_training(weights: dict[str, torch.Tensor], out: Path, steps: int, every: int | None) -> Any:
+    """A Trainer before its first step: a copy of the weights' Llama, and a data set of random tokens. It saves to ``out``
+    every so many steps, and keeps two checkpoints.
+
+    After the last step it does not save, as transformers would: what is saved there nobody could do anything
+    beside, and a job has one of those.
+    """
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    class NotAtTheEnd(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_save &= state.global_step < steps
+
+    model = llama({name: tensor.clone() for name, tensor in weights.items()})
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=model.device.type == "cpu",
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        logging_strategy="no",
+        save_strategy="no" if every is None else "steps",
+        save_steps=every or steps,
+        save_total_limit=2,
+    )
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.config.vocab_size, (steps, TOKENS), generator=generator)
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    made = Trainer(model, arguments, train_dataset=data, callbacks=[NotAtTheEnd()])
+    made.remove_callback(PrinterCallback)
     return made
 
 

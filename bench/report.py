@@ -9,12 +9,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .goals import DEVICE_MEMORY, GOALS, HIGH_WATER, MEMORY, PINNED, PLANNING, STEP, Goal
-from .samples import GIB, MIB, MODES, CaseResult, Memory, Ratio, Row, ratio
+from .goals import DEVICE_MEMORY, GOALS, HIGH_WATER, MEMORY, OVER_BUDGET, PINNED, PLANNING, STEP, Goal
+from .samples import FILE, GIB, JOB, LOST, MIB, RATED, STALL, WRITTEN, CaseResult, Memory, Ratio, Row, ratio
 
 _COLOURS = {"return": "#2b6cb0", "durable": "#dd8452"}
 _WITHIN = {"MiB": "extra", "%": "longer", "us": "a tensor's"}
-_TITLES = {"return": "time to return", "durable": "time to stable storage"}
+_TITLES = {
+    "return": "time to return",
+    "durable": "time to stable storage",
+    STALL: "until a save returned",
+    FILE: "until its files stood",
+    JOB: "a job with its saves",
+    LOST: "of that lost to saves",
+}
 
 
 def size(nbytes: int) -> str:
@@ -44,18 +51,20 @@ def _line(result: CaseResult, row: Row) -> list[str]:
         return [name, *["-"] * 10, note]
     to_base = _times(ratio(row, result.row(result.base, row.mode)))
     to_ceiling = _times(ratio(row, result.ceiling(row.mode)))
-    cpu = sorted(row.cpu_seconds)[len(row.cpu_seconds) // 2]
+    rates = ["-", "-"]
+    if row.mode in RATED:
+        rates = [f"{result.rate(row.best):.2f}", f"{result.rate(row.median):.2f}"]
+    cpu = f"{sorted(row.cpu_seconds)[len(row.cpu_seconds) // 2]:.2f}" if row.cpu_seconds else "-"
     return [
         name,
         str(len(row.seconds)),
         f"{row.best:.3f}",
         f"{row.median:.3f}",
         f"{row.worst:.3f}",
-        f"{result.rate(row.best):.2f}",
-        f"{result.rate(row.median):.2f}",
+        *rates,
         *to_base,
         to_ceiling[0],
-        f"{cpu:.2f}",
+        cpu,
         note,
     ]
 
@@ -65,9 +74,9 @@ def _mib(nbytes: int | None) -> str:
 
 
 def _memory_table(result: CaseResult) -> str:
-    lines = [["extra memory, MiB", "held", "high water", "of the GPU", "pinned", ""]]
+    lines = [["extra memory, MiB", "held", "high water", "of the GPU", "pinned", "allowed", ""]]
     for m in result.memory:
-        figures = (m.extra_nbytes, m.high_water_nbytes, m.device_nbytes, m.pinned_nbytes)
+        figures = (m.extra_nbytes, m.high_water_nbytes, m.device_nbytes, m.pinned_nbytes, m.budget_nbytes)
         lines.append([m.rival, *map(_mib, figures), m.error or ""])
     return _columns(lines)
 
@@ -89,7 +98,7 @@ def table(result: CaseResult) -> str:
     count = f"{result.tensors} tensors, {result.files} file" + ("s" if result.files > 1 else "")
     fitted = ", for want of room" if result.fitted else ""
     parts = [f"{result.name}: {result.about} ({size(result.nbytes)}{fitted}, {count})"]
-    for mode in MODES:
+    for mode in _TITLES:
         rows = [row for row in result.rows if row.mode == mode]
         if not rows:
             continue
@@ -132,7 +141,12 @@ def _extra(found: Memory, kind: str) -> int | None:
         HIGH_WATER: found.high_water_nbytes,
         DEVICE_MEMORY: found.device_nbytes,
         PINNED: found.pinned_nbytes,
+        OVER_BUDGET: _less(found.extra_nbytes, found.budget_nbytes),
     }[kind]
+
+
+def _less(nbytes: int | None, allowed: int | None) -> int | None:
+    return None if nbytes is None or allowed is None else nbytes - allowed
 
 
 def _within(goal: Goal, result: CaseResult) -> float | None:
@@ -191,7 +205,8 @@ def verdict(findings: list[Finding]) -> str:
                 f"<= {goal.limit:g} {goal.unit}",
             )
         else:
-            name, wanted = f"{goal.case}, {goal.mode}, to {goal.against}", f"{goal.limit:.2f} x"
+            who = f" of {goal.by}" if goal.mode in (STALL, LOST) else ""
+            name, wanted = f"{goal.case}, {goal.mode}{who}, to {goal.against}", f"{goal.limit:.2f} x"
         figures = [f"{v:.2f}" if v is not None else "-" for v in (f.value, f.best, f.allowed)]
         remark = ""
         if f.nbytes and f.full_nbytes and f.nbytes < 0.95 * f.full_nbytes:
@@ -202,7 +217,8 @@ def verdict(findings: list[Finding]) -> str:
 
 def plot(results: list[CaseResult], title: str, path: Path) -> None:
     """A panel for each case: median GiB/s, whiskers from worst to best, the ceilings as lines."""
-    results = [result for result in results if not result.skipped]
+    # Of those that moved bytes in the time that was measured.
+    results = [r for r in results if any(row.mode in _COLOURS for row in r.rows)]
     if not results:
         return
     import matplotlib
@@ -224,8 +240,8 @@ def plot(results: list[CaseResult], title: str, path: Path) -> None:
         _panel(axis, result)
     for axis in axes.flat[len(results) :]:
         axis.set_visible(False)
-    handles = [patches.Patch(color=_COLOURS[mode]) for mode in MODES]
-    labels = [_TITLES[mode] for mode in MODES]
+    handles = [patches.Patch(color=_COLOURS[mode]) for mode in WRITTEN]
+    labels = [_TITLES[mode] for mode in WRITTEN]
     figure.legend(handles, labels, loc="lower center", ncols=2, frameon=False)
     figure.suptitle(title, fontsize=9)
     figure.tight_layout(rect=(0, 0.5 / figure.get_figheight(), 1, 1))
@@ -247,7 +263,7 @@ def _panel(axis: Any, result: CaseResult) -> None:
             top = max(top, rate)
             axis.axvline(rate, color=colour, linestyle="--", linewidth=1, zorder=0)
             above = axis.get_xaxis_transform()  # x in GiB/s, y from 0 to 1 over the panel
-            label = f"{bound.rival} {rate:.2f}\n" if mode == MODES[0] else f"\n{bound.rival} {rate:.2f}"
+            label = f"{bound.rival} {rate:.2f}\n" if mode == WRITTEN[0] else f"\n{bound.rival} {rate:.2f}"
             axis.text(rate, 1.01, label, transform=above, ha="center", fontsize=7, color=colour)
         for i, name in enumerate(names):
             row = result.row(name, mode)

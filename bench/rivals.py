@@ -7,11 +7,13 @@ A new rival is one function and one entry in the file of those that it belongs w
 from __future__ import annotations
 
 from .job import Rival
+from .rivals_async import ASYNC
 from .rivals_dcp import DCP
 from .rivals_fastshard import FASTSHARD
 from .rivals_hub import HUB, TRANSFORMERS
 from .rivals_sharded import SHARDED_STATE, TENSOR_PARALLEL
 from .rivals_torch import TORCH
+from .rivals_training import TRAINING
 
-_ALL = (*FASTSHARD, *SHARDED_STATE, *TORCH, *DCP, *HUB, *TENSOR_PARALLEL, *TRANSFORMERS)
+_ALL = (*FASTSHARD, *SHARDED_STATE, *TORCH, *DCP, *HUB, *TENSOR_PARALLEL, *TRANSFORMERS, *ASYNC, *TRAINING)
 RIVALS: dict[str, Rival] = {rival.name: rival for rival in _ALL}

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from .job import CUDA, Job, Prepare, Rival, Shard, Unavailable
-from .samples import DURABLE, RETURN
+from .samples import DURABLE, MODES, RETURN
 
 
 def detail() -> dict[str, Any]:
@@ -106,7 +106,7 @@ class _Standing:
 
 
 FASTSHARD = (
-    Rival("fastshard", "fastshard.save_file / save_files", _fastshard, detail=detail),
+    Rival("fastshard", "fastshard.save_file / save_files", _fastshard, modes=MODES, detail=detail),
     Rival(
         "prepared",
         "fastshard.prepare: prepared once, saved each round",

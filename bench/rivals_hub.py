@@ -49,7 +49,7 @@ def _offloaded(job: Job) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def _installed() -> Iterator[None]:
+def installed() -> Iterator[None]:
     import fastshard
 
     with models.quiet(), fastshard.installed():
@@ -74,7 +74,7 @@ def _transformers(name: str, call: str, prepare: Prepare, **fields: Any) -> tupl
             f"fastshard-{name}",
             f"{call}, inside fastshard.installed()",
             _with_fastshard(prepare),
-            within=_installed,
+            within=installed,
             detail=detail,
             **fields,
         ),

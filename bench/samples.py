@@ -14,7 +14,19 @@ RETURN = "return"
 """The call came back and the file can be read by others; its pages may still be dirty."""
 DURABLE = "durable"
 """The files and their directory are on stable storage."""
-MODES = (RETURN, DURABLE)
+WRITTEN = (RETURN, DURABLE)
+STALL = "stall"
+"""The call came back, the values are captured, and the tensors may be changed. The files appear later."""
+MODES = (*WRITTEN, STALL)
+"""What can be asked for."""
+FILE, JOB, LOST = "file", "job", "lost"
+"""Measured beside a stall: the time from the call until the files stood; that of the job that goes on after the call (or
+makes several saves), from the first call to its last step; and what of that is lost to saves, which is the difference to
+a job without saves in the same round."""
+RATED = (*WRITTEN, FILE)
+"""Where bytes have moved in the time that was measured."""
+LEAST_LOST_S = 1e-3
+"""A difference may be within the noise, or negative. In ratios it counts as so much."""
 
 
 @dataclass
@@ -79,11 +91,12 @@ def ratio(row: Row | None, base: Row | None) -> Ratio | None:
     """``base`` time / ``row`` time; None when the two share no round."""
     if row is None or base is None:
         return None
-    base_at = dict(zip(base.rounds, base.seconds))
-    shared = [base_at[r] / s for r, s in zip(row.rounds, row.seconds) if r in base_at]
+    least = LEAST_LOST_S if row.mode == LOST else 0.0
+    base_at = {r: max(least, s) for r, s in zip(base.rounds, base.seconds)}
+    shared = [base_at[r] / max(least, s) for r, s in zip(row.rounds, row.seconds) if r in base_at]
     if not shared:
         return None
-    return Ratio(statistics.median(shared), base.best / row.best, len(shared))
+    return Ratio(statistics.median(shared), max(least, base.best) / max(least, row.best), len(shared))
 
 
 @dataclass
@@ -99,6 +112,8 @@ class Memory:
     """Most memory of the GPU taken at once, sampled; what the driver loads at a first save included."""
     pinned_nbytes: int | None = None
     """Most page-locked staging at once, by fastshard's and torch's own books: no kernel counts it."""
+    budget_nbytes: int | None = None
+    """What the saver was told that it may take."""
     error: str | None = None
 
 
@@ -177,9 +192,10 @@ class CaseResult:
         for row, written in zip(self.rows, out["rows"]):
             if not row.seconds:
                 continue
-            written["best_gib_s"] = self.rate(row.best)
-            written["median_gib_s"] = self.rate(row.median)
-            written["worst_gib_s"] = self.rate(row.worst)
+            if row.mode in RATED:
+                written["best_gib_s"] = self.rate(row.best)
+                written["median_gib_s"] = self.rate(row.median)
+                written["worst_gib_s"] = self.rate(row.worst)
             for key, other in (
                 ("ratio", self.row(self.base, row.mode)),
                 ("of_ceiling", self.ceiling(row.mode)),

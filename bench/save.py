@@ -33,7 +33,7 @@ from .goals import GOALS
 from .harness import run_case
 from .job import CPU, KINDS, US, Rival
 from .rivals import RIVALS
-from .samples import GIB, MIB, MODES, RETURN, CaseResult
+from .samples import DURABLE, GIB, MIB, MODES, CaseResult
 
 QUICK_SECONDS = 90.0
 """Rounds of a quick run stop here, on however slow a machine; at least one round is always run."""
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--budget", type=float, metavar="SECONDS", help="end within this time, the last cases left out")
     add("--cases", type=_names(CASES), metavar="A,B", help="see --list (default: those of the device)")
     add("--rivals", type=_names(RIVALS), metavar="A,B", help="in every case (default: as each case says)")
-    add("--modes", type=_names(MODES), default=list(MODES), metavar="A,B", help="return, durable")
+    add("--modes", type=_names(MODES), default=list(MODES), metavar="A,B", help=", ".join(MODES))
     add("--device", default="cpu", help="where the tensors are: cpu (default), cuda, cuda:1")
     add("--no-verify", action="store_true", help="do not compare the bytes written")
     add("--no-memory", action="store_true", help="do not measure memory in fresh processes")
@@ -129,7 +129,7 @@ def _settings(args: argparse.Namespace, out: Path, shm: Path | None, no_shm: str
         rounds=args.rounds or (3 if args.quick else 6),
         slow_rounds=args.slow_rounds or (1 if short else 3),
         modes=tuple(args.modes),
-        slow_modes=tuple(mode for mode in args.modes if mode == RETURN or not short),
+        slow_modes=tuple(mode for mode in args.modes if mode != DURABLE or not short),
         verify=not args.no_verify,
         memory=measured,
         device=args.device,

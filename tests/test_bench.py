@@ -36,13 +36,25 @@ from fastshard.bench import (
     rivals,
     rivals_torch,
     save,
+    training_steps,
 )
 from fastshard.bench.ceilings import CEILINGS
 from fastshard.bench.goals import EXTRA, GOALS, PLANNING, STEP, Goal
 from fastshard.bench.grow import touch_and_free
 from fastshard.bench.job import OFFLOADED, Job
 from fastshard.bench.machine import mount_of
-from fastshard.bench.samples import CaseResult, Disturbance, Memory, Row, ratio
+from fastshard.bench.samples import (
+    FILE,
+    JOB,
+    LEAST_LOST_S,
+    LOST,
+    STALL,
+    CaseResult,
+    Disturbance,
+    Memory,
+    Row,
+    ratio,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--mib", "1", "--rounds", "1", "--no-memory", "--no-disturbance"]
@@ -95,10 +107,15 @@ def test_case(everything, case):
     for rival in rivals.RIVALS.values() if case in VARIED else map(rivals.RIVALS.get, chosen.rivals):
         excluded = rival.one_file_only if several else rival.many_files_only
         excluded |= rival.own and rival.name not in chosen.rivals
+        excluded |= not set(rival.modes) & set(chosen.modes)
         if excluded or "cpu" not in rival.devices:
             assert not any(name == rival.name for name, _ in rows)
             continue
         checked = []
+        if rival.name == chosen.without:
+            row = rows[rival.name, JOB]
+            assert row["ceiling"] and row["seconds"] and (rival.name, STALL) not in rows
+            continue
         for mode in (mode for mode in rival.modes if mode in chosen.modes):
             row = rows[rival.name, mode]
             if row["absent"] or (row["error"] and rival.slow):
@@ -108,15 +125,21 @@ def test_case(everything, case):
             assert row["ratio"]["against"] == chosen.base
             assert row["of_ceiling"]["against"] in chosen.bound_by[mode]
             checked.append(row["checked"])
+            if mode == STALL:
+                stall, job, lost = row, rows[rival.name, JOB], rows[rival.name, LOST]
+                alone = rows[chosen.without, JOB]["seconds"]
+                assert stall["seconds"] < job["seconds"] == pytest.approx([alone[0] + lost["seconds"][0]])
+                assert rival.trains or stall["seconds"] <= rows[rival.name, FILE]["seconds"]
         wanted = "same bytes" if rival.writes == "safetensors" else "loads back"
-        if rival.name in ("fastshard", chosen.us):
+        if checked and rival.name in ("fastshard", chosen.us):
             assert set(checked) == {wanted}
         elif checked:
             assert checked[0] == wanted
     for name in chosen.measures:
         if "cpu" not in CEILINGS[name].devices:
             continue
-        row = rows[name, CEILINGS[name].modes[0]]
+        mode = JOB if name == chosen.without else next(m for m in CEILINGS[name].modes if m in chosen.modes)
+        row = rows[name, mode]
         assert row["ceiling"] is True
         assert row["seconds"] or name == "direct"  # tmpfs refuses O_DIRECT
 
@@ -415,6 +438,37 @@ def test_ratio_is_taken_within_a_round():
     assert ratio(None, base) is None
 
 
+@pytest.mark.parametrize("step", [0, 4, 9])
+def test_values_of_a_step_after_the_call_are_noticed(tmp_path, monkeypatch, step):
+    """As if the file of a snapshot did not hold what the tensors were at the call."""
+    honest = training_steps.Steps.after
+
+    def after(self, save, unchanged):
+        def change(number):
+            changed(number)
+            if number == step and unchanged:
+                values = {name: tensor.clone() for name, tensor in tensors.items()}
+                save_file(values, tmp_path.glob("*/out/model.safetensors").__next__())
+
+        (tensors,), changed = self.shards, self._step
+        monkeypatch.setattr(self, "_step", change)
+        return honest(self, save, unchanged)
+
+    monkeypatch.setattr(training_steps.Steps, "after", after)
+    status, document = run(tmp_path, "--cases", "async", "--rivals", "async-none,fastshard")
+    rows = rows_of(document, "async")
+    # After the last step the values are those of the call again.
+    assert status == int(step != 9) and rows["async-none", STALL]["wrong"] is (step != 9)
+    assert rows["fastshard", STALL]["checked"] == "same bytes"
+
+
+def test_what_is_lost_within_the_noise_is_not_less_than_nothing():
+    us = Row("a", LOST, seconds=[-0.5, 0.5], rounds=[0, 1])
+    base = Row("b", LOST, seconds=[2.0, 1.0], rounds=[0, 1])
+    found = ratio(us, base)
+    assert (found.median, found.best) == ((2.0 / LEAST_LOST_S + 2.0) / 2, 1.0 / LEAST_LOST_S)
+
+
 def test_the_ceiling_is_the_fastest_of_those_that_ran():
     rows = [
         Row("pwrite-1", "durable", True, [2.0], [0.1], [0]),
@@ -667,7 +721,8 @@ def test_goals_are_those_of_the_device():
 def test_every_goal_can_be_measured():
     for goal in GOALS:
         case = cases.CASES[goal.case]
-        assert goal.on in case.default_on and goal.mode in case.modes
+        assert goal.on in case.default_on
+        assert (STALL if goal.mode == LOST else goal.mode) in case.modes
         assert goal.by in case.rivals
         assert goal.against in (*case.rivals, *case.measures, *EXTRA, STEP, PLANNING)
         assert goal.against not in EXTRA or case.memory

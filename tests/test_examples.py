@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples, as a user runs them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import names
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINING = ROOT / "examples" / "async_training.py"
+STEPS = 60
+
+
+@contextmanager
+def training(directory: Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, str(TRAINING), "--dir", str(directory), "--steps", str(STEPS)]
+    # Not from the checkout's top: its package would come before the installed one.
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent, **options
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def trained(directory: Path) -> tuple[str, bytes]:
+    """Trains to the end: the first line that was printed, and the weights' file."""
+    with training(directory) as process:
+        printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return printed.splitlines()[0], (directory / "model.safetensors").read_bytes()
+
+
+def kill_at(directory: Path, line: str) -> None:
+    """Trains until it prints that line, and kills it then."""
+    with training(directory) as process:
+        assert process.stdout
+        assert any(printed.startswith(line) for printed in process.stdout), "it ended before"
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait(timeout=60) == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    first, weights = trained(directory)
+    assert first == "begins after step 0"
+    # The former checkpoint is kept until the newest one stands.
+    assert names(directory) == ["model.safetensors", "step-00000050.pt", "step-00000060.pt"]
+    return weights
+
+
+def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(
+    tmp_path: Path, uninterrupted: bytes
+) -> None:
+    # Before the first save, right before or in one, after its call, and between two.
+    for step in (5, 20, 31, 47):
+        kill_at(tmp_path, f"step {step}:")
+        for path in tmp_path.iterdir():  # each checkpoint that can be seen is complete
+            assert torch.load(path, weights_only=True)["step"] == int(path.stem.removeprefix("step-"))
+    first, weights = trained(tmp_path)
+    # The newest save may have been in flight; before it began the former one had ended.
+    assert int(first.removeprefix("begins after step ")) in (30, 40)
+    assert weights == uninterrupted
+
+
+def test_a_save_that_fails_ends_the_training(tmp_path: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    with training(tmp_path, preexec_fn=limit, stderr=subprocess.PIPE) as process:
+        printed, told = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert printed.splitlines()[-1].startswith(("step 10:", "step 20:"))
+    assert os.strerror(errno.EFBIG) in told.splitlines()[-1]
+    assert names(tmp_path) == []
