@@ -51,6 +51,7 @@ class Engine {
   Ring ring_;
   WriteBehind write_behind_;
   WorkerPool workers_;
+  LoneThreads lone_threads_;
 };
 
 }  // namespace fastshard
