@@ -48,8 +48,8 @@ PYTHON_LAYERS = {
     "base": "settings living loading activity originals",
     "formats": "json_text naming safetensors torch_archive manifest hf_index file_kinds",
     "engine": """
-        options plan limits borrowed mapped sharing tensors planning staged_event parts serving future progress arena background snapshots
-        figures engine pipeline reading
+        options plan limits borrowed mapped sharing tensors planning staged_event parts serving future progress arena background copies
+        snapshots figures engine pipeline reading
     """,
     "publish": "hidden_names folder attributes staging change linking exchanging switching directory messages ranks in_place checkpoint staged",
     "api": """
@@ -90,6 +90,7 @@ WITHOUT_TORCH = {
     "engine/future": set(),
     "engine/arena": set(),
     "engine/background": set(),
+    "engine/copies": set(),
     "engine/snapshots": set(),
     "engine/engine": set(),
     "engine/reading": {"safetensors"},

@@ -141,21 +141,66 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.parametrize("snapshot", ["copy", "fork"])
 @pytest.mark.parametrize("saver", SAVERS)
 def test_files_hold_what_the_tensors_were(
-    saver: str, tmp_path_factory: pytest.TempPathFactory, folder: Path, engine: Engine
+    saver: str, snapshot: str, tmp_path_factory: pytest.TempPathFactory, folder: Path, engine: Engine
 ) -> None:
     save, expected = SAVERS[saver], tmp_path_factory.mktemp("expected")
     save("", expected, state(), {"engine": engine})
     for _ in range(2):  # into new memory, and into memory that was used before
         tensors = state()
-        future = save("_async", folder, tensors, {"engine": engine})
+        future = save("_async", folder, tensors, {"engine": engine, "snapshot": snapshot})
         assert future is not None and future.staged()
         spoil(tensors)
         figures = future.result(30)
         assert files(folder) == files(expected)
-        assert figures.snapshot == "copy" and figures.fallbacks == ()
+        assert figures.snapshot == snapshot
+        assert not any("snapshot" in text for text in figures.fallbacks)
     assert engine.arena.peak == engine.arena.nbytes  # of one save: the second has used it again
+    assert (engine.arena.peak > 64 << 10) == (snapshot == "copy")  # a forked process has the tensors
+
+
+def test_what_a_child_would_share_is_copied_before_the_fork(tmp_path: Path, engine: Engine) -> None:
+    tensors = state()
+    tensors["wide"] = torch.empty_like(tensors["wide"]).share_memory_().copy_(tensors["wide"])
+    tensors["half"].share_memory_()
+    future = fastshard.save_files_async(
+        {
+            tmp_path / "a": tensors,
+            tmp_path / "b": {"b": tensors["wide"].t()},
+            tmp_path / "c": {"c": tensors["whole"]},
+        },
+        allow_strided=True,
+        snapshot="fork",
+        engine=engine,
+    )
+    spoil(tensors)
+    assert future.result().snapshot == "fork" and 0 < engine.arena.peak < MIB
+    assert same(tmp_path / "a", state()) and same(tmp_path / "b", {"b": state()["wide"].t().contiguous()})
+    assert same(tmp_path / "c", {"c": state()["whole"]})
+
+
+def test_where_nothing_can_be_forked_it_is_copied(
+    tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastshard import _native
+
+    start = engine.start
+
+    def refuse(files: Any, asked: Any, *more: Any) -> SaveFuture:
+        if asked.forked:
+            raise _native.NotForked("no process")
+        return start(files, asked, *more)
+
+    monkeypatch.setattr(engine, "start", refuse)
+    tensors = state()
+    future = fastshard.save_file_async(tensors, tmp_path / "a", snapshot="fork", engine=engine)
+    spoil(tensors)
+    figures = future.result()
+    assert figures.snapshot == "copy"
+    assert figures.fallbacks == ("no snapshot by a forked process: no process",)
+    assert same(tmp_path / "a", state())
 
 
 def test_save_model(tmp_path: Path) -> None:

@@ -9,15 +9,17 @@ space is reserved. It is held until the first has ended.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from ..base.loading import load
 from . import background
 from .arena import Arena, Block
 from .background import Wanted
-from .future import Amend, Background, Fetch, SaveFuture, Served
+from .copies import Copy, copied, nbytes_of, part_of, with_part
+from .future import Amend, Background, SaveFuture, Served
 from .options import Options
-from .plan import HOST, FilePlan, Link, Memory, SaveOptions, TensorView, WriteItem
+from .plan import FilePlan, SaveOptions, WriteItem
 
 if TYPE_CHECKING:
     from .. import _native
@@ -44,12 +46,6 @@ class Starter(Protocol):
     def _with_native(self, call: Callable[[Any], Any]) -> Any: ...
 
 
-_FILE_ALIGNMENT: Final = 4096
-_ITEM_ALIGNMENT: Final = 16
-_STREAMED: Final = 32 << 20
-"""A snapshot of so many bytes is stored past the caches of the CPU."""
-
-
 def start_behind(
     engine: Starter,
     wanted: Wanted,
@@ -61,54 +57,130 @@ def start_behind(
     """Starts a save behind a snapshot. The other parts are those of :meth:`Engine.submit`."""
     while len(in_flight := _to_wait_for(engine)) >= engine.options.max_in_flight:
         in_flight[0].wait()
-    kind, refused, block = wanted.snapshot, [], None
-    if kind == "copy" and (nbytes := nbytes_of(files)):
-        found = engine.arena.take(nbytes, lambda: _await_snapshot(engine))
-        if isinstance(found, str):
-            kind = "written"
-            refused.append(f"no snapshot: {found}")
-        else:
-            block = found
-    earlier = background.conflicting(wanted.paths)
-    if kind != "copy":
-        for one in earlier:
+    save = _Parts(engine, wanted, files, asked, keep_alive, served, [])
+    if wanted.snapshot == "fork":
+        return _by_fork(save) or _by_copy(save)
+    return _by_copy(save) if wanted.snapshot == "copy" else _as_it_is(save, "none")
+
+
+class _Parts(NamedTuple):
+    """What is known of a save that is to be made behind a snapshot."""
+
+    engine: Starter
+    wanted: Wanted
+    files: Sequence[FilePlan]
+    asked: SaveOptions
+    keep_alive: object
+    served: Served
+    refused: list[str]
+    """What was tried and was not possible."""
+
+    def block(self, nbytes: int) -> Block | None:
+        found = self.engine.arena.take(nbytes, lambda: _await_snapshot(self.engine))
+        if isinstance(found, Block):
+            return found
+        self.refused.append(f"no snapshot: {found}")
+        return None
+
+    def packing(self, plans: Copy) -> SaveFuture:
+        """Returns the save, held, that packs tensors into memory."""
+        return self.engine.start(
+            plans.packing,
+            SaveOptions(self.asked.streams, held=True),
+            self.keep_alive,
+            Served(
+                plans.fetch, steps=() if self.wanted.unchanged is None else [lambda _: _check(self.wanted)]
+            ),
+        )
+
+    def start(self, background_: Background, block: Block | None = None) -> SaveFuture:
+        """Starts the save itself."""
+        return background.watch(
+            self.engine.start(
+                self.files,
+                self.asked,
+                self.keep_alive,
+                self.served,
+                functools.partial(_ended, block),
+                background_._replace(paths=self.wanted.paths, refused=tuple(self.refused)),
+            )
+        )
+
+    def await_earlier(self) -> None:
+        """Waits for earlier saves of the same files: what has no copy cannot be held back."""
+        for one in background.conflicting(self.wanted.paths):
             one.wait()
-        earlier = []
+
+
+def _by_copy(save: _Parts) -> SaveFuture:
+    nbytes = nbytes_of(save.files)
+    earlier = background.conflicting(save.wanted.paths)
+    if nbytes == 0:
+        held = save._replace(asked=save.asked._replace(held=bool(earlier)))
+        return held.start(Background("copy", None, earlier))
+    block = save.block(nbytes)
+    if block is None:
+        return _as_it_is(save, "written")
     packing = None
     try:
-        if block is not None:
-            locked = _lock(engine, block, files, refused)
-            copy = copied(files, block.address, served.fetch, asked.checksums, locked)
-            packing = engine.start(
-                copy.packing,
-                SaveOptions(asked.streams, held=True),
-                keep_alive,
-                Served(copy.fetch, steps=() if wanted.unchanged is None else [lambda _: _check(wanted)]),
-            )
-            files, keep_alive = copy.files, None
-            served = served._replace(fetch=None)
-            asked = asked._replace(streams={})
-        elif wanted.unchanged is not None:
-            served = served._replace(amend=_checked(wanted.unchanged, served.amend))
-            asked = asked._replace(amended=True)
-        future = engine.start(
-            files,
-            asked._replace(held=packing is not None or bool(earlier), tells_read=kind == "written"),
-            keep_alive,
-            served,
-            functools.partial(_ended, block),
-            Background(kind, packing, earlier, wanted.paths, tuple(refused)),
-        )
+        locked = _lock(save.engine, block, save.files, save.refused)
+        plans = copied(save.files, block.address, save.served.fetch, save.asked.checksums, locked)
+        packing = save.packing(plans)
+        future = save._replace(
+            files=plans.files,
+            keep_alive=None,
+            served=save.served._replace(fetch=None),
+            asked=save.asked._replace(streams={}, held=True),
+        ).start(Background("copy", packing, earlier), block)
     except BaseException:
         if packing is not None:
             packing.cancel()
+        block.give_back()
+        raise
+    packing.begin()
+    return future
+
+
+def _by_fork(save: _Parts) -> SaveFuture | None:
+    """Returns ``None`` if that is not possible."""
+    save.await_earlier()
+    native = load("fastshard._native")
+    part = part_of(save.files, native.not_forkable(list(save.files)))
+    block = None
+    try:
+        if nbytes := nbytes_of(part.files):
+            block = save.block(nbytes)
+            if block is None:
+                return None
+            locked = _lock(save.engine, block, part.files, save.refused)
+            plans = with_part(save.files, part, block.address, save.served.fetch, locked)
+            packing = save.packing(plans)
+            packing.begin()
+            packing.result()
+            served = save.served._replace(fetch=None)
+            asked = save.asked._replace(streams={})
+            save = save._replace(files=plans.files, served=served, asked=asked)
+        forked = save._replace(asked=save.asked._replace(forked=True))
+        return forked.start(Background("fork"), block)
+    except native.NotForked as error:
+        save.refused.append(f"no snapshot by a forked process: {error}")
+        if block is not None:
+            block.give_back()
+        return None
+    except BaseException:
         if block is not None:
             block.give_back()
         raise
-    background.watch(future)
-    if packing is not None:
-        packing.begin()
-    return future
+
+
+def _as_it_is(save: _Parts, kind: str) -> SaveFuture:
+    """Starts a save of the tensors' own memory, which must not change before it has ended, or is written."""
+    save.await_earlier()
+    if save.wanted.unchanged is not None:
+        served = save.served._replace(amend=_checked(save.wanted.unchanged, save.served.amend))
+        save = save._replace(served=served, asked=save.asked._replace(amended=True))
+    asked = save.asked._replace(tells_read=kind == "written")
+    return save._replace(asked=asked).start(Background(kind))
 
 
 def start_after(
@@ -179,118 +251,3 @@ def _ended(block: Block | None, future: SaveFuture) -> None:
     if block is not None:
         block.give_back()
     background.ended(future)
-
-
-class Copy(NamedTuple):
-    """Two saves in the place of one."""
-
-    packing: list[FilePlan]
-    """Tensors into memory. It is empty if there are none."""
-    files: list[FilePlan]
-    """That memory into the files."""
-    fetch: Fetch | None
-    """For the packing."""
-
-
-def nbytes_of(files: Sequence[FilePlan]) -> int:
-    """Returns how much memory the tensors of a save take when they are packed."""
-    return sum(_aligned(_payload(file)) for file in files)
-
-
-def copied(
-    files: Sequence[FilePlan],
-    address: int,
-    fetch: Fetch | None,
-    by_item: bool,
-    locked: _native.PageLock | None = None,
-) -> Copy:
-    """Returns the plans of a save by way of memory at ``address``, of :func:`nbytes_of` bytes.
-
-    ``by_item``: the items stay apart, as their checksums are wanted one by one. ``locked`` keeps the memory
-    page-locked.
-    """
-    streaming = nbytes_of(files) >= _STREAMED
-    packing: list[FilePlan] = []
-    written: list[FilePlan] = []
-    numbers: list[int] = []
-    for number, file in enumerate(files):
-        nbytes = _payload(file)
-        if nbytes == 0:
-            written.append(file)
-            continue
-        packed, items = _in_memory(file, Memory(address, nbytes, streaming, locked), by_item)
-        packing.append(packed)
-        numbers.append(number)
-        written.append(file._replace(items=items))
-        address += _aligned(nbytes)
-    return Copy(packing, written, _renumbered(fetch, numbers))
-
-
-def _payload(file: FilePlan) -> int:
-    """Returns how much memory the items of a file take that has any."""
-    items = file.items
-    if isinstance(file.target, Link):
-        return 0
-    if not isinstance(items, Sequence):
-        return items.nbytes
-    if _placed(items):
-        return sum(_aligned(item.nbytes, _ITEM_ALIGNMENT) for item in items)
-    return sum(item.nbytes for item in items)
-
-
-def _placed(items: Sequence[TensorView | WriteItem]) -> bool:
-    """Returns whether some items have places of their own in the file, where they may be aligned differently."""
-    return any(isinstance(item, WriteItem) for item in items)
-
-
-def _in_memory(
-    file: FilePlan, memory: Memory, by_item: bool
-) -> tuple[FilePlan, Sequence[TensorView | WriteItem]]:
-    """Returns the plan that packs a file's items into memory, and the items of a plan that writes them from there."""
-    items, address, nbytes = file.items, memory.address, memory.nbytes
-    whole = [TensorView(address, nbytes, HOST)]
-    if not isinstance(items, Sequence):
-        packed = FilePlan(memory, b"", items)
-        if not by_item:
-            return packed, whole
-        return packed, _one_by_one(address, [items.entry(index)[-1][1] for index in range(len(items))])
-    if not _placed(items):
-        packed = FilePlan(memory, b"", items)
-        return packed, _one_by_one(address, [item.nbytes for item in items]) if by_item else whole
-    sources: list[WriteItem] = []
-    written: list[TensorView | WriteItem] = []
-    offset = 0
-    for item in items:
-        view = TensorView(address + offset, item.nbytes, HOST)
-        if isinstance(item, WriteItem):
-            sources.append(WriteItem(item.source, offset))
-            written.append(WriteItem(view, item.file_offset))
-        else:
-            sources.append(WriteItem(item, offset))
-            written.append(view)
-        offset += _aligned(item.nbytes, _ITEM_ALIGNMENT)
-    return FilePlan(memory, b"", sources, nbytes), written
-
-
-def _one_by_one(address: int, sizes: Iterable[int]) -> list[TensorView]:
-    found = []
-    for nbytes in sizes:
-        found.append(TensorView(address, nbytes, HOST))
-        address += nbytes
-    return found
-
-
-def _renumbered(fetch: Fetch | None, numbers: list[int]) -> Fetch | None:
-    """Returns what brings the bytes of the files that are packed, which have fewer numbers."""
-    if fetch is None:
-        return None
-    bring = fetch
-
-    def renumbered(file: int, item: int, first: int, nbytes: int, address: int) -> None:
-        bring(numbers[file], item, first, nbytes, address)
-
-    return renumbered
-
-
-def _aligned(nbytes: int, alignment: int = _FILE_ALIGNMENT) -> int:
-    return -(-nbytes // alignment) * alignment
