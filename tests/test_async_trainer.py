@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,16 @@ def held(asynchronous: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[thread
     yield gate.go
     gate.go.set()
     background.wait_all()
+
+
+def in_process(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parent,
+    )
 
 
 def visible(folder: Path) -> list[str]:
@@ -351,6 +362,36 @@ def test_an_error_in_flight_is_raised_by_the_next_checkpoint(tmp_path, held):
     save(trainer, 2)
     checkpoints.wait_for_earlier()
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_one_save_of_a_checkpoint_that_fails_is_the_checkpoints_error(tmp_path, held):
+    trainer = ready(tmp_path)
+    save(trainer, 1)
+    [made] = checkpoints._in_flight
+    made.saves[0].cancel()
+    held.set()
+    with pytest.raises(CancelledError):
+        fastshard.wait_all()
+    assert names(tmp_path) == []
+    save(trainer, 2)  # it has been told
+    checkpoints.wait_for_earlier()
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
+def test_a_process_that_ends_waits_for_its_checkpoint(tmp_path):
+    script = """
+        import sys
+        from pathlib import Path
+        import fastshard
+        import test_async_trainer as tests
+
+        fastshard.install(asynchronous=True)
+        trainer = tests.ready(Path(sys.argv[1]))
+        tests.save(trainer, 1)
+    """
+    done = in_process(script, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert names(tmp_path) == ["checkpoint-1"] and set(names(tmp_path / "checkpoint-1")) > FILES
 
 
 class Blocks(transformers.TrainerCallback):
@@ -567,6 +608,21 @@ def test_offloaded_weights_are_saved_on_the_spot(tmp_path, asynchronous):
     assert fastshard.status().on_the_spot == {PRETRAINED: {"weights are offloaded": 1}}
 
 
+def test_save_model_of_accelerate_appears_later_as_one_save(tmp_path, held):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.save_model(Model(), tmp_path / "plain", "50KB")
+    activity._forget()
+    with fastshard.asynchronous() as saves:
+        accelerator.save_model(Model(), tmp_path / "ours", "50KB")
+        assert not (tmp_path / "ours").exists()
+        assert fastshard.status().in_flight == (str(tmp_path / "ours"),)
+    held.set()
+    saves.wait()
+    assert tree(tmp_path / "ours") == tree(tmp_path / "plain")
+    assert fastshard.status().saved["Accelerator.save_model"].saves == 1
+
+
 # The switch ---------------------------------------------------------------------------------------------
 
 
@@ -660,13 +716,7 @@ KILLED = """
 
 
 def test_killed_at_any_point_there_are_complete_checkpoints_only(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=Path(__file__).parent,
-    )
+    done = in_process(KILLED, tmp_path)
     assert done.returncode == 0, done.stderr
     *seen, ended, left = done.stdout.split("\n")[:-1]
     assert ended == "ended checkpoint-2" and left == "checkpoint-3"

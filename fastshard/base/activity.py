@@ -32,7 +32,6 @@ _MOST_KEPT: Final = 1024
 _saved: dict[str, list[Saved]] = {}
 _left: dict[tuple[str, str], list[None]] = {}
 _on_the_spot: dict[tuple[str, str], list[None]] = {}
-_in_flight: list[str] = []
 _planned: dict[str, list[None]] = {}
 _compacting = threading.Lock()
 """A thread only tries to take this lock and never waits for it."""
@@ -208,18 +207,6 @@ def on_the_spot() -> dict[str, dict[str, int]]:
     return _by_call(_on_the_spot)
 
 
-def departs(place: str) -> Callable[[], None]:
-    """Says that a checkpoint has been captured and is being written. The function that is returned says that
-    it has ended."""
-    _in_flight.append(place)
-    return lambda: _in_flight.remove(place)
-
-
-def in_flight() -> tuple[str, ...]:
-    """Returns the places of checkpoints that are being written while the job goes on."""
-    return tuple(_in_flight)
-
-
 def _by_call(counts: dict[tuple[str, str], list[None]]) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
     for (call, reason), seen in counts.copy().items():
@@ -232,7 +219,6 @@ def _forget() -> None:
     _saved.clear()
     _left.clear()
     _on_the_spot.clear()
-    _in_flight.clear()
     _planned.clear()
 
 

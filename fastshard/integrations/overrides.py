@@ -27,6 +27,7 @@ _LIBRARIES: Final = frozenset(
         "accelerate",
         "peft",
         "diffusers",
+        "trl",
         "fastshard",
     )
 )

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from ..base import activity
 from ..base.activity import Saved
+from ..engine import background
+from ..publish.hidden_names import final_places
 from . import patching
 from .patch_groups import version_of
 
@@ -44,7 +46,7 @@ class Status(NamedTuple):
     asynchronous: bool = False
     """Whether checkpoints of other libraries are written while their loops go on."""
     in_flight: tuple[str, ...] = ()
-    """Checkpoints that have not appeared yet."""
+    """Files and folders of asynchronous saves that have not appeared yet."""
     on_the_spot: dict[str, dict[str, int]] = {}
     """How many calls were finished on the spot though they were to be asynchronous, by function and
     reason."""
@@ -128,6 +130,13 @@ def status() -> Status:
         activity.left(),
         activity.planned(),
         patching.is_asynchronous(),
-        activity.in_flight(),
+        _in_flight(),
         activity.on_the_spot(),
     )
+
+
+def _in_flight() -> tuple[str, ...]:
+    """Returns what asynchronous saves have not put in place yet, but for the parts of a checkpoint."""
+    saves = (save.background for save in background.in_flight() if save.background)
+    paths = dict.fromkeys(path for save in saves for path in sorted(save.paths))
+    return tuple(path for path in paths if final_places(path) == path)

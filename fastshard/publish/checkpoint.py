@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 
-from ..base.activity import departs, one_save
+from ..base.activity import one_save
 from ..engine import background
 from ..engine.engine import SaveFuture, Stats
 from ..engine.pipeline import start_after
@@ -42,7 +42,6 @@ class Checkpoint:
         self.saves: list[SaveFuture] = []
         """Those that fill it."""
         self._steps: list[Callable[[], object]] = []
-        self._arrives: Callable[[], None] = lambda: None
 
     def then(self, step: Callable[[], object]) -> None:
         """Adds what is to be done when the checkpoint stands. An error of it is the save's."""
@@ -60,7 +59,6 @@ class Checkpoint:
 
     def publish(self, count: Callable[[], None]) -> None:
         """Lets the folder appear when the saves in it have ended."""
-        self._arrives = departs(self.directory)
         self.future = start_after(
             self.saves,
             [self.directory],
@@ -72,8 +70,6 @@ class Checkpoint:
 
     def close(self) -> None:
         """Removes the hidden folder. Saves in it that have not ended are stopped."""
-        arrives, self._arrives = self._arrives, lambda: None
-        arrives()
         for future in self.saves:
             future.cancel()
         for future in self.saves:
