@@ -81,7 +81,9 @@ def _held(pid: int, with_shared: bool) -> int:
     return held + memory_nbytes("RssShmem", status) if with_shared else held
 
 
-def _watch(child: subprocess.Popen[str], out: Path, device: str) -> tuple[int, ...] | None:
+def _watch(
+    child: subprocess.Popen[str], out: Path, device: str
+) -> tuple[int, int, int, int, int | None] | None:
     """Extra bytes of the save: held, high water, of the GPU, page-locked, and what it was allowed, where that was said;
     None when the child ended early."""
     assert child.stdin and child.stdout
@@ -104,7 +106,8 @@ def _watch(child: subprocess.Popen[str], out: Path, device: str) -> tuple[int, .
     if words[:1] != ["done"]:
         return None
     high_water = memory_nbytes("VmHWM", status) - resident_before
-    return peak - held_before, high_water, free_before - least_free, *map(int, words[1:])
+    pinned, budget = int(words[1]), int(words[2]) if len(words) > 2 else None
+    return peak - held_before, high_water, free_before - least_free, pinned, budget
 
 
 def measure(case: str, rival: str, nbytes: int, device: str, out: Path) -> Memory:

@@ -98,7 +98,7 @@ def _dcp(kept: bool) -> Prepare:
 
         def save() -> Any:
             # A storage writer of DCP's would be its own stager: the default one is asked for by a path.
-            response = checkpoint.async_save(job.merged(), checkpoint_id=job.out, **keywords)
+            response: Any = checkpoint.async_save(job.merged(), checkpoint_id=job.out, **keywords)
             if not hasattr(response, "staging_completion"):
                 return response
             response.staging_completion.result()

@@ -96,7 +96,7 @@ class Steps:
 
 def beside(row: Row, samples: dict[int, JobSample], alone: dict[int, JobSample]) -> Iterator[Row]:
     """Rows of what was measured beside the stalls of ``row``, by round; ``alone``: the job that saves nothing."""
-    times = {
+    times: dict[str, dict[int, float | None]] = {
         FILE: {round_: sample.file for round_, sample in samples.items()},
         JOB: {round_: sample.job for round_, sample in samples.items()},
         LOST: {r: sample.job - alone[r].job for r, sample in samples.items() if r in alone},

@@ -331,6 +331,17 @@ def test_memory_in_a_fresh_process(tmp_path):
     assert found.high_water_nbytes > 0.9 * nbytes
 
 
+def test_memory_of_a_save_that_goes_on_after_its_call(tmp_path):
+    (tmp_path / "out").mkdir()
+    nbytes = 32 << 20
+    found = memory.measure("async", "async-copy", nbytes, "cpu", tmp_path / "out")
+    assert found.error is None
+    assert nbytes < found.budget_nbytes <= nbytes + (2 << 20)
+    # The snapshot is seen, and there is only one.
+    assert 0.9 * nbytes < found.extra_nbytes < 1.5 * nbytes
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > nbytes
+
+
 def test_memory_reports_a_rival_that_fails(tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import names
+
+import fastshard
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = ROOT / "examples" / "async_training.py"
@@ -75,6 +78,23 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(
     # The newest save may have been in flight; before it began the former one had ended.
     assert int(first.removeprefix("begins after step ")) in (30, 40)
     assert weights == uninterrupted
+
+
+def test_the_lines_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train() -> None:
+        with torch.no_grad():
+            model.weight.add_(1)
+
+    text = (ROOT / "README.md").read_text()
+    (lines,) = re.findall(r"## Without stopping the job\n\n```python\n(.*?)```", text, re.S)
+    model = torch.nn.Linear(512, 512)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters())
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {"st": fastshard, "model": model, "optimizer": optimizer, "train": train})
+    saved = torch.load("step-10.pt", weights_only=True)
+    assert torch.equal(saved["model"]["weight"], before) and not torch.equal(model.weight, before)
+    assert saved["optimizer"] == optimizer.state_dict()
 
 
 def test_a_save_that_fails_ends_the_training(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ PARTS = (
     "pyproject.toml",
     "setup.py",
 )
-FOLDERS = ("bench", "csrc", "fastshard", "tests")
+FOLDERS = ("bench", "csrc", "examples", "fastshard", "tests")
 MADE = shutil.ignore_patterns("__pycache__", "*.so", "out", "build", ".*_cache", ".hypothesis")
 
 
