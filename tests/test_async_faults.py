@@ -98,7 +98,7 @@ KILLED_AT = {
             if len(calls) == 2:
                 die()
         described.fetch = dying
-        told = {"w": torch.ones(3, 1 << 20).to(torch.float8_e4m3fn), "v": torch.ones(5, 1 << 18).to(torch.float8_e5m2)}
+        told = {name: torch.ones(1 << 20).to(torch.float8_e5m2fnuz) for name in "ab"}  # Python casts these
         save_file_async(told, f"{folder}/m.pt", snapshot=snapshot, dtype="float16").result()
     """,
     "staged": """
@@ -189,10 +189,9 @@ def test_a_disk_that_is_full_after_staging(small_disk: Path, snapshot: str) -> N
         first = fastshard.torch_save_async(tensors(1, 4 * MIB), path, snapshot=snapshot)
         second = fastshard.torch_save_async(tensors(2, 4 * MIB), path, snapshot=snapshot)
         assert second.staged() and not first.done()
-        with (small_disk / "filler").open("wb") as filler, contextlib.suppress(OSError):
+        with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
             while True:
                 filler.write(bytes(1 << 16))
-                filler.flush()
         go_on.set()
         first.result()
         if isinstance(error := second.exception(), OSError):
@@ -260,7 +259,7 @@ def test_an_error_is_logged_at_the_end_of_the_process(tmp_path: Path, ends: str,
     found = run(script, tmp_path, env={**os.environ, "FASTSHARD_FAIL_AT_EXIT": fails})
     assert "m.pt" in found.stderr and "the disk is gone" in found.stderr
     plain = {"pass": 0, "sys.exit(3)": 3, "1 / 0": 1}[ends]
-    assert found.returncode == (1 if fails == "1" and plain == 0 else plain)
+    assert found.returncode == (1 if fails == "1" else plain)
     assert names(tmp_path) == []
 
 
@@ -307,6 +306,7 @@ def test_a_sudden_end_leaves_the_old_file(tmp_path: Path, ends: str, snapshot: s
 @BY_SNAPSHOT
 def test_a_fork_during_a_save(tmp_path: Path, snapshot: str) -> None:
     path = tmp_path / "m.pt"
+    of_child = tensors(2), tensors(3)  # in the child, torch would wait for its threads
     with archives.held(times=1):
         future = fastshard.torch_save_async(tensors(1), path, snapshot=snapshot)
         pid = os.fork()
@@ -314,8 +314,8 @@ def test_a_fork_during_a_save(tmp_path: Path, snapshot: str) -> None:
             status = 1
             with contextlib.suppress(BaseException):
                 fastshard.wait_all()  # nothing of this process
-                fastshard.torch_save_async(tensors(2), tmp_path / "child.pt", snapshot=snapshot).result()
-                fastshard.torch_save_async(tensors(3), path, snapshot=snapshot).result()
+                fastshard.torch_save_async(of_child[0], tmp_path / "child.pt", snapshot=snapshot).result()
+                fastshard.torch_save_async(of_child[1], path, snapshot=snapshot).result()
                 status = 0
             os._exit(status)
         assert os.waitpid(pid, 0)[1] == 0
@@ -342,6 +342,7 @@ def test_workers_of_multiprocessing_during_a_save(tmp_path: Path, method: str) -
 
 
 def _work(path: str) -> None:
+    torch.set_num_threads(1)
     with archives.amended(lambda: time.sleep(0.3)):
         fastshard.torch_save_async(tensors(5), path)
 
@@ -366,8 +367,7 @@ def test_saves_of_one_path_appear_in_their_order(tmp_path: Path, snapshot: str) 
             other.result()  # nobody stands in its way
             assert not any(future.done() for future in futures) and not path.exists()
             go_on.set()
-        for future in futures:
-            future.result()
+        until(lambda: len(seen) == 3)
     assert seen[-1] == 3 and seen == sorted(seen) and value_of(path) == 3
 
 
@@ -436,7 +436,7 @@ def test_ctrl_c_during_the_snapshot(tmp_path: Path) -> None:
         time.sleep(0.01)
     described.fetch = fetch
     try:
-        save_file_async({"w": torch.ones(1 << 20).to(torch.float8_e5m2)}, f"{folder}/m.pt", dtype="float16")
+        save_file_async({"w": torch.ones(1 << 20).to(torch.float8_e5m2fnuz)}, f"{folder}/m.pt", dtype="float16")
     except KeyboardInterrupt:
         print("interrupted")
     """
