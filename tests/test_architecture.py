@@ -57,12 +57,12 @@ PYTHON_LAYERS = {
         sharded_save sharded_load asynchronous
     """,
     "integrations": """
-        patch_groups import_hook calls patching overrides report offload transformers trainer accelerate adapters vllm_states vllm
+        patch_groups import_hook calls patching overrides report offload transformers trainer accelerate lightning adapters vllm_states vllm
         sglang vllm_save
     """,
     "tools": "convert tp_plan model_plan parts rank_folders reshard",
     "cli": "text files checkpoints run command __init__",
-    " public": "auto mapped offload vllm sglang __init__ __main__",
+    " public": "auto mapped offload vllm sglang lightning __init__ __main__",
 }
 """fastshard/, folder by folder, in reading order. A module may import only what stands before it."""
 

@@ -79,13 +79,14 @@ SETS = (
             "numpy",
             "transformers>=5.24",
             "accelerate==1.15.*",
+            "lightning==2.6.*",
             "huggingface_hub>=2,<3",
             "safetensors==0.8.*",
         ),
     ),
 )
 TOOLS = ("pytest", "hypothesis", "tqdm", "packaging")
-SHOWN = ("torch", "transformers", "accelerate", "huggingface_hub", "safetensors", "numpy")
+SHOWN = ("torch", "transformers", "accelerate", "lightning", "huggingface_hub", "safetensors", "numpy")
 
 ECOSYSTEM = (
     "test_install.py",
@@ -95,6 +96,7 @@ ECOSYSTEM = (
     "test_hub.py",
     "test_transformers.py",
     "test_async_trainer.py",
+    "test_lightning.py",
     "test_offload.py",
     "test_archive.py",
     "test_in_place.py",
@@ -283,7 +285,12 @@ def test(interpreter: Interpreter, place: Path, source: Path, log: Path, outcome
 
 
 def installed(python: list[object]) -> dict[str, str]:
-    script = f"import importlib.metadata as m\nfor name in {SHOWN!r}: print(name, m.version(name))"
+    script = (
+        "import importlib.metadata as m\n"
+        "there = {found.name.replace('-', '_') for found in m.distributions()}\n"
+        f"for name in {SHOWN!r}:\n"
+        "    if name in there: print(name, m.version(name))"
+    )
     command = [*map(str, python), "-c", script]
     said = subprocess.run(command, cwd=WORK, capture_output=True, text=True, check=True).stdout
     return dict(line.split() for line in said.splitlines())

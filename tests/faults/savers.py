@@ -234,6 +234,73 @@ def _files() -> Iterable[Saver]:
     yield Saver("save", lambda root: hashlib.sha256(fastshard.save(weights(1))).hexdigest(), nothing)
 
 
+def _asynchronous() -> Iterable[Saver]:
+    """Each waits for its save, as what is right when a call returns is right when the save has ended."""
+    for snapshot in ("copy", "fork", "none"):
+
+        def file(seed: int, path: str, snapshot: str = snapshot, **more: Any) -> None:
+            fastshard.save_file_async(weights(seed), path, snapshot=snapshot, **more).result()
+
+        def archive(seed: int, path: str, snapshot: str = snapshot, **more: Any) -> None:
+            large = torch.full((300, 300), float(seed))  # small archives are torch's, and written at once
+            fastshard.torch_save_async({"a": large, "step": seed}, path, snapshot=snapshot, **more).result()
+
+        def several(root: str, first: int, count: int, snapshot: str = snapshot) -> None:
+            files = {f"{root}/d/{i}.safetensors": weights(first + i, 2) for i in range(count)}
+            fastshard.save_files_async(files, snapshot=snapshot).result()  # type: ignore[arg-type]
+
+        def hub(root: str, seed: int, count: int, snapshot: str = snapshot) -> None:
+            fastshard.save_torch_state_dict_async(
+                weights(seed, count), f"{root}/d", max_shard_size=20_000, snapshot=snapshot
+            ).result()
+
+        def state(root: str, seed: int, count: int, snapshot: str = snapshot) -> None:
+            fastshard.save_sharded_state_async(
+                weights(seed, count), f"{root}/d", max_size=20_000, snapshot=snapshot
+            ).result()
+
+        yield from _single(f"save_file_async-{snapshot}", file)
+        yield from _single(f"save_file_async-{snapshot}-tmpfs", file, memory=True)
+        yield from _single(
+            f"save_file_async-{snapshot}-durable", functools.partial(file, durable=True), durable=True
+        )
+        yield from _single(f"torch_save_async-{snapshot}", archive, file="m.pt")
+        yield Saver(
+            f"save_files_async-{snapshot}:some",
+            functools.partial(several, first=10, count=3),
+            functools.partial(several, first=0, count=2),
+            each=True,
+        )
+        yield Saver(
+            f"save_torch_state_dict_async-{snapshot}:more_shards",
+            functools.partial(hub, seed=1, count=6),
+            functools.partial(hub, seed=0, count=8),
+            reads=checkpoint,
+            needs=("huggingface_hub",),
+        )
+        yield Saver(
+            f"save_sharded_state_async-{snapshot}:more_parts",
+            functools.partial(state, seed=1, count=5),
+            functools.partial(state, seed=0, count=8),
+            reads=parts,
+        )
+
+    def twice(root: str) -> None:
+        for seed in (1, 2):
+            fastshard.save_file_async(weights(seed), f"{root}/d/m.safetensors")
+        fastshard.wait_all()
+
+    def first(root: str, seed: int) -> None:
+        fastshard.save_file(weights(seed), f"{root}/d/m.safetensors")
+
+    yield Saver(
+        "save_file_async-twice:exists",
+        twice,
+        functools.partial(first, seed=0),
+        halfway=functools.partial(first, seed=1),
+    )
+
+
 def _prepared() -> Iterable[Saver]:
     for name, arguments, memory in (
         ("prepare", {}, False),
@@ -489,5 +556,5 @@ def _commands() -> Iterable[Saver]:
 
 
 def all_savers() -> dict[str, Saver]:
-    made = (*_files(), *_prepared(), *_archives(), *_folders(), *_libraries(), *_commands())
+    made = (*_files(), *_asynchronous(), *_prepared(), *_archives(), *_folders(), *_libraries(), *_commands())
     return {saver.name: saver for saver in made}
