@@ -606,6 +606,24 @@ def test_no_slot_is_waited_for(sim: SimCuda, new_engine: NewEngine, arena: Block
     block.holds(sources)
 
 
+@needs_kernel
+def test_writers_keep_a_slot(sim: SimCuda, new_engine: NewEngine, arena: Block, path: Path) -> None:
+    """Tables are kept until a writer has waited for their copies. Writers that wait for a slot must not wait for
+    them."""
+    engine = new_engine(threads=1)
+    sources = gathered(sim)
+    blocks = [arena(engine, 8 * MIB) for _ in range(BUDGET // (2 * SLOT))]
+    producer = sim.stream(0)
+    with sim.paused():
+        futures = [block.save(sources, {0: producer}) for block in blocks]
+        *first, last = [future._native.hold_stream(0, producer) for future in futures]
+        assert first == [None] * len(first)
+        assert last is not None and "no staging memory was free" in last
+    for block, future in zip(blocks, futures, strict=True):
+        future.result()
+        block.holds(sources)
+
+
 def test_bytes_that_python_brings(sim: SimCuda, new_engine: NewEngine, arena: Block) -> None:
     engine = new_engine()
     block = arena(engine, 8 * MIB)
@@ -871,6 +889,70 @@ def test_a_change_right_after_the_event(
         assert_same(found, training.expected(0))
     else:
         assert found != training.expected(0)
+
+
+IN_A_CHILD_OF_AN_ENGINE = """
+import ctypes, gc, mmap, os, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import fastshard
+from simcuda import SimCuda
+from test_async_devices import FilePlan, HEADER, MIB, noise, on_device, on_host, contents
+from fastshard.engine.background import Wanted
+from fastshard.engine.engine import Engine, Options
+
+torch.set_num_threads(1)  # its other threads would be missing in the child
+sim = SimCuda(sys.argv[2])
+engine = Engine(Options(memory_budget="1MiB", threads=2, snapshot_budget="64MiB"))
+
+def save(name, source):
+    plan = FilePlan(name.encode(), HEADER, [source.view])
+    wanted = Wanted("copy", paths=frozenset([os.path.abspath(name)]))
+    future = engine.submit([plan], keep_alive=source, streams={}, wanted=wanted)
+    future.result()
+    assert open(name, "rb").read() == contents([source])
+    return future
+
+kept = save("parent", on_device(sim, noise(6 * MIB)))
+[block] = engine.arena._blocks
+begin, nbytes = block.address, block.nbytes
+child = os.fork()
+if child == 0:
+    status = 1
+    try:
+        # What comes to lie in the place of the parent's block is not the arena's to take away.
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        at = libc.mmap(begin, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, 0x100022, -1, 0)  # MAP_FIXED_NOREPLACE
+        assert at == begin
+        ctypes.memset(begin, 7, nbytes)
+        del kept, block
+        gc.collect()
+        save("child", on_host(noise(7 * MIB)))
+        engine.close()
+        gc.collect()
+        assert ctypes.string_at(begin, 1) == ctypes.string_at(begin + nbytes - 1, 1) == bytes([7])
+        status = 0
+    finally:
+        os._exit(status)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+save("again", on_device(sim, noise(6 * MIB, seed=1)))
+assert [block.address for block in engine.arena._blocks] == [begin]
+engine.close()
+assert sim.live()["registrations"] == 0
+assert sim.violations() == []
+print("both")
+"""
+
+
+def test_a_forked_child_has_an_arena_of_its_own(sim: SimCuda, tmp_path: Path) -> None:
+    variables = {**os.environ, DRIVER_VARIABLE: str(sim.path)}
+    command = [sys.executable, "-c", textwrap.dedent(IN_A_CHILD_OF_AN_ENGINE), str(HERE), str(sim.path)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert (done.stdout, done.returncode) == ("both\n", 0), done.stderr
 
 
 def test_by_default_the_host_waits_for_the_snapshot(

@@ -6,6 +6,8 @@
 
 #include <utility>
 
+#include "device/numa.h"
+
 namespace fastshard {
 namespace {
 
@@ -24,6 +26,7 @@ void make_lockable(std::span<std::byte> pages) {
 }
 
 PageLock::PageLock(Device& device, std::span<std::byte> pages) : pages_(pages), process_(getpid()) {
+  prefer_node(pages, device.numa_node());
   make_lockable(pages);
   try {
     locking_ = device.page_lock(pages);

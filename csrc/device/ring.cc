@@ -65,7 +65,7 @@ void Ring::warm_up(Device& device) {
   }
 }
 
-Slot Ring::take(int node) {
+Slot Ring::take(int node, bool is_spare) {
   const auto near =
       std::find_if(free_.rbegin(), free_.rend(), [&](const Block* block) { return node < 0 || block->node == node; });
   const bool make = free_.empty() || (near == free_.rend() && blocks_.size() < slots_);
@@ -73,12 +73,12 @@ Slot Ring::take(int node) {
     const std::span<std::byte> memory = map_aligned(block_nbytes());
     prefer_node(memory, node);
     blocks_.push_back({.memory = memory, .node = node});
-    return {this, &blocks_.back()};
+    return {this, &blocks_.back(), is_spare};
   }
   const auto chosen = near == free_.rend() ? free_.rbegin() : near;
   Block* block = *chosen;
   free_.erase(std::next(chosen).base());
-  return {this, block};
+  return {this, block, is_spare};
 }
 
 }  // namespace fastshard

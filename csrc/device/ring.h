@@ -33,11 +33,12 @@ class Ring {
   // Move-only lease of one slot; the destructor gives it back.
   class Slot {
    public:
-    Slot(Ring* ring, Block* block) : ring_(ring), block_(block) {}
-    Slot(Slot&& other) noexcept : ring_(other.ring_), block_(std::exchange(other.block_, nullptr)) {}
+    Slot(Ring* ring, Block* block, bool is_spare = false) : ring_(ring), block_(block), is_spare_(is_spare) {}
+    Slot(Slot&& other) noexcept
+        : ring_(other.ring_), block_(std::exchange(other.block_, nullptr)), is_spare_(other.is_spare_) {}
     Slot& operator=(Slot&&) = delete;
     ~Slot() {
-      if (block_ != nullptr) ring_->release(block_);
+      if (block_ != nullptr) ring_->release(block_, is_spare_);
     }
 
     std::span<std::byte> bytes() const { return block_->memory.first(ring_->slot_nbytes_); }
@@ -58,6 +59,7 @@ class Ring {
    private:
     Ring* ring_;
     Block* block_;
+    const bool is_spare_;
   };
 
   // A writer at work. It holds at most its share of the slots, so that no other writer is without one for long.
@@ -93,6 +95,15 @@ class Ring {
     return take(node);
   }
 
+  // A slot that may be kept until others have been given back: all but one are leased like this at most, so that
+  // writers, which wait for slots, always come to their ends.
+  std::optional<Slot> try_acquire_spare(int node) {
+    const std::lock_guard lock(mutex_);
+    if (!available() || spares_ + 1 >= slots_) return std::nullopt;
+    ++spares_;
+    return take(node, true);
+  }
+
   // Maps, populates and page-locks all slots that nobody has leased.
   void warm_up(Device& device);
 
@@ -102,11 +113,12 @@ class Ring {
 
  private:
   bool available() const { return !free_.empty() || blocks_.size() < slots_; }
-  Slot take(int node);
-  void release(Block* block) {
+  Slot take(int node, bool is_spare = false);
+  void release(Block* block, bool is_spare) {
     {
       const std::lock_guard lock(mutex_);
       free_.push_back(block);
+      spares_ -= is_spare;
     }
     freed_.notify_one();
   }
@@ -118,6 +130,7 @@ class Ring {
   std::condition_variable freed_;
   std::vector<Block> blocks_;
   std::vector<Block*> free_;
+  size_t spares_ = 0;
   std::atomic<size_t> writers_ = 0;
 };
 

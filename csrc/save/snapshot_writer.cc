@@ -101,7 +101,7 @@ std::string SnapshotWriter::enqueue(const Chunk& chunk, EarlyScratch& scratch) {
 std::string SnapshotWriter::take(EarlyScratch& scratch, size_t nbytes, const Chunk& chunk) {
   if (nbytes <= scratch.left.size()) return "";
   Device& device = *device_of(chunk);
-  std::optional<Slot> slot = resources_.ring.try_acquire(device.numa_node());
+  std::optional<Slot> slot = resources_.ring.try_acquire_spare(device.numa_node());
   if (!slot || slot->all().size() < nbytes) return "no staging memory was free for the kernels' tables";
   pin(*slot, device);
   if (!slot->pinned()) return "the kernels' tables are not page-locked";
