@@ -24,14 +24,15 @@ NATIVE_LAYERS = {
         cuda_gathers.cc cuda_device.cc page_lock.h page_lock.cc ring.h ring.cc fetch.h
     """,
     "file": """
-        filesystem.h filesystem.cc mapping.h mapping.cc shared_pages.h shared_pages.cc output.h output.cc suspended.cc threads.h threads.cc
+        raw_calls.h filesystem.h filesystem.cc mapping.h mapping.cc shared_pages.h shared_pages.cc inherited.h inherited.cc output.h output.cc suspended.cc threads.h threads.cc
         attributes.h attributes.cc target.h target.cc hidden_names.h hidden_names.cc probe.h probe.cc closing.h
         closing.cc placement.h placement.cc linked.h linked.cc temporary.h temporary.cc publish.h publish.cc holders.h holders.cc
         in_place.h in_place.cc direct_io.h direct_io.cc standing.h standing.cc source_file.h source_file.cc
     """,
     "save": """
-        crc32.h crc32.cc writer.h source_pages.h source_pages.cc chunk_writer.h chunk_writer.cc page_cache_writer.h
-        page_cache_writer.cc direct_writer.h direct_writer.cc into_memory.h snapshot_writer.h snapshot_writer.cc memory_writer.h memory_writer.cc writer.cc targets.h targets.cc save.h save.cc save_report.cc save_snapshot.cc
+        crc32.h crc32.cc runs.h writer.h source_pages.h source_pages.cc chunk_writer.h chunk_writer.cc page_cache_writer.h
+        page_cache_writer.cc direct_writer.h direct_writer.cc into_memory.h snapshot_writer.h snapshot_writer.cc memory_writer.h memory_writer.cc writer.cc targets.h targets.cc forked_child.h
+        forked_child.cc forked.h forked.cc save.h save.cc save_report.cc save_snapshot.cc
         engine.h engine.cc
     """,
     "bindings": """
@@ -136,7 +137,12 @@ ONLY_HOME = {
         "device/cuda_device.cc",
         "device/device.h",
     },
-    r"\bio_uring_(?:setup|enter)\b|SYS_": {"file/direct_io.cc", "device/numa.cc"},
+    r"\bio_uring_(?:setup|enter)\b|SYS_": {
+        "file/direct_io.cc",
+        "file/raw_calls.h",
+        "save/forked_child.cc",
+        "device/numa.cc",
+    },
     r"\bpwritev\b|\brename\b\(|\blinkat\(": {
         "file/output.cc",
         "file/placement.cc",

@@ -182,12 +182,8 @@ py::tuple tuple_of(std::span<const int64_t> numbers, uint64_t last_times = 1) {
   return made;
 }
 
-// The place of a tensor among those that were given, and the fields of its Entry and TensorView
-// (fastshard/engine/tensors.py), but for the tensor itself.
-py::tuple entry(const LayoutHandle& handle, size_t index) {
-  const Layout& layout = handle.layout;
-  if (index >= layout.tensors().size()) throw py::index_error();
-  const LaidTensor& tensor = layout.tensors()[index];
+// The fields of a TensorView of fastshard/engine/plan.py.
+py::tuple view_of(const Layout& layout, const LaidTensor& tensor) {
   const Kind& kind = *tensor.kind;
   py::object shape = py::none(), strides = py::none(), cast = py::none();
   if (!tensor.contiguous) {
@@ -196,10 +192,27 @@ py::tuple entry(const LayoutHandle& handle, size_t index) {
   }
   if (kind.to != DType::raw) cast = py::make_tuple(static_cast<int>(kind.from), static_cast<int>(kind.to));
   const uint64_t itemsize = tensor.contiguous ? 1 : kind.itemsize;
-  const py::tuple view = py::make_tuple(reinterpret_cast<uintptr_t>(tensor.data), tensor.nbytes, tensor.device,
-                                        itemsize, shape, strides, cast);
+  return py::make_tuple(reinterpret_cast<uintptr_t>(tensor.data), tensor.nbytes, tensor.device, itemsize, shape,
+                        strides, cast);
+}
+
+// The place of a tensor among those that were given, and the fields of its Entry and TensorView
+// (fastshard/engine/tensors.py), but for the tensor itself.
+py::tuple entry(const LayoutHandle& handle, size_t index) {
+  const Layout& layout = handle.layout;
+  if (index >= layout.tensors().size()) throw py::index_error();
+  const LaidTensor& tensor = layout.tensors()[index];
+  const Kind& kind = *tensor.kind;
   return py::make_tuple(tensor.given, kind.rank, handle.names[tensor.given], kind.code,
-                        tuple_of(layout.shape(tensor), kind.packed), view);
+                        tuple_of(layout.shape(tensor), kind.packed), view_of(layout, tensor));
+}
+
+// In the order of the file.
+py::list views_of(const LayoutHandle& handle) {
+  const auto tensors = handle.layout.tensors();
+  py::list views(tensors.size());
+  for (size_t index = 0; index < tensors.size(); ++index) views[index] = view_of(handle.layout, tensors[index]);
+  return views;
 }
 
 py::list names_of(const LayoutHandle& handle) {
@@ -253,6 +266,7 @@ void bind_layouts(py::module_& module) {
   py::class_<LayoutHandle>(module, "Layout")
       .def("__len__", [](const LayoutHandle& handle) { return handle.layout.tensors().size(); })
       .def("entry", &entry, "index"_a)
+      .def("views", &views_of)
       .def("devices", &devices_of)
       .def("names", &names_of)
       .def_property_readonly("nbytes", [](const LayoutHandle& handle) { return handle.layout.nbytes(); })

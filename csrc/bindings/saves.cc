@@ -44,7 +44,7 @@ std::unique_ptr<SaveHandle> submit(EngineHandle& handle, const py::list& files, 
   const SaveOptions asked = options_from(options);
   auto submitted = std::make_unique<SaveHandle>(py::make_tuple(py::tuple(files), kept));
   const GilReleased released;
-  read_from_files(*plan);
+  if (!asked.intent.forked) read_from_files(*plan);  // else from the tensors' own mapping, which is private
   submitted->save = engine->submit(plan, asked.streams, asked.intent);
   return submitted;
 }
@@ -60,6 +60,18 @@ std::variant<std::unique_ptr<PageLockHandle>, std::string> page_lock(EngineHandl
   }
   if (!lock->refusal().empty()) return lock->refusal();
   return std::make_unique<PageLockHandle>(std::move(lock));
+}
+
+// By file, the positions of items that a forked process would not have as they are now, in Python's numbering.
+std::vector<std::vector<uint32_t>> items_not_forkable(const py::list& files) {
+  const std::shared_ptr<const SavePlan> plan = plan_from(files);
+  const GilReleased released;
+  std::vector<std::vector<uint32_t>> found = not_forkable(*plan);
+  for (std::vector<uint32_t>& items : found) {
+    std::erase(items, uint32_t{0});  // the header: it is copied with the process, wherever Python keeps it
+    for (uint32_t& item : items) item -= 1;
+  }
+  return found;
 }
 
 // A request in Python's numbering: the header, item 0 here, is never fetched.
@@ -115,6 +127,15 @@ void bind_save(py::module_& module) {
       .def_property_readonly("nbytes_written", [](const SaveHandle& handle) { return handle.save->nbytes_written(); })
       .def_property_readonly("devices", [](const SaveHandle& handle) { return handle.save->devices(); })
       .def_property_readonly("fetches", [](const SaveHandle& handle) { return handle.save->fetches(); })
+      // Of a save that a forked process writes: its number (0: there is none any more), how much of the tensors' memory
+      // it has given back, and how many seconds the fork took. Else None.
+      .def_property_readonly("forked",
+                             [](const SaveHandle& handle) -> py::object {
+                               const ForkedSave* const forked = handle.save->forked();
+                               if (forked == nullptr) return py::none();
+                               return py::make_tuple(forked->process(), forked->nbytes_dropped(),
+                                                     forked->fork_seconds());
+                             })
       .def("checksums", [](const SaveHandle& handle) { return handle.save->checksums(); })
       .def("stats", [](const SaveHandle& handle) { return to_dict(handle.save->stats()); });
 }
@@ -149,6 +170,7 @@ void bind_saves(py::module_& module) {
       .def_property_readonly("part_nbytes", [](const PageLockHandle& handle) {
         return handle.lock == nullptr ? 0 : handle.lock->part_nbytes();
       });
+  module.def("not_forkable", &items_not_forkable, "files"_a);
   bind_save(module);
   py::class_<EngineHandle> engine = bind_engine(module);
   bind_prepared(module, engine);

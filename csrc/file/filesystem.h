@@ -64,6 +64,7 @@ struct Intent {
   bool amended = false;       // some bytes follow when all chunks are written
   bool held = false;          // begun by Save::begin(), not by Engine::submit()
   bool tells_read = false;    // Save::wait() returns once when all bytes have been read
+  bool forked = false;        // written by a forked process, through the page cache
   bool at_once = false;       // written and published by the next few calls of this thread
   bool gaps = false;          // some bytes of the file are not written
   bool follow_links = false;  // the file that a symbolic link leads to is replaced, not the link itself

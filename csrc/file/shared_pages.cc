@@ -35,8 +35,6 @@ constexpr uint64_t kOurs = uint64_t{1} << 56;    // mapped once
 // children already, or is such a child.
 std::atomic<bool> has_forked = false;
 
-void note_fork() { has_forked = true; }
-
 // The flags of this process, of which Linux tells in the ninth field of /proc/self/stat (include/linux/sched.h).
 constexpr unsigned long kForkedWithoutExec = 0x40;
 
@@ -82,6 +80,8 @@ class PageMap {
 };
 
 }  // namespace
+
+void note_fork() noexcept { has_forked = true; }
 
 void watch_forks() {
   static std::once_flag once;

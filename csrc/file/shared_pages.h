@@ -10,6 +10,8 @@ namespace fastshard {
 
 // To be called before the first save: only a process that has forked since, or before, shares memory so.
 void watch_forks();
+// The same for a process that is forked without the C library, which tells nobody.
+void note_fork() noexcept;
 
 // Returns whether some of the memory is shared until either process changes it, or whether that cannot be told. A
 // kernel that reads such pages in the name of another process, as process_vm_readv(2) does, gives this process copies

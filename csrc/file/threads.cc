@@ -136,6 +136,30 @@ void WorkerPool::run() {
   }
 }
 
+LoneThreads::~LoneThreads() {
+  for (Lone& lone : started_) lone.thread.join();
+}
+
+void LoneThreads::start(const char* name, std::function<void()> task) {
+  const std::lock_guard lock(mutex_);
+  started_.remove_if([](Lone& lone) {
+    if (!lone.ended) return false;
+    lone.thread.join();
+    return true;
+  });
+  Lone& lone = started_.emplace_back();
+  try {
+    lone.thread = start_thread(name, [&lone, work = std::move(task)]() mutable {
+      work();
+      work = nullptr;  // what it holds
+      lone.ended = true;
+    });
+  } catch (...) {
+    started_.pop_back();
+    throw;
+  }
+}
+
 WriteBehind::~WriteBehind() {
   {
     const std::lock_guard lock(mutex_);

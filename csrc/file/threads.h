@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <deque>
 #include <functional>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -55,6 +56,25 @@ class WorkerPool {
   std::vector<std::thread> running_;
   size_t idle_ = 0;
   bool closing_ = false;
+};
+
+// Threads of which each runs one task and ends: for tasks that mostly wait. Thread-safe.
+class LoneThreads {
+ public:
+  ~LoneThreads();  // waits for all of them
+
+  // Throws std::system_error or std::bad_alloc when no thread can be started; `task`, which must not throw, has not run
+  // then.
+  void start(const char* name, std::function<void()> task);
+
+ private:
+  struct Lone {
+    std::thread thread;
+    std::atomic<bool> ended = false;
+  };
+
+  std::mutex mutex_;
+  std::list<Lone> started_;  // those that have ended go when the next one is started
 };
 
 // Tells the kernel to start writing out what the writers have put into the page cache. sync_file_range can

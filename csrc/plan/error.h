@@ -3,10 +3,12 @@
 #pragma once
 
 #include <cerrno>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <system_error>
 #include <utility>
+#include <vector>
 
 namespace fastshard {
 
@@ -34,6 +36,18 @@ class IoError : public std::system_error {
 class CudaError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
+};
+
+// No process could be forked that has everything a save reads. Nothing was begun: the caller may copy it instead.
+class NotForked : public std::runtime_error {
+ public:
+  // `items`, by file, are those that a forked process would not have, where that is the reason.
+  explicit NotForked(const std::string& what, std::vector<std::vector<uint32_t>> items = {})
+      : std::runtime_error(what), items_(std::move(items)) {}
+  const std::vector<std::vector<uint32_t>>& items() const noexcept { return items_; }
+
+ private:
+  std::vector<std::vector<uint32_t>> items_;
 };
 
 // The caller has cancelled the save. Users never see it, as the caller has the reason already.

@@ -46,7 +46,7 @@ Engine::Engine(const Options& options)
 std::shared_ptr<Save> Engine::submit(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams,
                                      Intent intent, std::function<std::vector<std::string>()> commit) {
   check(*plan);
-  Resources resources{ring_, workers_, write_behind_, *host_, devices_of(*plan), io_uring_refused_};
+  Resources resources{ring_, workers_, write_behind_, lone_threads_, *host_, devices_of(*plan), io_uring_refused_};
   intent.wanted = options_.write_path;
   auto save = std::make_shared<Save>(std::move(plan), streams, intent, std::move(commit), std::move(resources));
   if (!intent.held) save->start(is_small(*save, intent));

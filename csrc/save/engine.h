@@ -55,6 +55,7 @@ class Engine {
   Ring ring_;
   WriteBehind write_behind_;
   WorkerPool workers_;
+  LoneThreads lone_threads_;
 };
 
 }  // namespace fastshard

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 #include "file/publish.h"
 
@@ -36,6 +37,10 @@ Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>&
     return std::ranges::any_of(file.items, [](const WriteItem& item) { return item.source.device == kFetched; });
   });
   bounded_ = too_many_to_keep_open(plan_->files.size());
+  if (intent_.forked) {
+    forked_ = std::make_unique<ForkedSave>(*plan_, !bounded_, intent_.checksums, progress_);
+    intent_.wanted = WritePath::buffered;
+  }
   std::vector<TemporaryFile*> made;
   for (uint32_t index = 0; index < plan_->files.size(); ++index) {
     OpenTarget target = open_target(plan_->files[index], intent_);
@@ -45,6 +50,12 @@ Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>&
     copies_.push_back(std::move(target.copy));
     const FilePlan& file = copies_.back() != nullptr ? copies_.back()->plan : plan_->files[index];
     if (copies_.back() != nullptr) nbytes_ += file.nbytes;
+    if (forked_ != nullptr) {
+      writers_.push_back(forked_->add(file, files_.back()));
+      const bool past_cache = !files_.back()->keep_cached() || intent.wanted > WritePath::buffered;
+      if (past_cache) progress_.fallbacks.add("written through the page cache, as a forked process does it");
+      continue;
+    }
     writers_.push_back(
         make_writer(file, files_.back(), resources_, streams_, fetches_.stream(index), intent_.checksums, progress_));
     if (bounded_ && files_.back() != nullptr) files_.back()->suspend();
@@ -68,6 +79,7 @@ void Save::start(bool here) {
   open_shares_ = std::vector<std::atomic<size_t>>(writers_.size());
   for (auto& shares : open_shares_) shares = 1;
   unfinished_files_ = writers_.size();
+  if (forked_ != nullptr) return begin_forked(std::move(order));
   const bool alone = here;
   for (const size_t index : order) {
     if (!here) {
@@ -89,6 +101,23 @@ void Save::start(bool here) {
   for (const size_t index : order) {
     for (size_t more = most_shares[index]; more > 1; --more) offer_share(index);
   }
+}
+
+void Save::begin_forked(std::vector<size_t> order) {
+  const auto written = [self = shared_from_this()](size_t index) {
+    try {
+      self->resources_.workers.post([self, index] { self->write_share(index); });
+    } catch (const std::exception&) {
+      self->write_share(index);  // no thread to be had
+    }
+  };
+  try {
+    forked_->begin(std::move(order), resources_.lone_threads, resources_.write_behind, written);
+  } catch (...) {
+    begun_ = false;
+    throw;
+  }
+  say_read();
 }
 
 // A further thread for a file, when one has nothing else to do.
@@ -168,8 +197,7 @@ bool Save::stored_together(const OutputFile& file) const {
 
 void Save::say_read() {
   const std::lock_guard lock(mutex_);
-  read_ = true;
-  if (!intent_.tells_read) return;
+  if (std::exchange(read_, true) || !intent_.tells_read) return;
   tell_read_ = true;
   changed_.notify_all();
 }
@@ -256,6 +284,7 @@ bool Save::fail(std::exception_ptr error) {
   }
   progress_.stop = true;
   fetches_.abort();
+  if (forked_ != nullptr) forked_->stop();
   if (abandoned || !begun_.exchange(true)) finish();
   return true;
 }

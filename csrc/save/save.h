@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "device/fetch.h"
+#include "save/forked.h"
 #include "save/targets.h"
 #include "save/writer.h"
 
@@ -53,7 +54,8 @@ class Save : public std::enable_shared_from_this<Save> {
   ~Save();
 
   // Gives the work to the writers, unless that has been done or the save was cancelled. The calling thread does the
-  // work for which no thread can be started, and all of it with `here`.
+  // work for which no thread can be started, and all of it with `here`. With Intent::forked it returns when all bytes
+  // may be changed; where it throws NotForked, nothing has happened.
   void start(bool here);
 
   // Returns true when the save is finished, and false after `seconds`, when fetch() has a request or an amendment is
@@ -90,6 +92,8 @@ class Save : public std::enable_shared_from_this<Save> {
   // Returns whether all bytes lie in host memory.
   bool on_host() const { return resources_.devices.empty() && !fetches_bytes_; }
   uint64_t nbytes() const { return nbytes_; }
+  // Null unless a forked process writes it.
+  const ForkedSave* forked() const { return forked_.get(); }
   uint64_t nbytes_written() const { return progress_.nbytes_written.load(std::memory_order_relaxed); }
   Stats stats() const;
   // Returns the CRC-32 of each file's items, if they were asked for, when the save is finished or to be amended.
@@ -100,6 +104,7 @@ class Save : public std::enable_shared_from_this<Save> {
 
   void enqueue();
   void write_share(size_t index);
+  void begin_forked(std::vector<size_t> order);
   void offer_share(size_t index) noexcept;
   void take_share(size_t index);
   void say_read();
@@ -135,6 +140,7 @@ class Save : public std::enable_shared_from_this<Save> {
   std::vector<std::unique_ptr<LinkCopy>> copies_;  // by index in the plan; null but for a link that was refused
   bool bounded_ = false;                           // files are open only while they are worked on
   EarlyScratch early_scratch_;
+  std::unique_ptr<ForkedSave> forked_;             // null unless Intent::forked
   std::vector<std::unique_ptr<FileWriter>> writers_;
   std::vector<std::atomic<size_t>> open_shares_;  // of each file, that which is certain to be written included
   std::atomic<size_t> unfinished_files_ = 0;

@@ -27,6 +27,7 @@ struct Resources {
   Ring& ring;
   WorkerPool& workers;
   WriteBehind& write_behind;
+  LoneThreads& lone_threads;
   Device& host;
   std::map<int, Device*> devices;  // by CUDA ordinal, for those in the plan
   int io_uring_refused = 0;        // errno; 0: direct writes may use it

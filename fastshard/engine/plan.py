@@ -147,4 +147,7 @@ class SaveOptions(NamedTuple):
     """It begins with ``Save.begin()`` only. Its files are made, and their space is reserved, before."""
     tells_read: bool = False
     """``Save.wait()`` returns once when all bytes have been read."""
+    forked: bool = False
+    """A forked process writes the files, through the page cache. When the save has begun, the tensors may
+    change. Where that is not possible, ``NotForked`` is raised, and nothing has happened."""
     follow_links: bool = False
