@@ -140,7 +140,7 @@ class Save : public std::enable_shared_from_this<Save> {
   std::vector<std::unique_ptr<LinkCopy>> copies_;  // by index in the plan; null but for a link that was refused
   bool bounded_ = false;                           // files are open only while they are worked on
   EarlyScratch early_scratch_;
-  std::unique_ptr<ForkedSave> forked_;             // null unless Intent::forked
+  std::unique_ptr<ForkedSave> forked_;  // null unless Intent::forked
   std::vector<std::unique_ptr<FileWriter>> writers_;
   std::vector<std::atomic<size_t>> open_shares_;  // of each file, that which is certain to be written included
   std::atomic<size_t> unfinished_files_ = 0;

@@ -22,9 +22,10 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -265,9 +266,12 @@ def _child(
         os._exit(0)
 
 
-def _install_filter() -> int:
+def _install_filter(watched: Iterable[str] = ()) -> int:
+    """Hands the calls of these names, or all of them, made by this thread and those that it starts, to whoever
+    reads the descriptor that is returned."""
+    numbers = [CALLS[name].number for name in watched] or list(_BY_NUMBER)
     code = [(0x20, 0, 0, 0)]  # load the number of the call
-    for number in sorted(_BY_NUMBER):
+    for number in sorted(numbers):
         code += [(0x15, 0, 1, number), (0x06, 0, 0, 0x7FC00000)]  # SECCOMP_RET_USER_NOTIF
     code.append((0x06, 0, 0, 0x7FFF0000))  # SECCOMP_RET_ALLOW
     raw = b"".join(struct.pack("HBBI", *instruction) for instruction in code)
@@ -282,6 +286,48 @@ def _install_filter() -> int:
     if fd < 0:
         raise OSError(ctypes.get_errno(), "seccomp")
     return fd
+
+
+class Held(NamedTuple):
+    """A call that waits for an answer."""
+
+    identity: int
+    thread: int
+    name: str
+    arguments: tuple[int, ...]
+
+
+class Holding:
+    """Calls of this very process and of the processes that it forks, each of which waits for an answer.
+
+    Whoever answers must not make such a call. A process can be held so only once.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self._fd = _install_filter(names)
+
+    def next(self) -> Held:
+        """Waits for a call."""
+        buffer = bytearray(_NOTIFICATION.size)
+        fcntl.ioctl(self._fd, _RECEIVE, buffer)
+        identity, thread, _, number, _, _, *arguments = _NOTIFICATION.unpack(bytes(buffer))
+        return Held(identity, thread, _BY_NUMBER[number].name, tuple(arguments))
+
+    def answer(self, held: Held, error: int = 0) -> None:
+        """The call fails, or goes on."""
+        with contextlib.suppress(FileNotFoundError):  # its process has gone
+            fcntl.ioctl(self._fd, _SEND, bytearray(_ANSWER.pack(held.identity, 0, -error, 0 if error else 1)))
+
+    def answer_all(self, decide: Callable[[Held], int] = lambda held: 0) -> None:
+        """Answers all that come from here on, in a thread."""
+
+        def answer() -> None:
+            while True:
+                with contextlib.suppress(FileNotFoundError):
+                    held = self.next()
+                    self.answer(held, decide(held))
+
+        threading.Thread(target=answer, daemon=True).start()
 
 
 class _Supervisor:
