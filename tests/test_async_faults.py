@@ -129,6 +129,8 @@ KILLED_AT = {
 @BY_SNAPSHOT
 @pytest.mark.parametrize("at", KILLED_AT)
 def test_a_kill_at_each_step(tmp_path: Path, at: str, snapshot: str) -> None:
+    if at == "second in flight" and snapshot != "copy":
+        pytest.skip("the second save of a path waits for the first")
     path = tmp_path / "m.pt"
     fastshard.torch_save(tensors(1), path)
     script = f"{HELPERS}\nsnapshot = {snapshot!r}\n"
@@ -181,13 +183,12 @@ def test_a_kill_at_any_time(tmp_path: Path, saver: str, snapshot: str) -> None:
 # A full disk ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("snapshot", ["copy", "fork"])
-def test_a_disk_that_is_full_after_staging(small_disk: Path, snapshot: str) -> None:
+def test_a_disk_that_is_full_after_staging(small_disk: Path) -> None:
     """Where space cannot be reserved, the error comes when the snapshot is complete and the call has returned."""
     path = small_disk / "m.pt"
     with archives.held(times=1) as go_on:
-        first = fastshard.torch_save_async(tensors(1, 4 * MIB), path, snapshot=snapshot)
-        second = fastshard.torch_save_async(tensors(2, 4 * MIB), path, snapshot=snapshot)
+        first = fastshard.torch_save_async(tensors(1, 4 * MIB), path)
+        second = fastshard.torch_save_async(tensors(2, 4 * MIB), path)
         assert second.staged() and not first.done()
         with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
             while True:
@@ -198,7 +199,7 @@ def test_a_disk_that_is_full_after_staging(small_disk: Path, snapshot: str) -> N
             assert error.errno == errno.ENOSPC and error.filename == str(path)
     assert value_of(path) == (2 if error is None else 1)
     os.unlink(small_disk / "filler")
-    fastshard.torch_save_async(tensors(3, 4 * MIB), path, snapshot=snapshot).result()
+    fastshard.torch_save_async(tensors(3, 4 * MIB), path).result()
     assert value_of(path) == 3 and hidden(small_disk) == []
 
 
@@ -353,22 +354,25 @@ def _work(path: str) -> None:
 @BY_SNAPSHOT
 def test_saves_of_one_path_appear_in_their_order(tmp_path: Path, snapshot: str) -> None:
     path, seen = tmp_path / "m.pt", []
-    with Engine(Options(max_in_flight=8)) as engine:
-        with archives.held(times=1) as go_on:
-            futures = [
-                fastshard.torch_save_async(tensors(value), path, snapshot=snapshot, engine=engine)
-                for value in (1, 2, 3)
-            ]
-            for future in futures:
-                future.add_done_callback(lambda _: seen.append(value_of(path)))
-            other = fastshard.torch_save_async(
-                tensors(4), tmp_path / "o.pt", snapshot=snapshot, engine=engine
-            )
-            other.result()  # nobody stands in its way
-            assert not any(future.done() for future in futures) and not path.exists()
-            go_on.set()
-        until(lambda: len(seen) == 3)
-    assert seen[-1] == 3 and seen == sorted(seen) and value_of(path) == 3
+    with Engine(Options(max_in_flight=8)) as engine, archives.amended(lambda: time.sleep(0.05)):
+        for value in range(4):
+            fastshard.torch_save_async(
+                tensors(value), path, snapshot=snapshot, engine=engine
+            ).add_done_callback(lambda _: seen.append(value_of(path)))
+        until(lambda: len(seen) == 4)
+    assert seen[-1] == 3 and seen == sorted(seen)
+
+
+def test_saves_of_other_paths_do_not_wait(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    with Engine(Options(max_in_flight=8)) as engine, archives.held(times=1) as go_on:
+        first = fastshard.torch_save_async(tensors(1), path, engine=engine)
+        second = fastshard.torch_save_async(tensors(2), path, engine=engine)
+        fastshard.torch_save_async(tensors(3), tmp_path / "o.pt", engine=engine).result()
+        assert second.staged() and not first.done() and not second.done() and not path.exists()
+        go_on.set()
+        second.result()
+        assert first.done() and value_of(path) == 2
 
 
 @BY_SNAPSHOT
@@ -388,18 +392,28 @@ def test_cancel_leaves_the_old_file(tmp_path: Path, snapshot: str) -> None:
     path = tmp_path / "m.pt"
     fastshard.torch_save(tensors(1), path)
     with archives.held(times=1) as go_on:
-        first = fastshard.torch_save_async(tensors(2), path, snapshot=snapshot)
-        second = fastshard.torch_save_async(tensors(3), path, snapshot=snapshot)
-        assert second.cancel()
-        assert first.cancel()
+        future = fastshard.torch_save_async(tensors(2), path, snapshot=snapshot)
+        assert future.cancel()
         go_on.set()
-        for future in (first, second):
-            with pytest.raises(CancelledError):
-                future.result()
+        with pytest.raises(CancelledError):
+            future.result()
     fastshard.wait_all()
     assert value_of(path) == 1 and names(tmp_path) == ["m.pt"]
     fastshard.torch_save_async(tensors(4), path, snapshot=snapshot).result()
     assert value_of(path) == 4
+
+
+@pytest.mark.parametrize("cancelled", [0, 1])
+def test_one_of_two_saves_of_a_path_is_cancelled(tmp_path: Path, cancelled: int) -> None:
+    path = tmp_path / "m.pt"
+    with archives.held(times=1) as go_on:
+        futures = [fastshard.torch_save_async(tensors(value), path) for value in (1, 2)]
+        assert futures[cancelled].cancel()
+        go_on.set()
+        futures[1 - cancelled].result()
+        with pytest.raises(CancelledError):
+            futures[cancelled].result()
+    assert value_of(path) == 2 - cancelled and names(tmp_path) == ["m.pt"]
 
 
 INTERRUPTED = """

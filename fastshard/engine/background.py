@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, NamedTuple
 
+from ..base.loading import load
 from ..base.settings import flag
 from .future import SaveFuture
 
@@ -124,6 +126,8 @@ def synchronous() -> Iterator[None]:
 
 
 _in_flight: dict[int, SaveFuture] = {}
+_workers: dict[int, object] = {}
+"""This process, if it is a worker of multiprocessing that will wait at its end."""
 _lost: list[SaveFuture] = []
 """Saves that have failed, which nobody knows yet."""
 
@@ -131,7 +135,27 @@ _lost: list[SaveFuture] = []
 def watch(future: SaveFuture) -> SaveFuture:
     """Holds a save until it has ended, and returns it."""
     _in_flight[id(future)] = future
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and process.parent_process() is not None:
+        _wait_at_end_of_worker()
     return future
+
+
+def _wait_at_end_of_worker() -> None:
+    """Lets a worker of multiprocessing wait for its saves. One that is forked ends without the hooks of atexit."""
+    claim = object()
+    if _workers.setdefault(os.getpid(), claim) is claim:
+        load("multiprocessing.util").Finalize(None, _at_end_of_worker, exitpriority=0)
+
+
+def _at_end_of_worker() -> None:
+    for future in in_flight():
+        with contextlib.suppress(Exception):
+            future.wait()
+    if report_lost():
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(1)
 
 
 def ended(future: SaveFuture) -> None:
