@@ -10,6 +10,12 @@ All of it takes longer than nine minutes. ``--part 1`` builds, tests, and measur
 ``--part 2`` those on the disk, then runs compute-sanitizer and the probe. Each writes to a folder of its own.
 
 ``--device cpu --tiny`` runs all of it without a GPU, to see that it works. No figure of that counts.
+
+What only a GPU can answer: do the primary context, torch's streams and raw pointers work together? What does
+``cuMemHostRegister`` accept and cost? How much of the link's bandwidth do gathers reach through scratch, over the
+link and by pitched copies? What is the ratio to ``safetensors.torch.save_file``, are durable saves of device memory
+faster direct or buffered, and would checksums in the kernel cost less than 2 %? How long does an asynchronous save
+stall a step, and what do its copies cost the next one?
 """
 
 from __future__ import annotations
