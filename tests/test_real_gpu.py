@@ -90,15 +90,20 @@ class Place:
         assert self.device
         return to(tensors, self.device)
 
-    def put(self, there: Tensors, fresh: Tensors) -> None:
-        """Other values into what ``take`` returned, as a step of training does."""
+    def put(self, there: Tensors, fresh: Tensors, *, enqueued: bool = False) -> None:
+        """Other values into what ``take`` returned, as a step of training does; ``enqueued`` on the current stream,
+        which is the legacy one, as torch's default is."""
         for name, tensor in there.items():
             if not self._upload:
                 tensor.copy_(fresh[name])
                 continue
             _, address = SimTensor.places[tensor.untyped_storage().data_ptr()]
             storage = fresh[name].untyped_storage()
-            self._upload.sim.write(address, ctypes.string_at(storage.data_ptr(), storage.nbytes()))
+            data = ctypes.string_at(storage.data_ptr(), storage.nbytes())
+            if enqueued:
+                self._upload.sim.enqueue_write(0, address, data)
+            else:
+                self._upload.sim.write(address, data)
 
     def check(self, stats: Stats) -> None:
         """Where all ways are open none was left; without compiled kernels one is not."""
@@ -188,3 +193,25 @@ def test_real_many_files_at_once(place: Place, engine: NewEngine, memory: Path, 
     stats = fastshard.stats()
     assert stats is not None
     place.check(stats)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_real_changes_behind_an_event(place: Place, engine: NewEngine, tmp_path: Path, kind: str) -> None:
+    """Steps are enqueued while the snapshots before them are still being copied; each file is of its own step."""
+    make, dtype = KINDS[kind]
+    saver = engine(memory_budget=16 * MIB)
+    tensors, futures = place.take(make(0)), []
+    for seed in (0, 1000, 2000):
+        if seed:
+            place.put(tensors, make(seed), enqueued=True)
+        path = tmp_path / str(seed)
+        future = fastshard.save_file_async(
+            tensors, path, allow_strided=True, dtype=dtype, engine=saver, wait_staged=False
+        )
+        future.staged_event().wait()
+        futures.append((seed, future))
+    for seed, future in futures:
+        stats = future.result()
+        assert_same((tmp_path / str(seed)).read_bytes(), expected(make(seed), dtype))
+        assert stats.snapshot == "copy"
+        place.check(stats)
