@@ -394,6 +394,22 @@ def test_a_process_that_ends_waits_for_its_checkpoint(tmp_path):
     assert names(tmp_path) == ["checkpoint-1"] and set(names(tmp_path / "checkpoint-1")) > FILES
 
 
+def test_an_error_is_raised_where_the_checkpoint_was_made(tmp_path, held):
+    """Another thread's trainer waits for it, and is not told."""
+    trainer, other = ready(tmp_path / "one"), ready(tmp_path / "other")
+    save(trainer, 1)
+    (tmp_path / "one" / "checkpoint-1").write_text("a file in its place")
+    held.set()
+    thread = threading.Thread(target=save, args=(other, 1))
+    thread.start()
+    thread.join()
+    assert names(tmp_path / "one") == ["checkpoint-1"]
+    with pytest.raises(OSError, match="checkpoint-1"):
+        save(trainer, 2)
+    checkpoints.wait_for_earlier()
+    assert names(tmp_path / "other") == ["checkpoint-1"]
+
+
 class Blocks(transformers.TrainerCallback):
     """Puts a file in the place of the newest checkpoint, which is in flight."""
 
@@ -540,6 +556,24 @@ def test_modules_that_are_no_models_of_transformers(tmp_path):
     plain, ours, *_ = by_both(tmp_path, act)
     assert plain == ours and "checkpoint-4/model.safetensors" in ours
     assert fastshard.status().saved[CALL].saves == 2
+
+
+def test_a_checkpoint_on_a_signal_is_finished_on_the_spot(tmp_path, asynchronous):
+    """The process is going to be killed. Transformers marks the folder meanwhile."""
+    trainer = ready(tmp_path)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "checkpoint-is-incomplete.txt").write_text("")
+    save(trainer, 1)
+    assert set(names(tmp_path / "checkpoint-1")) > FILES and not checkpoints._in_flight
+    assert "on a signal" in on_the_spot()
+
+
+def test_workers_that_are_forked_meanwhile_leave_it_alone(tmp_path):
+    plain, ours, *_ = by_both(
+        tmp_path, lambda folder: train(folder, save_steps=1, dataloader_num_workers=1, num_train_epochs=2)
+    )
+    assert ours.keys() == plain.keys()
+    assert [name for name in plain if plain[name] != ours[name]] == []
 
 
 # save_pretrained in a block -----------------------------------------------------------------------------

@@ -39,6 +39,9 @@ class Checkpoint:
         self.change = Replacement(directory, create=True, durable=durable, beside=True)
         self.path = self.change.path
         """The hidden folder to write to, of the same name as :attr:`directory`."""
+        self.thread = threading.get_ident()
+        self.stands = False
+        """Whether everything has succeeded."""
         self.saves: list[SaveFuture] = []
         """Those that fill it."""
         self._steps: list[Callable[[], object]] = []
@@ -62,7 +65,7 @@ class Checkpoint:
         self.future = start_after(
             self.saves,
             [self.directory],
-            steps=[self._await_saves, self.change.publish, self._run_steps, lambda _: count()],
+            steps=[self._await_saves, self.change.publish, self._run_steps, lambda _: self._end(count)],
             undo=self.close,
             explain=self.change.explain,
         )
@@ -86,6 +89,10 @@ class Checkpoint:
         for step in self._steps:
             step()
         self.messages.tell(figures)
+
+    def _end(self, count: Callable[[], None]) -> None:
+        count()
+        self.stands = True
 
 
 class Part:
@@ -154,15 +161,16 @@ def current_checkpoint() -> Checkpoint | None:
 def wait_for_earlier() -> None:
     """Waits for the checkpoints of this process that are in flight.
 
-    Raises the error of one that has failed, which nobody has been told yet.
+    Raises the error of one of this thread's that has failed, if nobody has been told yet. Those of other
+    threads are left to these.
     """
     for made in _in_flight[:]:
         assert made.future is not None
         try:
-            if made.future.wait() and not made.future.seen:
+            if made.future.wait() and not made.future.seen and made.thread == threading.get_ident():
                 made.future.result()
         finally:
-            if made.future.done() and made in _in_flight:
+            if made.future.done() and (made.future.seen or made.stands) and made in _in_flight:
                 _in_flight.remove(made)
 
 
