@@ -13,20 +13,25 @@ import resource
 import signal
 import subprocess
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.torch as reference
 import torch
 from conftest import assert_same
 from faults import calls
 from forked import run, started
 from forked_writes import HEADER, MIB, children, large, plan, submit, view, views
 from helpers import filled, names, open_descriptors
+from simcuda import SimCuda
+from test_cuda_path import noise, on_device, on_host
 from test_direct import pages_cached
 
-from fastshard import Engine, Options, SaveError, _native, save_file
+from fastshard import Engine, Options, SaveError, _native, save_file, save_file_async, torch_save_async
+from fastshard.engine.background import Wanted
 from fastshard.engine.plan import FETCHED, ForeignFile, Link, Memory, TensorView, WriteItem
 from fastshard.engine.planning import lay_out
 from fastshard.mapped import load_mapped
@@ -428,6 +433,54 @@ def test_what_cannot_be_forked(tmp_path: Path, new_engine: Callable[..., Engine]
     with pytest.raises(_native.NotForked):
         submit(new_engine(), [plan("", [])._replace(target=Memory(memory.data_ptr(), len(HEADER)))])
     assert names(tmp_path) == ["file"]
+
+
+def test_what_the_process_lacks_is_copied_first(
+    path: Path, new_engine: Callable[..., Engine], not_inherited: torch.Tensor
+) -> None:
+    engine = new_engine()
+    tensors = {"a": torch.arange(float(MIB)), "b": not_inherited, "c": filled((9,)).share_memory_()}
+    expected = reference.save(tensors)
+    for _ in range(2):
+        before = {name: tensor.clone() for name, tensor in tensors.items()}
+        future = save_file_async(tensors, path, snapshot="fork", engine=engine)
+        for tensor in tensors.values():
+            tensor.fill_(1)
+        figures = future.result()
+        assert (figures.snapshot, figures.fallbacks) == ("fork", ())
+        assert MIB < engine.arena.peak < 4 * MIB
+        assert_same(path.read_bytes(), expected)
+        for name, tensor in tensors.items():
+            tensor.copy_(before[name])
+
+
+def test_tensors_of_devices_are_copied_at_once(
+    sim: SimCuda, path: Path, new_engine: Callable[..., Engine]
+) -> None:
+    engine = new_engine()
+    sources = [on_device(sim, noise(3 * MIB)), on_host(noise(2 * MIB))]
+    items = [source.view for source in sources]
+    expected = HEADER + sources[0].packed + sources[1].packed
+    figures = engine.submit(
+        [plan(path, items)], keep_alive=sources, wanted=Wanted("fork", paths=frozenset((str(path),)))
+    ).result()
+    assert figures.snapshot == "copy"
+    assert figures.fallbacks == ("no snapshot by a forked process: tensors of devices are copied anyway",)
+    assert engine.arena.peak <= 6 * MIB  # once, in huge pages
+    assert_same(path.read_bytes(), expected)
+
+
+def test_an_archive(path: Path) -> None:
+    """Whose checksums are those of the bytes that were written."""
+    tensors = {f"{n}": torch.arange(float(MIB)) * n for n in range(4)}
+    expected = {name: tensor.clone() for name, tensor in tensors.items()}
+    future = torch_save_async(tensors, path, snapshot="fork")
+    for tensor in tensors.values():
+        tensor.zero_()
+    assert future.result().snapshot == "fork"
+    assert zipfile.ZipFile(path).testzip() is None
+    loaded = torch.load(path)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
 
 def test_the_views_of_a_layout() -> None:

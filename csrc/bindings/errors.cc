@@ -33,7 +33,8 @@ py::handle not_forked;  // never destroyed
 // Only of this module: torch may share pybind11's tables, and what its streams throw is a std::system_error too.
 void bind_errors(py::module_& module) {
   if (!not_forked) {
-    not_forked = PyErr_NewException("fastshard._native.NotForked", PyExc_RuntimeError, nullptr);
+    const py::dict defaults("items"_a = py::list());
+    not_forked = PyErr_NewException("fastshard._native.NotForked", PyExc_RuntimeError, defaults.ptr());
     if (!not_forked) throw py::error_already_set();
   }
   module.attr("NotForked") = not_forked;

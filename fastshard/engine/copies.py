@@ -87,11 +87,9 @@ def part_of(files: Sequence[FilePlan], chosen: Sequence[Sequence[int]]) -> Part:
     return part
 
 
-def with_part(
-    files: Sequence[FilePlan], part: Part, address: int, fetch: Fetch | None, locked: _native.PageLock | None
-) -> Copy:
+def with_part(files: Sequence[FilePlan], part: Part, address: int, fetch: Fetch | None) -> Copy:
     """Returns the plans of a save of which this part goes by way of memory at ``address``."""
-    copy = copied(part.files, address, _of_part(fetch, part), True, locked)
+    copy = copied(part.files, address, _of_part(fetch, part), True)
     written = list(files)
     for number, places, replaced in zip(part.numbers, part.places, copy.files):
         items = _items(files[number])

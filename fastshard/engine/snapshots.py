@@ -144,16 +144,37 @@ def _by_copy(save: _Parts) -> SaveFuture:
 def _by_fork(save: _Parts) -> SaveFuture | None:
     """Returns ``None`` if that is not possible."""
     save.await_earlier()
+    if any(ordinal >= 0 for file in save.files for ordinal in _devices(file)):
+        # Into page-locked memory, which no child inherits.
+        save.refused.append("no snapshot by a forked process: tensors of devices are copied anyway")
+        return None
     native = load("fastshard._native")
-    part = part_of(save.files, native.not_forkable(list(save.files)))
+    copied_first: list[list[int]] = native.not_forkable(list(save.files))
+    try:
+        try:
+            return _forked(save, copied_first)
+        except native.NotForked as error:
+            if not any(error.items):
+                raise
+            # Memory that a child does not inherit, which only the child tells.
+            more = [sorted({*one, *other}) for one, other in zip(copied_first, error.items)]
+            return _forked(save, more)
+    except native.NotForked as error:
+        save.refused.append(f"no snapshot by a forked process: {error}")
+        return None
+
+
+def _forked(save: _Parts, copied_first: Sequence[Sequence[int]]) -> SaveFuture | None:
+    """Returns the save, by a forked process, of which these items of each file go by way of the arena; ``None`` if
+    there is no room for them."""
+    part = part_of(save.files, copied_first)
     block = None
     try:
         if nbytes := nbytes_of(part.files):
             block = save.block(nbytes)
             if block is None:
                 return None
-            locked = _lock(save.engine, block, part.files, save.refused)
-            plans = with_part(save.files, part, block.address, save.served.fetch, locked)
+            plans = with_part(save.files, part, block.address, save.served.fetch)
             packing = save.packing(plans)
             packing.begin()
             packing.result()
@@ -162,11 +183,6 @@ def _by_fork(save: _Parts) -> SaveFuture | None:
             save = save._replace(files=plans.files, served=served, asked=asked)
         forked = save._replace(asked=save.asked._replace(forked=True))
         return forked.start(Background("fork"), block)
-    except native.NotForked as error:
-        save.refused.append(f"no snapshot by a forked process: {error}")
-        if block is not None:
-            block.give_back()
-        return None
     except BaseException:
         if block is not None:
             block.give_back()
