@@ -50,8 +50,9 @@ class asynchronous:  # noqa: N801 (used as a function is)
         snapshot: what files are written from. ``"copy"``: a copy of the tensors in memory that is kept between saves
             (``Options.snapshot_budget``). ``"fork"``: the memory of a forked child, which shares it with this process
             until one of the two is changed: it takes the least time, and afterwards a page fault for each page that
-            is changed before it is written; tensors that a child cannot share are copied. ``"none"``: the tensors
-            themselves, which the caller promises not to change before the save has ended. ``"auto"``: ``"copy"``.
+            is changed before it is written; tensors that a child cannot share are copied, and all of them if some are
+            on devices. ``"none"``: the tensors themselves, which the caller promises not to change before the save has
+            ended. ``"auto"``: ``"copy"``.
             Where there is no room for a copy, the call returns when everything is written, and
             ``stats().fallbacks`` says so.
         wait_staged: with ``False`` a call returns before its snapshot is complete. The tensors must not be changed
