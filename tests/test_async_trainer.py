@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import logging
 import os
@@ -392,6 +393,19 @@ def test_a_process_that_ends_waits_for_its_checkpoint(tmp_path):
     done = in_process(script, tmp_path)
     assert done.returncode == 0, done.stderr
     assert names(tmp_path) == ["checkpoint-1"] and set(names(tmp_path / "checkpoint-1")) > FILES
+
+
+def test_who_waits_may_be_interrupted_and_nothing_is_left(tmp_path, held):
+    trainer = ready(tmp_path)
+    save(trainer, 1)
+    threading.Timer(0.3, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.wait_for_earlier()
+    assert names(tmp_path) == [] and fastshard.status().in_flight == ()
+    held.set()
+    save(trainer, 2)
+    checkpoints.wait_for_earlier()
+    assert names(tmp_path) == ["checkpoint-2"]
 
 
 def test_an_error_is_raised_where_the_checkpoint_was_made(tmp_path, held):
