@@ -57,7 +57,7 @@ PYTHON_LAYERS = {
         sharded_save sharded_load asynchronous
     """,
     "integrations": """
-        patch_groups import_hook calls patching overrides report offload transformers trainer accelerate lightning adapters vllm_states vllm
+        patch_groups import_hook calls patching overrides report offload transformers trainer accelerate accelerate_state lightning adapters vllm_states vllm
         sglang vllm_save
     """,
     "tools": "convert tp_plan model_plan parts rank_folders reshard",
@@ -374,6 +374,7 @@ PRIVATE = {
     "_storage_Use_Count": {"engine/borrowed"},
     "_SIZE": {"engine/borrowed"},
     "_save_to_state_dict": {"integrations/offload"},
+    "_save_model_state_pre_hook": {"integrations/accelerate_state"},
     "_hf_hook": {"integrations/offload"},
     "_hf_peft_config_loaded": {"integrations/transformers"},
     "_get_output_dir": {"integrations/trainer"},

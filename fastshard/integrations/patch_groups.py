@@ -60,6 +60,7 @@ class Entry(NamedTuple):
 
 _PRETRAINED: Final = "transformers: save_pretrained"
 _ACCELERATOR: Final = "accelerate: save_model"
+_STATE: Final = "accelerate: save_state"
 _TRAINER: Final = "transformers: checkpoints of Trainer"
 
 TABLE: tuple[Entry, ...] = (
@@ -177,6 +178,27 @@ ASYNCHRONOUS: tuple[Entry, ...] = (
         "fastshard.integrations.trainer:train",
         "self resume_from_checkpoint trial",
         _TRAINER,
+    ),
+    Entry(
+        "accelerate.accelerator",
+        "Accelerator.save_state",
+        "fastshard.integrations.accelerate_state:save_state",
+        "self output_dir",
+        _STATE,
+    ),
+    Entry(
+        "accelerate.accelerator",
+        "Accelerator.load_state",
+        "fastshard.integrations.accelerate_state:load_state",
+        "self",
+        _STATE,
+    ),
+    Entry(
+        "accelerate.accelerator",
+        "Accelerator.end_training",
+        "fastshard.integrations.accelerate_state:end_training",
+        "self",
+        _STATE,
     ),
 )
 """What ``install(asynchronous=True)`` replaces besides."""
