@@ -204,8 +204,8 @@ class FastshardCheckpointIO:
                 future.result()
             except BaseException as error:
                 errors.append(error)
-        for error in errors[1:]:
-            _log.error("a checkpoint was not saved: %s", error)
+        for other in errors[1:]:
+            _log.error("a checkpoint was not saved: %s", other)
         try:
             if errors:
                 raise errors[0]
@@ -230,7 +230,7 @@ class FastshardCheckpointIO:
 
 def register() -> None:
     """Makes the class a ``CheckpointIO`` of every Lightning that is imported; imports one if none is."""
-    homes = [home for home in _HOMES if home in sys.modules] or [_installed()]
+    homes = [str(home) for home in _HOMES if home in sys.modules] or [_installed()]
     for home in homes:
         importlib.import_module(f"{home}.plugins").CheckpointIO.register(FastshardCheckpointIO)
 
