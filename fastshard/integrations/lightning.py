@@ -230,7 +230,7 @@ class FastshardCheckpointIO:
 
 def register() -> None:
     """Makes the class a ``CheckpointIO`` of every Lightning that is imported; imports one if none is."""
-    homes: list[str] = [home for home in _HOMES if home in sys.modules] or [_installed()]
+    homes = [str(home) for home in _HOMES if home in sys.modules] or [_installed()]
     for home in homes:
         importlib.import_module(f"{home}.plugins").CheckpointIO.register(FastshardCheckpointIO)
 
