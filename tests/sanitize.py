@@ -86,11 +86,15 @@ PIPES = {
 MORE_MEMORY = "the sanitizer keeps notes of memory in memory, and the test measures that of the process"
 DUPLICATE = "it ends a forked child that starts a thread at an address where the parent had one"
 FORKED = "test_shared_writes.py::test_memory_shared_with_a_forked_process_stays_shared"
+UNORDERED = "a device copies what another of its streams changes, which is what is missing in the test"
+FREE = "test_async_devices.py::test_a_change_"
 OWN_LOCKS = (
     "its runtime has locks and a thread, which a process made by clone() alone finds held, and does not find"
 )
 THREADS = {
     "test_fork_snapshot.py": OWN_LOCKS,
+    **{f"{FREE}behind_the_event_is_not_in_the_file[False-{seed}]": UNORDERED for seed in range(4)},
+    f"{FREE}right_after_the_event[False]": UNORDERED,
     **{
         f"{FORKED}[{how}]": MORE_MEMORY
         for how in ("by a forked process", "after the import", "before the import")

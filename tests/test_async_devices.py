@@ -1011,3 +1011,33 @@ def test_memory_of_snapshots_is_unlocked_before_it_goes(
     engine.close()
     assert sim.live()["registrations"] == before
     assert future.stats.snapshot == "copy"
+
+
+def test_a_forked_process_writes_what_it_does_not_share(
+    sim: SimCuda,
+    upload: Uploader,
+    current_streams: dict[int, int],
+    new_engine: NewEngine,
+    tmp_path: Path,
+) -> None:
+    """By way of the arena, from a block that was page-locked before, which processes do not inherit. What devices
+    have is copied as ever."""
+    engine = new_engine(memory_budget=16 * MIB, snapshot_budget="6MiB")
+    training = Training(sim, upload, current_streams, 1)
+    state = training.state_dict()
+    future = fastshard.save_file_async(
+        state, tmp_path / "1", allow_strided=True, engine=engine, snapshot="fork"
+    )
+    assert future.result().snapshot == "copy"
+    assert any("by a forked process: tensors of devices" in text for text in future.stats.fallbacks)
+    [block] = engine.arena._blocks
+    assert isinstance(block.locked, _native.PageLock)
+    values = filled((900, 900), seed=3)
+    tensors = {"own": filled((500, 600), seed=4), "shared": values.clone().share_memory_()}
+    future = fastshard.save_file_async(tensors, tmp_path / "2", engine=engine, snapshot="fork")
+    tensors["shared"].zero_()
+    stats = future.result()
+    assert (stats.snapshot, stats.fallbacks) == ("fork", ())
+    assert engine.arena._blocks == [block]
+    expected = reference_bytes({"own": filled((500, 600), seed=4), "shared": values})
+    assert_same((tmp_path / "2").read_bytes(), expected)

@@ -65,10 +65,14 @@ class Block:
             self.locked = native.page_lock(self.address, self.nbytes, ordinal)
         return None if isinstance(self.locked, str) else self.locked
 
-    def unmap(self) -> None:
+    def unlock(self) -> None:
+        """Makes ordinary memory of it, which forked processes get a copy of."""
         if self.locked is not None and not isinstance(self.locked, str):
             self.locked.release()  # the plans of old saves may still have it
         self.locked = None
+
+    def unmap(self) -> None:
+        self.unlock()
         self.address = 0
         self._mapping = None
 

@@ -174,6 +174,7 @@ def _forked(save: _Parts, copied_first: Sequence[Sequence[int]]) -> SaveFuture |
             block = save.block(nbytes)
             if block is None:
                 return None
+            block.unlock()  # of an earlier save out of devices: the process has to have it
             plans = with_part(save.files, part, block.address, save.served.fetch)
             packing = save.packing(plans)
             packing.begin()
