@@ -382,7 +382,7 @@ PRIVATE = {
     "_keys_to_ignore_on_load_unexpected": {"tools/model_plan"},
     "_model_mapping": {"tools/model_plan"},
     # Python's own
-    "_getframe": {"api/archive_skeleton", "base/loading"},
+    "_getframe": {"api/archive_skeleton", "api/asynchronous", "base/loading", "engine/background"},
     "_initializing": {"base/loading", "integrations/patching"},
     "_run_exitfuncs": {"engine/engine"},
     "_SubParsersAction": {"cli/checkpoints", "cli/files"},

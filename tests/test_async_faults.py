@@ -485,6 +485,43 @@ wait_all()
     assert hidden(tmp_path) == []
 
 
+IN_THE_CALL = """
+from fastshard.engine import background
+from fastshard.api import archive
+def handle(*_):
+    save_file(tensors(7), f"{folder}/signal.safetensors")
+    assert os.path.exists(f"{folder}/signal.safetensors")
+    os.unlink(f"{folder}/signal.safetensors")
+    save(8, "signal.pt").result()
+    assert os.path.exists(f"{folder}/signal.pt")
+    os.unlink(f"{folder}/signal.pt")
+    print("handled")
+signal.signal(signal.SIGUSR1, handle)
+
+def once(holder, name, before):
+    function = getattr(holder, name)
+    def replaced(*arguments):
+        setattr(holder, name, function)
+        found = None if before else function(*arguments)
+        signal.raise_signal(signal.SIGUSR1)
+        return function(*arguments) if before else found
+    setattr(holder, name, replaced)
+
+once(archive, "plan", True)  # before the save is started
+assert {f"{folder}/m.pt"} == save(1).background.paths
+once(background.asynchronous, "take", False)  # and when its snapshot is complete
+assert {f"{folder}/m.pt"} == save(2).background.paths
+wait_all()
+"""
+
+
+def test_a_signal_handlers_save_is_not_the_calls(tmp_path: Path) -> None:
+    """It is complete when it returns, and the call returns its own save."""
+    found = run(HELPERS + IN_THE_CALL, tmp_path)
+    assert (found.returncode, found.stdout) == (0, "handled\nhandled\n"), found.stderr
+    assert value_of(tmp_path / "m.pt") == 2 and names(tmp_path) == ["m.pt"]
+
+
 # Limits --------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -32,6 +33,7 @@ def _asynchronous(function: Callable[..., Any]) -> Callable[..., SaveFuture]:
         with asynchronous(
             snapshot=snapshot, wait_staged=wait_staged, check_unchanged=check_unchanged
         ) as saves:
+            saves.call = id(sys._getframe())
             function(*args, **kwargs)
         newest = stats()
         *before, last = saves.futures or [ended_save(None if newest is earlier else newest)]

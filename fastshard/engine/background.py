@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Final, NamedTuple
 
 from ..base.loading import load
@@ -74,6 +75,9 @@ class asynchronous:  # noqa: N801 (used as a function is)
         self.check_unchanged: Final = check_unchanged
         self.futures: list[SaveFuture] = []
         """The saves that were started in the block, in their order."""
+        self.call: int | None = None
+        """The frame of the call that the block is for, if it is for one: not for what a signal handler or a finalizer
+        saves meanwhile."""
 
     def __enter__(self) -> asynchronous:
         _scopes().append(self)
@@ -101,6 +105,8 @@ class asynchronous:  # noqa: N801 (used as a function is)
 
 
 _this_thread = threading.local()
+_BETWEEN: Final = ("fastshard", "contextlib", "functools")
+"""The modules whose code runs between the asynchronous form of a saver and the place where it starts a save."""
 
 
 def _scopes() -> list[asynchronous | None]:
@@ -111,7 +117,15 @@ def _scopes() -> list[asynchronous | None]:
 def current() -> asynchronous | None:
     """Returns the block that this thread is in; ``None`` if its saves are waited for."""
     scopes = _scopes()
-    return scopes[-1] if scopes else None
+    scope = scopes[-1] if scopes else None
+    if scope is None or scope.call is None:
+        return scope
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and id(frame) != scope.call:
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _BETWEEN:
+            return None  # somebody else's code has interrupted the call
+        frame = frame.f_back
+    return scope
 
 
 @contextlib.contextmanager
