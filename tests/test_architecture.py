@@ -384,7 +384,7 @@ PRIVATE = {
     # Python's own
     "_getframe": {"api/archive_skeleton", "api/asynchronous", "base/loading", "engine/background"},
     "_initializing": {"base/loading", "integrations/patching"},
-    "_run_exitfuncs": {"engine/engine"},
+    "_run_exitfuncs": {"engine/background"},
     "_SubParsersAction": {"cli/checkpoints", "cli/files"},
 }
 """What others do not make public -> who uses it: one module for each, which says what is done where it is missing."""

@@ -7,6 +7,7 @@ flight are held here, so they end although nobody else holds them.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -282,6 +283,18 @@ def report_lost() -> bool:
                 "an asynchronous save has failed and was never waited for: %s: %s", where, future._error
             )
     return bool(lost) and flag(FAIL_VARIABLE)
+
+
+def fail_at_exit(hook: Callable[[], None]) -> None:
+    """Ends the process with exit code 1, when all other exit hooks have run. ``hook`` is the one that calls this."""
+    atexit.unregister(hook)
+    run = getattr(atexit, "_run_exitfuncs", None)
+    if run is not None:
+        run()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(1)
 
 
 def _forget() -> None:

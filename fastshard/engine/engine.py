@@ -12,8 +12,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -164,8 +164,9 @@ class Engine:
 
         def start(native: _native.Engine) -> SaveFuture:
             kept = [keep_alive, self, native]
+            began = time.time()
             save = native.submit(list(files), asked, kept)
-            return SaveFuture(save, kept=kept, served=served, settled=end, background=background)
+            return SaveFuture(save, kept=kept, served=served, settled=end, background=background, began=began)
 
         def end(future: SaveFuture) -> None:
             if settled is not None:
@@ -377,19 +378,7 @@ def _at_exit() -> None:
     _exiting = True
     _rest_at_exit()
     if background.report_lost():
-        _fail_at_exit()
-
-
-def _fail_at_exit() -> None:
-    """Ends the process with exit code 1, when all other exit hooks have run."""
-    atexit.unregister(_at_exit)
-    run = getattr(atexit, "_run_exitfuncs", None)
-    if run is not None:
-        run()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
-    os._exit(1)
+        background.fail_at_exit(_at_exit)
 
 
 def _after_fork() -> None:

@@ -49,6 +49,7 @@ class ServedSave:
         served: Served,
         settled: Callable[[Any], None] = lambda _: None,
         background: Background | None = None,
+        began: float | None = None,
     ) -> None:
         self._native = native
         self._kept = kept
@@ -61,7 +62,7 @@ class ServedSave:
         self._plan_seconds = served.plan_seconds
         self._on_settled = settled
         self._callbacks: list[Callable[[Any], object]] = []
-        self.began: Final = time.time() - served.plan_seconds
+        self.began: Final = (began or time.time()) - served.plan_seconds
         """When planning began, in seconds since the epoch."""
         self._pid = os.getpid()
         self._starter = threading.get_ident()
@@ -77,7 +78,7 @@ class ServedSave:
         self._is_staged = background is not None and background.kind in ("fork", "none")
         self.seen: bool = False
         """Whether somebody has been told how the save ended."""
-        self.staged_seconds = 0.0
+        self.staged_seconds = time.time() - self.began if self._is_staged else 0.0
         """Seconds from the beginning until the tensors might be changed."""
         self._serving: list[int] = []
         """Threads that are in the middle of a step."""
