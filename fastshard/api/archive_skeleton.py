@@ -100,7 +100,7 @@ def make_skeleton(
             made, writer.small_file = writer.small_file, None
             return made
         with archive_errors(path):
-            return Skeleton(mmap.mmap(writer.memory, 0), writer.holes)
+            return Skeleton(mmap.mmap(writer.memory, os.fstat(writer.memory).st_size), writer.holes)
 
 
 def torch_makes_holes() -> bool:

@@ -173,7 +173,12 @@ class Engine:
                 settled(future)
             _rest_at_exit()
 
-        return self._submit(start)
+        try:
+            return self._submit(start)
+        except BaseException:
+            keep_alive = background = settled = None  # the error's traceback has `start`, and with it these
+            served = Served()
+            raise
 
     def in_flight(self) -> list[SaveFuture]:
         """Returns the asynchronous saves of this engine that have not ended, the oldest first."""

@@ -17,10 +17,12 @@ import io
 import json
 import os
 import posixpath
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 
 import fastshard
@@ -108,6 +110,22 @@ def accelerator() -> Any:
     import accelerate
 
     return accelerate.Accelerator(cpu=True)
+
+
+@functools.cache
+def training(seed: int) -> Any:
+    """An accelerator with a model whose archive is large enough for the engine."""
+    import accelerate
+
+    made = accelerate.Accelerator(cpu=True)
+    model = made.prepare(torch.nn.Linear(300, 300))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(seed + 0.5)
+    made.prepare(torch.optim.SGD(model.parameters(), momentum=0.9))
+    model(torch.ones(1, 300)).sum().backward()
+    made._optimizers[0].step()
+    return made
 
 
 def command(*arguments: str) -> None:
@@ -346,6 +364,11 @@ def _archives() -> Iterable[Saver]:
 
         yield from _single(name, save, file="m.pt", **how)
 
+    def large(seed: int, path: str) -> None:
+        fastshard.torch_save({"a": torch.full((300, 300), float(seed)), "step": seed}, path)
+
+    yield from _single("torch_save-large", large, file="m.pt")
+
     def through_link(root: str, seed: int) -> None:
         if seed == 0:
             os.mkdir(f"{root}/d/blobs")
@@ -430,6 +453,24 @@ def _libraries() -> Iterable[Saver]:
                 installed=True,
                 needs=("transformers", package),
             )
+
+    def state(root: str, seed: int) -> None:
+        """A whole checkpoint, as a loop makes it that goes on meanwhile."""
+        random.seed(seed)
+        numpy.random.seed(seed)
+        torch.manual_seed(seed)
+        with fastshard.installed(asynchronous=True):
+            training(seed).save_state(f"{root}/d/c")
+            fastshard.wait_all()
+
+    for variant, before in (("new", nothing), ("exists", functools.partial(state, seed=0))):
+        yield Saver(
+            f"Accelerator.save_state_async:{variant}",
+            functools.partial(state, seed=1),
+            before,
+            installed=True,
+            needs=("accelerate",),
+        )
 
     def saved_by_torch(root: str, seed: int) -> None:
         torch.save(weights(seed), f"{root}/d/m.pt")

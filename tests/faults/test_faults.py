@@ -25,7 +25,7 @@ SAMPLE = 12
 SAVERS = """
 save_file_async-copy:exists save_file_async-fork:new torch_save_async-fork:exists torch_save_async-copy:new
 save_files_async-copy:some save_torch_state_dict_async-copy:more_shards save_sharded_state_async-none:more_parts
-save_file_async-twice:exists save_file:exists save_file-durable:exists save_file-uncached-buffered:new save_files:some prepare:exists
+save_file_async-twice:exists Accelerator.save_state_async:exists save_file:exists save_file-durable:exists save_file-uncached-buffered:new save_files:some prepare:exists
 prepare-tmpfs:new torch_save:exists torch_save-old_format-durable:exists save_torch_state_dict:more_shards
 save_torch_state_dict-bin:new save_sharded_state:more_parts save_sharded_state-durable:new
 save_pretrained:more_shards Accelerator.save_model:new convert:exists shard:over_ranks merge:new
