@@ -115,10 +115,10 @@ class ServedSave:
         if packing is not None:
             packing.cancel()
         stopped = self._native.cancel()
-        if stopped:
-            self.seen = True  # nobody else has to be told
         if not self._only_native and self._claims.get("end") is None:
             self._stopped = stopped = True
+        if stopped:
+            self.seen = True  # nobody else has to be told
         return stopped
 
     def wait(self, timeout: float | None = None) -> bool:
