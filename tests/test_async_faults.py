@@ -73,6 +73,7 @@ import contextlib, signal, threading, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import archives
 folder = sys.argv[1]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has put in the background
 
 def tensors(value, nbytes=1 << 20, count=4):
     return {{f"w{{i}}": torch.full((nbytes // 4 // count,), float(value)) for i in range(count)}}

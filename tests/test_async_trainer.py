@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -398,9 +399,13 @@ def test_a_process_that_ends_waits_for_its_checkpoint(tmp_path):
 def test_who_waits_may_be_interrupted_and_nothing_is_left(tmp_path, held):
     trainer = ready(tmp_path)
     save(trainer, 1)
-    threading.Timer(0.3, _thread.interrupt_main).start()
-    with pytest.raises(KeyboardInterrupt):
-        checkpoints.wait_for_earlier()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has put in the background
+    try:
+        threading.Timer(0.3, _thread.interrupt_main).start()
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.wait_for_earlier()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert names(tmp_path) == [] and fastshard.status().in_flight == ()
     held.set()
     save(trainer, 2)
