@@ -399,7 +399,9 @@ def test_a_process_that_ends_waits_for_its_checkpoint(tmp_path):
 def test_who_waits_may_be_interrupted_and_nothing_is_left(tmp_path, held):
     trainer = ready(tmp_path)
     save(trainer, 1)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has put in the background
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored in what a shell has put in the background
     try:
         threading.Timer(0.3, _thread.interrupt_main).start()
         with pytest.raises(KeyboardInterrupt):

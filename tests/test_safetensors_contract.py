@@ -685,6 +685,13 @@ def test_public_names():
             *("torch_save", "ArchiveError"),
             *("save_sharded_state", "load_sharded_state"),
             *("shard_checkpoint", "merge_checkpoint", "reshard_checkpoint"),
+            *("asynchronous", "wait_all", "save_file_async", "save_files_async", "save_model_async"),
+            *(
+                "save_torch_state_dict_async",
+                "save_torch_model_async",
+                "save_sharded_state_async",
+                "torch_save_async",
+            ),
         }
     )
     assert all(getattr(fastshard, name) is value for name, value in star.items())

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <charconv>
+#include <memory>
 #include <new>
 #include <string>
 #include <string_view>
@@ -41,8 +42,9 @@ SharedMappings::SharedMappings() {
     const std::string_view line = rest.substr(0, rest.find('\n'));
     rest.remove_prefix(std::min(rest.size(), line.size() + 1));
     uintptr_t begin = 0, end = 0;
-    const char* const last = line.data() + line.size();
-    const auto dash = std::from_chars(line.data(), last, begin, 16);
+    const char* const first = std::to_address(line.begin());
+    const char* const last = first + line.size();
+    const auto dash = std::from_chars(first, last, begin, 16);
     if (dash.ptr == last || *dash.ptr != '-') continue;
     const auto space = std::from_chars(dash.ptr + 1, last, end, 16);
     if (last - space.ptr < 5) continue;

@@ -136,4 +136,4 @@ def warn_stale(names: list[str]) -> None:
         " path)"
     )
     logging.getLogger("fastshard").warning(text)
-    warnings.warn(text, stacklevel=4)
+    warnings.warn(text, stacklevel=5)

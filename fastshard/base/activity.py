@@ -81,7 +81,7 @@ class one_save:  # noqa: N801 (used as a function is)
         elif self._outer is not None:
             self._outer.done()
 
-    def expect(self) -> Callable[[], None]:
+    def expect(self) -> Callable[..., None]:
         """Says that something has been started. It is complete when :meth:`done`, which is returned, is
         called."""
         self._awaited.append(None)
@@ -91,8 +91,8 @@ class one_save:  # noqa: N801 (used as a function is)
         """Adds what was saved."""
         self._parts.append((files, nbytes))
 
-    def done(self) -> None:
-        """Says that something that was started is complete."""
+    def done(self, _: object = None) -> None:
+        """Says that something that was started is complete. It may be a step of a save."""
         self._awaited.pop()
         self._count_if_complete()
 

@@ -152,7 +152,7 @@ def staged(
                 _running.stage = outer
             names |= stage.weights()
             counts = counted.expect()
-            steps: list[Step] = [change.publish, lambda _: counts()]
+            steps: list[Step] = [change.publish, counts]
             if part is None:
                 messages.preferred = _preferred(directory, names)
                 steps.insert(1, messages.tell)
