@@ -350,7 +350,10 @@ def test_one_line_at_installation_and_one_for_each_save(tmp_path, caplog):
     st.save_model(torch.nn.Linear(2, 2), tmp_path / "e.safetensors")
     st.save(TENSORS)
     fastshard.save_torch_state_dict(dict(TENSORS), tmp_path)
-    lines = texts(caplog, logging.INFO)
+    # Once, before the first save, where torch has no table of DLPack functions yet.
+    lines = [
+        line for line in texts(caplog, logging.INFO) if not line.startswith("a file is laid out in Python")
+    ]
     names = ["save_file", "torch.save", "save_files", "save_model", "save", "save_torch_state_dict"]
     assert [line.split(":")[0] for line in lines] == names
     assert str(tmp_path / "a.safetensors") in lines[0] and ".fastshard" not in "".join(lines)
