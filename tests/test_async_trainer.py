@@ -650,7 +650,7 @@ def test_own_code_in_save_pretrained_finds_finished_files(tmp_path, asynchronous
 
 
 def test_offloaded_weights_are_saved_on_the_spot(tmp_path, asynchronous):
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     model = Model()
     model.save_pretrained(tmp_path / "plain")
     accelerate.dispatch_model(
@@ -664,7 +664,7 @@ def test_offloaded_weights_are_saved_on_the_spot(tmp_path, asynchronous):
 
 
 def test_save_model_of_accelerate_appears_later_as_one_save(tmp_path, held):
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     accelerator = accelerate.Accelerator(cpu=True)
     accelerator.save_model(Model(), tmp_path / "plain", "50KB")
     activity._forget()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fastshard
 from fastshard import Engine, Options, SaveError, SaveFuture, asynchronous, wait_all
-from fastshard.engine import background
+from fastshard.engine import background, pipeline, snapshots
 from fastshard.engine.arena import Arena
 
 MIB = 1 << 20
@@ -63,7 +63,7 @@ class Hold:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.open = threading.Semaphore(0), threading.Event()
-        counted = fastshard.engine.pipeline.counted
+        counted = pipeline.counted
 
         def held(call: str, place: object) -> Callable[[Any], None]:
             step = counted(call, place)
@@ -314,7 +314,7 @@ class Slow(torch.Tensor):
 def test_a_change_before_the_snapshot_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = state()
     (tmp_path / "a").write_bytes(b"old")
-    check = fastshard.engine.snapshots._check
+    check = snapshots._check
 
     def changed_meanwhile(wanted: Any) -> None:
         tensors["wide"].add_(1)
@@ -331,7 +331,7 @@ def test_a_change_before_the_snapshot_is_found(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("kind", ["none", "written"])
 def test_a_change_before_the_end_is_found(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = state()
-    checked = fastshard.engine.snapshots._checked
+    checked = snapshots._checked
 
     def changed(unchanged: Callable[[], None], amend: Any) -> Any:
         def change() -> None:
@@ -519,6 +519,18 @@ def test_snapshots_wait_for_memory(tmp_path: Path, hold: Hold) -> None:
         assert first.done()
         assert second.result().snapshot == "copy"
         assert engine.arena.peak == engine.arena.nbytes == 4 * MIB
+
+
+def test_snapshots_wait_for_what_a_fork_has_copied_first(tmp_path: Path, hold: Hold) -> None:
+    """As shared memory, which a forked process would see change."""
+    with Engine(Options(max_in_flight=8, snapshot_budget="4MiB")) as engine:
+        big = {"a": torch.ones(3 * MIB, dtype=torch.uint8).share_memory_()}
+        first = fastshard.save_file_async(big, tmp_path / "0", snapshot="fork", engine=engine)
+        assert hold.reached.acquire(timeout=30) and engine.arena.nbytes == 4 * MIB
+        threading.Timer(0.2, hold.open.set).start()
+        second = fastshard.save_file_async(big, tmp_path / "1", engine=engine)
+        assert first.done() and second.result().snapshot == "copy"
+        assert first.result().snapshot == "fork" and engine.arena.peak == 4 * MIB
 
 
 def test_the_arena_is_released_when_the_engine_rests(tmp_path: Path) -> None:

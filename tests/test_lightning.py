@@ -296,7 +296,7 @@ def test_a_copy_has_no_saves(tmp_path: Path, gate: threading.Event) -> None:
 
 def test_it_is_a_plugin_of_the_lightning_that_is_used() -> None:
     assert issubclass(FastshardCheckpointIO, CheckpointIO)
-    pytest.importorskip("pytorch_lightning")
+    pytest.importorskip("pytorch_lightning", reason="Lightning's package of the old name is not installed")
     script = """
     import warnings
     warnings.simplefilter("ignore")

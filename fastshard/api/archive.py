@@ -29,7 +29,7 @@ from ..engine.engine import Engine, Options, Stats, engine_for, progress_wanted
 from ..engine.figures import counted, keep_stats
 from ..engine.pipeline import How, encoded_path, finish, wanted
 from ..engine.plan import FilePlan
-from ..publish.in_place import LATE, note_when_made, why_in_place
+from ..publish.in_place import LATE, note_made, why_in_place
 from .archive_by_torch import can_replace, new_file, replace_by_torch, sync_folder
 from .archive_errors import NO_SPACE, archive_error, archive_errors, as_archive_error, no_space
 from .archive_skeleton import NotByEngine, Pickling, Plan, Skeleton, make_skeleton, plan, stem_in_archive
@@ -241,7 +241,7 @@ def _write(path: str, skeleton: Skeleton, planned: Plan, how: How, began: float)
             follow_links=True,
             fetch=planned.fetch,
             amend=planned.amend,
-            steps=[functools.partial(note_when_made, path), counted(_CALL, path)],
+            steps=[functools.partial(note_made, path), counted(_CALL, path)],
             explain=functools.partial(_explained, path, skeleton.nbytes),
             plan_seconds=time.perf_counter() - began,
             serve=False,

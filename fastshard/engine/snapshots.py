@@ -243,7 +243,7 @@ def _to_wait_for(engine: Starter) -> list[SaveFuture]:
 def _await_snapshot(engine: Starter) -> bool:
     """Waits until a save has ended that uses memory of the arena. Returns whether there was one."""
     for future in _to_wait_for(engine):
-        if future.background is not None and future.background.kind == "copy":
+        if future.background is not None and future.background.kind in ("copy", "fork"):
             future.wait()
             return True
     return False

@@ -99,17 +99,12 @@ def _is_nameless(descriptor: int) -> bool:
         raise
 
 
-def note_made(path: str) -> None:
+def note_made(path: str, _: object = None) -> None:
     """Remembers that the engine has made this file. It may have it open for a moment, while bytes are on
-    their way to the disk."""
-    info = os.stat(path)
-    _made.append((info.st_dev, info.st_ino))
-
-
-def note_when_made(path: str, _: object) -> None:
-    """Does the same as a step of a save."""
+    their way to the disk. It may be a step of a save."""
     with contextlib.suppress(OSError):  # others may have moved it already
-        note_made(path)
+        info = os.stat(path)
+        _made.append((info.st_dev, info.st_ino))
 
 
 def _is_mapped(descriptor: int, info: os.stat_result) -> bool:
