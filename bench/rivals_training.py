@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,30 +24,60 @@ CHECKPOINTS = 3
 """Of a run. After the newest one there are half as many steps as between two."""
 
 
+FIRST = 4
+"""Steps at the beginning that are like no others."""
+BESIDE = 16
+"""Steps after a checkpoint in which its files may still be written. Those after them are as without checkpoints."""
+
+
 class _Clock:
-    """Seconds from the end of a step to the beginning of the next one, where a checkpoint comes in between."""
+    """When each step of a run began, and when the last one had ended.
+
+    Whole runs of the same job differ by more than what saves cost. So what is lost to saves is told from the steps of
+    one run: how much longer those with a checkpoint behind them are than the median of those that have none near.
+    """
 
     def __init__(self, every: int) -> None:
         from transformers import TrainerCallback
 
         clock = self
-        self.stalls: list[float] = []
+        self._every = every
+        self._begun: list[float] = []
+        self._ended: list[float] = []
 
         class Callback(TrainerCallback):
             """Nothing is called when a checkpoint has been saved, as that might be to open it."""
 
-            ended: float | None = None
+            def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                clock._begun.append(time.perf_counter())
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if state.global_step % every == 0:
-                    self.ended = time.perf_counter()
-
-            def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if self.ended is not None:
-                    clock.stalls.append(time.perf_counter() - self.ended)
-                    self.ended = None
+                clock._ended.append(time.perf_counter())
 
         self.callback = Callback()
+
+    def stall(self) -> float:
+        """Mean seconds from the end of a step to the beginning of the next one, where a checkpoint comes in between."""
+        every = self._every
+        return statistics.mean(
+            self._begun[step] - self._ended[step - 1] for step in range(every, len(self._begun), every)
+        )
+
+    def lost(self, end: float) -> float | None:
+        """Seconds that were lost to checkpoints in a run that ended at ``end``; ``None`` for one of a few steps."""
+        if self._every < EVERY:
+            return None
+        # The step that ends with a checkpoint, and those after it.
+        times = [after - before for before, after in zip(self._begun, [*self._begun[1:], end])]
+        near = [
+            step
+            for step in range(len(times))
+            if step >= self._every - 1 and (step + 1) % self._every < BESIDE
+        ]
+        alone = statistics.median(
+            seconds for step, seconds in enumerate(times) if step >= FIRST and step not in near
+        )
+        return sum(times[step] - alone for step in near)
 
 
 def _training(saves: bool) -> Prepare:
@@ -61,7 +92,7 @@ def _training(saves: bool) -> Prepare:
             cpu, began = time.process_time(), time.perf_counter()
             trainer.train()
             seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-            return JobSample(sum(clock.stalls) / len(clock.stalls), seconds, cpu=cpu)
+            return JobSample(clock.stall(), seconds, cpu=cpu, lost=clock.lost(began + seconds))
 
         return train
 

@@ -22,7 +22,7 @@ MODES = (*WRITTEN, STALL)
 FILE, JOB, LOST = "file", "job", "lost"
 """Measured beside a stall: the time from the call until the files stood; that of the job that goes on after the call (or
 makes several saves), from the first call to its last step; and what of that is lost to saves, which is the difference to
-a job without saves in the same round."""
+a job without saves in the same round, or to the job's own steps without a save."""
 RATED = (*WRITTEN, FILE)
 """Where bytes have moved in the time that was measured."""
 LEAST_LOST_S = 1e-3

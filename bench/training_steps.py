@@ -41,6 +41,9 @@ class JobSample:
     """From the same moment until the files stood."""
     cpu: float = 0.0
     """User plus system time of the process during the stall."""
+    lost: float | None = None
+    """What the job has lost to its saves, where it can tell by itself: how much longer its steps were with a save than
+    without, all together."""
 
 
 class Steps:
@@ -99,9 +102,15 @@ def beside(row: Row, samples: dict[int, JobSample], alone: dict[int, JobSample])
     times: dict[str, dict[int, float | None]] = {
         FILE: {round_: sample.file for round_, sample in samples.items()},
         JOB: {round_: sample.job for round_, sample in samples.items()},
-        LOST: {r: sample.job - alone[r].job for r, sample in samples.items() if r in alone},
+        LOST: {
+            round_: sample.job - alone[round_].job if sample.lost is None else sample.lost
+            for round_, sample in samples.items()
+            if round_ in alone
+        },
     }
-    for mode in (JOB,) if samples is alone else times:
+    if samples is alone and all(sample.lost is None for sample in samples.values()):
+        del times[LOST]  # nothing, by definition; else it shows how well the others are known
+    for mode in times:
         known = {round_: seconds for round_, seconds in times[mode].items() if seconds is not None}
         if known:
             yield Row(

@@ -103,6 +103,7 @@ THREADS = {
     "test_direct.py::test_fork_while_a_save_runs": DUPLICATE,
     "test_files.py::test_fork_while_a_save_runs": DUPLICATE,
     "test_warm_up.py::test_a_forked_child_has_none_of_it": DUPLICATE,
+    "test_async_devices.py::test_a_forked_child_has_an_arena_of_its_own": DUPLICATE,
 }
 SANITIZERS = {
     "address": Sanitizer(

@@ -24,7 +24,7 @@ NATIVE_LAYERS = {
         cuda_gathers.cc cuda_device.cc page_lock.h page_lock.cc ring.h ring.cc fetch.h
     """,
     "file": """
-        raw_calls.h filesystem.h filesystem.cc mapping.h mapping.cc shared_pages.h shared_pages.cc inherited.h inherited.cc output.h output.cc suspended.cc threads.h threads.cc
+        raw_calls.h filesystem.h filesystem.cc mapping.h mapping.cc shared_pages.h shared_pages.cc huge_pages.h huge_pages.cc inherited.h inherited.cc output.h output.cc suspended.cc threads.h threads.cc
         attributes.h attributes.cc target.h target.cc hidden_names.h hidden_names.cc probe.h probe.cc closing.h
         closing.cc placement.h placement.cc linked.h linked.cc temporary.h temporary.cc publish.h publish.cc holders.h holders.cc
         in_place.h in_place.cc direct_io.h direct_io.cc standing.h standing.cc source_file.h source_file.cc

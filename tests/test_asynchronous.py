@@ -621,3 +621,28 @@ def test_a_forked_child_knows_none_of_them(tmp_path: Path, hold: Hold) -> None:
     hold.open.set()
     future.result()
     assert same(tmp_path / "a", state()) and same(tmp_path / "b", state(1))
+
+
+def writers() -> dict[str, int]:
+    """The engines' writers in this process, by number, and their niceness."""
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        name, _, fields = (task / "stat").read_text().partition(" (")[2].rpartition(") ")
+        if name == "fastshard-write":
+            found[task.name] = int(fields.split()[16])
+    return found
+
+
+@pytest.mark.parametrize("snapshot", ["copy", "none", None])
+def test_writers_of_what_nobody_waits_for_give_way(tmp_path: Path, snapshot: str | None) -> None:
+    """So that the steps after the call are disturbed less. Snapshots are made by writers that do not."""
+    own, others = os.getpriority(os.PRIO_PROCESS, 0), writers()
+    nicer = min(own + 10, 19)
+    with Engine(Options(threads=1)) as engine:
+        tensors = {"a": torch.ones(1 << 20)}
+        if snapshot is None:
+            fastshard.save_file(tensors, tmp_path / "f", engine=engine)
+        else:
+            fastshard.save_file_async(tensors, tmp_path / "f", snapshot=snapshot, engine=engine).result()
+        found = sorted(niceness for number, niceness in writers().items() if number not in others)
+    assert found == {"copy": [own, nicer], "none": [nicer], None: [own]}[snapshot]

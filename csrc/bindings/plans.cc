@@ -52,7 +52,8 @@ struct SaveOptionsType : RecordType {
   SaveOptionsType() : RecordType("SaveOptions") { require_all_known(); }
   const Field streams = field("streams"), durable = field("durable"), keep_cached = field("keep_cached"),
               checksums = field("checksums"), amended = field("amended"), held = field("held"),
-              tells_read = field("tells_read"), forked = field("forked"), follow_links = field("follow_links");
+              tells_read = field("tells_read"), forked = field("forked"), gives_way = field("gives_way"),
+              follow_links = field("follow_links");
 };
 
 struct Types {
@@ -253,6 +254,7 @@ SaveOptions options_from(py::handle object) {
                      .held = record[type.held].cast<bool>(),
                      .tells_read = record[type.tells_read].cast<bool>(),
                      .forked = record[type.forked].cast<bool>(),
+                     .gives_way = record[type.gives_way].cast<bool>(),
                      .follow_links = record[type.follow_links].cast<bool>()}};
 }
 

@@ -11,6 +11,7 @@
 
 #include "bindings/page_lock.h"
 #include "bindings/plans.h"
+#include "file/huge_pages.h"
 #include "file/source_file.h"
 
 namespace fastshard {
@@ -170,6 +171,7 @@ void bind_saves(py::module_& module) {
       .def_property_readonly("part_nbytes", [](const PageLockHandle& handle) {
         return handle.lock == nullptr ? 0 : handle.lock->part_nbytes();
       });
+  module.def("can_collapse", &can_collapse);
   module.def("not_forkable", &items_not_forkable, "files"_a);
   bind_save(module);
   py::class_<EngineHandle> engine = bind_engine(module);

@@ -67,6 +67,7 @@ struct Intent {
   bool forked = false;        // written by a forked process, through the page cache
   bool at_once = false;       // written and published by the next few calls of this thread
   bool gaps = false;          // some bytes of the file are not written
+  bool gives_way = false;     // its writers get a processor when the job does not want it
   bool follow_links = false;  // the file that a symbolic link leads to is replaced, not the link itself
   uint64_t nbytes = 0;        // of all its files together
 };

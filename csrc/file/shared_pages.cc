@@ -18,8 +18,6 @@
 #include <sstream>
 #include <string>
 
-#include "file/filesystem.h"
-
 namespace fastshard {
 namespace {
 
@@ -55,31 +53,33 @@ bool has_children() {
   return waitid(P_ALL, 0, &child, WEXITED | WNOHANG | WNOWAIT) == 0 || errno != ECHILD;
 }
 
-class PageMap {
- public:
-  PageMap() : file_(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)) {}
-
-  // Of the pages from `first` to before `last`.
-  bool copied_on_read(uintptr_t first, uintptr_t last) const {
-    std::array<uint64_t, 1024> entries;
-    while (first < last) {
-      const size_t wanted = std::min<size_t>(entries.size(), last - first) * sizeof(uint64_t);
-      const ssize_t nbytes = pread(file_.get(), entries.data(), wanted, static_cast<off_t>(first * sizeof(uint64_t)));
-      if (nbytes <= 0) return true;
-      const size_t count = static_cast<size_t>(nbytes) / sizeof(uint64_t);
-      const bool found = std::any_of(entries.begin(), entries.begin() + count,
-                                     [](uint64_t entry) { return (entry & (kPresent | kOfFile | kOurs)) == kPresent; });
-      if (found) return true;
-      first += count;
-    }
-    return false;
-  }
-
- private:
-  const Descriptor file_;
-};
-
 }  // namespace
+
+PageMap::PageMap() : file_(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)) {}
+
+template <typename Visit>
+bool PageMap::for_all(uintptr_t first, uintptr_t last, const Visit& visit) const {
+  std::array<uint64_t, 1024> entries;
+  while (first < last) {
+    const size_t wanted = std::min<size_t>(entries.size(), last - first) * sizeof(uint64_t);
+    const ssize_t nbytes = pread(file_.get(), entries.data(), wanted, static_cast<off_t>(first * sizeof(uint64_t)));
+    if (nbytes <= 0) return false;
+    const size_t count = static_cast<size_t>(nbytes) / sizeof(uint64_t);
+    if (!std::all_of(entries.begin(), entries.begin() + count, visit)) return false;
+    first += count;
+  }
+  return true;
+}
+
+bool PageMap::copied_on_read(uintptr_t first, uintptr_t last) const {
+  return !for_all(first, last, [](uint64_t entry) { return (entry & (kPresent | kOfFile | kOurs)) != kPresent; });
+}
+
+bool PageMap::all_ours(uintptr_t address, size_t nbytes) const {
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  return for_all(address / page, (address + nbytes) / page,
+                 [](uint64_t entry) { return (entry & (kPresent | kOfFile | kOurs)) == (kPresent | kOurs); });
+}
 
 void note_fork() noexcept { has_forked = true; }
 

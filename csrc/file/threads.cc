@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <atomic>
@@ -31,6 +32,12 @@ std::thread start_thread(const char* name, std::function<void()> function) {
 void step_back() noexcept {
   const sched_param none = {};
   pthread_setschedparam(pthread_self(), SCHED_BATCH, &none);
+}
+
+void give_way() noexcept {
+  constexpr int kNicer = 10;  // a weight of 110 beside 1024 (kernel/sched/core.c)
+  // On Linux this is the calling thread, and what is too much is the most that there is.
+  setpriority(PRIO_PROCESS, 0, getpriority(PRIO_PROCESS, 0) + kNicer);
 }
 
 WorkerPool::~WorkerPool() {
@@ -118,6 +125,7 @@ void WorkerPool::run_all(size_t count, const std::function<void(size_t)>& work) 
 }
 
 void WorkerPool::run() {
+  if (gives_way_) give_way();
   std::unique_lock lock(mutex_);
   for (;;) {
     ++idle_;
@@ -137,6 +145,7 @@ void WorkerPool::run() {
 }
 
 LoneThreads::~LoneThreads() {
+  closing_ = true;
   for (Lone& lone : started_) lone.thread.join();
 }
 

@@ -23,12 +23,16 @@ std::thread start_thread(const char* name, std::function<void()> function);
 
 // Called by a thread that nobody waits for: from then on, waking it up takes no processor from whoever does.
 void step_back() noexcept;
+// Called by a thread that works beside a job: wherever both want a processor, it gets a tenth of it. For good: without
+// privileges a thread cannot take that back.
+void give_way() noexcept;
 
 // Runs posted tasks on at most `threads` threads, first come first served; threads start when needed. What is offered
 // runs on threads for which nothing is posted. Tasks must not throw. Thread-safe.
 class WorkerPool {
  public:
-  explicit WorkerPool(size_t threads) : threads_(threads) {}
+  // `gives_way`: the threads do (give_way()).
+  explicit WorkerPool(size_t threads, bool gives_way = false) : threads_(threads), gives_way_(gives_way) {}
   ~WorkerPool();  // runs what was posted, then joins
 
   // Throws std::system_error or std::bad_alloc when no thread runs and none can be started, or when there is no memory
@@ -49,6 +53,7 @@ class WorkerPool {
   void run();
 
   const size_t threads_;
+  const bool gives_way_;
   std::mutex mutex_;
   std::condition_variable posted_;
   std::deque<std::function<void()>> tasks_, offered_;
@@ -66,6 +71,8 @@ class LoneThreads {
   // Throws std::system_error or std::bad_alloc when no thread can be started; `task`, which must not throw, has not run
   // then.
   void start(const char* name, std::function<void()> task);
+  // Becomes true when the threads are waited for: what nobody needs ends then.
+  const std::atomic<bool>& closing() const { return closing_; }
 
  private:
   struct Lone {
@@ -75,6 +82,7 @@ class LoneThreads {
 
   std::mutex mutex_;
   std::list<Lone> started_;  // those that have ended go when the next one is started
+  std::atomic<bool> closing_ = false;
 };
 
 // Tells the kernel to start writing out what the writers have put into the page cache. sync_file_range can

@@ -39,14 +39,16 @@ size_t checked_threads(const Options& options) {
 Engine::Engine(const Options& options)
     : options_(options),
       ring_(slot_nbytes(options), options.memory_budget / (slot_nbytes(options) + kScratchNbytes)),
-      workers_(checked_threads(options)) {
+      workers_(checked_threads(options)),
+      background_workers_(options.threads, true) {
   watch_forks();
 }
 
 std::shared_ptr<Save> Engine::submit(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams,
                                      Intent intent, std::function<std::vector<std::string>()> commit) {
   check(*plan);
-  Resources resources{ring_, workers_, write_behind_, lone_threads_, *host_, devices_of(*plan), io_uring_refused_};
+  WorkerPool& workers = intent.gives_way ? background_workers_ : workers_;
+  Resources resources{ring_, workers, write_behind_, lone_threads_, *host_, devices_of(*plan), io_uring_refused_};
   intent.wanted = options_.write_path;
   auto save = std::make_shared<Save>(std::move(plan), streams, intent, std::move(commit), std::move(resources));
   if (!intent.held) save->start(is_small(*save, intent));

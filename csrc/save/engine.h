@@ -55,6 +55,7 @@ class Engine {
   Ring ring_;
   WriteBehind write_behind_;
   WorkerPool workers_;
+  WorkerPool background_workers_;  // they give way to the job
   LoneThreads lone_threads_;
 };
 

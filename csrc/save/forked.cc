@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "device/pack.h"
+#include "file/huge_pages.h"
 #include "file/shared_pages.h"
 #include "plan/error.h"
 
@@ -27,6 +28,9 @@ using State = ForkedTotals::State;
 
 // A process that is killed tells nobody: so often one looks.
 constexpr int64_t kLookNs = 20'000'000;
+
+// A page table of as much memory is copied in 5 to 8 ms, if its pages are small.
+constexpr size_t kSlowToFork = 256 << 20;
 
 constexpr size_t kAlignment = alignof(std::max_align_t);
 size_t aligned(size_t nbytes) { return (nbytes + kAlignment - 1) / kAlignment * kAlignment; }
@@ -187,13 +191,19 @@ void ForkedSave::begin(std::vector<size_t> order, LoneThreads& threads, WriteBeh
     outcome_ = outcome;
     changed_.notify_all();
   };
-  auto task = [this, tell, order = std::move(order), &write_behind, written = std::move(written)]() mutable {
+  auto task = [this, tell, order = std::move(order), &threads, &write_behind, written = std::move(written)]() mutable {
     if (!fork()) {
       written = nullptr;  // and what it holds: whoever waits may drop the rest
       return tell(Outcome::refused);
     }
     tell(Outcome::begun);
+    const std::vector<std::span<const std::byte>> memory = large_memory();
     follow(order, write_behind, written);
+    written = nullptr;
+    // The next fork then has less to copy. Nothing of this save is needed for that, as it may be gone by now.
+    if (memory.empty() || !can_collapse()) return;
+    give_way();
+    collapse(memory, threads.closing());
   };
   try {
     // The kernel ends the process with the thread that has made it, so that one has to last.
@@ -204,6 +214,18 @@ void ForkedSave::begin(std::vector<size_t> order, LoneThreads& threads, WriteBeh
   std::unique_lock lock(mutex_);
   changed_.wait(lock, [&] { return outcome_ != Outcome::pending; });
   if (outcome_ == Outcome::refused) std::rethrow_exception(refusal_);
+}
+
+// The tensors' memory, where it is so much that copying its page table takes long.
+std::vector<std::span<const std::byte>> ForkedSave::large_memory() const {
+  std::vector<std::span<const std::byte>> memory;
+  size_t nbytes = 0;
+  for (const ForkedExtent& extent : work_.extents) {
+    memory.emplace_back(reinterpret_cast<const std::byte*>(extent.begin), extent.end - extent.begin);
+    nbytes += memory.back().size();
+  }
+  if (nbytes < kSlowToFork) memory.clear();
+  return memory;
 }
 
 void ForkedSave::refuse(const std::string& what, std::vector<std::vector<uint32_t>> items) {

@@ -69,6 +69,7 @@ class ForkedSave {
   void follow(const std::vector<size_t>& order, WriteBehind& write_behind, const std::function<void(size_t)>& written);
   void write_back(const std::vector<size_t>& order, WriteBehind& write_behind);
   void stop_now() noexcept;
+  std::vector<std::span<const std::byte>> large_memory() const;
   bool ended(bool certainly);
   void throw_failure(size_t index) const;
 

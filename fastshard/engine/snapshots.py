@@ -130,7 +130,7 @@ def _by_copy(save: _Parts) -> SaveFuture:
             files=plans.files,
             keep_alive=None,
             served=save.served._replace(fetch=None),
-            asked=save.asked._replace(streams={}, held=True),
+            asked=save.asked._replace(streams={}, held=True, gives_way=True),
         ).start(Background("copy", packing, earlier), block)
     except BaseException:
         if packing is not None:
@@ -196,7 +196,7 @@ def _as_it_is(save: _Parts, kind: str) -> SaveFuture:
     if save.wanted.unchanged is not None:
         served = save.served._replace(amend=_checked(save.wanted.unchanged, save.served.amend))
         save = save._replace(served=served, asked=save.asked._replace(amended=True))
-    asked = save.asked._replace(tells_read=kind == "written")
+    asked = save.asked._replace(tells_read=kind == "written", gives_way=kind == "none")
     return save._replace(asked=asked).start(Background(kind))
 
 
