@@ -56,16 +56,35 @@ def lay_out(
     tensors: dict[str, torch.Tensor], *, allow_strided: bool, dtype: torch.dtype | None = None
 ) -> Layout:
     """Lays out the tensors. Arguments and errors are those of :func:`fastshard.engine.tensors.describe`."""
-    planner, reason = _planner(dtype)
-    if planner is not None:
-        found = planner.lay_out(tensors, allow_strided)
-        if not isinstance(found, str):
-            count_planned("")
-            return _Native(*found)
-        reason = found
-    entries = describe(tensors, allow_strided=allow_strided, dtype=dtype)
+    layout, reason = _natively(tensors, allow_strided, dtype)
+    if layout is None:
+        layout = _InPython(describe(tensors, allow_strided=allow_strided, dtype=dtype))
     count_planned(reason)
-    return _InPython(entries)
+    return layout
+
+
+def lay_out_each(tensors: dict[str, torch.Tensor], *, dtype: torch.dtype | None = None) -> Layout:
+    """Lays out tensors that may be strided and may share memory: the file has the bytes of each.
+
+    Raises as :func:`fastshard.engine.tensors.describe` does for a tensor by itself.
+    """
+    layout, reason = _natively(tensors, True, dtype)
+    if layout is None:
+        each = (describe({name: tensor}, allow_strided=True, dtype=dtype) for name, tensor in tensors.items())
+        layout = _InPython(sorted(entry for entries in each for entry in entries))
+    count_planned(reason)
+    return layout
+
+
+def _natively(
+    tensors: dict[str, torch.Tensor], allow_strided: bool, dtype: torch.dtype | None
+) -> tuple[Layout | None, str]:
+    """Returns a native layout, or why there is none."""
+    planner, reason = _planner(dtype)
+    if planner is None:
+        return None, reason
+    found = planner.lay_out(tensors, allow_strided)
+    return (None, found) if isinstance(found, str) else (_Native(*found), "")
 
 
 def places(tensors: Mapping[str, torch.Tensor]) -> bytes | None:

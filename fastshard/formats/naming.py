@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The names of checkpoint files: which one is a shard, an index, a rank's part or a manifest.
 
-A folder of weights can have names of four families, and all their patterns are here:
+A folder of weights can have names of five families, and all their patterns are here:
 
 - Hugging Face's: ``model.safetensors``, ``model-00001-of-00002.safetensors``, ``model.safetensors.index.json``, the same
   for ``pytorch_model.bin``, and those of a variant (``model.fp16-00001-of-00002.safetensors`` and
   ``model.safetensors.index.fp16.json``);
 - those of sharded state in vLLM and SGLang: ``model-rank-0-part-0.safetensors`` (:class:`Names`);
 - fastshard's own for the manifest beside sharded state: ``fastshard-model-rank-0.json``;
-- fastshard's own for a checkpoint that was cut into the parts of ranks: ``rank-0/`` and ``tensor_parallel.json``.
+- fastshard's own for a checkpoint that was cut into the parts of ranks: ``rank-0/`` and ``tensor_parallel.json``;
+- those of ``torch.distributed.checkpoint``: ``shard-00001-model-00001-of-00001.safetensors`` (:func:`dcp_shard`), and
+  ``__0_0.distcp`` beside ``.metadata``.
 
 The functions work on names only; no file is looked for.
 """
@@ -57,6 +59,16 @@ _WEIGHTS: Final = re.compile(rf"(?P<stem>.+?){_SHARD}(?P<suffix>\.safetensors|\.
 _INDEX: Final = re.compile(r"(?P<stem>.+)(?P<suffix>\.safetensors|\.bin)\.index(?P<variant>\..+)?\.json")
 _NUMBERED: Final = re.compile(r".*-\d+\.safetensors", re.DOTALL)
 _RANK_FOLDER: Final = re.compile(r"rank-\d+")
+DCP_METADATA: Final = ".metadata"
+_OBJECTS: Final = "objects.fastshard"
+_DCP_SHARD: Final = re.compile(
+    rf"shard-(?P<number>\d{{5,}})-(model-\d{{5,}}-of-\d{{5,}}(-\d+)?\.safetensors|{re.escape(_OBJECTS)})",
+    re.ASCII,
+)
+_DCP_WHOLE: Final = re.compile(
+    rf"model-\d{{5,}}-of-\d{{5,}}(-\d+)?\.safetensors|{re.escape(_OBJECTS)}", re.ASCII
+)
+_DISTCP: Final = re.compile(r"__(?P<rank>\d+)_\d+\.distcp|__(?P<of>\d+)\.metadata", re.ASCII)
 
 
 def is_weights(name: str) -> bool:
@@ -143,6 +155,45 @@ def rank_folder(rank: int) -> str:
 def is_rank_folder(name: str) -> bool:
     """Returns whether it is the name of some rank's folder, as :func:`rank_folder` makes it."""
     return _RANK_FOLDER.fullmatch(name) is not None
+
+
+def dcp_shard(shard: int | None, file: int, files: int, layer: int = 1) -> str:
+    """Returns the name of a file of a rank in the layout of ``HuggingFaceStorageWriter``. ``shard`` is ``None`` if the
+    tensors are not in shards. Further chunks of tensors that the first file has are in further ``layer``."""
+    more = f"-{layer}" if layer > 1 else ""
+    return f"{_of_shard(shard)}model-{file:05d}-of-{files:05d}{more}{WEIGHTS_SUFFIX}"
+
+
+def dcp_objects(shard: int | None) -> str:
+    """Returns the name of the file with what a rank saves besides tensors. Other readers take it for no weights."""
+    return _of_shard(shard) + _OBJECTS
+
+
+def _of_shard(shard: int | None) -> str:
+    return "" if shard is None else f"shard-{shard:05d}-"
+
+
+def number_of_dcp_shard(name: str) -> int | None:
+    """Returns the number of the shard of which the file is one, as :func:`dcp_shard` and :func:`dcp_objects` name it;
+    ``None`` for others."""
+    found = _DCP_SHARD.fullmatch(name)
+    return None if found is None else int(found["number"])
+
+
+def is_dcp_objects(name: str) -> bool:
+    """Returns whether the file has what ranks save besides tensors."""
+    return name == _OBJECTS or (name.endswith(_OBJECTS) and number_of_dcp_shard(name) is not None)
+
+
+def is_of_dcp_whole(name: str) -> bool:
+    """Returns whether the file may be of a save that is not in shards, its index left out."""
+    return _DCP_WHOLE.fullmatch(name) is not None
+
+
+def rank_of_distcp(name: str) -> int | None:
+    """Returns the rank whose ``.distcp`` file or metadata it is; ``None`` for others."""
+    found = _DISTCP.fullmatch(name)
+    return None if found is None else int(found["rank"] or found["of"])
 
 
 def is_manifest(name: str) -> bool:

@@ -25,7 +25,16 @@ from .hidden_names import NEW, PREFIX, STAGING, final_places
 from .staging import Hidden, clear_away, make_hidden
 from .switching import Switch, published, remove_left, turn_names, wait_for_turn
 
-__all__ = ["Replacement", "creating", "final_places", "replacing", "was_left"]
+__all__ = [
+    "Replacement",
+    "creating",
+    "final_places",
+    "let_go",
+    "missing_part",
+    "name_final_places",
+    "replacing",
+    "was_left",
+]
 
 _WAIT_SECONDS: Final = 60.0
 _MOST_TRIES: Final = 20
@@ -114,22 +123,7 @@ class Replacement:
     def explain(self, error: BaseException) -> None:
         """Lets an error name final places. ``published`` stays true only if files stand at their final
         places."""
-        if isinstance(error, OSError):
-            if getattr(error, "published", False) and not self._publishing:  # in the hidden directory
-                error.published = False  # type: ignore[attr-defined]
-                if error.errno is not None:
-                    error.strerror = os.strerror(error.errno)
-            for attribute in ("filename", "filename2"):
-                path = getattr(error, attribute)
-                path = os.fspath(path) if isinstance(path, os.PathLike) else path
-                if isinstance(path, bytes):
-                    setattr(error, attribute, os.fsencode(final_places(os.fsdecode(path))))
-                elif isinstance(path, str):
-                    setattr(error, attribute, final_places(path))
-            if error.errno is not None and not isinstance(error.filename, (str, bytes, os.PathLike)):
-                error.filename = self._directory  # it was about an open file, which does not know its name
-        elif isinstance(error, Exception):
-            error.args = tuple(final_places(said) if isinstance(said, str) else said for said in error.args)
+        name_final_places(error, self._directory, self._publishing)
 
     def __enter__(self) -> Replacement:
         return self
@@ -146,6 +140,27 @@ class Replacement:
         except Exception as failed:
             self.explain(failed)
             raise
+
+
+def name_final_places(error: BaseException, directory: str, publishing: bool = False) -> None:
+    """Lets an error of a save into a hidden folder name the places in ``directory``. ``published`` stays true only
+    while the save is ``publishing``."""
+    if isinstance(error, OSError):
+        if getattr(error, "published", False) and not publishing:  # in the hidden directory
+            error.published = False  # type: ignore[attr-defined]
+            if error.errno is not None:
+                error.strerror = os.strerror(error.errno)
+        for attribute in ("filename", "filename2"):
+            path = getattr(error, attribute)
+            path = os.fspath(path) if isinstance(path, os.PathLike) else path
+            if isinstance(path, bytes):
+                setattr(error, attribute, os.fsencode(final_places(os.fsdecode(path))))
+            elif isinstance(path, str):
+                setattr(error, attribute, final_places(path))
+        if error.errno is not None and not isinstance(error.filename, (str, bytes, os.PathLike)):
+            error.filename = directory  # it was about an open file, which does not know its name
+    elif isinstance(error, Exception):
+        error.args = tuple(final_places(said) if isinstance(said, str) else said for said in error.args)
 
 
 class _Staging:
@@ -168,7 +183,7 @@ class _Staging:
                 except FileNotFoundError:
                     if not create:
                         raise
-            above, self.missing = _missing(directory)
+            above, self.missing = missing_part(directory)
             if beside and not self.missing:
                 above, base = real_place(directory)
                 self.missing = [base]
@@ -206,7 +221,7 @@ class _Staging:
             self._switch.forget()
         self.held.append(self.hidden.give_away())
         self.folder.close()
-        _let_go(self.held)
+        let_go(self.held)
 
     def publish(
         self, stale: Callable[[str], bool], obsolete: Collection[str], must_be_empty: bool = False
@@ -314,7 +329,7 @@ def _is_there(path: str) -> bool:
     return True
 
 
-def _missing(directory: str) -> tuple[str, list[str]]:
+def missing_part(directory: str) -> tuple[str, list[str]]:
     """Returns the part of a path that exists, and the names that are to be made in it."""
     path, names = directory, list[str]()
     while path and not _is_there(path):
@@ -341,7 +356,7 @@ class _Freeing(NamedTuple):
 _freeing: list[_Freeing] = []
 
 
-def _let_go(descriptors: list[int]) -> None:
+def let_go(descriptors: list[int]) -> None:
     """Closes descriptors of files that have lost their names.
 
     With the last descriptor the kernel frees the file. That takes time for a large one, which is closed on a

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writers and readers for ``torch.distributed.checkpoint``: ``dcp.save(state, storage_writer=FastshardWriter(path))``.
+
+Importing this module imports ``torch.distributed.checkpoint``.
+"""
+
+from .distributed.reader import FastshardReader as FastshardReader
+from .distributed.writer import FastshardWriter as FastshardWriter

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A reader for ``torch.distributed.checkpoint`` of folders of safetensors files."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import uuid
+from collections.abc import Iterable
+from typing import Any, Final, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.storage import StorageReader
+
+from ..engine.mapped import MappedFile
+from ..engine.tensors import DTYPES
+from ..formats.hf_index import files_of_index, read_stored, read_text
+from ..formats.naming import INDEX_NAME, WEIGHTS_SUFFIX, is_dcp_objects, number_of_dcp_shard
+from ..formats.safetensors import FileHeader, StoredTensor
+from .writer import SHARDING_INFO
+
+_BY_CODE: Final = {code: dtype for dtype, (_, code, _) in DTYPES.items()}
+
+
+class _Place(NamedTuple):
+    """Where an item is stored."""
+
+    relative_path: str
+    shape: torch.Size
+    dtype: torch.dtype | None
+    """``None`` for what is no tensor."""
+
+
+class FastshardReader(StorageReader):
+    """Loads checkpoints of :class:`FastshardWriter`, of the stock ``HuggingFaceStorageWriter``, and plain folders of
+    Hugging Face models with ``dcp.load``.
+
+    A rank reads of each tensor the part that it asks for. All dtypes of the format are known, and what is no
+    tensor is read from the files that :class:`FastshardWriter` has beside the tensors. In a plain folder with an
+    index only the files count that the index names.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self.path = os.fspath(path)
+        self._places: dict[MetadataIndex, _Place] = {}
+        self._load_id = str(uuid.uuid4())
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The folder of the checkpoint."""
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Returns whether it can be a path."""
+        return "://" not in os.fspath(checkpoint_id)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        self._places = {}
+        if checkpoint_id is not None:
+            self.path = os.fspath(checkpoint_id)
+        self._load_id = str(uuid.uuid4())
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Returns what the headers of all files say.
+
+        Raises ``OSError``, and ``SafetensorError`` for a file that is broken, or of which the parts do not make up
+        tensors.
+        """
+        tensors: dict[str, TensorStorageMetadata] = {}
+        objects: dict[str, BytesStorageMetadata] = {}
+        places: dict[MetadataIndex, _Place] = {}
+        for name in _files_of(self.path):
+            header = read_stored(os.path.join(self.path, name)).header
+            if is_dcp_objects(name):
+                for stored in header.tensors:
+                    objects[stored.name] = BytesStorageMetadata()
+                    places[MetadataIndex(stored.name)] = _Place(name, torch.Size(stored.shape), None)
+                continue
+            offsets = _offsets(header, name)
+            for stored in header.tensors:
+                chunk = _chunk(stored, offsets, name)
+                dtype = _BY_CODE.get(stored.code)
+                if dtype is None:
+                    raise SafetensorError(
+                        f"{name}: this torch has no dtype for {stored.code} of {stored.name!r}"
+                    )
+                _add_chunk(tensors, stored.name, chunk, dtype, name)
+                places[MetadataIndex(stored.name, chunk.offsets)] = _Place(name, chunk.sizes, dtype)
+        storage_meta = StorageMeta(checkpoint_id=self.path, load_id=self._load_id)
+        return Metadata({**tensors, **objects}, storage_data=places, storage_meta=storage_meta)
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        self._places = metadata.storage_data
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
+        files: dict[str, MappedFile] = {}
+        for item in plan.items:
+            name = self._places[item.storage_index].relative_path
+            file = files.get(name) or files.setdefault(name, MappedFile(os.path.join(self.path, name)))
+            stored = file.tensor(item.storage_index.fqn)
+            if item.type == LoadItemType.BYTE_IO:
+                planner.load_bytes(item, io.BytesIO(stored.numpy().tobytes()))
+                continue
+            for dimension, (begin, length) in enumerate(zip(item.storage_offsets, item.lengths)):
+                stored = stored.narrow(dimension, begin, length)
+            target = planner.resolve_tensor(item).detach()
+            if target.size() != stored.size():
+                raise ValueError(
+                    f"{item.storage_index.fqn!r}: {list(stored.shape)} cannot be loaded into {list(target.shape)}"
+                )
+            target.copy_(stored)
+            planner.commit_tensor(item, target)
+        future: torch.futures.Future[None] = torch.futures.Future()
+        future.set_result(None)
+        return future
+
+
+def _files_of(folder: str) -> Iterable[str]:
+    """Returns the names of the files that make up the checkpoint in a folder."""
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    shards = [name for name in names if number_of_dcp_shard(name) is not None]
+    if shards:
+        return shards
+    objects = [name for name in names if is_dcp_objects(name)]
+    if INDEX_NAME in names:
+        path = os.path.join(folder, INDEX_NAME)
+        return [*sorted(files_of_index(read_text(path), path)), *objects]
+    found = [name for name in names if name.endswith(WEIGHTS_SUFFIX)] + objects
+    if not found:
+        raise FileNotFoundError(2, "no safetensors files", folder)
+    return found
+
+
+def _offsets(header: FileHeader, name: str) -> dict[str, list[int]] | None:
+    """Returns where in the whole tensors those of a file begin; ``None`` if they are whole."""
+    text = (header.metadata or {}).get(SHARDING_INFO)
+    if not text:
+        return None
+    try:
+        return {
+            fqn: [int(offset) for offset in said["saved_offsets"]] for fqn, said in json.loads(text).items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise SafetensorError(f"{name}: its {SHARDING_INFO} cannot be read") from None
+
+
+def _chunk(stored: StoredTensor, offsets: dict[str, list[int]] | None, name: str) -> ChunkStorageMetadata:
+    shape = stored.shape
+    if stored.code == "F4" and shape:  # torch counts two of them as one
+        shape = (*shape[:-1], shape[-1] // 2)
+    begin = [0] * len(shape) if offsets is None else offsets.get(stored.name, [])
+    if len(begin) != len(shape) or min(begin, default=0) < 0:
+        raise SafetensorError(f"{name}: {SHARDING_INFO} does not say where {stored.name!r} begins")
+    return ChunkStorageMetadata(offsets=torch.Size(begin), sizes=torch.Size(shape))
+
+
+def _add_chunk(
+    tensors: dict[str, TensorStorageMetadata],
+    fqn: str,
+    chunk: ChunkStorageMetadata,
+    dtype: torch.dtype,
+    name: str,
+) -> None:
+    """Adds a part of a tensor, whose size is where its parts end."""
+    end = torch.Size([offset + size for offset, size in zip(chunk.offsets, chunk.sizes)])
+    known = tensors.get(fqn)
+    if known is None:
+        tensors[fqn] = TensorStorageMetadata(TensorProperties(dtype=dtype), end, [chunk])
+        return
+    if known.properties.dtype != dtype or len(known.size) != len(end):
+        raise SafetensorError(
+            f"{name}: {fqn!r} has another dtype or number of dimensions than in other files"
+        )
+    known.chunks.append(chunk)
+    known.size = torch.Size(map(max, known.size, end))

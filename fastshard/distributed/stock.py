@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is borrowed of ``torch.distributed.checkpoint`` without being public there. No other module does that.
+
+The classes are needed because torch's own readers expect them, in the pickle of ``.metadata`` and in the results of
+a writer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem
+
+
+def _borrowed(name: str) -> Any:
+    found = getattr(filesystem, name, None)
+    if found is None:
+        raise ImportError(
+            f"torch {torch.__version__} has no torch.distributed.checkpoint.filesystem.{name}: "
+            "fastshard.dcp needs torch 2.6 or later"
+        )
+    return found
+
+
+StorageInfo: Any = _borrowed("_StorageInfo")
+"""``(relative_path, offset, length)``: where an item was written."""

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A writer for ``torch.distributed.checkpoint`` in the layout of its ``HuggingFaceStorageWriter``: the ranks' parts of
+tensors in safetensors files, whose metadata says where in the whole tensors they lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import distributed
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+
+from ..base.activity import one_save
+from ..engine import background
+from ..engine.engine import Options
+from ..engine.pipeline import How, PathLike, PlannedFile, encoded_path, finish, start
+from ..engine.plan import FilePlan
+from ..engine.planning import lay_out_each
+from ..engine.tensors import check_dtype
+from ..formats.naming import (
+    INDEX_NAME,
+    are_of_the_same_weights,
+    dcp_objects,
+    dcp_shard,
+    is_of_dcp_whole,
+    number_of_dcp_shard,
+)
+from .stock import StorageInfo
+from .unseen_files import Made, UnseenFiles
+
+CALL: Final = "dcp.save"
+"""Under which saves of writers are counted."""
+SHARDING_INFO: Final = "DCP_SHARDING_INFO"
+_SHARD: Final = "shard_index"
+
+
+class _Scope:
+    """Whose files a save replaces. It refers to no writer, so a writer's end is not put off."""
+
+    def __init__(self, shards: bool) -> None:
+        self.shards = shards
+        self.rank = 0
+        self.alone = False
+        """Whether each rank publishes its own files."""
+
+    def is_stale(self, name: str) -> bool:
+        shard = number_of_dcp_shard(name)
+        if self.shards:
+            return shard is not None and (not self.alone or is_of_rank(shard - 1, self.rank))
+        return (
+            shard is not None
+            or is_of_dcp_whole(name)
+            or are_of_the_same_weights([dcp_shard(None, 1, 1)], name)
+        )
+
+
+class _File(NamedTuple):
+    """A file of a rank: its tensors by name, and the results that say so."""
+
+    tensors: dict[str, torch.Tensor]
+    offsets: dict[str, Sequence[int]]
+    """Where in its whole tensor each of them begins."""
+    items: list[WriteItem]
+
+
+class FastshardWriter(StorageWriter):
+    """Saves a checkpoint of ``dcp.save`` or ``dcp.async_save`` as safetensors files, which the stock
+    ``HuggingFaceStorageReader``, its consolidation, and :class:`FastshardReader` read.
+
+    Each rank writes its part, from whatever device, in bounded memory. The files appear all at once, when all ranks
+    have written theirs; in the same moment the files of an earlier save go, those of more ranks included. A rank
+    that fails or dies leaves the earlier checkpoint as it was, and every other rank raises.
+
+    Tensors may have any dtype of the format, strides, and memory in common; there may be several chunks of one
+    tensor on a rank. What is no tensor (numbers, generators, ...) is in a file of its own beside the rank's tensors,
+    for :class:`FastshardReader`. With ``use_collectives=False``, and where ranks save with ``no_dist=True``, each
+    rank publishes its own files, named by its rank.
+
+    The writer can be pickled, as ``async_save`` in a process does. It stages nothing: pass a stager, or leave that to
+    torch's.
+
+    Args:
+        path: folder of the checkpoint. ``checkpoint_id`` of ``dcp.save`` replaces it.
+        fqn_to_index_mapping: in which file of its rank, from 1 on, each tensor is; ``None``: all in one.
+        save_distributed: with ``False`` the tensors must all be on one rank, and whole. The names are then
+            ``model-00001-of-00001.safetensors``, with an index.
+        durable, keep_cached, progress, dtype: as for :func:`fastshard.save_file`.
+        options: limits of the engine that writes.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        fqn_to_index_mapping: Mapping[str, int] | None = None,
+        *,
+        save_distributed: bool = True,
+        durable: bool = False,
+        keep_cached: bool = True,
+        progress: bool | None = None,
+        dtype: torch.dtype | str | None = None,
+        options: Options | None = None,
+    ) -> None:
+        super().__init__()
+        self.path = os.fspath(path)
+        self.fqn_to_index_mapping = None if fqn_to_index_mapping is None else dict(fqn_to_index_mapping)
+        self.save_distributed = save_distributed
+        self._how = How(
+            durable=durable,
+            keep_cached=keep_cached,
+            progress=progress,
+            allow_strided=True,
+            dtype=check_dtype(dtype),
+            engine=options,
+        )
+        self._scope = _Scope(save_distributed)
+        self._files: UnseenFiles | None = None
+        self._save_id = str(uuid.uuid4())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": None}
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The folder of the checkpoint."""
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Returns whether it can be a path."""
+        return "://" not in os.fspath(checkpoint_id)
+
+    def storage_meta(self) -> StorageMeta | None:
+        return StorageMeta(checkpoint_id=self.path, save_id=self._save_id)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        if checkpoint_id is not None:
+            self.path = os.fspath(checkpoint_id)
+        self._save_id = str(uuid.uuid4())
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self._scope.rank = kwargs.get("rank") or 0
+        self._scope.alone = not kwargs.get("use_collectives", True)
+        self._begin(is_coordinator)
+
+    def _begin(self, is_coordinator: bool) -> None:
+        if self._files is not None:  # of a save that has failed
+            self._files.close()
+        self._files = UnseenFiles(
+            self.path,
+            self._scope.rank,
+            publishes=is_coordinator or self._scope.alone,
+            durable=self._how.durable,
+            stale=self._scope.is_stale,
+        )
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Numbers the shards. Nothing else may be in a plan: a cached one is used for later saves, too."""
+        if not self.save_distributed and sum(bool(plan.items) for plan in plans) > 1:
+            raise ValueError("save_distributed=False, but several ranks have tensors or objects to save")
+        scope = self._scope
+        if len(plans) == 1 and not scope.alone and not scope.rank:
+            scope.rank, scope.alone = _among_others()
+        first = scope.rank + 1 if scope.alone else 1
+        return [
+            dataclasses.replace(plan, storage_data={_SHARD: shard} if self.save_distributed else {})
+            for shard, plan in enumerate(plans, first)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        if self._files is None:  # nobody has set the writer up
+            self._begin(True)
+        future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        try:
+            future.set_result(self._write(plan, planner) if plan.items else [])
+        except BaseException:
+            if self._files is not None:
+                self._files.close()
+            raise
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        files = self._files
+        if files is None:
+            raise RuntimeError("finish() without a save that was set up")
+        found = made_by_ranks(results)
+        if not self.save_distributed:
+            found[INDEX_NAME] = self._write_index(files, results)
+        files.publish(found)
+        self._files = None
+
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+        assert self._files is not None
+        files = self._files
+        shard = (plan.storage_data or {}).get(_SHARD, self._scope.rank + 1) if self.save_distributed else None
+        planned, results = dict[PathLike, PlannedFile](), list[WriteResult]()
+        began = time.perf_counter()
+        for name, file in self._arranged(plan.items, planner, shard).items():
+            made = files.made(name)
+            planned[made.path] = plan_of(file.tensors, file.offsets, made.path, self._how)
+            layout = planned[made.path].layout
+            nbytes = {entry.name: entry.view.nbytes for entry in layout.entries}
+            results += (result_of(item, name, 0, nbytes[item.index.fqn], made) for item in file.items)
+        write_unseen(planned, files, self._how, began)
+        return results
+
+    def _arranged(
+        self, items: Iterable[WriteItem], planner: SavePlanner, shard: int | None
+    ) -> dict[str, _File]:
+        """Returns the files of these items by name. A name occurs in a file once."""
+        mapping = self.fqn_to_index_mapping
+        count = max(mapping.values(), default=1) if mapping else 1
+        files: dict[str, _File] = {}
+        for item in items:
+            fqn = item.index.fqn
+            if item.type == WriteItemType.BYTE_IO:
+                name, layer = dcp_objects(shard), 0
+            else:
+                name, layer = dcp_shard(shard, _file_of(fqn, mapping), count), 1
+            while fqn in files.setdefault(name, _File({}, {}, [])).tensors:
+                if not layer:
+                    raise ValueError(f"{fqn!r} is to be saved twice")
+                layer += 1
+                name = dcp_shard(shard, _file_of(fqn, mapping), count, layer)
+            file = files[name]
+            file.tensors[fqn] = resolved(planner, item)
+            if item.tensor_data is not None:
+                file.offsets[fqn] = item.tensor_data.chunk.offsets
+            file.items.append(item)
+        return files
+
+    def _write_index(self, files: UnseenFiles, results: list[list[WriteResult]]) -> Made:
+        """Writes the index of a checkpoint that is not in shards, as the stock writer does."""
+        each = [result for of_rank in results for result in of_rank if is_of_dcp_whole(_name(result))]
+        tensors = [result for result in each if _name(result) != dcp_objects(None)]
+        index = {
+            "metadata": {"total_size": sum(result.size_in_bytes for result in tensors)},
+            "weight_map": {result.index.fqn: _name(result) for result in tensors},
+        }
+        made = files.made(INDEX_NAME)
+        with open(made.path, "w") as file:
+            json.dump(index, file, indent=2)
+        return made
+
+
+def is_of_rank(rank: int, own: int) -> bool:
+    """Returns whether files of this rank go with a save that a rank has made by itself: its own, and those of ranks
+    that do not exist any more."""
+    known = distributed.is_available() and distributed.is_initialized()
+    return rank == own or (known and rank >= distributed.get_world_size())
+
+
+def _among_others() -> tuple[int, bool]:
+    """Returns the rank of a process that saves by itself, and whether there are others that may do the same."""
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return 0, False
+    return distributed.get_rank(), True
+
+
+def _file_of(fqn: str, mapping: Mapping[str, int] | None) -> int:
+    if mapping is None:
+        return 1
+    try:
+        return mapping[fqn]
+    except KeyError:
+        raise ValueError(f"fqn_to_index_mapping has no file for {fqn!r}") from None
+
+
+def _name(result: WriteResult) -> str:
+    name: str = result.storage_data.relative_path
+    return name
+
+
+def resolved(planner: SavePlanner, item: WriteItem) -> torch.Tensor:
+    """Returns what is to be written of an item: the tensor itself, or the bytes of an object as a tensor."""
+    data = planner.resolve_data(item)
+    if not isinstance(data, torch.Tensor):
+        return torch.frombuffer(data.getbuffer(), dtype=torch.uint8)
+    if hasattr(data, "trigger_wait"):  # the result of a collective that may still be under way
+        data = data.trigger_wait()
+    return data.detach()
+
+
+def plan_of(
+    tensors: dict[str, torch.Tensor], offsets: Mapping[str, Sequence[int]], path: str, how: How
+) -> PlannedFile:
+    """Plans a safetensors file that says where in the whole tensors its tensors lie."""
+    layout = lay_out_each(tensors, dtype=how.dtype)  # type: ignore[arg-type]
+    metadata = {"format": "pt"}
+    if offsets:
+        info = {fqn: {"saved_offsets": list(begin)} for fqn, begin in offsets.items()}
+        metadata = {SHARDING_INFO: json.dumps(info), "DCP_VERSION": "1.0", **metadata}
+    return PlannedFile(FilePlan(encoded_path(path), layout.header(metadata), layout.items), layout)
+
+
+def write_unseen(planned: Mapping[PathLike, PlannedFile], files: UnseenFiles, how: How, began: float) -> None:
+    """Writes files of this rank, and waits."""
+    with background.synchronous(), one_save(CALL, files.directory):
+        future = start(planned, how, began, call=CALL, explain=files.explain)
+        finish(future, how.progress, os.path.basename(files.directory))
+
+
+def result_of(item: WriteItem, name: str, offset: int, nbytes: int, made: Made) -> WriteResult:
+    """Returns what the coordinator is told of an item, as the stock writer does, and where its file is hidden."""
+    info = StorageInfo(name, offset, nbytes)
+    info.made = made
+    return WriteResult(index=item.index, size_in_bytes=nbytes, storage_data=info)
+
+
+def made_by_ranks(results: Iterable[Iterable[WriteResult]]) -> dict[str, Made]:
+    """Returns the hidden files of all ranks by their final names.
+
+    Raises ``RuntimeError`` if two of them have the same one.
+    """
+    found: dict[str, Made] = {}
+    for result in (result for of_rank in results for result in of_rank):
+        made: Made = result.storage_data.made
+        if found.setdefault(_name(result), made) != made:
+            raise RuntimeError(
+                f"ranks {found[_name(result)].rank} and {made.rank} have both made {_name(result)}"
+            )
+    return found
