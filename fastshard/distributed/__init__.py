@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saves and loads across the ranks of ``torch.distributed``."""
