@@ -158,7 +158,7 @@ class _Job:
             reads = [*cut(file, _with_gaps(self.pieces.get(file, []), ctypes.addressof(gap)))]
             pieces_read += sum(piece.nbytes for read in reads for piece in read.pieces)
             calls += len(reads)
-            readers.extend(shared_out(reads, each))
+            readers += shared_out([read.perform for read in reads], each)
             tasks = sorted(self.tasks.get(file, []), key=_place)
             readers += shared_out([functools.partial(reading.perform, file, task) for task in tasks], each)
         perform_all(sorted(readers, key=len, reverse=True), self.threads)

@@ -41,7 +41,7 @@ class Read(NamedTuple):
     file: BinaryIO
     pieces: list[Piece]
 
-    def __call__(self) -> None:
+    def perform(self) -> None:
         _perform(self)
 
 
@@ -60,7 +60,7 @@ def read_into(files: Iterable[tuple[BinaryIO, list[Piece]]]) -> None:
     readers: list[Sequence[Callable[[], object]]] = [
         reads
         for file, pieces in wanted
-        for reads in shared_out([*cut(file, pieces)], -(-threads // len(wanted)))
+        for reads in shared_out([read.perform for read in cut(file, pieces)], -(-threads // len(wanted)))
     ]
     perform_all(sorted(readers, key=len, reverse=True), threads)
 
@@ -119,7 +119,7 @@ def perform_all(readers: Sequence[Sequence[Callable[[], object]]], threads: int)
         raise errors[0]
 
 
-def shared_out(reads: list[T], readers: int) -> list[list[T]]:
+def shared_out(reads: Sequence[T], readers: int) -> list[Sequence[T]]:
     """Divides the reads into stretches of about equal length."""
     each = max(1, -(-len(reads) // readers))
     return [reads[i : i + each] for i in range(0, len(reads), each)]
