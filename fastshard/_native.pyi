@@ -110,6 +110,17 @@ def not_forkable(files: list[FilePlan]) -> list[list[int]]: ...
 def same_bytes(one: int, other: int, nbytes: int) -> bool: ...
 def new_bytes(nbytes: int) -> tuple[bytes, int]: ...
 def leak(object: object) -> None: ...
+def read_runs(
+    fd: int,
+    path: bytes,
+    offset: int,
+    nbytes: int,
+    counts: Sequence[int],
+    in_file: Sequence[int],
+    in_memory: Sequence[int],
+    address: int,
+    streaming: bool,
+) -> tuple[int, int] | None: ...
 def schedule(
     files: list[FilePlan],
     slot_nbytes: int,

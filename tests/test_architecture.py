@@ -28,6 +28,7 @@ NATIVE_LAYERS = {
         attributes.h attributes.cc target.h target.cc hidden_names.h hidden_names.cc probe.h probe.cc closing.h
         closing.cc placement.h placement.cc linked.h linked.cc temporary.h temporary.cc publish.h publish.cc holders.h holders.cc
         in_place.h in_place.cc direct_io.h direct_io.cc standing.h standing.cc source_file.h source_file.cc
+        file_runs.h file_runs.cc
     """,
     "save": """
         crc32.h crc32.cc runs.h writer.h source_pages.h source_pages.cc chunk_writer.h chunk_writer.cc page_cache_writer.h
@@ -56,7 +57,7 @@ PYTHON_LAYERS = {
         saving holders sources prepared archive_errors archive_skeleton archive_by_torch archive hub sharded_state
         sharded_save sharded_load asynchronous
     """,
-    "distributed": "unseen_files stock writer reader",
+    "distributed": "stored slices unseen_files stock writer reader",
     "integrations": """
         patch_groups import_hook calls patching overrides report offload transformers trainer accelerate accelerate_state lightning adapters vllm_states vllm
         sglang vllm_save

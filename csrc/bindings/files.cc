@@ -13,6 +13,7 @@
 
 #include "bindings/python.h"
 #include "file/closing.h"
+#include "file/file_runs.h"
 #include "file/hidden_names.h"
 #include "file/holders.h"
 #include "file/in_place.h"
@@ -141,12 +142,33 @@ void bind_names(py::module_& module) {
       "fd"_a, Released());
 }
 
+void bind_reading(py::module_& module) {
+  // Bytes and calls; nothing where the file ends before.
+  module.def(
+      "read_runs",
+      [](int fd, const py::bytes& path, uint64_t offset, uint64_t nbytes, std::vector<uint64_t> counts,
+         std::vector<uint64_t> in_file, std::vector<int64_t> in_memory, uintptr_t address,
+         bool streaming) -> std::optional<std::pair<uint64_t, uint64_t>> {
+        if (counts.size() != in_file.size() || counts.size() != in_memory.size()) {
+          throw std::invalid_argument("a count and two strides for each dimension");
+        }
+        const auto name = path.cast<std::string>();
+        const FileRuns runs{offset, nbytes, std::move(counts), std::move(in_file), std::move(in_memory)};
+        const GilReleased released;
+        const auto found = read_runs(fd, name, runs, reinterpret_cast<std::byte*>(address), streaming);
+        if (!found) return std::nullopt;
+        return std::pair(found->nbytes, found->calls);
+      },
+      "fd"_a, "path"_a, "offset"_a, "nbytes"_a, "counts"_a, "in_file"_a, "in_memory"_a, "address"_a, "streaming"_a);
+}
+
 }  // namespace
 
 void bind_files(py::module_& module) {
   bind_new_file(module);
   bind_closing(module);
   bind_names(module);
+  bind_reading(module);
 }
 
 }  // namespace fastshard

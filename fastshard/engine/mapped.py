@@ -38,6 +38,22 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 """The torch dtype for each code in a header, as far as the installed torch has it."""
 
 
+def in_torch(stored: StoredTensor) -> tuple[torch.dtype, tuple[int, ...]]:
+    """Returns dtype and shape that torch has for a tensor in a file. Raises ``ValueError`` where it has none."""
+    dtype = DTYPES.get(stored.code)
+    if dtype is None:
+        raise ValueError(f"this torch has no dtype for {stored.code}")
+    shape = stored.shape
+    if stored.code == "F4":  # two elements a byte
+        if not shape or shape[-1] % 2:
+            raise ValueError(f"shape {shape} splits a byte")
+        shape = (*shape[:-1], shape[-1] // 2)
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes != stored.end - stored.begin:
+        raise ValueError(f"{dtype} of shape {shape} has {nbytes} bytes, not {stored.end - stored.begin}")
+    return dtype, shape
+
+
 class _Identity(NamedTuple):
     """Tells a file from other files, and from itself before it was rewritten."""
 
@@ -146,18 +162,7 @@ class MappedFile:
             raise SafetensorError(f"tensor {name!r} of {self.path!r}: {error}") from None
 
     def _stored(self, stored: StoredTensor, begin: int) -> torch.Tensor:
-        dtype = DTYPES.get(stored.code)
-        if dtype is None:
-            raise ValueError(f"this torch has no dtype for {stored.code}")
-        shape = stored.shape
-        if stored.code == "F4":  # two elements a byte
-            if not shape or shape[-1] % 2:
-                raise ValueError(f"shape {shape} splits a byte")
-            shape = (*shape[:-1], shape[-1] // 2)
-        nbytes = math.prod(shape) * dtype.itemsize
-        if nbytes != stored.end - stored.begin:
-            raise ValueError(f"{dtype} of shape {shape} has {nbytes} bytes, not {stored.end - stored.begin}")
-        return self.view(dtype, shape, begin + stored.begin)
+        return self.view(*in_torch(stored), begin + stored.begin)
 
     def _contents(self) -> _Contents:
         contents = _headers.get(self._identity)

@@ -12,8 +12,8 @@ import ctypes
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import BinaryIO, Final, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import BinaryIO, Final, NamedTuple, TypeVar
 
 from safetensors import SafetensorError
 
@@ -24,6 +24,7 @@ _READ_NBYTES: Final = 16 << 20
 _MAX_BUFFERS: Final = 1024  # IOV_MAX
 _MAX_THREADS: Final = 16
 _POLL_SECONDS: Final = 0.1
+T = TypeVar("T")
 
 
 class Piece(NamedTuple):
@@ -34,11 +35,14 @@ class Piece(NamedTuple):
     address: int
 
 
-class _Read(NamedTuple):
+class Read(NamedTuple):
     """One system call, for pieces that are neighbours in the file."""
 
     file: BinaryIO
     pieces: list[Piece]
+
+    def perform(self) -> None:
+        _perform(self)
 
 
 def read_into(files: Iterable[tuple[BinaryIO, list[Piece]]]) -> None:
@@ -53,36 +57,36 @@ def read_into(files: Iterable[tuple[BinaryIO, list[Piece]]]) -> None:
     threads = min(_MAX_THREADS, usable_cpus())
     wanted = [(file, pieces) for file, pieces in files if pieces]
     # One reader for each file, which the kernel reads ahead of; more only where there are fewer files than threads.
-    readers = [
+    readers: list[Sequence[Callable[[], object]]] = [
         reads
         for file, pieces in wanted
-        for reads in _shared_out([*_cut(file, pieces)], -(-threads // len(wanted)))
+        for reads in shared_out([read.perform for read in cut(file, pieces)], -(-threads // len(wanted)))
     ]
-    _perform_all(sorted(readers, key=len, reverse=True), threads)
+    perform_all(sorted(readers, key=len, reverse=True), threads)
 
 
-def _perform_all(readers: list[list[_Read]], threads: int) -> None:
+def perform_all(readers: Sequence[Sequence[Callable[[], object]]], threads: int) -> None:
     """Performs all reads, by the calling thread and as many others as can be started and are needed.
 
-    Where memory is short, a thread may end before its first line of Python, and nobody is told. So only those
-    threads are waited for that have taken a read.
+    The first error is raised when no other read is under way. Where memory is short, a thread may end before its first
+    line of Python, and nobody is told. So only those threads are waited for that have taken a read.
     """
     left, changed = deque(readers), threading.Semaphore(0)
     errors: list[BaseException] = []
     begun: list[None] = []  # by other threads, as many as have ended in the end; lists grow in one step
     ended: list[None] = []
 
-    def take() -> list[_Read] | None:
+    def take() -> Sequence[Callable[[], object]] | None:
         try:
             return None if errors else left.popleft()
         except IndexError:
             return None
 
-    def perform(reads: list[_Read]) -> None:
+    def perform(reads: Sequence[Callable[[], object]]) -> None:
         for read in reads:
             if errors:
                 return
-            _perform(read)
+            read()
 
     def work() -> None:
         begun.append(None)  # before it takes anything
@@ -115,30 +119,31 @@ def _perform_all(readers: list[list[_Read]], threads: int) -> None:
         raise errors[0]
 
 
-def _shared_out(reads: list[_Read], readers: int) -> list[list[_Read]]:
+def shared_out(reads: Sequence[T], readers: int) -> list[Sequence[T]]:
     """Divides the reads into stretches of about equal length."""
-    each = -(-len(reads) // readers)
+    each = max(1, -(-len(reads) // readers))
     return [reads[i : i + each] for i in range(0, len(reads), each)]
 
 
-def _cut(file: BinaryIO, pieces: list[Piece]) -> Iterator[_Read]:
+def cut(file: BinaryIO, pieces: Iterable[Piece]) -> Iterator[Read]:
+    """Divides pieces of a file into system calls."""
     together: list[Piece] = []
     end = room = 0
     for offset, nbytes, address in sorted(pieces):
         while nbytes:
             if offset != end or not room or len(together) == _MAX_BUFFERS:
                 if together:
-                    yield _Read(file, together)
+                    yield Read(file, together)
                 together, room = [], _READ_NBYTES
             taken = min(nbytes, room)
             together.append(Piece(offset, taken, address))
             offset, nbytes, address, room = offset + taken, nbytes - taken, address + taken, room - taken
             end = offset
     if together:
-        yield _Read(file, together)
+        yield Read(file, together)
 
 
-def _perform(read: _Read) -> None:
+def _perform(read: Read) -> None:
     pieces = read.pieces
     while pieces:
         buffers = [(ctypes.c_char * piece.nbytes).from_address(piece.address) for piece in pieces]

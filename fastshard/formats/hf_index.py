@@ -126,13 +126,17 @@ def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> boo
         return False
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def open_file(path: str) -> BinaryIO:
     """Opens a regular file for reading.
 
     Raises ``OSError``, and ``ValueError``, naming it, for anything else. It does not wait for the other end
     of a pipe.
     """
-    file = open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")  # noqa: SIM115 - returned
+    file = open(path, "rb", opener=_open_at_once)  # noqa: SIM115 - returned
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise ValueError(f"{path!r} is not a regular file")
