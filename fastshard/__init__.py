@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .api.saving import save_model as save_model
     from .api.sharded_load import load_sharded_state as load_sharded_state
     from .api.sharded_save import save_sharded_state as save_sharded_state
+    from .distributed.rank_save import save_distributed as save_distributed
     from .engine.background import asynchronous as asynchronous
     from .engine.background import wait_all as wait_all
     from .engine.engine import Engine as Engine
@@ -76,6 +77,7 @@ _HOMES = {
     "reshard_checkpoint": "fastshard.tools.reshard",
     "safe_open": "safetensors",
     "save": "fastshard.api.saving",
+    "save_distributed": "fastshard.distributed.rank_save",
     "save_file": "fastshard.api.saving",
     "save_file_async": "fastshard.api.asynchronous",
     "save_files": "fastshard.api.saving",

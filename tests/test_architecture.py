@@ -57,7 +57,7 @@ PYTHON_LAYERS = {
         saving holders sources prepared archive_errors archive_skeleton archive_by_torch archive hub sharded_state
         sharded_save sharded_load asynchronous
     """,
-    "distributed": "stored slices unseen_files stock writer reader",
+    "distributed": "group boxes rank_plan rank_files rank_save stored slices unseen_files stock writer reader",
     "integrations": """
         patch_groups import_hook calls patching overrides report offload transformers trainer accelerate accelerate_state lightning adapters vllm_states vllm
         sglang vllm_save

@@ -49,6 +49,10 @@ LEFT_OUT: dict[str, dict[str, str]] = {
         "allow_strided": "it is called force_contiguous, as in huggingface_hub",
         "checksums": "an index could not hold them",
     },
+    "save_distributed": {
+        "allow_strided": "strided tensors are always packed",
+        "checksums": "no rank sees all bytes of a tensor",
+    },
     "save_sharded_state": {
         "allow_strided": "strided tensors are always packed",
         "dtype": "the engine that loads expects its own",
@@ -85,7 +89,14 @@ def test_every_public_function_that_saves_is_listed() -> None:
     functions = {name for name in fastshard.__all__ if inspect.isfunction(function(name))}
     asynchronous = {name for name in functions if name.endswith("_async")}
     assert functions - asynchronous == LEFT_OUT.keys() | NOT_SAVING
-    made_at_once = {"save", "prepare", "shard_checkpoint", "merge_checkpoint", "reshard_checkpoint"}
+    made_at_once = {
+        "save",
+        "save_distributed",
+        "prepare",
+        "shard_checkpoint",
+        "merge_checkpoint",
+        "reshard_checkpoint",
+    }
     assert asynchronous == {f"{name}_async" for name in LEFT_OUT.keys() - made_at_once}
 
 
@@ -183,7 +194,7 @@ def call(name: str, folder: Path, **options: Any) -> None:
     elif name in ("save_model", "save_torch_model"):
         model = torch.nn.Linear(3, 2)
         function(name)(model, path if name == "save_model" else folder, **options)
-    elif name in ("save_torch_state_dict", "save_sharded_state"):
+    elif name in ("save_torch_state_dict", "save_distributed", "save_sharded_state"):
         function(name)(tensors, folder, **options)
     elif name.endswith("_checkpoint"):
         source = folder / "source"

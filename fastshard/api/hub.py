@@ -8,9 +8,9 @@ import json
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from operator import attrgetter
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -105,17 +105,11 @@ def save_torch_state_dict(
         FileNotFoundError: ``save_directory`` is missing.
         What :func:`fastshard.save_file` raises.
     """
-    from huggingface_hub import constants
     from huggingface_hub.serialization import _torch as theirs
-    from huggingface_hub.serialization._base import split_state_dict_into_shards_factory
 
     dtype = check_dtype(dtype)
     if filename_pattern is None:
-        filename_pattern = (
-            constants.SAFETENSORS_WEIGHTS_FILE_PATTERN
-            if safe_serialization
-            else constants.PYTORCH_WEIGHTS_FILE_PATTERN
-        )
+        filename_pattern = default_pattern(safe_serialization)
     metadata = {} if metadata is None else metadata
     sized = state_dict
     comes_in_pieces = type(state_dict) not in (dict, OrderedDict)
@@ -143,18 +137,13 @@ def save_torch_state_dict(
     if not safe_serialization:
         theirs.logger.warning(_UNSAFE)
     if simple:  # no storage is asked for that tensors may have in common, which takes most of the time
-        split = split_state_dict_into_shards_factory(
-            sized,
-            get_storage_size=attrgetter("nbytes"),
-            filename_pattern=filename_pattern,
-            max_shard_size=max_shard_size,
-        )
+        split = split_by_size(sized, filename_pattern, max_shard_size)
     else:
         split = theirs.split_torch_state_dict_into_shards(
             sized, filename_pattern=filename_pattern, max_shard_size=max_shard_size
         )
     make_way(save_directory)
-    place = _Place(os.fspath(save_directory), filename_pattern)
+    place = Place(os.fspath(save_directory), filename_pattern)
     place.check(SaveError if safe_serialization else ArchiveError)
     obsolete = place.earlier() if is_main_process else frozenset()
     how = How(
@@ -165,8 +154,7 @@ def save_torch_state_dict(
         dtype=dtype,
         engine=engine,
     )
-    in_file = {"format": "pt"} if split.is_sharded else {"format": "pt", **metadata}
-    index_name = index_of(filename_pattern)
+    in_file = metadata_in_files(split, metadata)
     alone = False
     if safe_serialization and len(split.filename_to_tensors) == 1:
         ((filename, names),) = split.filename_to_tensors.items()
@@ -192,17 +180,75 @@ def save_torch_state_dict(
                 else:
                     torch_save(shard, path, durable=durable, keep_cached=keep_cached, engine=engine)
             if split.is_sharded:
-                index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
-                stage.write_text(place.staged(index_name, stage.path), json.dumps(index, indent=2))
+                index_path = place.staged(index_of(filename_pattern), stage.path)
+                stage.write_text(index_path, index_text(split, metadata))
     for name in obsolete:
         theirs.logger.debug(f"Removing existing file '{name}' from folder.")
+    tell_saved(split, filename_pattern, max_shard_size, save_directory)
+
+
+def default_pattern(safe_serialization: bool = True) -> str:
+    """Returns huggingface_hub's pattern of the names of weights."""
+    from huggingface_hub import constants
+
+    return (
+        constants.SAFETENSORS_WEIGHTS_FILE_PATTERN
+        if safe_serialization
+        else constants.PYTORCH_WEIGHTS_FILE_PATTERN
+    )
+
+
+def split_by_size(
+    sized: Mapping[str, Any],
+    pattern: str,
+    max_shard_size: int | str,
+    get_storage_id: Callable[[Any], object] = lambda _: None,
+) -> Any:
+    """Returns huggingface_hub's split of values that say by ``nbytes`` how large they are."""
+    from huggingface_hub.serialization._base import split_state_dict_into_shards_factory
+
+    return split_state_dict_into_shards_factory(
+        sized,
+        get_storage_size=attrgetter("nbytes"),
+        get_storage_id=get_storage_id,
+        filename_pattern=pattern,
+        max_shard_size=max_shard_size,
+    )
+
+
+def duplicate_names(state_dict: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Returns by huggingface_hub's rule which names of shared tensors are left out, and the name that is kept."""
+    from huggingface_hub.serialization import _torch as theirs
+
+    if each_alone(state_dict):
+        return {}
+    left_out: dict[str, str] = {}
+    theirs._clean_state_dict_for_safetensors(dict(state_dict), left_out, force_contiguous=False)
+    return left_out
+
+
+def metadata_in_files(split: Any, metadata: Mapping[str, str]) -> dict[str, str]:
+    """Returns the metadata that each file of a split has in its header."""
+    return {"format": "pt"} if split.is_sharded else {"format": "pt", **metadata}
+
+
+def index_text(split: Any, metadata: Mapping[str, str]) -> str:
+    """Returns the index of a split."""
+    index = {"metadata": {**split.metadata, **metadata}, "weight_map": split.tensor_to_filename}
+    return json.dumps(index, indent=2)
+
+
+def tell_saved(split: Any, pattern: str, max_shard_size: int | str, save_directory: object) -> None:
+    """Logs what huggingface_hub logs of a save."""
+    from huggingface_hub.serialization import _torch as theirs
+
     for name in split.filename_to_tensors:
         theirs.logger.debug(f"Shard saved to {name}")
     if split.is_sharded:
         theirs.logger.info(
             f"The model is bigger than the maximum size per checkpoint ({max_shard_size}). "
             f"Model weighs have been saved in {len(split.filename_to_tensors)} checkpoint shards. "
-            f"You can find where each parameters has been saved in the index located at {index_name}."
+            f"You can find where each parameters has been saved in the index located at {index_of(pattern)}."
         )
     theirs.logger.info(f"Model weights successfully saved to {save_directory}!")
 
@@ -215,7 +261,7 @@ _UNSAFE: Final = (
 """The text that huggingface_hub itself logs."""
 
 
-class _Place:
+class Place:
     """The place of the files of a pattern, which may lead into a folder: ``"sub/w{suffix}.safetensors"``."""
 
     def __init__(self, directory: str, pattern: str) -> None:

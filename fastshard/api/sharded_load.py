@@ -345,7 +345,7 @@ def _misfit(name: str, tensor: torch.Tensor, source: _Source) -> str:
         return f"{name!r} has no memory to load into"
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride())):
         return f"{name!r} is expanded: its elements are not its own"
-    code, shape = _tensors.stored_as(tensor)
+    code, shape = _tensors.stored_as(tensor.dtype, tuple(tensor.shape))
     if (source.code, source.shape) != (code, shape):
         return f"{name!r} is {source.code} {list(source.shape)} in {source.name!r}, expected {code} {list(shape)}"
     if source.nbytes != nbytes_of(tensor):

@@ -151,7 +151,9 @@ def _split(tensors: Mapping[str, torch.Tensor], max_size: int | None) -> list[di
 
 
 def _alias(tensor: torch.Tensor, holder: str, held: torch.Tensor) -> Alias:
-    return Alias(holder, tensor.data_ptr() - held.data_ptr(), *_tensors.stored_as(tensor))
+    return Alias(
+        holder, tensor.data_ptr() - held.data_ptr(), *_tensors.stored_as(tensor.dtype, tuple(tensor.shape))
+    )
 
 
 def _check_data_parallelism(ranks: Ranks, names: Names, replicated: bool) -> None:

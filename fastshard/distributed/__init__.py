@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves and loads across the ranks of ``torch.distributed``."""
+"""Checkpoints that the ranks of a process group save and load together."""

@@ -49,7 +49,7 @@ def lay_out(
     dtype = _tensors.check_dtype(dtype)
     layout = planning.lay_out(tensors, allow_strided=allow_strided, dtype=dtype)
     check_filename(filename)
-    _check_metadata(metadata)
+    check_metadata(metadata)
     try:
         head = layout.header(metadata)
     except HeaderTooLarge:
@@ -93,7 +93,8 @@ def check_filename(filename: object) -> None:
     os.fsencode(path)
 
 
-def _check_metadata(metadata: Any) -> None:
+def check_metadata(metadata: Any) -> None:
+    """Raises ``TypeError``, as safetensors does, for what no header can hold."""
     if metadata is None:
         return
     if not isinstance(metadata, dict):

@@ -97,7 +97,7 @@ def describe(
         raise
     if not sound or overlapping(spans):
         _refuse(tensors, allow_strided)
-    _check_names(tensors)
+    check_names(tensors)
     if dtype is not None:
         entries = [_cast(entry, dtype) for entry in entries]
     entries.sort()
@@ -121,10 +121,9 @@ def each_alone(tensors: Mapping[str, torch.Tensor]) -> bool:
     return len(addresses) == len(tensors)
 
 
-def stored_as(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
-    """Returns dtype and shape as in a header. Raises ``KeyError`` for a dtype that the format does not have."""
-    shape = tuple(tensor.shape)
-    return DTYPES[tensor.dtype][1], _unpacked(shape) if tensor.dtype is FLOAT4 else shape
+def stored_as(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """Returns a tensor's dtype and shape as in a header. Raises ``KeyError`` for a dtype that the format lacks."""
+    return DTYPES[dtype][1], _unpacked(shape) if dtype is FLOAT4 else shape
 
 
 def _unpacked(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -271,7 +270,7 @@ def _naming(name: object) -> Iterator[None]:
         raise
 
 
-def _check_names(tensors: Mapping[Any, torch.Tensor]) -> None:
+def check_names(tensors: Mapping[Any, torch.Tensor]) -> None:
     """Raises ``TypeError`` for a name that is not a string, ``UnicodeEncodeError`` for a lone surrogate in one."""
     for name in tensors:
         if not isinstance(name, str):

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import re
+import secrets
 from typing import Final
 
 PREFIX: Final = ".fastshard-"
@@ -20,12 +21,19 @@ STAGING: Final = re.compile(rf"{re.escape(PREFIX)}[0-9a-f]{{16}}\.staging")
 NEW: Final = ".new"
 OLD: Final = ".old"
 NOW: Final = ".now"
+_OF_RANKS: Final = re.compile(r"/\.ranks-[0-9a-f]{16}(?=/|$|\W)")
 _STAGED: Final = re.compile(rf"/{STAGING.pattern}(/\.(new|old|now)(?=/|$|\W))?")
 
 
 def final_places(text: str) -> str:
     """Returns a path or a message in which the paths of staged files are replaced by their final ones."""
-    return _STAGED.sub("", text)
+    return _OF_RANKS.sub("", _STAGED.sub("", text))
+
+
+def folder_of_ranks() -> str:
+    """Returns a name for the folder in a hidden one that many ranks fill. No other save ever has the same name, so a
+    rank that does not know yet that its save has ended cannot write into the files of the next one."""
+    return f".ranks-{secrets.token_hex(8)}"
 
 
 def hidden_folder_of(path: str) -> str:

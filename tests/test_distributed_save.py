@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What many ranks save together is to the byte what one process saves of the full state dict."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from torch import distributed, nn
+
+import fastshard
+
+
+def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """The same on every rank."""
+    made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+    return (made * 100).to(dtype)
+
+
+def full_state() -> dict[str, torch.Tensor]:
+    return {
+        "rows": values(7, 5),
+        "columns": values(6, 8, dtype=torch.bfloat16),
+        "inner": values(3, 8, 4),
+        "few": values(2, 3),  # rows for two ranks only
+        "replicated": values(300, 9),
+        "counts": torch.arange(10),
+        "flags": torch.tensor([True, False, True]),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 4),
+    }
+
+
+def mesh_of(*shape: int) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    names = ("dp", "tp", "pp")[: len(shape)]
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+def spread(full: dict[str, torch.Tensor], mesh: Any, **placements: Any) -> dict[str, Any]:
+    """A state dict whose tensors of these names are distributed; the others are replicated as they are."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return {
+        name: distribute_tensor(tensor, mesh, placements[name]) if name in placements else tensor.clone()
+        for name, tensor in full.items()
+    }
+
+
+def one_mesh(full: dict[str, torch.Tensor], size: int) -> dict[str, Any]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    return spread(
+        full,
+        mesh_of(size),
+        rows=[Shard(0)],
+        columns=[Shard(1)],
+        inner=[Shard(1)],
+        few=[Shard(0)],
+        counts=[Replicate()],
+    )
+
+
+def two_meshes(full: dict[str, torch.Tensor], size: int) -> dict[str, Any]:
+    from torch.distributed.tensor import Replicate, Shard
+
+    return spread(
+        full,
+        mesh_of(2, size // 2),
+        rows=[Shard(0), Shard(0)],
+        columns=[Shard(0), Shard(1)],
+        inner=[Shard(2), Shard(1)],
+        few=[Replicate(), Shard(0)],  # hybrid: the same on both halves
+        counts=[Shard(0), Replicate()],
+    )
+
+
+def save_and_compare(
+    make: Callable[..., dict[str, Any]], folder: Path, options: dict[str, Any]
+) -> dict[str, int]:
+    full = full_state()
+    state = make(full, distributed.get_world_size())
+    fastshard.save_distributed(state, folder / "ours", **options)
+    written = fastshard.stats()
+    distributed.barrier()
+    compare(full, folder, options)
+    return {"files": written.files, "nbytes": written.nbytes} if written else {}
+
+
+def compare(full: dict[str, torch.Tensor], folder: Path, options: dict[str, Any]) -> None:
+    if distributed.get_rank() == 0:
+        (folder / "one").mkdir()
+        fastshard.save_torch_state_dict(full, folder / "one", **options)
+        same_files(folder / "ours", folder / "one")
+        assert not ranks.leftovers(folder)
+
+
+def same_files(ours: Path, others: Path) -> None:
+    assert sorted(os.listdir(ours)) == sorted(os.listdir(others))
+    for name in os.listdir(others):
+        assert (ours / name).read_bytes() == (others / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_shard_size": 200, "metadata": {"step": "3"}}, {"dtype": "bf16", "durable": True}],
+    ids=str,
+)
+def test_one_mesh(tmp_path: Path, size: int, options: dict[str, Any]) -> None:
+    ranks.run(size, save_and_compare, one_mesh, tmp_path, options)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": 200, "dtype": torch.float16}], ids=str)
+def test_two_meshes(tmp_path: Path, options: dict[str, Any]) -> None:
+    ranks.run(4, save_and_compare, two_meshes, tmp_path, options)
+
+
+def test_eight_ranks(tmp_path: Path) -> None:
+    ranks.run(8, save_and_compare, two_meshes, tmp_path, {"max_shard_size": 200}, timeout=180)
+
+
+def test_one_process_without_a_group(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    options = {"max_shard_size": 200, "filename_pattern": "weights{suffix}.safetensors"}
+    fastshard.save_distributed(full_state(), tmp_path / "new" / "ours", **options)
+    fastshard.save_torch_state_dict(full_state(), tmp_path / "one", **options)
+    same_files(tmp_path / "new" / "ours", tmp_path / "one")
+    with pytest.raises(ValueError, match="not initialized"):
+        fastshard.save_distributed({}, tmp_path / "x", process_group=object())
+
+
+class Tied(nn.Module):
+    """A tiny model with a tied weight and sizes that ranks cannot divide evenly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(11, 6)
+        self.up = nn.Linear(6, 10)
+        self.down = nn.Linear(10, 6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("steps", torch.tensor(7))
+
+
+def fully_sharded(size: int) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    model = Tied()
+    mesh = mesh_of(size)
+    for layer in (model.up, model.down):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def hybrid(size: int) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    model = Tied()
+    fully_shard(model, mesh=mesh_of(2, size // 2))
+    return model
+
+
+def sharded_and_parallel(size: int) -> nn.Module:
+    """FSDP2 over tensor parallelism, which gives ``_StridedShard``."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = Tied()
+    mesh = mesh_of(2, size // 2)
+    parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    for layer in (model.up, model.down):
+        fully_shard(layer, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    return model
+
+
+def save_model(make: Callable[[int], nn.Module], folder: Path, options: dict[str, Any]) -> str:
+    state = make(distributed.get_world_size()).state_dict()
+    fastshard.save_distributed(state, folder / "ours", **options)
+    distributed.barrier()
+    compare(Tied().state_dict(), folder, options)
+    return str([getattr(value, "placements", None) for value in state.values()])
+
+
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": 300, "metadata": {"step": "3"}}], ids=str)
+@pytest.mark.parametrize("size", [2, 4])
+def test_fsdp2(tmp_path: Path, size: int, options: dict[str, Any]) -> None:
+    ranks.run(size, save_model, fully_sharded, tmp_path, options)
+
+
+def test_hybrid_sharding(tmp_path: Path) -> None:
+    ranks.run(4, save_model, hybrid, tmp_path, {"max_shard_size": 300})
+
+
+def test_strided_shards_of_fsdp2_over_tensor_parallelism(tmp_path: Path) -> None:
+    placements = ranks.run(4, save_model, sharded_and_parallel, tmp_path, {"max_shard_size": 300})
+    assert "_StridedShard" in placements[0]
