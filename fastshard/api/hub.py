@@ -199,7 +199,7 @@ def default_pattern(safe_serialization: bool = True) -> str:
 
 
 def split_by_size(
-    sized: Mapping[str, Any],
+    sized: dict[str, Any],
     pattern: str,
     max_shard_size: int | str,
     get_storage_id: Callable[[Any], object] = lambda _: None,

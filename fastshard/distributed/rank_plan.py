@@ -66,8 +66,8 @@ class Piece(NamedTuple):
 
 class Plan(NamedTuple):
     files: list[File]
-    index: str | None
-    """The text of the index, if there is one."""
+    index_text: str | None
+    """Of the index, if there is one."""
     pieces: list[list[Piece]]
     """Those of each rank."""
     split: Any

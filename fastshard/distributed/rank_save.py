@@ -145,8 +145,8 @@ class _Save:
         )
         try:
             files.make([file._replace(name=place.inside(file.name)) for file in plan.files], self._how)
-            if plan.index is not None:
-                files.write_text(place.inside(index_of(pattern)), plan.index)
+            if plan.index_text is not None:
+                files.write_text(place.inside(index_of(pattern)), plan.index_text)
         except BaseException as error:
             files.end(error)
             raise
