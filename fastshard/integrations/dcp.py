@@ -86,10 +86,11 @@ def finish_tensors(original: Callable[..., None], /, self: Any, metadata: Any, r
 def execute_save(original: Callable[..., Any], /, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Makes the writer here which torch would make in the process that saves, where nothing is replaced before it has
     arrived."""
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
     place = kwargs.get("checkpoint_id")
-    if place is not None and kwargs.get("storage_writer") is None:
-        if file_system.FileSystemWriter.validate_checkpoint_id(place):
-            kwargs["storage_writer"] = file_system.FileSystemWriter(place)
+    if kwargs.get("storage_writer") is None and place and FileSystemWriter.validate_checkpoint_id(place):
+        kwargs["storage_writer"] = FileSystemWriter(place)
     return original(self, *args, **kwargs)
 
 

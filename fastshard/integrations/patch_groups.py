@@ -26,7 +26,6 @@ from ..base.originals import Function as Function
 from ..base.originals import is_own, namespace
 from .patch_entry import Entry as Entry
 
-
 _PRETRAINED: Final = "transformers: save_pretrained"
 _ACCELERATOR: Final = "accelerate: save_model"
 _STATE: Final = "accelerate: save_state"
