@@ -4,5 +4,6 @@
 Importing this module imports ``torch.distributed.checkpoint``.
 """
 
+from .distributed.file_system import FastshardFileSystemWriter as FastshardFileSystemWriter
 from .distributed.reader import FastshardReader as FastshardReader
 from .distributed.writer import FastshardWriter as FastshardWriter

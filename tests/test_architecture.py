@@ -57,9 +57,9 @@ PYTHON_LAYERS = {
         saving holders sources prepared archive_errors archive_skeleton archive_by_torch archive hub sharded_state
         sharded_save sharded_load asynchronous
     """,
-    "distributed": "group boxes rank_plan rank_files rank_save stored slices unseen_files stock writer reader",
+    "distributed": "group boxes rank_plan rank_files rank_save stored slices unseen_files stock writer reader distcp file_system",
     "integrations": """
-        patch_groups import_hook calls patching overrides report offload transformers trainer accelerate accelerate_state lightning adapters vllm_states vllm
+        patch_entry patch_groups import_hook calls patching overrides report offload transformers trainer accelerate accelerate_state lightning adapters dcp vllm_states vllm
         sglang vllm_save
     """,
     "tools": "convert tp_plan model_plan parts rank_folders reshard",
@@ -107,6 +107,7 @@ WITHOUT_TORCH = {
     "publish/directory": set(),
     "publish/in_place": set(),
     "publish/ranks": set(),
+    "integrations/patch_entry": set(),
     "integrations/patch_groups": set(),
     "integrations/import_hook": set(),
     "integrations/calls": set(),
@@ -393,11 +394,12 @@ PRIVATE = {
 
 PUBLIC_ROOTS = {"safetensors", "torch", "tqdm"}
 """What modules of ours import of other libraries when they are imported: nothing deeper."""
-DCP = {f"torch.distributed.checkpoint{name}" for name in ("", ".metadata", ".planner", ".storage")}
+DCP = {f"torch.distributed.checkpoint{name}" for name in ("", ".filesystem", ".metadata", ".planner", ".storage")}
 DEEPER = {
     "distributed/stock": DCP,
     "distributed/writer": DCP,
     "distributed/reader": DCP,
+    "distributed/file_system": DCP,
 }
 """What these import besides: they are imported by ``fastshard.dcp`` only."""
 

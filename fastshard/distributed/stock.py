@@ -25,3 +25,9 @@ def _borrowed(name: str) -> Any:
 
 StorageInfo: Any = _borrowed("_StorageInfo")
 """``(relative_path, offset, length)``: where an item was written."""
+
+
+def metadata_version() -> str | None:
+    """Returns what torch writes into ``Metadata.version``; ``None`` if it has no such number."""
+    version: str | None = getattr(filesystem, "CURRENT_DCP_VERSION", None)
+    return version

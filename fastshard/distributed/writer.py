@@ -28,8 +28,10 @@ from ..engine.tensors import check_dtype
 from ..formats.naming import (
     INDEX_NAME,
     are_of_the_same_weights,
+    dcp_layer,
     dcp_objects,
     dcp_shard,
+    is_dcp_objects,
     is_of_dcp_whole,
     number_of_dcp_shard,
 )
@@ -42,7 +44,7 @@ SHARDING_INFO: Final = "DCP_SHARDING_INFO"
 _SHARD: Final = "shard_index"
 
 
-class _Scope:
+class Scope:
     """Whose files a save replaces. It refers to no writer, so a writer's end is not put off."""
 
     def __init__(self, shards: bool) -> None:
@@ -120,7 +122,7 @@ class FastshardWriter(StorageWriter):
             dtype=check_dtype(dtype),
             engine=options,
         )
-        self._scope = _Scope(save_distributed)
+        self._scope = Scope(save_distributed)
         self._files: UnseenFiles | None = None
         self._save_id = str(uuid.uuid4())
 
@@ -195,62 +197,21 @@ class FastshardWriter(StorageWriter):
             raise RuntimeError("finish() without a save that was set up")
         found = made_by_ranks(results)
         if not self.save_distributed:
-            found[INDEX_NAME] = self._write_index(files, results)
+            found[INDEX_NAME] = write_index(files, results)
         files.publish(found)
         self._files = None
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         assert self._files is not None
-        files = self._files
         shard = (plan.storage_data or {}).get(_SHARD, self._scope.rank + 1) if self.save_distributed else None
-        planned, results = dict[PathLike, PlannedFile](), list[WriteResult]()
-        began = time.perf_counter()
-        for name, file in self._arranged(plan.items, planner, shard).items():
-            made = files.made(name)
-            planned[made.path] = plan_of(file.tensors, file.offsets, made.path, self._how)
-            layout = planned[made.path].layout
-            nbytes = {entry.name: entry.view.nbytes for entry in layout.entries}
-            results += (result_of(item, name, 0, nbytes[item.index.fqn], made) for item in file.items)
-        write_unseen(planned, files, self._how, began)
-        return results
-
-    def _arranged(
-        self, items: Iterable[WriteItem], planner: SavePlanner, shard: int | None
-    ) -> dict[str, _File]:
-        """Returns the files of these items by name. A name occurs in a file once."""
         mapping = self.fqn_to_index_mapping
         count = max(mapping.values(), default=1) if mapping else 1
-        files: dict[str, _File] = {}
-        for item in items:
-            fqn = item.index.fqn
-            if item.type == WriteItemType.BYTE_IO:
-                name, layer = dcp_objects(shard), 0
-            else:
-                name, layer = dcp_shard(shard, _file_of(fqn, mapping), count), 1
-            while fqn in files.setdefault(name, _File({}, {}, [])).tensors:
-                if not layer:
-                    raise ValueError(f"{fqn!r} is to be saved twice")
-                layer += 1
-                name = dcp_shard(shard, _file_of(fqn, mapping), count, layer)
-            file = files[name]
-            file.tensors[fqn] = resolved(planner, item)
-            if item.tensor_data is not None:
-                file.offsets[fqn] = item.tensor_data.chunk.offsets
-            file.items.append(item)
-        return files
-
-    def _write_index(self, files: UnseenFiles, results: list[list[WriteResult]]) -> Made:
-        """Writes the index of a checkpoint that is not in shards, as the stock writer does."""
-        each = [result for of_rank in results for result in of_rank if is_of_dcp_whole(_name(result))]
-        tensors = [result for result in each if _name(result) != dcp_objects(None)]
-        index = {
-            "metadata": {"total_size": sum(result.size_in_bytes for result in tensors)},
-            "weight_map": {result.index.fqn: _name(result) for result in tensors},
-        }
-        made = files.made(INDEX_NAME)
-        with open(made.path, "w") as file:
-            json.dump(index, file, indent=2)
-        return made
+        files: dict[str, list[WriteItem]] = {}
+        for item in plan.items:
+            is_object = item.type == WriteItemType.BYTE_IO
+            file = 1 if is_object else _file_of(item.index.fqn, mapping)
+            files.setdefault(dcp_shard(shard, file, count), []).append(item)
+        return write_tensors(files.items(), planner, self._files, self._how)
 
 
 def is_of_rank(rank: int, own: int) -> bool:
@@ -291,7 +252,7 @@ def resolved(planner: SavePlanner, item: WriteItem) -> torch.Tensor:
     return data.detach()
 
 
-def plan_of(
+def _plan_of(
     tensors: dict[str, torch.Tensor], offsets: Mapping[str, Sequence[int]], path: str, how: How
 ) -> PlannedFile:
     """Plans a safetensors file that says where in the whole tensors its tensors lie."""
@@ -303,11 +264,54 @@ def plan_of(
     return PlannedFile(FilePlan(encoded_path(path), layout.header(metadata), layout.items), layout)
 
 
-def write_unseen(planned: Mapping[PathLike, PlannedFile], files: UnseenFiles, how: How, began: float) -> None:
-    """Writes files of this rank, and waits."""
-    with background.synchronous(), one_save(CALL, files.directory):
-        future = start(planned, how, began, call=CALL, explain=files.explain)
-        finish(future, how.progress, os.path.basename(files.directory))
+def write_tensors(
+    named: Iterable[tuple[str, list[WriteItem]]], planner: SavePlanner, unseen: UnseenFiles, how: How
+) -> list[WriteResult]:
+    """Writes safetensors files, by the names that the stock writer gives them, and waits."""
+    began = time.perf_counter()
+    results: list[WriteResult] = []
+    planned: dict[PathLike, PlannedFile] = {}
+    for name, file in _arranged(named, planner).items():
+        made = unseen.made(name)
+        plan = planned[made.path] = _plan_of(file.tensors, file.offsets, made.path, how)
+        nbytes = {entry.name: entry.view.nbytes for entry in plan.layout.entries}
+        results += (result_of(item, name, 0, nbytes[item.index.fqn], made) for item in file.items)
+    if planned:
+        with background.synchronous(), one_save(CALL, unseen.directory):
+            future = start(planned, how, began, call=CALL, explain=unseen.explain)
+            finish(future, how.progress, os.path.basename(unseen.directory))
+    return results
+
+
+def _arranged(named: Iterable[tuple[str, list[WriteItem]]], planner: SavePlanner) -> dict[str, _File]:
+    """Returns what is in each file. A name occurs in a file once, and what is no tensor has a file of its own."""
+    files: dict[str, _File] = {}
+    for name, items in named:
+        for item in items:
+            fqn, layer, place = item.index.fqn, 1, name
+            if item.type == WriteItemType.BYTE_IO:
+                place = dcp_objects(name)
+            while fqn in files.setdefault(place, _File({}, {}, [])).tensors:
+                layer += 1
+                place = dcp_layer(name, layer)
+            files[place].tensors[fqn] = resolved(planner, item)
+            if item.tensor_data is not None:
+                files[place].offsets[fqn] = item.tensor_data.chunk.offsets
+            files[place].items.append(item)
+    return files
+
+
+def write_index(files: UnseenFiles, results: Iterable[Iterable[WriteResult]]) -> Made:
+    """Writes the index of a checkpoint that is not in shards, as the stock writer does."""
+    tensors = [result for of_rank in results for result in of_rank if not is_dcp_objects(_name(result))]
+    index = {
+        "metadata": {"total_size": sum(result.size_in_bytes for result in tensors)},
+        "weight_map": {result.index.fqn: _name(result) for result in tensors},
+    }
+    made = files.made(INDEX_NAME)
+    with open(made.path, "w") as file:
+        json.dump(index, file, indent=2)
+    return made
 
 
 def result_of(item: WriteItem, name: str, offset: int, nbytes: int, made: Made) -> WriteResult:

@@ -157,16 +157,26 @@ def is_rank_folder(name: str) -> bool:
     return _RANK_FOLDER.fullmatch(name) is not None
 
 
-def dcp_shard(shard: int | None, file: int, files: int, layer: int = 1) -> str:
+def dcp_shard(shard: int | None, file: int, files: int) -> str:
     """Returns the name of a file of a rank in the layout of ``HuggingFaceStorageWriter``. ``shard`` is ``None`` if the
-    tensors are not in shards. Further chunks of tensors that the first file has are in further ``layer``."""
-    more = f"-{layer}" if layer > 1 else ""
-    return f"{_of_shard(shard)}model-{file:05d}-of-{files:05d}{more}{WEIGHTS_SUFFIX}"
+    tensors are not in shards."""
+    return f"{_of_shard(shard)}model-{file:05d}-of-{files:05d}{WEIGHTS_SUFFIX}"
 
 
-def dcp_objects(shard: int | None) -> str:
-    """Returns the name of the file with what a rank saves besides tensors. Other readers take it for no weights."""
-    return _of_shard(shard) + _OBJECTS
+def dcp_layer(name: str, layer: int) -> str:
+    """Returns the name of the file with further chunks of tensors of which such a file has a chunk already."""
+    return f"{name.removesuffix(WEIGHTS_SUFFIX)}-{layer}{WEIGHTS_SUFFIX}" if layer > 1 else name
+
+
+def dcp_objects(name: str) -> str:
+    """Returns the name of the file with what a rank saves besides the tensors in such a file. Other readers take it
+    for no weights."""
+    return _of_shard(number_of_dcp_shard(name)) + _OBJECTS
+
+
+def dcp_renumbered(name: str, shard: int) -> str:
+    """Returns the name of the same file of another shard."""
+    return _of_shard(shard) + name.partition("-")[2].partition("-")[2]
 
 
 def _of_shard(shard: int | None) -> str:

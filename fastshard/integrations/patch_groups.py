@@ -24,44 +24,38 @@ from typing import Any, Final, NamedTuple
 
 from ..base.originals import Function as Function
 from ..base.originals import is_own, namespace
-
-
-class Entry(NamedTuple):
-    """A function to be replaced. ``implementation`` is written ``"module:function"``."""
-
-    module: str
-    attribute: str
-    implementation: str
-    parameters: str = ""
-    """Names of the parameters that the implementation takes by position."""
-    group: str = ""
-    since: str = ""
-    """The version of the library that introduced the function. It is not missed in older ones."""
-    until: str = ""
-    """The version that removed it. It is not missed from then on."""
-
-    @property
-    def call(self) -> str:
-        """Returns what users call the function."""
-        return "torch.save" if self.module == "torch.serialization" else self.attribute
-
-    @property
-    def library(self) -> str:
-        return self.module.partition(".")[0]
-
-    @property
-    def belongs_to(self) -> str:
-        """Returns the name of its group."""
-        return self.group or f"{self.library}: {self.attribute}"
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.attribute}"
-
+from .patch_entry import Entry as Entry
 
 _PRETRAINED: Final = "transformers: save_pretrained"
 _ACCELERATOR: Final = "accelerate: save_model"
 _STATE: Final = "accelerate: save_state"
 _TRAINER: Final = "transformers: checkpoints of Trainer"
+_DCP: Final = "torch: writers of distributed checkpoints"
+
+_DISTRIBUTED: Final = tuple(
+    Entry(f"torch.distributed.checkpoint.{module}", name, f"fastshard.integrations.dcp:{ours}", known, group)
+    for module, name, ours, known, group in (
+        # First what is imported last.
+        ("hf_storage", "HuggingFaceStorageWriter.finish", "finish_tensors", "self metadata results", _DCP),
+        ("filesystem", "_FileSystemWriter.__init__", "__init__", "self path", _DCP),
+        (
+            "filesystem",
+            "_FileSystemWriter.set_up_storage_writer",
+            "set_up_storage_writer",
+            "self is_coordinator",
+            _DCP,
+        ),
+        ("filesystem", "_FileSystemWriter._write_data", "_write_data", "self planner file_queue", _DCP),
+        ("filesystem", "_FileSystemWriter.finish", "finish", "self metadata results", _DCP),
+        (
+            "_async_process_executor",
+            "_ProcessBasedAsyncCheckpointExecutor.execute_save",
+            "execute_save",
+            "self",
+            "",
+        ),
+    )
+)
 
 TABLE: tuple[Entry, ...] = (
     Entry(
@@ -125,6 +119,7 @@ TABLE: tuple[Entry, ...] = (
         "model",
         _ACCELERATOR,
     ),
+    *_DISTRIBUTED,
 )
 
 ASYNCHRONOUS: tuple[Entry, ...] = (
@@ -218,6 +213,11 @@ NEEDS: Final[dict[str, tuple[str, ...]]] = {
         "transformers.utils.logging:is_progress_bar_enabled",
     ),
     _TRAINER: ("transformers.trainer_callback:TrainerCallback",),
+    _DCP: (
+        "torch.distributed.checkpoint.filesystem:FileSystem",
+        "torch.distributed.checkpoint.filesystem:_StorageInfo",
+        "torch.distributed.checkpoint.filesystem:SerializationFormat",
+    ),
     _ACCELERATOR: (
         "accelerate.utils.offload:OffloadedWeightsLoader",
         "accelerate.utils.offload:PrefixedDataset",
