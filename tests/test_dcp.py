@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import metadata as stock_metadata
 from torch.distributed.checkpoint import planner as stock_planner
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
+import fastshard
 from fastshard import Options
 from fastshard.dcp import FastshardReader, FastshardWriter
 from fastshard.engine.tensors import DTYPES
@@ -528,3 +529,51 @@ def test_asynchronous_saves(tmp_path: Path, kind: str, stager: bool) -> None:
         assert torch.equal(found["w"], values(60).view(10, 6) + count)
         assert found["n"] == count
     assert ranks.leftovers(tmp_path) == []
+
+
+def save_final_files(folder: Path, kind: str) -> None:
+    state = {key: value for key, value in state_of_ranks(2).items() if key not in ("rank", "step")}
+    state["tied"] = state["plain"]
+    writer = FastshardWriter(folder / "dcp", final=True, max_shard_size=300)
+    planner = Doubled() if kind == "planner" else DefaultSavePlanner(enable_plan_caching=kind == "cached")
+    for _ in range(2):
+        if kind == "asynchronous":
+            dcp.async_save(state, storage_writer=writer).result()
+        else:
+            dcp.save(state, storage_writer=writer, planner=planner)
+    fastshard.save_distributed(state, folder / "same", max_shard_size=300)
+    found = zeroed(state)
+    dcp.load(found, storage_reader=FastshardReader(folder / "dcp")) if "planner" not in kind else None
+
+
+class Doubled(DefaultSavePlanner):
+    """A planner that changes what is saved."""
+
+    def transform_object(self, write_item: stock_planner.WriteItem, object: Any) -> Any:
+        return object + object
+
+
+@pytest.mark.parametrize("kind", ["plain", "cached", "asynchronous", "planner"])
+def test_final_files_at_once(tmp_path: Path, kind: str) -> None:
+    ranks.run(2, save_final_files, tmp_path, kind)
+    names = sorted(os.listdir(tmp_path / "same"))
+    assert len(names) > 2
+    if kind == "planner":  # the plan does not say what is tied
+        index = json.loads((tmp_path / "dcp" / "model.safetensors.index.json").read_text())
+        for name, file in index["weight_map"].items():
+            with safe_open(tmp_path / "dcp" / file, "pt") as opened:
+                found = opened.get_tensor(name)
+            whole = {"few": values(6).view(3, 2), "plain": values(7), "tied": values(7)}
+            expected = whole.get(name, values(60).view(10, 6)) * 2
+            assert same(found, torch.tensor([True, False]) if name == "flags" else expected)
+        return
+    assert sorted(os.listdir(tmp_path / "dcp")) == names
+    for name in names:
+        assert (tmp_path / "dcp" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
+    assert ranks.leftovers(tmp_path) == []
+
+
+def test_final_files_have_no_place_for_objects(tmp_path: Path) -> None:
+    with pytest.raises(BaseException, match="Key `n` is invalid"):
+        dcp.save({"w": values(3), "n": 3}, storage_writer=FastshardWriter(tmp_path / "x", final=True))
+    assert not (tmp_path / "x").exists()

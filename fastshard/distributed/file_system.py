@@ -33,9 +33,9 @@ from ..engine.plan import FilePlan
 from ..engine.tensors import current_streams
 from ..formats.naming import DCP_METADATA, INDEX_NAME, dcp_renumbered, number_of_dcp_shard, rank_of_distcp
 from .distcp import Archives, amender, fetcher
-from .stock import metadata_version
+from .stock import metadata_version, resolved
 from .unseen_files import UnseenFiles
-from .writer import CALL, Scope, is_of_rank, made_by_ranks, resolved, result_of, write_index, write_tensors
+from .writer import CALL, Scope, is_of_rank, made_by_ranks, result_of, write_index, write_tensors
 
 Queue = queue.Queue[tuple[Any, str, list[WriteItem]]]
 """Of the files that a rank is to write: path, name, items."""

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import uuid
-from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -21,14 +21,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 
-from ..engine.mapped import MappedFile
 from ..engine.tensors import DTYPES
-from ..formats.hf_index import files_of_index, read_stored, read_text
+from ..formats.hf_index import files_of_index, read_object, read_stored, read_text
 from ..formats.naming import INDEX_NAME, WEIGHTS_SUFFIX, is_dcp_objects, number_of_dcp_shard
 from ..formats.safetensors import FileHeader, StoredTensor
+from .slices import Box, read_boxes
+from .stored import OpenCheckpoint, open_checkpoint
 from .writer import SHARDING_INFO
 
 _BY_CODE: Final = {code: dtype for dtype, (_, code, _) in DTYPES.items()}
@@ -41,13 +42,15 @@ class _Place(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype | None
     """``None`` for what is no tensor."""
+    name: str
+    """Under which it is stored."""
 
 
 class FastshardReader(StorageReader):
     """Loads checkpoints of :class:`FastshardWriter`, of the stock ``HuggingFaceStorageWriter``, and plain folders of
     Hugging Face models with ``dcp.load``.
 
-    A rank reads of each tensor the part that it asks for. All dtypes of the format are known, and what is no
+    A rank reads of each tensor the part that it asks for, in long runs, in parallel, and in bounded memory. All dtypes of the format are known, and what is no
     tensor is read from the files that :class:`FastshardWriter` has beside the tensors. In a plain folder with an
     index only the files count that the index names.
     """
@@ -83,12 +86,15 @@ class FastshardReader(StorageReader):
         tensors: dict[str, TensorStorageMetadata] = {}
         objects: dict[str, BytesStorageMetadata] = {}
         places: dict[MetadataIndex, _Place] = {}
-        for name in _files_of(self.path):
+        names, noted = _files_of(self.path)
+        for name in names:
             header = read_stored(os.path.join(self.path, name)).header
             if is_dcp_objects(name):
                 for stored in header.tensors:
                     objects[stored.name] = BytesStorageMetadata()
-                    places[MetadataIndex(stored.name)] = _Place(name, torch.Size(stored.shape), None)
+                    places[MetadataIndex(stored.name)] = _Place(
+                        name, torch.Size(stored.shape), None, stored.name
+                    )
                 continue
             offsets = _offsets(header, name)
             for stored in header.tensors:
@@ -99,7 +105,14 @@ class FastshardReader(StorageReader):
                         f"{name}: this torch has no dtype for {stored.code} of {stored.name!r}"
                     )
                 _add_chunk(tensors, stored.name, chunk, dtype, name)
-                places[MetadataIndex(stored.name, chunk.offsets)] = _Place(name, chunk.sizes, dtype)
+                place = _Place(name, chunk.sizes, dtype, stored.name)
+                places[MetadataIndex(stored.name, chunk.offsets)] = place
+            noted.update(header.metadata or {})
+        for fqn, kept in noted.items():  # savers note under which name a tensor is stored that has several
+            if isinstance(kept, str) and kept in tensors and fqn not in tensors:
+                tensors[fqn] = tensors[kept]
+                for chunk in tensors[kept].chunks:
+                    places[MetadataIndex(fqn, chunk.offsets)] = places[MetadataIndex(kept, chunk.offsets)]
         storage_meta = StorageMeta(checkpoint_id=self.path, load_id=self._load_id)
         return Metadata({**tensors, **objects}, storage_data=places, storage_meta=storage_meta)
 
@@ -115,42 +128,48 @@ class FastshardReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
-        files: dict[str, MappedFile] = {}
-        for item in plan.items:
-            name = self._places[item.storage_index].relative_path
-            file = files.get(name) or files.setdefault(name, MappedFile(os.path.join(self.path, name)))
-            stored = file.tensor(item.storage_index.fqn)
-            if item.type == LoadItemType.BYTE_IO:
-                planner.load_bytes(item, io.BytesIO(stored.numpy().tobytes()))
-                continue
-            for dimension, (begin, length) in enumerate(zip(item.storage_offsets, item.lengths)):
-                stored = stored.narrow(dimension, begin, length)
-            target = planner.resolve_tensor(item).detach()
-            if target.size() != stored.size():
-                raise ValueError(
-                    f"{item.storage_index.fqn!r}: {list(stored.shape)} cannot be loaded into {list(target.shape)}"
-                )
-            target.copy_(stored)
+        boxes: list[Box] = []
+        filled: list[tuple[ReadItem, torch.Tensor]] = []
+        with contextlib.ExitStack() as stack:
+            files: dict[str, OpenCheckpoint] = {}
+            for item in plan.items:
+                place = self._places[item.storage_index]
+                name = place.relative_path
+                if name not in files:
+                    files[name] = stack.enter_context(open_checkpoint(os.path.join(self.path, name)))
+                stored = files[name].tensor(place.name)
+                if item.type == LoadItemType.BYTE_IO:
+                    data = torch.empty(stored.shape, dtype=torch.uint8, device="cpu")
+                    read_boxes([Box(stored, [0], stored.shape, data)])
+                    planner.load_bytes(item, io.BytesIO(data.numpy().tobytes()))
+                    continue
+                target = planner.resolve_tensor(item).detach()
+                boxes.append(Box(stored, item.storage_offsets, item.lengths, target))
+                filled.append((item, target))
+            read_boxes(boxes)
+        for item, target in filled:
             planner.commit_tensor(item, target)
         future: torch.futures.Future[None] = torch.futures.Future()
         future.set_result(None)
         return future
 
 
-def _files_of(folder: str) -> Iterable[str]:
-    """Returns the names of the files that make up the checkpoint in a folder."""
+def _files_of(folder: str) -> tuple[list[str], dict[str, object]]:
+    """Returns the names of the files that make up the checkpoint in a folder, and what the index notes besides."""
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     shards = [name for name in names if number_of_dcp_shard(name) is not None]
     if shards:
-        return shards
+        return shards, {}
     objects = [name for name in names if is_dcp_objects(name)]
     if INDEX_NAME in names:
         path = os.path.join(folder, INDEX_NAME)
-        return [*sorted(files_of_index(read_text(path), path)), *objects]
+        text = read_text(path)
+        noted = read_object(text, path).get("metadata")
+        return [*sorted(files_of_index(text, path)), *objects], noted if isinstance(noted, dict) else {}
     found = [name for name in names if name.endswith(WEIGHTS_SUFFIX)] + objects
     if not found:
         raise FileNotFoundError(2, "no safetensors files", folder)
-    return found
+    return found, {}
 
 
 def _offsets(header: FileHeader, name: str) -> dict[str, list[int]] | None:

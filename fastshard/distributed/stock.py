@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
 
 def _borrowed(name: str) -> Any:
@@ -31,3 +32,13 @@ def metadata_version() -> str | None:
     """Returns what torch writes into ``Metadata.version``; ``None`` if it has no such number."""
     version: str | None = getattr(filesystem, "CURRENT_DCP_VERSION", None)
     return version
+
+
+def resolved(planner: SavePlanner, item: WriteItem) -> torch.Tensor:
+    """Returns what is to be written of an item: the tensor itself, or the bytes of an object as a tensor."""
+    data = planner.resolve_data(item)
+    if not isinstance(data, torch.Tensor):
+        return torch.frombuffer(data.getbuffer(), dtype=torch.uint8)
+    if hasattr(data, "trigger_wait"):  # the result of a collective that may still be under way
+        data = data.trigger_wait()
+    return data.detach()

@@ -35,7 +35,9 @@ from ..formats.naming import (
     is_of_dcp_whole,
     number_of_dcp_shard,
 )
-from .stock import StorageInfo
+from .final_files import state_of
+from .rank_save import save_distributed
+from .stock import StorageInfo, resolved
 from .unseen_files import Made, UnseenFiles
 
 CALL: Final = "dcp.save"
@@ -94,6 +96,10 @@ class FastshardWriter(StorageWriter):
         fqn_to_index_mapping: in which file of its rank, from 1 on, each tensor is; ``None``: all in one.
         save_distributed: with ``False`` the tensors must all be on one rank, and whole. The names are then
             ``model-00001-of-00001.safetensors``, with an index.
+        final: write ordinary Hugging Face files at once, which need no consolidation: those of
+            :func:`fastshard.save_distributed`, which ``max_shard_size``, ``process_group`` and ``timeout`` are for.
+            All ranks have to save. Objects that are no tensors are refused. The group does not go into another
+            process, where all ranks are meant.
         durable, keep_cached, progress, dtype: as for :func:`fastshard.save_file`.
         options: limits of the engine that writes.
     """
@@ -104,6 +110,10 @@ class FastshardWriter(StorageWriter):
         fqn_to_index_mapping: Mapping[str, int] | None = None,
         *,
         save_distributed: bool = True,
+        final: bool = False,
+        max_shard_size: int | str = "5GB",
+        process_group: Any = None,
+        timeout: float | None = None,
         durable: bool = False,
         keep_cached: bool = True,
         progress: bool | None = None,
@@ -114,6 +124,14 @@ class FastshardWriter(StorageWriter):
         self.path = os.fspath(path)
         self.fqn_to_index_mapping = None if fqn_to_index_mapping is None else dict(fqn_to_index_mapping)
         self.save_distributed = save_distributed
+        self.final = final
+        if final and fqn_to_index_mapping is not None:
+            raise ValueError("final files are split by max_shard_size, not by fqn_to_index_mapping")
+        self._final_options = {
+            "max_shard_size": max_shard_size,
+            "process_group": process_group,
+            "timeout": timeout,
+        }
         self._how = How(
             durable=durable,
             keep_cached=keep_cached,
@@ -127,7 +145,8 @@ class FastshardWriter(StorageWriter):
         self._save_id = str(uuid.uuid4())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": None}
+        options = {**self._final_options, "process_group": None}
+        return {**self.__dict__, "_files": None, "_final_options": options}
 
     @property
     def checkpoint_id(self) -> str:
@@ -150,7 +169,8 @@ class FastshardWriter(StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self._scope.rank = kwargs.get("rank") or 0
         self._scope.alone = not kwargs.get("use_collectives", True)
-        self._begin(is_coordinator)
+        if not self.final:
+            self._begin(is_coordinator)
 
     def _begin(self, is_coordinator: bool) -> None:
         if self._files is not None:  # of a save that has failed
@@ -173,6 +193,8 @@ class FastshardWriter(StorageWriter):
         scope = self._scope
         if len(plans) == 1 and not scope.alone and not scope.rank:
             scope.rank, scope.alone = _among_others()
+            if self.final and scope.alone:
+                raise ValueError("final files are saved by all ranks together: not with no_dist=True")
         first = scope.rank + 1 if scope.alone else 1
         return [
             dataclasses.replace(plan, storage_data={_SHARD: shard} if self.save_distributed else {})
@@ -180,9 +202,13 @@ class FastshardWriter(StorageWriter):
         ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        if self.final:
+            self._save_final(plan, planner)
+            future.set_result([])
+            return future
         if self._files is None:  # nobody has set the writer up
             self._begin(True)
-        future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         try:
             future.set_result(self._write(plan, planner) if plan.items else [])
         except BaseException:
@@ -193,6 +219,8 @@ class FastshardWriter(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         files = self._files
+        if self.final:
+            return  # which they have agreed on
         if files is None:
             raise RuntimeError("finish() without a save that was set up")
         found = made_by_ranks(results)
@@ -200,6 +228,18 @@ class FastshardWriter(StorageWriter):
             found[INDEX_NAME] = write_index(files, results)
         files.publish(found)
         self._files = None
+
+    def _save_final(self, plan: SavePlan, planner: SavePlanner) -> None:
+        save_distributed(
+            state_of(plan, planner),
+            self.path,
+            durable=self._how.durable,
+            keep_cached=self._how.keep_cached,
+            progress=self._how.progress,
+            dtype=self._how.dtype,
+            engine=self._how.engine,
+            **self._final_options,
+        )
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         assert self._files is not None
@@ -240,16 +280,6 @@ def _file_of(fqn: str, mapping: Mapping[str, int] | None) -> int:
 def _name(result: WriteResult) -> str:
     name: str = result.storage_data.relative_path
     return name
-
-
-def resolved(planner: SavePlanner, item: WriteItem) -> torch.Tensor:
-    """Returns what is to be written of an item: the tensor itself, or the bytes of an object as a tensor."""
-    data = planner.resolve_data(item)
-    if not isinstance(data, torch.Tensor):
-        return torch.frombuffer(data.getbuffer(), dtype=torch.uint8)
-    if hasattr(data, "trigger_wait"):  # the result of a collective that may still be under way
-        data = data.trigger_wait()
-    return data.detach()
 
 
 def _plan_of(
