@@ -130,12 +130,18 @@ class Group:
 
     @contextlib.contextmanager
     def _told_if_it_fails(self, step: int) -> Iterator[None]:
+        """Tells the others of an error. If one of them has failed before, that is the reason on this rank, too: the
+        files that it writes to may be gone since."""
         try:
             yield
         except BaseException as error:
+            text = f"rank {self.rank} could not save its part: {described(error)}"
+            counts = text
             if self.size > 1:
                 with contextlib.suppress(Exception):  # whoever waits will give this rank up
-                    self._fail(step, f"rank {self.rank} could not save its part: {described(error)}")
+                    counts = self._fail(step, text)
+            if counts != text and isinstance(error, Exception):
+                raise RuntimeError(counts) from error
             raise
 
     def _decide(self, step: int, value: T, decide: Callable[[list[T]], list[Any]]) -> Any:
