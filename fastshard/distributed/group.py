@@ -21,8 +21,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, TypeVar
 
-from ..publish.ranks import described
-
 _BEAT_SECONDS: Final = 1.0
 _SILENT_SECONDS: Final = 30.0
 """A rank that is in a save says so each second. After this time without a word it counts as dead."""
@@ -33,6 +31,11 @@ _POLL_SECONDS: Final = 0.001
 _MOST_POLL_SECONDS: Final = 0.05
 
 T = TypeVar("T")
+
+
+def described(error: BaseException) -> str:
+    """Returns an error in one line, with its class where that says something."""
+    return str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
 
 
 class Group:
