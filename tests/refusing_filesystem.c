@@ -5,7 +5,7 @@
 // process is killed there. "rename@2" refuses the second call only. Some words refuse nothing. "short": pwrite writes
 // half of what it is given and a piece of a block. "pause": rename waits half a second. "nap": pwritev does a second.
 // "slow:3": pwritev waits for three process_vm_readv ("readv"). "late": what "range" refuses takes half a second.
-// `refused_calls` counts.
+// "nfs": every file is said to lie on NFS. `refused_calls` counts.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -17,6 +17,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <sys/uio.h>
 #include <sys/xattr.h>
 #include <unistd.h>
@@ -54,6 +55,13 @@ int open(const char* path, int flags, ...) {
   va_end(rest);
   if ((flags & O_TMPFILE) == O_TMPFILE && refused("tmpfile", &calls)) return -1;
   return REAL(open)(path, flags, mode);
+}
+
+int fstatfs(int fd, struct statfs* found) {
+  static int calls;
+  const int status = REAL(fstatfs)(fd, found);
+  if (status == 0 && refused("nfs", &calls)) found->f_type = 0x6969;
+  return status;
 }
 
 int fallocate(int fd, int mode, off_t offset, off_t length) {

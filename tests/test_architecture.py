@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 NATIVE_LAYERS = {
-    "plan": "error.h plan.h plan.cc layout.h layout.cc schedule.h schedule.cc",
+    "plan": "error.h places.h places.cc plan.h plan.cc layout.h layout.cc schedule.h schedule.cc",
     "device": """
         device.h cast.h cast.cc pack.h pack.cc streaming.h streaming.cc kernels/table.h kernels/table.cc
         kernels/memory.cuh kernels/elements.cuh kernels/gather.cuh kernels/tiles.cuh kernels/pack.cu kernels/embedded.h
@@ -32,7 +32,7 @@ NATIVE_LAYERS = {
     """,
     "save": """
         crc32.h crc32.cc runs.h writer.h source_pages.h source_pages.cc chunk_writer.h chunk_writer.cc page_cache_writer.h
-        page_cache_writer.cc direct_writer.h direct_writer.cc into_memory.h snapshot_writer.h snapshot_writer.cc
+        page_cache_writer.cc placed_writer.h placed_writer.cc direct_writer.h direct_writer.cc into_memory.h snapshot_writer.h snapshot_writer.cc
         memory_writer.h memory_writer.cc writer.cc targets.h targets.cc forked_child.h forked_child.cc forked.h forked.cc
         save.h save.cc save_report.cc save_snapshot.cc
         engine.h engine.cc
@@ -52,7 +52,7 @@ PYTHON_LAYERS = {
         options plan limits borrowed mapped sharing tensors planning staged_event parts serving future progress arena background copies
         snapshots figures engine pipeline reading
     """,
-    "publish": "hidden_names folder attributes staging change linking exchanging switching directory messages ranks in_place checkpoint staged",
+    "publish": "hidden_names folder attributes staging change linking exchanging switching directory messages in_place checkpoint staged",
     "api": """
         saving holders sources prepared archive_errors archive_skeleton archive_by_torch archive hub sharded_state
         sharded_save sharded_load asynchronous
@@ -106,7 +106,6 @@ WITHOUT_TORCH = {
     "publish/switching": set(),
     "publish/directory": set(),
     "publish/in_place": set(),
-    "publish/ranks": set(),
     "integrations/patch_entry": set(),
     "integrations/patch_groups": set(),
     "integrations/import_hook": set(),

@@ -23,13 +23,14 @@ from fastshard.engine.plan import (
     ForeignFile,
     Link,
     Memory,
+    Place,
     SaveOptions,
     TensorView,
     WriteItem,
 )
 
 NewEngine = Callable[..., Engine]
-RECORDS = (TensorView, WriteItem, FilePlan, ForeignFile, Memory, Link, SaveOptions)
+RECORDS = (TensorView, WriteItem, FilePlan, ForeignFile, Memory, Link, Place, SaveOptions)
 
 CHANGE = """
 import ctypes, os, sys

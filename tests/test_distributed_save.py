@@ -204,3 +204,171 @@ def test_hybrid_sharding(tmp_path: Path) -> None:
 def test_strided_shards_of_fsdp2_over_tensor_parallelism(tmp_path: Path) -> None:
     placements = ranks.run(4, save_model, sharded_and_parallel, tmp_path, {"max_shard_size": 300})
     assert "_StridedShard" in placements[0]
+
+
+MIB = 1 << 20
+LARGE = (24 * MIB) // 4
+"""Elements of a tensor of 24 MiB."""
+
+
+def kib(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1])
+    raise AssertionError(key)
+
+
+def memory_of_a_save(folder: Path, options: dict[str, Any]) -> int:
+    """By how many MiB the memory of a rank grows at most while it saves 144 MiB of its own and as many of the others'."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh = mesh_of(distributed.get_world_size())
+    tensors = {"rows": [Shard(0)], "columns": [Shard(1)], "replicated": [Replicate()]}
+    state = {
+        f"{number}.{name}": DTensor.from_local(
+            torch.ones(LARGE // 1024, 1024), mesh, placements, run_check=False
+        )
+        for number in range(2)
+        for name, placements in tensors.items()
+    }
+    small = {
+        name: DTensor.from_local(torch.ones(8, 8), mesh, p, run_check=False) for name, p in tensors.items()
+    }
+    fastshard.save_distributed(small, folder, **options)  # brings what is loaded once
+    distributed.barrier()
+    before = kib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    fastshard.save_distributed(state, folder, **options)
+    return (kib("VmHWM") - before) >> 10
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bf16"}, {"durable": True}], ids=str)
+def test_memory_of_a_rank_does_not_grow_with_the_model(tmp_path: Path, options: dict[str, Any]) -> None:
+    assert max(ranks.run(2, memory_of_a_save, tmp_path / "ours", options)) <= 64
+
+
+def expert_parallel(folder: Path) -> None:
+    """Names that only one rank has, between those that all have."""
+    full = {
+        name: values(6, 4, seed=seed)
+        for seed, name in enumerate(["a", "experts.0", "experts.1", "experts.2", "z"])
+    }
+    mine = {"a", "z", f"experts.{distributed.get_rank()}"} | (
+        {"experts.2"} if distributed.get_rank() else set()
+    )
+    state = {name: tensor for name, tensor in full.items() if name in mine}
+    fastshard.save_distributed(state, folder / "ours", max_shard_size=150)
+    distributed.barrier()
+    compare(full, folder, {"max_shard_size": 150})
+
+
+def test_names_that_differ_between_ranks(tmp_path: Path) -> None:
+    ranks.run(2, expert_parallel, tmp_path)
+
+
+def replicated(folder: Path) -> int:
+    """What a rank has written of a state dict that all of them have."""
+    fastshard.save_distributed({f"{n}": torch.full((1 << n, 1024), 1.0) for n in range(11)}, folder)
+    figures = fastshard.stats()
+    return figures.nbytes if figures else 0
+
+
+def test_what_all_ranks_have_is_written_once_and_by_all(tmp_path: Path) -> None:
+    written = ranks.run(4, replicated, tmp_path)
+    assert sum(written) == 4096 * 2047 and max(written) < 1.3 * min(written)
+
+
+def save_twice(folder: Path) -> list[str]:
+    """A second save with fewer shards takes the place of the first one."""
+    fastshard.save_distributed(full_state(), folder, max_shard_size=200)
+    fastshard.save_distributed(full_state(), folder)
+    distributed.barrier()
+    return sorted(os.listdir(folder))
+
+
+def test_obsolete_files_go(tmp_path: Path) -> None:
+    assert ranks.run(2, save_twice, tmp_path / "new" / "ours") == [["model.safetensors"]] * 2
+
+
+def odd_state(kind: str) -> dict[str, Any]:
+    from torch.distributed.tensor import DTensor, Partial, Shard
+
+    mesh, rank = mesh_of(2), distributed.get_rank()
+    local = torch.ones(2, 3)
+    if kind == "partial":
+        return {"odd": DTensor.from_local(local, mesh, [Partial()], run_check=False)}
+    if kind == "shape":
+        return {"odd": torch.ones(2 + rank, 3)}
+    if kind == "dtype":
+        return {"odd": local.to(torch.float16 if rank else torch.float32)}
+    if kind == "missing":
+        shard = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+        return {} if rank else {"odd": shard}
+    if kind == "placement":
+        from torch.distributed.tensor import placement_types
+
+        strided = placement_types._StridedShard(0, split_factor=3)
+        return {
+            "odd": DTensor.from_local(local, mesh, [strided], run_check=False, shape=(4, 3), stride=(3, 1))
+        }
+    if kind == "overlap":
+        return {"odd": Described((4, 3), [(rank, 0)], [(0, 0)], [(3, 3)])}
+    raise AssertionError(kind)
+
+
+class Described(torch.Tensor):
+    """Describes itself as torch 2.14's ``CheckpointableTensor``."""
+
+    @staticmethod
+    def __new__(
+        cls, shape: tuple[int, ...], offsets: Any, begins: Any, sizes: Any, values: Any = None
+    ) -> Any:
+        return (torch.ones(*sizes[0]) if values is None else values).as_subclass(cls)
+
+    def __init__(
+        self, shape: tuple[int, ...], offsets: Any, begins: Any, sizes: Any, values: Any = None
+    ) -> None:
+        self.global_shape, self.global_offsets = shape, offsets
+        self.local_offsets, self.local_sizes = begins, sizes
+
+
+def refusal(kind: str, folder: Path) -> str:
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        fastshard.save_distributed(odd_state(kind), folder, timeout=20)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("partial", "Partial"),
+        ("shape", "rank 1"),
+        ("dtype", "torch.float16"),
+        ("missing", "only 6 of 12 elements"),
+        ("placement", "more than one box"),
+        ("overlap", "overlap"),
+    ],
+)
+def test_what_is_refused_is_named_on_every_rank(tmp_path: Path, kind: str, text: str) -> None:
+    for said in ranks.run(2, refusal, kind, tmp_path / "ours"):
+        assert text in said and "'odd'" in said, said
+    assert not (tmp_path / "ours").exists() and not ranks.leftovers(tmp_path)
+
+
+def several_pieces(folder: Path) -> None:
+    """A buffer that holds two shards, one of them with merged leading dimensions."""
+    full = {"odd": values(4, 3), "merged": values(2, 3, 5)}
+    rank = distributed.get_rank()
+    rows = [(rank, 0), (rank + 2, 0)]
+    buffer = torch.cat([torch.zeros(1, 3), full["odd"][rank : rank + 1], full["odd"][rank + 2 : rank + 3]])
+    state = {
+        "odd": Described((4, 3), rows, [(1, 0), (2, 0)], [(1, 3), (1, 3)], buffer),
+        "merged": Described((2, 3, 5), [(rank, 0, 0)], [(0, 0)], [(1, 3, 5)], full["merged"][rank].clone()),
+    }
+    fastshard.save_distributed(state, folder / "ours")
+    distributed.barrier()
+    compare(full, folder, {})
+
+
+def test_tensors_that_describe_several_shards(tmp_path: Path) -> None:
+    ranks.run(2, several_pieces, tmp_path)

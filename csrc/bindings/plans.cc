@@ -43,9 +43,16 @@ struct LinkType : RecordType {
   const Field path = field("path"), existing = field("existing");
 };
 
+struct PlaceType : RecordType {
+  PlaceType() : RecordType("Place") { require_all_known(); }
+  const Field nbytes = field("nbytes"), file_offset = field("file_offset"), run_nbytes = field("run_nbytes"),
+              shape = field("shape"), strides = field("strides");
+};
+
 struct FilePlanType : RecordType {
   FilePlanType() : RecordType("FilePlan") { require_all_known(); }
-  const Field target = field("target"), header = field("header"), items = field("items"), size = field("size");
+  const Field target = field("target"), header = field("header"), items = field("items"), size = field("size"),
+              places = field("places");
 };
 
 struct SaveOptionsType : RecordType {
@@ -62,6 +69,7 @@ struct Types {
   const MemoryType memory;
   const ForeignFileType foreign_file;
   const LinkType link;
+  const PlaceType place;
   const FilePlanType file_plan;
   const SaveOptionsType save_options;
 };
@@ -189,6 +197,51 @@ void add_items(FilePlan& file, const TensorView& header, const Layout& layout) {
   }
 }
 
+// A number of bytes or of runs.
+uint64_t count_from(py::handle object) {
+  const auto number = object.cast<int64_t>();
+  if (number < 0) throw std::invalid_argument("a place has no negative numbers");
+  return static_cast<uint64_t>(number);
+}
+
+Place place_from(py::handle object) {
+  const PlaceType& type = types->place;
+  const Record record(type, object);
+  Place place{.nbytes = count_from(record[type.nbytes]),
+              .file_offset = count_from(record[type.file_offset]),
+              .run_nbytes = count_from(record[type.run_nbytes])};
+  const auto shape = record[type.shape].cast<py::tuple>(), strides = record[type.strides].cast<py::tuple>();
+  if (shape.size() != strides.size()) throw std::invalid_argument("shape and strides of a place differ in length");
+  if (shape.size() > kMaxPlaceDims) throw std::invalid_argument("a place has too many strided dimensions");
+  place.ndim = static_cast<uint32_t>(shape.size());
+  for (uint32_t dim = 0; dim < place.ndim; ++dim) {
+    place.shape[dim] = count_from(shape[dim]);
+    place.stride_nbytes[dim] = count_from(strides[dim]);
+  }
+  return place;
+}
+
+// The items, which were given without gaps, fill the places.
+void place(FilePlan& file, py::handle places) {
+  if (!std::holds_alternative<ForeignFile>(file.target)) {
+    throw std::invalid_argument("only somebody else's file has places: " + file.path());
+  }
+  if (!file.gaps) throw std::invalid_argument("a plan with places says how large the file is: " + file.path());
+  file.placed = true;
+  file.placed_in_nbytes = std::exchange(file.nbytes, 0);
+  file.gaps = false;
+  for (const WriteItem& item : file.items) {
+    file.nbytes = std::max(file.nbytes, item.file_offset + item.source.packed_nbytes());
+  }
+  const auto given = places.cast<py::sequence>();
+  file.places.reserve(given.size());
+  uint64_t end = 0;
+  for (const py::handle one : given) {
+    file.places.push_back(place_from(one));
+    file.places.back().packed_offset = std::exchange(end, end + file.places.back().nbytes);
+  }
+}
+
 FilePlan file_from(py::handle object) {
   const FilePlanType& type = types->file_plan;
   const Record record(type, object);
@@ -206,6 +259,7 @@ FilePlan file_from(py::handle object) {
     file.nbytes = size.cast<uint64_t>();
   }
   file.target = target_from(record[type.target], file.nbytes);
+  if (const py::handle places = record[type.places]; !places.is_none()) place(file, places);
   return file;
 }
 

@@ -27,15 +27,22 @@ Mapping::~Mapping() {
 
 // A process may read its own memory, whatever may be read of others (ptrace(2)). The source is the remote side: of a
 // file that is mapped the kernel pins no page.
+int copy_by_kernel(std::span<const iovec> targets, std::span<const iovec> parts) {
+  size_t wanted = 0;
+  for (const iovec& part : parts) wanted += part.iov_len;
+  const ssize_t copied =
+      process_vm_readv(getpid(), targets.data(), targets.size(), parts.data(), parts.size(), 0);
+  if (copied < 0) return errno;
+  return static_cast<size_t>(copied) == wanted ? 0 : EFAULT;
+}
+
 int copy_by_kernel(std::span<std::byte> target, std::span<const iovec> parts) {
   while (!parts.empty()) {
     const auto now = parts.first(std::min<size_t>(parts.size(), IOV_MAX));
     size_t wanted = 0;
     for (const iovec& part : now) wanted += part.iov_len;
     const iovec local{target.data(), wanted};
-    const ssize_t copied = process_vm_readv(getpid(), &local, 1, now.data(), now.size(), 0);
-    if (copied < 0) return errno;
-    if (static_cast<size_t>(copied) != wanted) return EFAULT;
+    if (const int refused = copy_by_kernel({&local, 1}, now); refused != 0) return refused;
     target = target.subspan(wanted);
     parts = parts.subspan(now.size());
   }

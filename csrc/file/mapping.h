@@ -42,6 +42,9 @@ class Mapping {
 // there. Kernels may refuse it (seccomp).
 int copy_by_kernel(std::span<std::byte> target, std::span<const iovec> parts);
 
+// The same in one call, into several ranges, of together as many bytes; at most IOV_MAX of each.
+int copy_by_kernel(std::span<const iovec> targets, std::span<const iovec> parts);
+
 // Makes the pages of a mapped range writable, with one call instead of a fault for each page. Throws IoError(ENOSPC),
 // naming `path`, where a store would raise SIGBUS.
 void populate(std::span<std::byte> bytes, const std::string& path);

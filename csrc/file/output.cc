@@ -142,6 +142,29 @@ std::optional<Mapping> OutputFile::map_for_store(uint64_t offset, uint64_t nbyte
   return std::nullopt;  // store() will tell
 }
 
+void OutputFile::share_pages() {
+  const int wanted = one_machine_ ? O_RDWR : O_WRONLY;
+  const int flags = fcntl(fd_.get(), F_GETFL);
+  if (flags < 0) fail("fcntl");
+  if ((flags & O_ACCMODE) != wanted) {
+    Descriptor again(open(self_path(fd_.get()).c_str(), wanted | O_CLOEXEC | O_NOCTTY | O_NONBLOCK));
+    if (!again && !one_machine_) fail("open");
+    if (!again) return note_fallback("mapping the file");
+    fd_ = std::move(again);
+  }
+  stores_runs_ = one_machine_;
+}
+
+void OutputFile::check_size(uint64_t least_nbytes) const {
+  struct stat info;
+  if (fstat(fd_.get(), &info) != 0) fail("fstat");
+  const auto nbytes = static_cast<uint64_t>(info.st_size);
+  if (nbytes >= least_nbytes) return;
+  throw IoError(EIO, path_, "fstat",
+                "the file was cut while it was written: it has " + std::to_string(nbytes) + " bytes, not " +
+                    std::to_string(least_nbytes));
+}
+
 Mapping OutputFile::window(uint64_t offset, uint64_t nbytes) {
   Mapping window(fd_.get(), offset, nbytes, path_);
   try {

@@ -66,6 +66,13 @@ class OutputFile {
   // The target of a later store(), with its pages, so that nothing but the copy is left to do; none where it is
   // refused.
   std::optional<Mapping> map_for_store(uint64_t offset, uint64_t nbytes) const noexcept;
+  // To be called before the first write if others may write other bytes of the same pages meanwhile. On one machine
+  // the file is opened so that it can be mapped, if that is allowed, and stores_runs() says whether it is. On a
+  // filesystem of several machines it is opened for nothing but writes: NFS writes a page that it has read as a whole.
+  void share_pages();
+  bool stores_runs() const { return stores_runs_; }
+  // Throws IoError if the file is smaller.
+  void check_size(uint64_t least_nbytes) const;
   // Mapped path only: the populated memory of [offset, offset + nbytes).
   Mapping window(uint64_t offset, uint64_t nbytes);
   // Direct path only: addresses, lengths and offsets of writes to descriptor() must be multiples of this. end_writing()
@@ -121,6 +128,7 @@ class OutputFile {
   uint64_t block_nbytes_ = 1;
   bool preallocated_ = false;
   bool storable_ = false;
+  bool stores_runs_ = false;
 
  private:
   void check_kind();

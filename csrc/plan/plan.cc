@@ -102,6 +102,7 @@ void check(const FilePlan& file) {
     before = index;
   }
   if (!file.gaps && end != file.nbytes) refuse_gap(end, file.nbytes, "the end of " + name_of(file));
+  if (file.placed) check(file.places, file.nbytes, file.placed_in_nbytes, name_of(file));
 }
 
 }  // namespace

@@ -9,6 +9,8 @@
 #include <variant>
 #include <vector>
 
+#include "plan/places.h"
+
 // For what the kernels use, too (cast.h, pack.h); nvcc compiles it as C++17.
 #ifdef __CUDACC__
 #define FASTSHARD_HOST_DEVICE __host__ __device__
@@ -145,8 +147,14 @@ struct FilePlan {
   std::vector<WriteItem> items;  // in any order
   uint64_t nbytes = 0;
   bool gaps = false;  // there may be bytes that belong to no item: they are not written
+  // Where what the items fill lies in the file, which has at least `placed_in_nbytes`: the offsets of the items and of
+  // chunks, and `nbytes`, are then those of packed bytes. Not `placed`: the items lie in the file as they are.
+  bool placed = false;
+  std::vector<Place> places = {};
+  uint64_t placed_in_nbytes = 0;
 
   const std::string& path() const { return path_of(target); }
+  uint64_t file_nbytes() const { return placed ? placed_in_nbytes : nbytes; }
   // Of the items.
   uint64_t written_nbytes() const;
 };
@@ -159,7 +167,8 @@ struct SavePlan {
 };
 
 // Throws std::invalid_argument unless the items of every file lie inside of it, without overlaps, and without gaps but
-// where the plan says that there may be some, and casts are possible and aligned.
+// where the plan says that there may be some, casts are possible and aligned, and the items fill
+// their places, if there are any.
 void check(const SavePlan& plan);
 
 }  // namespace fastshard

@@ -99,6 +99,7 @@ ForkedSave::ForkedSave(const SavePlan& plan, bool files_stay_open, bool checksum
   if (!files_stay_open) throw NotForked("there are more files than the process can keep open");
   for (const FilePlan& file : plan.files) {
     if (memory_of(file.target) != nullptr) throw NotForked("a forked process does not fill its parent's memory");
+    if (file.placed) throw NotForked("a forked process does not write between the bytes of others");
   }
   std::vector<std::vector<uint32_t>> items = not_forkable(plan);
   if (std::ranges::any_of(items, [](const auto& of_file) { return !of_file.empty(); })) {

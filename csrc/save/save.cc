@@ -229,7 +229,7 @@ bool Save::take_amendment() {
 
 void Save::amend(std::vector<Amendment> amendments) {
   for (const Amendment& amendment : amendments) {
-    const uint64_t nbytes = amendment.file < plan_->files.size() ? plan_->files[amendment.file].nbytes : 0;
+    const uint64_t nbytes = amendment.file < plan_->files.size() ? plan_->files[amendment.file].file_nbytes() : 0;
     if (amendment.bytes.size() > nbytes || amendment.offset > nbytes - amendment.bytes.size()) {
       throw std::invalid_argument("an amendment lies outside of its file");
     }

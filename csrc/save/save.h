@@ -32,6 +32,7 @@ struct Stats {
   std::string staging;                 // "none", "in place" (devices copied into the target), "pageable", "pinned"
   uint64_t staging_nbytes = 0;         // peak of staged bytes held at once
   uint64_t mapped_nbytes = 0;          // stored into the file through mappings, beside the thread that writes it
+  uint64_t written_runs = 0;           // of files with places
   uint64_t device_scratch_nbytes = 0;  // device memory that was packed in
   std::vector<std::string> fallbacks;
 };

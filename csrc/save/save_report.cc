@@ -71,6 +71,7 @@ Stats Save::stats() const {
                                               : "none";
   stats.staging_nbytes = progress_.peak_staged_nbytes;
   stats.mapped_nbytes = progress_.mapped_nbytes;
+  stats.written_runs = progress_.written_runs;
   return stats;
 }
 

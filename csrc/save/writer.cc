@@ -6,6 +6,7 @@
 #include "save/direct_writer.h"
 #include "save/memory_writer.h"
 #include "save/page_cache_writer.h"
+#include "save/placed_writer.h"
 
 namespace fastshard {
 
@@ -14,6 +15,7 @@ std::unique_ptr<FileWriter> make_writer(const FilePlan& plan, std::shared_ptr<Ou
                                         std::unique_ptr<CopyStream> fetched, bool checksums, Progress& progress) {
   WriterParts parts{plan, resources, streams, std::move(fetched), checksums, progress};
   if (file == nullptr) return make_memory_writer(std::move(parts));
+  if (plan.placed) return make_placed_writer(std::move(parts), std::move(file));
   switch (file->write_path()) {
     case WritePath::direct:
       return make_direct_writer(std::move(parts), std::move(file));

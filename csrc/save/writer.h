@@ -61,6 +61,8 @@ struct Progress {
   std::atomic<int> io_uring_refused = 0;    // errno
   std::atomic<uint64_t> mapped_nbytes = 0;  // stored through mappings, beside what is written
   std::atomic<int> mapping_refused = 0;     // errno
+  std::atomic<uint64_t> written_runs = 0;   // of files with places
+  std::atomic<bool> may_store_runs = true;  // the kernel copies short ones into mappings
   std::atomic<bool> source_shared = false;  // with a forked process, so that mappings are not used
   Fallbacks fallbacks;
 

@@ -21,8 +21,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, TypeVar
 
-from ..publish.ranks import described
-
 _BEAT_SECONDS: Final = 1.0
 _SILENT_SECONDS: Final = 30.0
 """A rank that is in a save says so each second. After this time without a word it counts as dead."""
@@ -33,6 +31,11 @@ _POLL_SECONDS: Final = 0.001
 _MOST_POLL_SECONDS: Final = 0.05
 
 T = TypeVar("T")
+
+
+def described(error: BaseException) -> str:
+    """Returns an error in one line, with its class where that says something."""
+    return str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
 
 
 class Group:
@@ -130,12 +133,18 @@ class Group:
 
     @contextlib.contextmanager
     def _told_if_it_fails(self, step: int) -> Iterator[None]:
+        """Tells the others of an error. If one of them has failed before, that is the reason on this rank, too: the
+        files that it writes to may be gone since."""
         try:
             yield
         except BaseException as error:
+            text = f"rank {self.rank} could not save its part: {described(error)}"
+            counts = text
             if self.size > 1:
                 with contextlib.suppress(Exception):  # whoever waits will give this rank up
-                    self._fail(step, f"rank {self.rank} could not save its part: {described(error)}")
+                    counts = self._fail(step, text)
+            if counts != text and isinstance(error, Exception):
+                raise RuntimeError(counts) from error
             raise
 
     def _decide(self, step: int, value: T, decide: Callable[[list[T]], list[Any]]) -> Any:

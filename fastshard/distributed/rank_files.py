@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
@@ -21,6 +22,8 @@ from ..publish.folder import Named
 from ..publish.hidden_names import final_places, folder_of_ranks
 from .boxes import Boxes
 from .rank_plan import File, Piece
+
+_WHAT_STAYS: Final = re.compile(r"[;:,]? *\(?what was written of .* until then stays there\)?", re.DOTALL)
 
 
 class RankFiles:
@@ -75,6 +78,11 @@ def explain(error: BaseException) -> None:
     if isinstance(error, OSError):
         if isinstance(error.filename, (str, bytes)):
             error.filename = final_places(os.fsdecode(error.filename))
+        if (
+            error.strerror is not None
+        ):  # the engine says what stays in a file that is not its own; here it goes
+            error.strerror = final_places(_WHAT_STAYS.sub("", error.strerror))
+            error.args = (error.errno, error.strerror)  # what is pickled
     elif isinstance(error, Exception):
         error.args = tuple(final_places(said) if isinstance(said, str) else said for said in error.args)
 

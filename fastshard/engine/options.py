@@ -153,6 +153,9 @@ class Stats:
     """The most bytes that were staged at once."""
     mapped_nbytes: int
     """Bytes that further threads have stored into a file through mappings, beside the thread that writes it."""
+    written_runs: int = 0
+    """Stretches of bytes that were written one by one or stored between those of others, into files that several
+    ranks write."""
     device_scratch_nbytes: int
     """Bytes of device memory that packing took, of all devices together: in whole units of the driver, the
     code included."""

@@ -8,6 +8,7 @@ new fields anywhere, as long as both sides know them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -67,6 +68,58 @@ class WriteItem(NamedTuple):
         return self.source.nbytes
 
 
+class Place(NamedTuple):
+    """Where a range of packed bytes lies in a file: an array of runs of contiguous bytes, in their order. What
+    lies between the runs is others'.
+
+    Runs follow each other: the stride of a dimension is at least what the inner dimensions reach across.
+    :func:`place_of` makes the place of a part of a tensor.
+    """
+
+    nbytes: int
+    """Of all runs together."""
+    file_offset: int
+    """Of the first run."""
+    run_nbytes: int
+    shape: tuple[int, ...] = ()
+    """Number of runs in each dimension, at most eight of them; without any, there is one run."""
+    strides: tuple[int, ...] = ()
+    """Bytes in the file from one run to the next, in each dimension."""
+
+
+def place_of(
+    shape: Sequence[int], offsets: Sequence[int], sizes: Sequence[int], itemsize: int, tensor_offset: int
+) -> Place:
+    """Returns where a part of a tensor lies in a file.
+
+    ``shape`` is that of the whole tensor, which begins at ``tensor_offset`` of the file, and ``offsets`` and
+    ``sizes`` are those of the part. Dimensions that lie one behind the other are merged, so a part of whole
+    rows is a single run. Raises ``ValueError`` for a part that does not lie within the tensor.
+    """
+    if not len(shape) == len(offsets) == len(sizes) or any(
+        first < 0 or size < 0 or first + size > whole for whole, first, size in zip(shape, offsets, sizes)
+    ):
+        raise ValueError(
+            f"no part of a tensor of shape {tuple(shape)} lies at {tuple(offsets)} with the sizes {tuple(sizes)}"
+        )
+    run, stride, offset = itemsize, itemsize, tensor_offset
+    dims: list[tuple[int, int]] = []  # sizes and strides that are not part of the run, from inside
+    for whole, first, size in zip(reversed(shape), reversed(offsets), reversed(sizes)):
+        offset += first * stride
+        if not dims and run == stride:
+            run *= size
+        elif dims and stride == dims[-1][0] * dims[-1][1]:
+            dims[-1] = (dims[-1][0] * size, dims[-1][1])
+        elif size != 1:
+            dims.append((size, stride))
+        stride *= whole
+    nbytes = run * math.prod(size for size, _ in dims)
+    if nbytes == 0:
+        return Place(0, tensor_offset, 0)
+    dims.reverse()
+    return Place(nbytes, offset, run, tuple(size for size, _ in dims), tuple(stride for _, stride in dims))
+
+
 class Memory(NamedTuple):
     """Memory of exactly the file's size, which is filled instead of a file."""
 
@@ -123,6 +176,10 @@ class FilePlan(NamedTuple):
     size: int | None = None
     """Size of the file in bytes. Then there may be gaps: bytes that belong to no item and are not written. In
     a new file they are zeros. ``None``: the items fill the file."""
+    places: Sequence[Place] | None = None
+    """Where header and items lie in a :class:`ForeignFile` of ``size`` bytes. They are laid out one behind the other, as
+    if they were all of the file, the offset of a :class:`WriteItem` is one in there, and the places, in their
+    order, take as many bytes. ``None``: they lie in the file as they are."""
 
     @property
     def nbytes(self) -> int:

@@ -32,9 +32,9 @@ import torch
 
 from ..api.sharded_save import save_sharded_state
 from ..base.settings import flag, parse_size
+from ..distributed.group import Group, described
 from ..formats.naming import stale_parts
 from ..publish.directory import replacing
-from ..publish.ranks import Agreement, described
 from . import import_hook
 from .patching import DISABLE_VARIABLE
 from .vllm_states import (
@@ -374,16 +374,8 @@ class WorkerExtension:
         save_model(self.get_model(), path, pattern, None if max_size is None else parse_size(max_size))  # type: ignore[attr-defined]
 
 
-def _world() -> Agreement:
-    """Returns the agreement of all processes of this engine."""
+def _world() -> Group:
+    """Returns all processes of this engine."""
     from vllm.distributed import get_world_group
 
-    group = get_world_group()
-
-    def gather(text: str | None) -> list[str | None]:
-        texts = [text] * group.world_size
-        if len(texts) > 1:
-            torch.distributed.all_gather_object(texts, text, group=group.cpu_group)
-        return texts
-
-    return Agreement(group.rank_in_group, gather)
+    return Group(get_world_group().cpu_group)

@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from ..base.settings import parse_size
+from ..distributed.group import described
 from ..formats.naming import is_served, stale_parts
 from ..publish.directory import replacing
-from ..publish.ranks import described
 from .vllm import REQUEST, Outcome, Request, outcome
 
 PLUGIN: Final = "fastshard"
