@@ -153,15 +153,31 @@ def load_model(folder: str, kind: str) -> bool:
     return full.keys() == expected.keys() and all(same(full[name], expected[name]) for name in full)
 
 
-@pytest.mark.parametrize(
-    ("kind", "size"), [("fsdp", 4), ("tp", 2), ("2-D", 4), ("hsdp", 4)]
-)
+@pytest.mark.parametrize(("kind", "size"), [("fsdp", 4), ("tp", 2), ("2-D", 4), ("hsdp", 4)])
 def test_models_that_torch_has_cut(tmp_path: Path, kind: str, size: int) -> None:
     state = block(1).state_dict()
     state["steps"] = torch.tensor(11)
     fastshard.save_torch_state_dict(state, tmp_path, max_shard_size=4000)
     assert (tmp_path / "model.safetensors.index.json").exists()
     assert ranks.run(size, load_model, str(tmp_path), kind) == [True] * size
+
+
+def save_and_load(folder: str) -> bool:
+    """Saved by some ranks in one way, loaded by them in another."""
+    fastshard.save_distributed(parallel("fsdp", seed=1).state_dict(), folder, max_shard_size=4000)
+    model = parallel("tp", seed=2)
+    loaded = load_distributed(model, folder)
+    assert loaded.nbytes < sum(tensor.nbytes for tensor in block(1).state_dict().values())
+    expected = block(1).state_dict()
+    found = {
+        name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    return all(same(found[name], expected[name]) for name in expected)
+
+
+def test_what_ranks_have_saved_is_loaded_by_ranks_that_are_cut_otherwise(tmp_path: Path) -> None:
+    assert ranks.run(2, save_and_load, str(tmp_path)) == [True, True]
 
 
 def load_columns(folder: str, cast: bool) -> tuple[int, int, int, int]:
