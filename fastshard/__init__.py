@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .api.saving import save_model as save_model
     from .api.sharded_load import load_sharded_state as load_sharded_state
     from .api.sharded_save import save_sharded_state as save_sharded_state
+    from .distributed.rank_load import load_distributed as load_distributed
     from .distributed.rank_save import save_distributed as save_distributed
     from .engine.background import asynchronous as asynchronous
     from .engine.background import wait_all as wait_all
@@ -69,6 +70,7 @@ _HOMES = {
     "install": "fastshard.integrations.patching",
     "installed": "fastshard.integrations.patching",
     "load": "safetensors.torch",
+    "load_distributed": "fastshard.distributed.rank_load",
     "load_file": "safetensors.torch",
     "load_model": "safetensors.torch",
     "load_sharded_state": "fastshard.api.sharded_load",

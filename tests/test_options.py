@@ -77,7 +77,7 @@ LEFT_OUT: dict[str, dict[str, str]] = {
 """Public function -> common option that it does not have -> why."""
 
 NOT_SAVING = {
-    "wait_all", "install", "installed", "uninstall", "load", "load_file", "load_model", "load_sharded_state", "stats", "status",
+    "wait_all", "install", "installed", "uninstall", "load", "load_file", "load_model", "load_sharded_state", "load_distributed", "stats", "status",
 }  # fmt: skip
 
 

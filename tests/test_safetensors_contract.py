@@ -683,7 +683,7 @@ def test_public_names():
                 "SaveError",
             ),
             *("torch_save", "ArchiveError"),
-            *("save_sharded_state", "load_sharded_state"),
+            *("save_sharded_state", "load_sharded_state", "load_distributed"),
             *("shard_checkpoint", "merge_checkpoint", "reshard_checkpoint"),
             *("asynchronous", "wait_all", "save_file_async", "save_files_async", "save_model_async"),
             *(

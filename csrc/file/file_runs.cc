@@ -20,12 +20,10 @@
 namespace fastshard {
 namespace {
 
-// Shorter runs are not worth a call each.
-constexpr uint64_t kCallNbytes = 4096;
 // A gap is read over if the run before it is at least so many times as long.
 constexpr uint64_t kGapShare = 5;
 // Of a file that is not cached: runs that are shorter, with gaps that are not longer, are asked for as one range, as a
-// disk takes longer to find a run than to read across the gap.
+// disk takes longer to find a run than to read across the gap. Nor are they worth a call each.
 constexpr uint64_t kSeekNbytes = 64 << 10;
 // Shorter runs stay in the caches until the line of the target that they share is complete.
 constexpr uint64_t kStreamedRunNbytes = 256;
@@ -72,10 +70,9 @@ class Reader {
 
   uint64_t gap() const { return count_ > 1 ? step_ - runs_.nbytes : 0; }
 
-  bool by_calls(bool cached) const {
-    if (cached) return false;
-    return runs_.nbytes >= kCallNbytes || gap() * kGapShare <= runs_.nbytes;
-  }
+  bool by_calls(bool cached) const { return !cached && (!dense() || gap() * kGapShare <= runs_.nbytes); }
+  // Whether the disk had better read all of a row.
+  bool dense() const { return runs_.nbytes < kSeekNbytes && gap() <= kSeekNbytes; }
 
   // Whether the page cache has all of it; false where the kernel does not tell (before Linux 6.5; of files that the
   // process could not write to).
@@ -93,7 +90,7 @@ class Reader {
   }
 
   void ask_for() const {
-    if (runs_.nbytes < kSeekNbytes && gap() <= kSeekNbytes) {
+    if (dense()) {
       for_each_row([&](const Row& row) { return ask_for(row.offset, (count_ - 1) * step_ + runs_.nbytes); });
     } else {
       for_each_run([&](uint64_t offset, std::byte*) { return ask_for(offset, runs_.nbytes); });

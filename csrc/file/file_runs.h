@@ -27,9 +27,9 @@ struct RunsRead {
 
 // Reads all the runs; the first one goes to `out`. What is in the page cache is copied from a mapping, as a call for
 // each run costs more than the copy of a short one; `streaming`: past the processor's caches. What is not is read by
-// calls, so that a disk's error is an errno, and no signal. Only runs shorter than a page are copied from a mapping
-// even then, once their pages are there. A file that is cut or written to meanwhile must not be mapped (SIGBUS); one
-// that has been cut before is noticed.
+// calls, so that a disk's error is an errno, and no signal. Only short runs with short gaps are copied from a mapping even
+// then, once their pages are there. A file must not be cut or written to meanwhile (SIGBUS); one that has been cut
+// before is noticed.
 //
 // Returns nothing where the file ends before the runs do. Throws IoError, naming `path`.
 std::optional<RunsRead> read_runs(int fd, const std::string& path, const FileRuns& runs, std::byte* out,

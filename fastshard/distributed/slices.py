@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..engine.options import usable_cpus
-from ..engine.reading import Piece, cut, perform_all, shared_out
+from ..engine.reading import Piece, Read, cut, perform_all, shared_out
 from ..engine.tensors import on_current_streams
 from .stored import Stored
 
@@ -78,11 +78,16 @@ class _Runs(NamedTuple):
     in_memory: tuple[int, ...]
 
 
-def read_boxes(boxes: Iterable[Box], *, staging: int = _STAGING_NBYTES) -> Figures:
+def read_boxes(
+    boxes: Iterable[Box],
+    *,
+    staging: int = _STAGING_NBYTES,
+    told: Callable[[int], object] | None = None,
+) -> Figures:
     """Reads all boxes, in parallel.
 
-    What is read at the same time into overlapping memory is there in any order. ``staging`` limits the bytes of all
-    staging buffers together.
+    Boxes that are read into the same memory are there in any order. ``staging`` limits the bytes of all staging buffers
+    together. ``told`` is called, by any thread, with the number of bytes whenever some have been read.
 
     Raises ``ValueError`` for a box that does not lie in its tensor or does not fit its destination, before anything
     is read; ``OSError`` and ``SafetensorError``, naming the file, as
@@ -93,7 +98,11 @@ def read_boxes(boxes: Iterable[Box], *, staging: int = _STAGING_NBYTES) -> Figur
     for box in boxes:
         _check(box)
         job.add(box)
-    return job.perform()
+    return job.perform(told or _not_told)
+
+
+def _not_told(nbytes: int) -> None:
+    pass
 
 
 def _check(box: Box) -> None:
@@ -147,18 +156,17 @@ class _Job:
         self.tasks.setdefault(box.stored.file, []).extend(tasks)
         self.staged += math.prod(box.sizes) * box.stored.dtype.itemsize
 
-    def perform(self) -> Figures:
+    def perform(self, told: Callable[[int], object]) -> Figures:
         readers: list[Sequence[Callable[[], object]]] = []
-        gap = ctypes.create_string_buffer(_GAP_NBYTES)
         files = [*dict.fromkeys([*self.pieces, *self.tasks])]
         each = -(-self.threads // max(1, len(files)))
-        reading = _Reading(self)
+        reading = _Reading(self, told)
         pieces_read = calls = 0
         for file in files:
-            reads = [*cut(file, _with_gaps(self.pieces.get(file, []), ctypes.addressof(gap)))]
+            reads = [*cut(file, _with_gaps(self.pieces.get(file, []), reading.gap))]
             pieces_read += sum(piece.nbytes for read in reads for piece in read.pieces)
             calls += len(reads)
-            readers += shared_out([read.perform for read in reads], each)
+            readers += shared_out([functools.partial(reading.perform_read, read) for read in reads], each)
             tasks = sorted(self.tasks.get(file, []), key=_place)
             readers += shared_out([functools.partial(reading.perform, file, task) for task in tasks], each)
         perform_all(sorted(readers, key=len, reverse=True), self.threads)
@@ -186,7 +194,8 @@ class _Staged(NamedTuple):
 class _Reading:
     """What the threads of a call share: staging buffers, streams and counts."""
 
-    def __init__(self, job: _Job) -> None:
+    def __init__(self, job: _Job, told: Callable[[int], object]) -> None:
+        self._told = told
         targets = [task.target for tasks in job.tasks.values() for task in tasks if isinstance(task, _Staged)]
         devices = {target.device for target in targets}
         self._pinned = any(device.type == "cuda" for device in devices)
@@ -194,9 +203,16 @@ class _Reading:
         self._nbytes = job.buffer_nbytes
         self._streaming = job.wanted >= _STREAMED_NBYTES
         self._buffers: list[torch.Tensor] = []
+        self._skipped = ctypes.create_string_buffer(_GAP_NBYTES)
+        self.gap = ctypes.addressof(self._skipped)
+        """Where gaps are read, for nobody."""
         self.nbytes: list[int] = []
         """Read by each task."""
         self.calls: list[int] = []
+
+    def perform_read(self, read: Read) -> None:
+        read.perform()
+        self._told(sum(piece.nbytes for piece in read.pieces if piece.address != self.gap))
 
     def perform(self, file: BinaryIO, task: _Direct | _Staged) -> None:
         if isinstance(task, _Direct):
@@ -220,6 +236,7 @@ class _Reading:
             raise SafetensorError(f"{file.name!r} has become shorter while it was read")
         self.nbytes.append(found[0])
         self.calls.append(found[1])
+        self._told(runs.nbytes * math.prod(runs.counts))
 
 
 def _as_stored(target: torch.Tensor, dtype: torch.dtype) -> bool:

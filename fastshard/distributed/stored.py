@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -15,7 +16,15 @@ import torch
 from safetensors import SafetensorError
 
 from ..engine.mapped import in_torch
-from ..formats.hf_index import check_index, files_of_index, is_folder, open_file, read_stored, read_text
+from ..formats.hf_index import (
+    StoredFile,
+    check_index,
+    files_of_index,
+    is_folder,
+    open_file,
+    read_stored,
+    read_text,
+)
 from ..formats.naming import HUB_PATTERN, INDEX_SUFFIX, WEIGHTS_SUFFIX
 from ..formats.safetensors import StoredTensor
 
@@ -41,6 +50,8 @@ class OpenCheckpoint:
         self.place = place
         self.metadata: dict[str, str] = {}
         """Of all files. Savers note here which name a tensor is stored under that has several."""
+        self.digest = 0
+        """Of all headers: tells checkpoints apart whose tensors have other names, shapes or places."""
         self._tensors: dict[str, tuple[BinaryIO, int, StoredTensor]] = {}
 
     def names(self) -> list[str]:
@@ -63,11 +74,11 @@ class OpenCheckpoint:
             raise SafetensorError(f"tensor {name!r} of {file.name!r}: {error}") from None
         return Stored(file, begin + stored.begin, dtype, shape)
 
-    def add(
-        self, file: BinaryIO, begin: int, metadata: dict[str, str] | None, tensors: list[StoredTensor]
-    ) -> None:
-        self.metadata.update(metadata or {})
-        self._tensors.update((stored.name, (file, begin, stored)) for stored in tensors)
+    def add(self, file: BinaryIO, described: StoredFile) -> None:
+        header = described.header
+        self.digest = zlib.crc32(described.raw, self.digest)
+        self.metadata.update(header.metadata or {})
+        self._tensors.update((stored.name, (file, header.nbytes, stored)) for stored in header.tensors)
 
 
 @contextlib.contextmanager
@@ -117,7 +128,7 @@ def _open_once(place: str, files: contextlib.ExitStack) -> OpenCheckpoint | None
     for file, described in zip(opened, stored.values()):
         if file.read(len(described.raw)) != described.raw:
             return None
-        found.add(file, described.header.nbytes, described.header.metadata, described.header.tensors)
+        found.add(file, described)
     same = all(os.path.samestat(os.fstat(file.fileno()), os.stat(path)) for file, path in zip(opened, paths))
     return found if same else None
 
