@@ -73,6 +73,10 @@ LEFT_OUT: dict[str, dict[str, str]] = {
         "dtype": "the tensors are the source's bytes",
         "checksums": "tensors are byte ranges of files here",
     },
+    "convert_dcp": {
+        "allow_strided": "strided tensors are always packed",
+        "checksums": "an index could not hold them",
+    },
 }
 """Public function -> common option that it does not have -> why."""
 

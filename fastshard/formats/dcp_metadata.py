@@ -102,6 +102,11 @@ def is_dcp_folder(folder: str) -> bool:
     return SHARDING_KEY in (header.metadata or {})
 
 
+def is_part(name: str) -> bool:
+    """Returns whether a file of this name is one that ``FileSystemWriter`` writes."""
+    return name.endswith(ITEMS_SUFFIX) or name == METADATA_NAME or bool(_RANKS_METADATA.fullmatch(name))
+
+
 def read_metadata(folder: str) -> DcpMetadata | None:
     """Reads ``.metadata`` of a folder, or what ranks have written that saved on their own; ``None`` if there is neither.
 

@@ -21,7 +21,7 @@ from ..engine.mapped import DTYPES
 from ..engine.pipeline import How
 from ..engine.plan import TensorView
 from ..engine.tensors import check_dtype
-from ..formats.dcp_metadata import ITEMS_SUFFIX
+from ..formats.dcp_metadata import is_part
 from ..formats.hf_index import exists, is_folder, other_files, same_file
 from ..formats.naming import HUB_PATTERN, WEIGHTS_SUFFIX, index_of, names_of
 from ..formats.safetensors import DTYPE_ORDER, header
@@ -179,6 +179,6 @@ def _write_folder(
             with open(os.path.join(stage, index_of(HUB_PATTERN)), "w", encoding="utf-8") as file:
                 json.dump(index, file, indent=2)
         if not in_place:
-            copy((n for n in other_files(folder) if not n.endswith(ITEMS_SUFFIX)), folder, stage)
+            copy((name for name in other_files(folder) if not is_part(name)), folder, stage)
         write(outputs(), stage, how, "Converting")
     return Assembled(len(tensors), nbytes, left_out, objects)

@@ -4,11 +4,12 @@ are the model's."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final, NamedTuple
+from typing import BinaryIO, Final, NamedTuple
 
 import torch
 
@@ -61,16 +62,16 @@ def read_folder(folder: str, *, verify: bool = False) -> Folder:
     metadata = read_metadata(folder)
     if metadata is None:
         return _read_safetensors(folder)
-    files = _Files()
     tensors = {}
-    for name, told in metadata.tensors.items():
-        code = CODES.get(told.dtype)
-        if code is None:
-            raise ValueError(f"{folder}: safetensors has no torch.{told.dtype}, which tensor {name!r} is")
-        if code not in DTYPES:
-            raise ValueError(f"{folder}: this torch has no {told.dtype}, which tensor {name!r} is")
-        boxes = [_box(name, told.dtype, chunk, files, verify) for chunk in told.chunks]
-        tensors[name] = Tensor(name, code, told.shape, _complete(folder, name, told.shape, boxes))
+    with contextlib.closing(_Files()) as files:
+        for name, told in metadata.tensors.items():
+            code = CODES.get(told.dtype)
+            if code is None:
+                raise ValueError(f"{folder}: safetensors has no torch.{told.dtype}, which tensor {name!r} is")
+            if code not in DTYPES:
+                raise ValueError(f"{folder}: this torch has no {told.dtype}, which tensor {name!r} is")
+            boxes = [_box(name, told.dtype, chunk, files, verify) for chunk in told.chunks]
+            tensors[name] = Tensor(name, code, told.shape, _complete(folder, name, told.shape, boxes))
     return Folder(tensors, metadata.paths, metadata.objects)
 
 
@@ -79,17 +80,23 @@ class _Files:
 
     def __init__(self) -> None:
         self._path = ""
+        self._file: BinaryIO | None = None
 
     def read(self, path: str, offset: int, nbytes: int) -> bytes:
-        if path != self._path:
-            self._file = open_file(path)
-            self._path, self.nbytes = path, os.fstat(self._file.fileno()).st_size
-        data = os.pread(self._file.fileno(), nbytes, offset)
+        if path != self._path or self._file is None:
+            self.close()
+            self._file, self._path = open_file(path), path
+            self.nbytes = os.fstat(self._file.fileno()).st_size
+        data = os.pread(self._file.fileno(), nbytes, min(offset, self.nbytes))
         if len(data) < nbytes:
             raise ValueError(
                 f"the file has {self.nbytes} bytes, and {offset + nbytes} are needed: it has been cut"
             )
         return data
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def _box(name: str, dtype: str, chunk: Chunk, files: _Files, verify: bool) -> Box:
