@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .integrations.patching import uninstall as uninstall
     from .integrations.report import Status as Status
     from .integrations.report import status as status
+    from .tools.dcp_folders import convert_dcp as convert_dcp
     from .tools.reshard import merge_checkpoint as merge_checkpoint
     from .tools.reshard import reshard_checkpoint as reshard_checkpoint
     from .tools.reshard import shard_checkpoint as shard_checkpoint
@@ -67,6 +68,7 @@ _HOMES = {
     "Stats": "fastshard.engine.options",
     "Status": "fastshard.integrations.report",
     "asynchronous": "fastshard.engine.background",
+    "convert_dcp": "fastshard.tools.dcp_folders",
     "install": "fastshard.integrations.patching",
     "installed": "fastshard.integrations.patching",
     "load": "safetensors.torch",

@@ -47,7 +47,9 @@ NATIVE_LAYERS = {
 PYTHON_LAYERS = {
     "": "errors",
     "base": "settings living loading activity originals",
-    "formats": "json_text naming safetensors torch_archive manifest hf_index file_kinds",
+    "formats": """
+        json_text naming safetensors torch_archive manifest hf_index file_kinds inert_pickle torch_items dcp_metadata
+    """,
     "engine": """
         options plan limits borrowed mapped sharing tensors planning staged_event parts serving future progress arena background copies
         snapshots figures engine pipeline reading
@@ -62,7 +64,7 @@ PYTHON_LAYERS = {
         patch_entry patch_groups import_hook calls patching overrides report offload transformers trainer accelerate accelerate_state lightning adapters dcp vllm_states vllm
         sglang vllm_save
     """,
-    "tools": "convert tp_plan model_plan parts rank_folders reshard",
+    "tools": "convert tp_plan model_plan parts rank_folders outputs reshard stored_boxes dcp_source dcp_folders",
     "cli": "text files checkpoints run command __init__",
     " public": "auto mapped offload dcp vllm sglang lightning __init__ __main__",
 }

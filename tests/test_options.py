@@ -73,6 +73,10 @@ LEFT_OUT: dict[str, dict[str, str]] = {
         "dtype": "the tensors are the source's bytes",
         "checksums": "tensors are byte ranges of files here",
     },
+    "convert_dcp": {
+        "allow_strided": "strided tensors are always packed",
+        "checksums": "an index could not hold them",
+    },
 }
 """Public function -> common option that it does not have -> why."""
 
@@ -96,6 +100,7 @@ def test_every_public_function_that_saves_is_listed() -> None:
         "shard_checkpoint",
         "merge_checkpoint",
         "reshard_checkpoint",
+        "convert_dcp",
     }
     assert asynchronous == {f"{name}_async" for name in LEFT_OUT.keys() - made_at_once}
 
@@ -196,6 +201,10 @@ def call(name: str, folder: Path, **options: Any) -> None:
         function(name)(model, path if name == "save_model" else folder, **options)
     elif name in ("save_torch_state_dict", "save_distributed", "save_sharded_state"):
         function(name)(tensors, folder, **options)
+    elif name == "convert_dcp":
+        checkpoint = pytest.importorskip("torch.distributed.checkpoint")
+        checkpoint.save(tensors, checkpoint_id=folder / "dcp", no_dist=True)
+        fastshard.convert_dcp(folder / "dcp", folder / "other", **options)
     elif name.endswith("_checkpoint"):
         source = folder / "source"
         source.mkdir()

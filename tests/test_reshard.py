@@ -20,8 +20,8 @@ from fastshard import merge_checkpoint, reshard_checkpoint, shard_checkpoint
 from fastshard.cli import command as cli
 from fastshard.engine import pipeline
 from fastshard.formats.hf_index import read_checkpoint
+from fastshard.tools import outputs, reshard
 from fastshard.tools import parts as parts_module
-from fastshard.tools import reshard
 from fastshard.tools.tp_plan import Split
 
 RANKS = 2
@@ -414,7 +414,7 @@ def test_a_byte_is_not_split(tmp_path: Path) -> None:
 
 
 def test_descriptions_go_to_the_engine_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reshard, "_MAX_ITEMS", 3)
+    monkeypatch.setattr(outputs, "_MAX_ITEMS", 3)
     source = simple(tmp_path / "source")
     shard_checkpoint(source, tmp_path / "parts", 2, plan=SIMPLE)
     merge_checkpoint(tmp_path / "parts", tmp_path / "whole")

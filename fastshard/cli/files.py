@@ -9,6 +9,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
+from ..formats.dcp_metadata import is_dcp_folder
 from ..formats.file_kinds import FOLDER, INDEX, SAFETENSORS, TORCH, format_of_name, what_is
 from ..formats.hf_index import files_of_index, is_folder, open_file, read_text
 from ..formats.naming import INDEX_SUFFIX, TORCH_SUFFIXES, WEIGHTS_SUFFIX
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 COMMANDS: Final = ("inspect", "convert")
+_MOST_NAMED: Final = 5
 
 
 def add_parsers(commands: Commands) -> None:
@@ -29,14 +31,15 @@ def add_parsers(commands: Commands) -> None:
     inspect.add_argument("--json", action="store_true", help="as JSON; of several files a list")
     convert = commands.add_parser(
         "convert",
-        help="a checkpoint of torch.save to safetensors, or back",
+        help="a checkpoint of torch.save or torch.distributed.checkpoint to safetensors, or one of torch.save back",
         description="What SRC is, its contents say; what DST becomes, its name: an archive of torch.save if it ends in"
-        f" {', '.join(TORCH_SUFFIXES)}, else a safetensors file, or a folder of shards.",
+        f" {', '.join(TORCH_SUFFIXES)}, else a safetensors file, or a folder of shards. A checkpoint of"
+        " torch.distributed.checkpoint is put together from what its ranks have written, in constant memory.",
     )
     convert.add_argument(
         "file",
         metavar="SRC",
-        help="a file of torch.save (a dict of tensors) or of safetensors; a folder of such",
+        help="a file of torch.save (a dict of tensors) or of safetensors; a folder of such, or of .distcp files",
     )
     convert.add_argument("destination", metavar="DST", help="the file, or the folder")
     convert.add_argument("--key", help="the tensors are those of this entry (model, state_dict, ...)")
@@ -44,6 +47,11 @@ def add_parsers(commands: Commands) -> None:
     convert.add_argument("--dtype", help=f"cast floating-point tensors to this: {names}")
     convert.add_argument(
         "--max-shard-size", metavar="SIZE", help="make DST a folder of shards of this size, as 5GB"
+    )
+    convert.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare the checksums in a checkpoint of torch.distributed.checkpoint first",
     )
     convert.add_argument("--force", action="store_true", help="replace DST if it exists")
     convert.add_argument("--quiet", action="store_true", help="no progress, and nothing where all is well")
@@ -183,13 +191,17 @@ def _convert(given: argparse.Namespace) -> int:
     if given.dtype is not None:
         cast_name(given.dtype)
     is_folder = _is_to_be_folder(given)
-    what_is(given.file)  # that it is there, before torch is imported
+    is_dcp = what_is(given.file).kind == FOLDER and is_dcp_folder(given.file)
     if problem := needs_torch("convert"):
         return fail(problem)
-    from ..tools.convert import convert, convert_folder
-
     how: dict[str, Any] = {"key": given.key, "dtype": given.dtype, "force": given.force}
     how["progress"] = True if sys.stderr.isatty() and not given.quiet else None
+    if is_dcp:
+        return _convert_dcp(given, is_folder, how)
+    if given.verify:
+        raise ValueError("--verify is for checkpoints of torch.distributed.checkpoint")
+    from ..tools.convert import convert, convert_folder
+
     if is_folder:
         done = convert_folder(
             given.file, given.destination, max_shard_size=given.max_shard_size or "5GB", **how
@@ -200,6 +212,29 @@ def _convert(given: argparse.Namespace) -> int:
         print(f"{printable(given.destination)}: {done.tensors} tensors, {size(done.nbytes)}")
         for name, kept in done.dropped.items():
             print(f"{printable(name)} is {printable(kept)}")
+    return 0
+
+
+def _convert_dcp(given: argparse.Namespace, is_folder: bool, how: dict[str, Any]) -> int:
+    from ..tools.dcp_folders import convert_dcp
+
+    if not is_folder and not given.destination.endswith(WEIGHTS_SUFFIX):
+        raise ValueError(f"{given.destination}: of such a checkpoint {WEIGHTS_SUFFIX} files are made")
+    done = convert_dcp(
+        given.file,
+        given.destination,
+        max_shard_size=given.max_shard_size or "5GB",
+        verify=given.verify,
+        **how,
+    )
+    if not given.quiet:
+        print(f"{printable(given.destination)}: {done.tensors} tensors, {size(done.nbytes)}")
+        for name, count in done.left_out.items():
+            print(f"{printable(name)} is left out: {count} tensors; --key takes them")
+        if done.objects:
+            some = ", ".join(map(printable, done.objects[:_MOST_NAMED]))
+            more = f" and {len(done.objects) - _MOST_NAMED} more" if len(done.objects) > _MOST_NAMED else ""
+            print(f"no tensors, and left out: {some}{more}")
     return 0
 
 

@@ -14,9 +14,18 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 Memory = bytes | bytearray | memoryview
+
+
+class Source(Protocol):
+    """The bytes of an archive, which need not be in memory."""
+
+    def __len__(self) -> int: ...
+    def unpack(self, form: struct.Struct, offset: int) -> tuple[Any, ...]: ...
+    def part(self, offset: int, nbytes: int) -> Memory: ...
+
 
 _END: Final = struct.Struct("<4s4H2LH")
 _LOCATOR: Final = struct.Struct("<4sLQL")
@@ -61,12 +70,7 @@ class Archive:
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
-        try:
-            begin, nbytes, count = _central_directory(memory)
-            self._directory = begin, begin + nbytes
-            self.records = _records(memory, begin, count)
-        except (struct.error, ValueError, OverflowError) as error:
-            raise UnknownLayout(f"not an archive of torch.save: {error}") from None
+        self.records, self._directory = _read(_InMemory(memory))
         if not self.records or self.records[-1].name != _IDENTITY:
             raise UnknownLayout("no serialization id at the end")
         identity = self.records[-1]
@@ -104,6 +108,38 @@ class Archive:
         )
 
 
+def records_of(source: Source, most: int) -> list[Record]:
+    """Returns the records of an archive in file order. Raises :class:`UnknownLayout`, also if there are more than
+    ``most``."""
+    records, _ = _read(source, most)
+    return records
+
+
+class _InMemory:
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+
+    def __len__(self) -> int:
+        return len(self._memory)
+
+    def unpack(self, form: struct.Struct, offset: int) -> tuple[Any, ...]:
+        return form.unpack_from(self._memory, offset)
+
+    def part(self, offset: int, nbytes: int) -> Memory:
+        return self._memory[offset : offset + nbytes]
+
+
+def _read(source: Source, most: int | None = None) -> tuple[list[Record], tuple[int, int]]:
+    """Returns the records, and where the central directory begins and ends."""
+    try:
+        begin, nbytes, count = _central_directory(source)
+        if most is not None and count > most:
+            raise ValueError(f"{count} records")
+        return _records(source, begin, count), (begin, begin + nbytes)
+    except (struct.error, ValueError, OverflowError) as error:
+        raise UnknownLayout(f"not an archive of torch.save: {error}") from None
+
+
 def _digits(crcs: Iterable[int]) -> bytes:
     combined = 0
     for crc in crcs:
@@ -111,36 +147,36 @@ def _digits(crcs: Iterable[int]) -> bytes:
     return b"%0*d" % (_DIGITS, combined)
 
 
-def _central_directory(memory: Memory) -> tuple[int, int, int]:
+def _central_directory(source: Source) -> tuple[int, int, int]:
     """Returns offset and size in bytes of the central directory, and the number of records."""
-    end = len(memory) - _END.size  # no comment
-    signature, _, _, _, count, nbytes, begin, _ = _END.unpack_from(memory, end)
+    end = len(source) - _END.size  # no comment
+    signature, _, _, _, count, nbytes, begin, _ = source.unpack(_END, end)
     _expect(signature, b"PK\x05\x06")
-    signature, _, end_64, _ = _LOCATOR.unpack_from(memory, end - _LOCATOR.size)
+    signature, _, end_64, _ = source.unpack(_LOCATOR, end - _LOCATOR.size)
     if signature == b"PK\x06\x07":
-        signature, *_, count, nbytes, begin = _END_64.unpack_from(memory, end_64)
+        signature, *_, count, nbytes, begin = source.unpack(_END_64, end_64)
         _expect(signature, b"PK\x06\x06")
     return begin, nbytes, count
 
 
-def _records(memory: Memory, at: int, count: int) -> list[Record]:
+def _records(source: Source, at: int, count: int) -> list[Record]:
     records = []
     top = None
     for _ in range(count):
-        signature, flags, method, crc, packed, nbytes, length, extra, comment, local = _LISTED.unpack_from(
-            memory, at
+        signature, flags, method, crc, packed, nbytes, length, extra, comment, local = source.unpack(
+            _LISTED, at
         )
         after = at + _LISTED.size + length
-        name = str(memory[after - length : after], "utf-8")
+        name = str(source.part(after - length, length), "utf-8")
         if _IN_EXTRA in (packed, nbytes, local):
-            packed, nbytes, local = _from_extra(memory[after : after + extra], packed, nbytes, local)
+            packed, nbytes, local = _from_extra(source.part(after, extra), packed, nbytes, local)
         if top is None:
             top = name[: name.index("/") + 1]
-        opening, local_length, local_extra = _LOCAL.unpack_from(memory, local)
+        opening, local_length, local_extra = source.unpack(_LOCAL, local)
         begin = local + _LOCAL.size + local_length + local_extra
         described, closing = None, (b"PK\x07\x08", crc)
         if flags & _DESCRIBED:
-            described, closing = begin + nbytes + 4, _DESCRIPTOR.unpack_from(memory, begin + nbytes)
+            described, closing = begin + nbytes + 4, source.unpack(_DESCRIPTOR, begin + nbytes)
         if (
             (signature, method, packed, opening) != (b"PK\x01\x02", 0, nbytes, b"PK\x03\x04")
             or closing != (b"PK\x07\x08", crc)

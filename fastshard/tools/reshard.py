@@ -21,19 +21,15 @@ import contextlib
 import errno
 import itertools
 import os
-import shutil
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from ..engine import pipeline
-from ..engine.engine import Engine, Options, engine_for, progress_wanted
-from ..engine.figures import counted
+from ..engine.engine import Engine, Options, progress_wanted
 from ..engine.pipeline import How
-from ..engine.plan import FETCHED, HOST, FilePlan, TensorView
+from ..engine.plan import HOST, TensorView
 from ..formats.hf_index import (
     Checkpoint,
     make_index,
@@ -56,14 +52,12 @@ from ..formats.safetensors import DTYPE_ORDER, header
 from ..publish.directory import creating, replacing
 from ..publish.hidden_names import PREFIX
 from .model_plan import ModelPlan
+from .outputs import Output, copy, write
 from .parts import Interleaved, Part, Sources, check_equal
 from .rank_folders import MAX_RANKS, rank_manifest, read_ranks, root_manifest
 from .tp_plan import read_plan, splits_of
 
 PathLike = str | os.PathLike[str]
-
-_MAX_ITEMS: Final = 1 << 16
-"""The most views that are submitted at once, which bounds the memory of their descriptions."""
 
 
 def shard_checkpoint(
@@ -123,14 +117,14 @@ def shard_checkpoint(
     indexed = checkpoint.index_text is not None if max_shard_size is None else len(layout) > 1
     index = make_index({"total_size": sum(part.nbytes for part in parts.values())}, places)
 
-    def outputs() -> Iterator[_Output]:
+    def outputs() -> Iterator[Output]:
         sources = Sources(checkpoint)
         for filename, tensors in layout.items():
             for rank in range(tp):
                 entries = [parts[name].entry for name in tensors]
                 items = [view for name in tensors for view in parts[name].views(sources.address(name), rank)]
                 path = os.path.join(rank_folder(rank), filename)
-                yield _Output(path, header(entries, metadata[filename]), items, sources.of(tensors))
+                yield Output(path, header(entries, metadata[filename]), items, sources.of(tensors))
 
     with _target(out, checkpoint.folder, force, how) as stage:
         for rank in range(tp):
@@ -142,8 +136,8 @@ def shard_checkpoint(
                 os.path.join(stage, rank_folder(rank), RANK_MANIFEST), rank_manifest(tp, rank, described)
             )
         write_text(os.path.join(stage, ROOT_MANIFEST), root_manifest(tp, checkpoint))
-        _copy(checkpoint.others, checkpoint.folder, stage)
-        _write(outputs(), stage, how, "Sharding")
+        copy(checkpoint.others, checkpoint.folder, stage)
+        write(outputs(), stage, how, "Sharding")
 
 
 def merge_checkpoint(
@@ -166,14 +160,14 @@ def merge_checkpoint(
     found = read_ranks(folder)
     sources = [Sources(checkpoint) for checkpoint in found.ranks]
 
-    def outputs() -> Iterator[_Output]:
+    def outputs() -> Iterator[Output]:
         for filename, file in found.files.items():
             names = [tensor.name for tensor in file.header.tensors]
             items: list[TensorView | Interleaved] = []
             for name in names:
                 items += found.tensors[name].items(sources)
             kept = [mapping for source in sources for mapping in source.of(names)]
-            yield _Output(filename, file.raw, items, kept)
+            yield Output(filename, file.raw, items, kept)
 
     with _target(out, folder, force, how) as stage:
         replicated = [name for name, whole in found.tensors.items() if whole.intervals is None]
@@ -189,8 +183,8 @@ def merge_checkpoint(
                 bar.update(sources[0].nbytes(name))
         if found.source_index is not None:
             write_text(os.path.join(stage, found.source_index.name), found.source_index.text)
-        _copy(other_files(folder), folder, stage)
-        _write(outputs(), stage, how, "Merging")
+        copy(other_files(folder), folder, stage)
+        write(outputs(), stage, how, "Merging")
 
 
 def reshard_checkpoint(
@@ -215,13 +209,13 @@ def reshard_checkpoint(
     layout = _layout(checkpoint, {n: t.end - t.begin for n, (_, t) in home.items()}, max_shard_size)
     metadata = _metadata_of(checkpoint, layout)
 
-    def outputs() -> Iterator[_Output]:
+    def outputs() -> Iterator[Output]:
         sources = Sources(checkpoint)
         for filename, names in layout.items():
             stored = [home[name][1] for name in names]
             entries = [(t.name, t.code, t.shape, t.end - t.begin) for t in stored]
             items = [TensorView(sources.address(t.name), t.end - t.begin, HOST) for t in stored]
-            yield _Output(filename, header(entries, metadata[filename]), items, sources.of(names))
+            yield Output(filename, header(entries, metadata[filename]), items, sources.of(names))
 
     with _target(out, checkpoint.folder, force, how, in_place=True) as stage:
         if len(layout) > 1:
@@ -231,60 +225,8 @@ def reshard_checkpoint(
             name = f"{_stem(checkpoint)}{INDEX_SUFFIX}"
             write_text(os.path.join(stage, name), make_index({**told, "total_size": total}, places))
         if not same_file(out, checkpoint.folder):
-            _copy(checkpoint.others, checkpoint.folder, stage)
-        _write(outputs(), stage, how, "Resharding")
-
-
-class _Output(NamedTuple):
-    """A file to be written."""
-
-    path: str
-    head: bytes
-    items: Sequence[TensorView | Interleaved]
-    kept: list[torch.Tensor]
-
-
-def _write(outputs: Iterable[_Output], stage: str, how: How, description: str) -> None:
-    remaining = iter(outputs)
-    while batch := list(_batch(remaining)):
-        began = time.perf_counter()
-        files = [
-            FilePlan(
-                os.fsencode(os.path.join(stage, output.path)),
-                output.head,
-                [
-                    TensorView(0, item.nbytes, FETCHED) if isinstance(item, Interleaved) else item
-                    for item in output.items
-                ],
-            )
-            for output in batch
-        ]
-
-        def fetch(file: int, item: int, first: int, nbytes: int, address: int) -> None:
-            interleaved = batch[file].items[item]  # noqa: B023 - called in this round only
-            assert isinstance(interleaved, Interleaved)
-            interleaved.fetch(first, nbytes, address)
-
-        future = engine_for(how.engine).submit(
-            files,
-            keep_alive=batch,
-            durable=how.durable,
-            keep_cached=how.keep_cached,
-            fetch=fetch,
-            steps=[counted("save_file", "")],
-            plan_seconds=time.perf_counter() - began,
-            serve=False,
-        )
-        pipeline.finish(future, how.progress, description)
-
-
-def _batch(outputs: Iterator[_Output]) -> Iterator[_Output]:
-    count = 0
-    for output in outputs:
-        yield output
-        count += len(output.items)
-        if count >= _MAX_ITEMS:
-            return
+            copy(checkpoint.others, checkpoint.folder, stage)
+        write(outputs(), stage, how, "Resharding")
 
 
 @contextlib.contextmanager
@@ -392,8 +334,3 @@ def _index_metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     path = os.path.join(checkpoint.folder, checkpoint.index_name)
     metadata = read_object(checkpoint.index_text, path).get("metadata")
     return metadata if isinstance(metadata, dict) else {}
-
-
-def _copy(names: Iterable[str], source: str, stage: str) -> None:
-    for name in names:
-        shutil.copyfile(os.path.join(source, name), os.path.join(stage, name))
