@@ -7,9 +7,11 @@ statistics), ``machine`` (where), ``models`` (what transformers makes of tensors
 one way to do it), ``builders`` (the tensors that are saved), ``training_steps`` (a job that
 goes on while its state is saved), ``rivals_fastshard``, ``rivals_torch``, ``rivals_dcp``, ``rivals_sharded``,
 ``rivals_hub``, ``rivals_async`` and ``rivals_training`` (who saves), ``rivals`` (all of them), ``ceilings``
-(what the hardware allows), ``cases`` (what is saved by whom), ``goals`` (what fastshard must show),
+(what the hardware allows), ``cases`` (what is saved by whom), ``rank_cases`` (by the ranks of a group), ``goals`` (what
+fastshard must show),
 ``fitting`` (how to measure, and what fits), ``verify`` (are the bytes right), ``memory`` (peak in a fresh
-process), ``disturbance`` (what a job beside a save notices), ``harness`` (the rounds), ``report`` (table,
+process), ``disturbance`` (what a job beside a save notices), ``harness`` (the rounds), ``rank_job``,
+``rivals_ranks``, ``rank_process`` and ``ranks`` (the rounds of a group of processes), ``report`` (table,
 verdict, plot), ``small_saves`` (saves made by the thousand), ``planning`` (what laying out costs), ``save``
 (the command line), ``load`` (another one, for loading). Then, of the standard library only: ``budget``
 (commands under one clock), ``build`` (a package made of the checkout), ``brief`` (the short table of a

@@ -36,7 +36,9 @@ class Filler:
         self.device = device
 
     def __call__(self, *shape: int) -> torch.Tensor:
-        tensor = torch.empty(shape, dtype=BF16, device=self.device)
+        return self.fill(torch.empty(shape, dtype=BF16, device=self.device))
+
+    def fill(self, tensor: torch.Tensor) -> torch.Tensor:
         cuts = list(range(self._block.numel(), tensor.numel(), self._block.numel()))
         for part in tensor.view(torch.int16).view(-1).tensor_split(cuts):
             self._salt = (self._salt + 40503) & 0x7FFF
@@ -257,6 +259,19 @@ def decoder_shapes(width: float = 1.0) -> dict[str, tuple[int, ...]]:
 
 
 DECODER_NBYTES = 2 * sum(map(math.prod, decoder_shapes().values()))
+
+
+def model_shapes(nbytes: int) -> dict[str, tuple[int, ...]]:
+    """Returns those of a decoder of at most about so many bytes in bf16, and its norms, which are small."""
+    shapes = decoder_shapes(max(1.0, math.sqrt(DECODER_NBYTES / nbytes)))
+    hidden = shapes["lm_head.weight"][1]
+    for i in range(8):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"model.layers.{i}.{name}.weight"] = (hidden,)
+    return {**shapes, "model.norm.weight": (hidden,)}
+
+
+MODEL_NBYTES = 2 * sum(map(math.prod, model_shapes(DECODER_NBYTES).values()))
 
 
 def decoder(nbytes: int, device: str) -> list[Shard]:

@@ -12,6 +12,7 @@ from . import machine
 from .cases import SHM, Case
 from .job import CPU
 from .machine import free_nbytes, memory_nbytes
+from .rank_cases import RankCase
 from .samples import MIB
 
 LEAST_NBYTES = 64 * MIB
@@ -49,19 +50,19 @@ class Settings:
     stop: float | None = None
     """When all must be over (time.monotonic), done or not."""
 
-    def out_of(self, case: Case) -> Path | None:
+    def out_of(self, case: Case | RankCase) -> Path | None:
         return self.shm if case.place == SHM else self.out
 
     def in_time(self) -> bool:
         return self.stop is None or time.monotonic() < self.stop
 
 
-def asked(case: Case, settings: Settings) -> int:
+def asked(case: Case | RankCase, settings: Settings) -> int:
     """The size at which the case is run where there is room for it."""
     return min(settings.nbytes, case.natural(machine.device_kind(settings.device)) or settings.nbytes)
 
 
-def fitting(case: Case, settings: Settings) -> int:
+def fitting(case: Case | RankCase, settings: Settings) -> int:
     """The size at which the case is run: what was asked for, or less where memory or the place is scarce.
 
     To be called before each case: the memory of some machines grows while it is used.
@@ -78,7 +79,7 @@ def fitting(case: Case, settings: Settings) -> int:
     return wanted if room >= wanted else int(room) // MIB * MIB
 
 
-def why_not(case: Case, settings: Settings) -> str | None:
+def why_not(case: Case | RankCase, settings: Settings) -> str | None:
     """Why a case cannot be run here at all."""
     if not settings.in_time():
         return NO_TIME

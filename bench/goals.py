@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .job import CPU, CUDA
-from .samples import DURABLE, LOST, RETURN, STALL
+from .samples import DURABLE, LOST, RETURN, STALL, WRITTEN
 
 MEMORY, HIGH_WATER, DEVICE_MEMORY, PINNED = "memory", "high water", "device memory", "pinned memory"
 OVER_BUDGET = "memory over budget"
@@ -16,7 +16,9 @@ STEP = "a step"
 """A step of a job that runs beside the save."""
 PLANNING = "planning"
 """Checking the tensors and laying out the files: seconds of a timed save, for each tensor."""
-_UNITS = {**dict.fromkeys(EXTRA, "MiB"), STEP: "%", PLANNING: "us"}
+READ = "read"
+"""Bytes that a rank has read for each that it wanted."""
+_UNITS = {**dict.fromkeys(EXTRA, "MiB"), STEP: "%", PLANNING: "us", READ: "bytes"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Goal:
     which a step is longer, microseconds for a tensor."""
     mode: str = RETURN
     against: str = "safetensors"
-    """A rival, a ceiling, one of EXTRA, STEP, or PLANNING."""
+    """A rival, a ceiling, one of EXTRA, STEP, PLANNING, or READ."""
     by: str = "fastshard"
     """Who must reach it."""
     on: str = CPU
@@ -79,6 +81,24 @@ _HOST = (
     Goal("async-trainer", 1 / 0.35, mode=LOST, against="training-unpatched", by="training-async"),
 )
 
+_RANKS = (
+    *(
+        Goal("dcp-ranks", limit, mode=mode, against=against, by=by)
+        for by in ("fastshard-writer", "fastshard-distcp")
+        for against, limit in (("stock-distcp", 4.0), ("stock-hf", 8.0))
+        for mode in WRITTEN
+    ),
+    Goal("save-distributed", 2.0, against="gather", by="save_distributed"),
+    Goal("save-distributed", 1.0, against="one-process", by="save_distributed"),
+    Goal("save-distributed", 64, against=MEMORY, by="save_distributed"),
+    Goal("load-ranks", 1.5, against="get_slice-columns", by="load_distributed-columns"),
+    Goal("load-ranks", 1.0, against="get_slice-rows", by="load_distributed-rows"),
+    *(Goal("load-ranks", 1.2, against=READ, by=f"load_distributed-{kind}") for kind in ("columns", "rows")),
+    Goal("convert-dcp", 3.0, against="dcp_to_torch_save", by="convert"),
+    Goal("convert-dcp", 128, against=MEMORY, by="convert"),
+    Goal("dcp-async", 3.0, mode=STALL, against="default-stager", by="fastshard-stager"),
+)
+
 _TAKES_MEMORY = ("tmpfs-eight", "one-file", "columns")
 _GPU = (
     Goal("prepared", 0.97, against="link", by="prepared", on=CUDA),
@@ -99,4 +119,4 @@ _GPU = (
     *(Goal(case, 3, against=STEP, on=CUDA) for case in ("tmpfs-eight", "one-file")),
 )
 """Where a rate depends on the machine, the goal is a part of a ceiling of the same rounds."""
-GOALS = _HOST + _GPU
+GOALS = _HOST + _RANKS + _GPU

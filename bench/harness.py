@@ -72,12 +72,15 @@ def _extra_copies(entry: _Entry) -> float:
 
 
 def _settle(entry: _Entry, nbytes: int, out: Path) -> None:
-    """Same starting line for everyone; see the top of this file."""
+    settle(_extra_copies(entry), nbytes, out)
+
+
+def settle(copies: float, nbytes: int, out: Path) -> None:
+    """Same starting line for everyone; see the top of this file. A run will take so many copies of its bytes."""
     empty(out)
     if nbytes >= 16 * MIB:  # less leaves no writeback worth waiting for, nor garbage worth collecting
         gc.collect()
         os.sync()
-    copies = _extra_copies(entry)
     available = memory_nbytes("MemAvailable") - GIB
     if (copies - 1) * nbytes > available:
         raise MemoryError(f"needs {(copies - 1) * nbytes / GIB:.1f} GiB beside the tensors")
@@ -101,7 +104,7 @@ def _timed(entry: _Entry, device: str) -> tuple[float, float]:
         return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def _text(error: Exception) -> str:
+def text_of(error: BaseException) -> str:
     if isinstance(error, Unavailable):
         return str(error)
     return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -161,7 +164,7 @@ class Contest:
             try:
                 self.reference = Reference(self.job, self.case.base)
             except Exception as error:  # another case's base may do better
-                self.result.skipped = f"{self.case.base}: {_text(error)}"
+                self.result.skipped = f"{self.case.base}: {text_of(error)}"
                 return self.result
         with self._entries() as entries:
             self._rounds(entries, deadline)
@@ -226,7 +229,7 @@ class Contest:
                         entries.append(self._entry(rival, row))
                         stack.callback(_close, entries[-1].run)
                     except Exception as error:  # whatever a rival raises, the others go on
-                        row.error, row.absent = _text(error), isinstance(error, Unavailable)
+                        row.error, row.absent = text_of(error), isinstance(error, Unavailable)
             yield entries
             entries.clear()
 
@@ -260,7 +263,7 @@ class Contest:
             try:
                 found = self._disturbance(rival)
             except Exception as error:  # as in the rounds
-                found = Disturbance(rival.name, error=_text(error))
+                found = Disturbance(rival.name, error=text_of(error))
             self.result.disturbance.append(found)
 
     def _disturbance(self, rival: Rival) -> Disturbance:
@@ -294,7 +297,7 @@ class Contest:
         except Mismatch as error:
             row.wrong, row.error = True, f"WRONG: {error}"
         except Exception as error:
-            row.error = _text(error)
+            row.error = text_of(error)
 
     def _sample(self, entry: _Entry, round_: int) -> tuple[float, float]:
         """(wall, CPU) seconds of one run; of one in the mode STALL more is kept."""

@@ -74,11 +74,11 @@ def _device_free(device: str) -> int:
     return 0 if machine.device_kind(device) == CPU else int(torch.cuda.mem_get_info(device)[0])
 
 
-def _held(pid: int, with_shared: bool) -> int:
+def held(pid: int, with_shared: bool) -> int:
     """Anonymous (and shared) memory of a process, bytes."""
     status = f"/proc/{pid}/status"
-    held = memory_nbytes("RssAnon", status)
-    return held + memory_nbytes("RssShmem", status) if with_shared else held
+    anonymous = memory_nbytes("RssAnon", status)
+    return anonymous + memory_nbytes("RssShmem", status) if with_shared else anonymous
 
 
 def _watch(
@@ -92,7 +92,7 @@ def _watch(
     # On a memory-backed filesystem shared pages are the output file itself, when it is mapped.
     with_shared = mount_of(out)[0] not in MEMORY_BACKED
     status = f"/proc/{child.pid}/status"
-    held_before, resident_before = _held(child.pid, with_shared), memory_nbytes("VmRSS", status)
+    held_before, resident_before = held(child.pid, with_shared), memory_nbytes("VmRSS", status)
     free_before = _device_free(device)
     peak, least_free = held_before, free_before
     child.stdin.write("go\n")
@@ -100,7 +100,7 @@ def _watch(
     ended = False
     while not ended:
         ended = bool(select.select([child.stdout], [], [], INTERVAL_S)[0])
-        peak = max(peak, _held(child.pid, with_shared))
+        peak = max(peak, held(child.pid, with_shared))
         least_free = min(least_free, _device_free(device))
     words = child.stdout.readline().split()
     if words[:1] != ["done"]:

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .goals import DEVICE_MEMORY, GOALS, HIGH_WATER, MEMORY, OVER_BUDGET, PINNED, PLANNING, STEP, Goal
+from .goals import DEVICE_MEMORY, GOALS, HIGH_WATER, MEMORY, OVER_BUDGET, PINNED, PLANNING, READ, STEP, Goal
 from .samples import FILE, GIB, JOB, LOST, MIB, RATED, STALL, WRITTEN, CaseResult, Memory, Ratio, Row, ratio
 
 _COLOURS = {"return": "#2b6cb0", "durable": "#dd8452"}
-_WITHIN = {"MiB": "extra", "%": "longer", "us": "a tensor's"}
+_WITHIN = {"MiB": "extra", "%": "longer", "us": "a tensor's", "bytes": "for each wanted,"}
 _TITLES = {
     "return": "time to return",
     "durable": "time to stable storage",
@@ -158,6 +158,9 @@ def _within(goal: Goal, result: CaseResult) -> float | None:
         return (
             1e6 * statistics.median(row.plan_seconds) / result.tensors if row and row.plan_seconds else None
         )
+    if goal.against == READ:
+        row = result.row(goal.by, goal.mode)
+        return row.detail["read_ratio"] if row and row.detail else None
     known = next((_extra(m, goal.against) for m in result.memory if m.rival == goal.by), None)
     return None if known is None else known / MIB
 
@@ -200,12 +203,14 @@ def verdict(findings: list[Finding]) -> str:
     for f in findings:
         goal = f.goal
         if goal.unit:
+            whose = f" of {goal.by}" if goal.against == READ else ""
             name, wanted = (
-                f"{goal.case}, {_WITHIN[goal.unit]} {goal.against}",
+                f"{goal.case}, {_WITHIN[goal.unit]} {goal.against}{whose}",
                 f"<= {goal.limit:g} {goal.unit}",
             )
         else:
-            who = f" of {goal.by}" if goal.mode in (STALL, LOST) else ""
+            several = len({other.by for other in GOALS if other.case == goal.case}) > 1
+            who = f" of {goal.by}" if several else ""
             name, wanted = f"{goal.case}, {goal.mode}{who}, to {goal.against}", f"{goal.limit:.2f} x"
         figures = [f"{v:.2f}" if v is not None else "-" for v in (f.value, f.best, f.allowed)]
         remark = ""

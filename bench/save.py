@@ -26,18 +26,24 @@ if __name__ == "__main__" and not __package__:
 import torch
 
 from . import machine, memory, report
-from .cases import CASES, FULL_NBYTES
+from .cases import CASES, FULL_NBYTES, Case
 from .ceilings import CEILINGS
 from .fitting import Settings
 from .goals import GOALS
 from .harness import run_case
 from .job import CPU, KINDS, US, Rival
+from .rank_cases import RANK_CASES, RankCase
+from .rank_process import main as be_a_rank
+from .ranks import run_rank_case
 from .rivals import RIVALS
+from .rivals_ranks import RANK_RIVALS
 from .samples import DURABLE, GIB, MIB, MODES, CaseResult
 
 QUICK_SECONDS = 90.0
 """Rounds of a quick run stop here, on however slow a machine; at least one round is always run."""
 SHM = Path("/dev/shm")
+ALL_CASES: dict[str, Case | RankCase] = {**CASES, **RANK_CASES}
+ALL_RIVALS = {**RIVALS, **RANK_RIVALS}
 
 
 def _names(known: Collection[str]) -> Callable[[str], list[str]]:
@@ -69,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--slow-rounds", type=int, metavar="N", help="of which slow rivals run (default 3; quick: 1)")
     add("--fit", action="store_true", help="make cases smaller where there is too little room or memory")
     add("--budget", type=float, metavar="SECONDS", help="end within this time, the last cases left out")
-    add("--cases", type=_names(CASES), metavar="A,B", help="see --list (default: those of the device)")
-    add("--rivals", type=_names(RIVALS), metavar="A,B", help="in every case (default: as each case says)")
+    add("--cases", type=_names(ALL_CASES), metavar="A,B", help="see --list (default: those of the device)")
+    add("--rivals", type=_names(ALL_RIVALS), metavar="A,B", help="in every case (default: as each case says)")
     add("--modes", type=_names(MODES), default=list(MODES), metavar="A,B", help=", ".join(MODES))
     add("--device", default="cpu", help="where the tensors are: cpu (default), cuda, cuda:1")
     add("--no-verify", action="store_true", help="do not compare the bytes written")
@@ -80,12 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--plot", type=Path, metavar="OUT.png", help="draw it (needs matplotlib)")
     add("--list", action="store_true", help="cases, rivals, ceilings and goals; then stop")
     add("--probe", help=argparse.SUPPRESS)
+    add("--rank", help=argparse.SUPPRESS)
     return parser
 
 
 def _list() -> str:
     lines = []
-    for title, known in (("cases", CASES), ("rivals", RIVALS), ("ceilings", CEILINGS)):
+    for title, known in (("cases", ALL_CASES), ("rivals", ALL_RIVALS), ("ceilings", CEILINGS)):
         lines += [title, *(f"  {name:23} {entry.about}" for name, entry in known.items())]
     lines.append("goals")
     lines += [f"  {g.on:5} {g.case:12} {g.by:20} {g.mode:8} {g.against:23} {g.limit:g}" for g in GOALS]
@@ -97,7 +104,7 @@ def _cases(args: argparse.Namespace) -> list[str]:
     if args.cases:
         return list(args.cases)
     kind = machine.device_kind(args.device)
-    return [c.name for c in CASES.values() if kind in c.default_on and (c.quick or not args.quick)]
+    return [c.name for c in ALL_CASES.values() if kind in c.default_on and (c.quick or not args.quick)]
 
 
 def _no_shm(directory: Path) -> str:
@@ -116,8 +123,8 @@ def _settings(args: argparse.Namespace, out: Path, shm: Path | None, no_shm: str
     full = FULL_NBYTES / GIB
     nbytes = int(args.mib * MIB) if args.mib else int((args.gib or (0.5 if args.quick else full)) * GIB)
     short = args.quick or args.budget is not None
-    ours = tuple({case.us for case in CASES.values()})
-    measured = () if args.no_memory else ours if short else tuple(RIVALS)
+    ours = tuple({case.us for case in ALL_CASES.values()})
+    measured = () if args.no_memory else ours if short else tuple(ALL_RIVALS)
     return Settings(
         out=out,
         shm=shm,
@@ -138,8 +145,14 @@ def _settings(args: argparse.Namespace, out: Path, shm: Path | None, no_shm: str
 
 
 def _rivals(args: argparse.Namespace, case: str) -> list[Rival]:
-    names = args.rivals or CASES[case].rivals
-    return [rival for name, rival in RIVALS.items() if name in names]
+    names = args.rivals or ALL_CASES[case].rivals
+    known = RANK_RIVALS if case in RANK_CASES else RIVALS
+    # Of a group only those of the case: another case's sides save or load something else.
+    return [
+        rival
+        for name, rival in known.items()
+        if name in names and (case not in RANK_CASES or name in RANK_CASES[case].rivals)
+    ]
 
 
 def _refuse(args: argparse.Namespace, settings: Settings, free_nbytes: int) -> str | None:
@@ -170,12 +183,16 @@ def _run(args: argparse.Namespace, settings: Settings) -> Iterator[CaseResult]:
     stop = settings.stop or (time.monotonic() + QUICK_SECONDS if args.quick else None)
     names = _cases(args)
     weights = [
-        (len(_rivals(args, name)) + len(CASES[name].measures)) * len(CASES[name].modes) for name in names
+        (len(_rivals(args, name)) + len(ALL_CASES[name].measures)) * len(ALL_CASES[name].modes)
+        for name in names
     ]
     for i, name in enumerate(names):
         now = time.monotonic()
         deadline = now + (stop - now) * weights[i] / sum(weights[i:]) if stop else None
-        result = run_case(CASES[name], _rivals(args, name), settings, deadline)
+        if name in RANK_CASES:
+            result = run_rank_case(RANK_CASES[name], _rivals(args, name), settings, deadline)
+        else:
+            result = run_case(CASES[name], _rivals(args, name), settings, deadline)
         result.device = machine.device_kind(args.device)
         print("\n" + report.table(result), flush=True)
         yield result
@@ -240,6 +257,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.probe:
         memory.probe(args.probe)
         return 0
+    if args.rank:
+        return be_a_rank(args.rank)
     if args.list:
         print(_list())
         return 0

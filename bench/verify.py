@@ -45,35 +45,18 @@ def _files(directory: Path) -> dict[str, Path]:
     return {str(p.relative_to(directory)): p for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-class Reference:
-    """What a rival, ``base``, writes for a job: digests only, so no second copy lies on the disk."""
+class Written:
+    """The files of a directory: digests only, so no second copy lies on the disk."""
 
-    def __init__(self, job: Job, base: str) -> None:
-        rival = RIVALS[base]
-        with rival.within():
-            rival.prepare(job)()
-        files = _files(job.out)
+    def __init__(self, out: Path) -> None:
+        files = _files(out)
         self._digests = {name: digests(path) for name, path in files.items()}
         self._sizes = {name: path.stat().st_size for name, path in files.items()}
 
-    def check(self, rival: Rival, job: Job) -> str:
-        """Raises Mismatch, or says in a word or two what was found to be right."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # loaders warn about themselves
-                if rival.writes == "safetensors":
-                    self._same_bytes(job, rival.stands)
-                    return "same bytes"
-                _LOADERS[str(rival.writes)](job)
-                return "loads back"
-        except Mismatch:
-            raise
-        except Exception as error:  # a file that no loader takes is as wrong as one with other bytes
-            raise Mismatch(f"cannot be read back: {error}") from error
-
-    def _same_bytes(self, job: Job, stands: bool) -> None:
+    def same_bytes(self, out: Path, stands: bool = False) -> None:
+        """Raises Mismatch where a directory has other files, or one of other bytes."""
         # Beside a standing file lies, hidden, the one that will take its place.
-        found = {name: p for name, p in _files(job.out).items() if not (stands and p.name.startswith("."))}
+        found = {name: p for name, p in _files(out).items() if not (stands and p.name.startswith("."))}
         if found.keys() != self._sizes.keys():
             raise Mismatch(f"files are {sorted(found)}, not {sorted(self._sizes)}")
         for name, path in found.items():
@@ -83,6 +66,31 @@ class Reference:
             for i, (one, other) in enumerate(zip(digests(path), self._digests[name])):
                 if one != other:
                     raise Mismatch(f"{name} differs in the 16 MiB at byte {i * CHUNK_NBYTES}")
+
+
+class Reference(Written):
+    """What a rival, ``base``, writes for a job."""
+
+    def __init__(self, job: Job, base: str) -> None:
+        rival = RIVALS[base]
+        with rival.within():
+            rival.prepare(job)()
+        super().__init__(job.out)
+
+    def check(self, rival: Rival, job: Job) -> str:
+        """Raises Mismatch, or says in a word or two what was found to be right."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # loaders warn about themselves
+                if rival.writes == "safetensors":
+                    self.same_bytes(job.out, rival.stands)
+                    return "same bytes"
+                _LOADERS[str(rival.writes)](job)
+                return "loads back"
+        except Mismatch:
+            raise
+        except Exception as error:  # a file that no loader takes is as wrong as one with other bytes
+            raise Mismatch(f"cannot be read back: {error}") from error
 
 
 def _samples(tensors: Shard) -> list[str]:
