@@ -64,7 +64,7 @@ class Gathered:
             elif not isinstance(value, _CALLED) and not hasattr(value, "__deepcopy__"):
                 ahead += getattr(value, "__dict__", {}).values()
 
-    def _look_at_tensor(self, tensor: torch.Tensor) -> None:
+    def _look_at_tensor(self, tensor: Any) -> None:
         if type(tensor) not in PLAIN:
             if callable(getattr(tensor, "wait", None)):  # a collective under way
                 result = tensor.wait()
@@ -75,16 +75,17 @@ class Gathered:
                 self._look_into(tensor, [shard.tensor for shard in tensor.local_shards()])
                 return
             if is_traceable_wrapper_subclass(tensor):
-                self._look_into(tensor, [part for part in _parts(tensor).values() if isinstance(part, torch.Tensor)])
+                self._look_into(tensor, _parts(tensor).values())
                 return
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
             self._copied.append(tensor)
             return
         self._place(tensor)
 
-    def _look_into(self, tensor: Any, parts: Iterable[torch.Tensor]) -> None:
+    def _look_into(self, tensor: Any, parts: Iterable[Any]) -> None:
         for part in parts:
-            self._look_at(part)
+            if isinstance(part, torch.Tensor):
+                self._look_at(part)
         self._wrapped.append((tensor, None))
 
     def _place(self, tensor: torch.Tensor) -> None:

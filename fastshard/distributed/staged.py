@@ -13,7 +13,7 @@ import pickle
 import weakref
 from collections.abc import Callable
 from multiprocessing import reduction
-from typing import Any, Final
+from typing import Any
 
 import torch
 

@@ -73,7 +73,6 @@ class FastshardStager(AsyncStager):
             return self._answer(gathered.staged(_no_tensor), None)
         lent = self._lend(gathered.nbytes)
         copying = self._copy(gathered, lent)
-        self._copying = [one for one in self._copying if not one.done()] + [copying]
         try:
             staged = gathered.staged(lent.tensor)
             if self._process and isinstance(staged, dict):
@@ -93,6 +92,7 @@ class FastshardStager(AsyncStager):
         if copying is None:
             answer.set_result(staged)
         else:
+            self._copying = [one for one in self._copying if not one.done()] + [copying]
             copying.add_done_callback(functools.partial(_settle, answer, staged))
         return answer
 
@@ -141,9 +141,10 @@ class FastshardStager(AsyncStager):
 
     def synchronize_staging(self) -> None:
         """Waits until the tensors of all state dicts have been copied. What has failed, ``async_save`` reports."""
-        for copying in self._copying[:]:
+        copying, self._copying = self._copying, []
+        for one in copying:
             with contextlib.suppress(Exception):
-                copying.result()
+                one.result()
 
     def close(self) -> None:
         """Unmaps the memory: that of saves in flight, when they have ended. A stager that is used again takes new

@@ -53,7 +53,9 @@ def sharded_tensor_of(like: Any, tensors: Sequence[torch.Tensor]) -> Any:
     for shard in metadata.shards_metadata:
         shard.placement = type(shard.placement)(f"rank:{shard.placement.rank()}/cpu")
     for number, (shard, tensor) in enumerate(zip(shards, tensors)):
-        own = next(one for one in metadata.shards_metadata if one.shard_offsets == shard.metadata.shard_offsets)
+        own = next(
+            one for one in metadata.shards_metadata if one.shard_offsets == shard.metadata.shard_offsets
+        )
         shards[number] = type(shard)(tensor, own)
     return type(like)._init_from_local_shards_and_global_metadata(
         shards, sharded_tensor_metadata=metadata, process_group=like._process_group
