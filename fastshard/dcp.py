@@ -6,4 +6,5 @@ Importing this module imports ``torch.distributed.checkpoint``.
 
 from .distributed.file_system import FastshardFileSystemWriter as FastshardFileSystemWriter
 from .distributed.reader import FastshardReader as FastshardReader
+from .distributed.stager import FastshardStager as FastshardStager
 from .distributed.writer import FastshardWriter as FastshardWriter

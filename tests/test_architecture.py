@@ -59,7 +59,10 @@ PYTHON_LAYERS = {
         saving holders sources prepared archive_errors archive_skeleton archive_by_torch archive hub sharded_state
         sharded_save sharded_load asynchronous
     """,
-    "distributed": "group boxes rank_plan rank_files rank_save stored slices rank_load unseen_files stock final_files writer reader distcp file_system",
+    "distributed": """
+        group boxes rank_plan rank_files rank_save stored slices rank_load unseen_files stock final_files writer reader distcp file_system
+        gathering staged stager
+    """,
     "integrations": """
         patch_entry patch_groups import_hook calls patching overrides report offload transformers trainer accelerate accelerate_state lightning adapters dcp vllm_states vllm
         sglang vllm_save
@@ -368,6 +371,8 @@ def test_owners_and_modes_are_taken_over_in_one_place(name: str) -> None:
 
 PRIVATE = {
     "_clean_state_dict_for_safetensors": {"api/hub"},
+    "_init_from_local_shards_and_global_metadata": {"distributed/stock"},
+    "_process_group": {"distributed/stock"},
     "_torch": {"api/hub"},
     "_base": {"api/hub"},
     "_C": {"api/archive_skeleton", "engine/borrowed"},
@@ -401,7 +406,11 @@ DEEPER = {
     "distributed/final_files": DCP,
     "distributed/writer": DCP,
     "distributed/reader": DCP,
+<<<<<<< HEAD
     "distributed/file_system": DCP,
+=======
+    "distributed/stager": {"torch.distributed", "torch.distributed.checkpoint.staging"},
+>>>>>>> 054c56d (Tests of the stager)
 }
 """What these import besides: they are imported by ``fastshard.dcp`` only."""
 

@@ -322,12 +322,12 @@ def test_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensors, "_PIECE_NBYTES", 5000)
     foreign = {**mixed(), **strided()}
     expected = reference_bytes(foreign, BF16)
-    plain_view = tensors._unusual_view
+    plain_view = tensors.view_of
 
     def unusual(tensor: torch.Tensor, _: int, nbytes: int) -> tuple[torch.Tensor, TensorView]:
         return plain_view(tensor, FETCHED, nbytes)
 
-    monkeypatch.setattr(tensors, "_unusual_view", unusual)  # of what is strided
+    monkeypatch.setattr(tensors, "view_of", unusual)  # of what is strided
     fastshard.save_file(foreign, tmp_path / "weights", dtype=BF16, allow_strided=True, engine=SMALL)
     assert_same((tmp_path / "weights").read_bytes(), expected)
 

@@ -7,6 +7,8 @@ a writer.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,3 +44,19 @@ def resolved(planner: SavePlanner, item: WriteItem) -> torch.Tensor:
     if hasattr(data, "trigger_wait"):  # the result of a collective that may still be under way
         data = data.trigger_wait()
     return data.detach()
+
+
+def sharded_tensor_of(like: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    """Returns a ``ShardedTensor`` as ``like`` with these tensors, which are in host memory, for its local shards."""
+    metadata = copy.deepcopy(like.metadata())
+    shards = copy.copy(like.local_shards())
+    for shard in metadata.shards_metadata:
+        shard.placement = type(shard.placement)(f"rank:{shard.placement.rank()}/cpu")
+    for number, (shard, tensor) in enumerate(zip(shards, tensors)):
+        own = next(
+            one for one in metadata.shards_metadata if one.shard_offsets == shard.metadata.shard_offsets
+        )
+        shards[number] = type(shard)(tensor, own)
+    return type(like)._init_from_local_shards_and_global_metadata(
+        shards, sharded_tensor_metadata=metadata, process_group=like._process_group
+    )

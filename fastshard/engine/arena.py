@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import mmap
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -30,11 +32,18 @@ _MOST_WASTED: Final = 64 << 20
 
 
 class Block:
-    """Memory of the arena that one save uses, or that waits for the next one."""
+    """Memory of the arena that one save uses, or that waits for the next one.
 
-    def __init__(self, nbytes: int, user: object) -> None:
+    Args:
+        shared: it is a file in memory, which other processes can map.
+    """
+
+    def __init__(self, nbytes: int, user: object, shared: bool = False) -> None:
         self.nbytes: Final = nbytes
         self.address = 0
+        self.shared: Final = shared
+        self.file: io.FileIO | None = None
+        """What other processes map, if it is shared."""
         self.locked: _native.PageLock | str | None = None
         """What keeps it page-locked for devices, or why the driver does not do it; ``None`` until that is asked."""
         self._mapping: mmap.mmap | None = None
@@ -54,9 +63,14 @@ class Block:
 
     def map(self) -> None:
         """Maps the memory. Raises ``OSError`` if there is none."""
-        self._mapping = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        if self.shared:
+            self.file = io.FileIO(os.memfd_create("fastshard"), "r+")
+            os.posix_fallocate(self.file.fileno(), 0, self.nbytes)  # which fails where a store would kill
+            self._mapping = mmap.mmap(self.file.fileno(), self.nbytes)
+        else:
+            self._mapping = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                self._mapping.madvise(mmap.MADV_HUGEPAGE)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
 
     def lock(self, native: _native.Engine, ordinal: int) -> _native.PageLock | None:
@@ -75,6 +89,8 @@ class Block:
         self.unlock()
         self.address = 0
         self._mapping = None
+        if self.file is not None:
+            self.file.close()
 
 
 class Arena:
@@ -83,10 +99,13 @@ class Arena:
     Args:
         budget: the most bytes of all blocks together; ``None``: half of the memory that is free when the first
             block is asked for.
+        shared: other processes can map the blocks.
     """
 
-    def __init__(self, budget: int | None) -> None:
+    def __init__(self, budget: int | None, shared: bool = False) -> None:
         self._budget = budget
+        self._shared = shared
+        self._closed = False
         self._blocks: list[Block] = []
         self.peak = 0
         """The most bytes that were mapped at once."""
@@ -118,7 +137,7 @@ class Arena:
                 fits = size <= block.nbytes <= max(2 * size, size + _MOST_WASTED)
                 if fits and block.address and block.claim(user):
                     return block
-            block = Block(size, user)
+            block = Block(size, user, self._shared)
             self._blocks.append(block)
             if self._fits(block):
                 try:
@@ -150,6 +169,17 @@ class Arena:
         if block.claim(self):
             block.unmap()
             self._blocks.remove(block)
+
+    def give_back(self, block: Block) -> None:
+        """Leaves a block to the next save, or to nobody where there will be none."""
+        block.give_back()
+        if self._closed:
+            self.release()
+
+    def close(self) -> None:
+        """Unmaps all blocks: those that are in use, when they are given back."""
+        self._closed = True
+        self.release()
 
     def release(self) -> None:
         """Unmaps all blocks that no save uses."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _FILE_ALIGNMENT: Final = 4096
 _ITEM_ALIGNMENT: Final = 16
-_STREAMED: Final = 32 << 20
+STREAMED: Final = 32 << 20
 """A snapshot of so many bytes is stored past the caches of the CPU."""
 
 
@@ -46,7 +46,7 @@ def copied(
     ``by_item``: the items stay apart, as their checksums are wanted one by one. ``locked`` keeps the memory
     page-locked.
     """
-    streaming = nbytes_of(files) >= _STREAMED
+    streaming = nbytes_of(files) >= STREAMED
     packing: list[FilePlan] = []
     written: list[FilePlan] = []
     numbers: list[int] = []

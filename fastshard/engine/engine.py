@@ -62,6 +62,9 @@ class Engine:
         self._spares: Living[_native.Engine] = Living()
         self.arena = Arena(self.options.snapshot_budget)
         """The memory of snapshots."""
+        self.arenas: Living[Arena] = Living()
+        """It, and those of others. What of them is idle is unmapped when the engine rests."""
+        self.arenas.add(self.arena)
         self._submitting: list[int] = []
         """Threads that are in the middle of submitting a save."""
         self._natives: dict[None, _native.Engine] = {None: self._start()}
@@ -298,7 +301,8 @@ class Engine:
             return  # one that this call has interrupted; what it uses goes with it
         for prepared in self._prepared.all():
             prepared.close()
-        self.arena.release()
+        for arena in self.arenas.all():
+            arena.release()
         native = self._natives.pop(None, None)
         if native is not None:
             native.close()
@@ -316,8 +320,9 @@ class Engine:
             leak(future._native)
         for native in (*self._prepared.all(), *self._spares.all(), *self._natives.values()):
             leak(native)
-        for locked in self.arena.abandon():
-            leak(locked)
+        for arena in self.arenas.all():
+            for locked in arena.abandon():
+                leak(locked)
         self._saves, self._prepared, self._spares = Living(), Living(), Living()
         self._submitting.clear()
         self._natives.clear()

@@ -87,7 +87,7 @@ def describe(
                 spans.append((data, data + nbytes))
             else:
                 sound = False
-                tensor, view = _unusual_view(tensor, device, nbytes)
+                tensor, view = view_of(tensor, device, nbytes)
             if source is FLOAT4:
                 shape = _unpacked(shape)
             entries.append(Entry(rank, name, code, shape, view, tensor))
@@ -176,8 +176,9 @@ def cast_number(dtype: torch.dtype) -> int:
     return CASTS["F8_E4M3_SAT" if saturates else _TARGETS[dtype]]
 
 
-def _unusual_view(tensor: torch.Tensor, device: int, nbytes: int) -> tuple[torch.Tensor, TensorView]:
-    """Returns the view of a tensor that is strided, or that only torch can read."""
+def view_of(tensor: torch.Tensor, device: int, nbytes: int) -> tuple[torch.Tensor, TensorView]:
+    """Returns the view of any tensor, also of one that is strided or that only torch can read, and the tensor that is
+    viewed: this one or a copy."""
     if device == FETCHED:
         return tensor, TensorView(0, nbytes, device)
     if tensor.dim() > _MAX_DIMS:
