@@ -30,8 +30,7 @@ Mapping::~Mapping() {
 int copy_by_kernel(std::span<const iovec> targets, std::span<const iovec> parts) {
   size_t wanted = 0;
   for (const iovec& part : parts) wanted += part.iov_len;
-  const ssize_t copied =
-      process_vm_readv(getpid(), targets.data(), targets.size(), parts.data(), parts.size(), 0);
+  const ssize_t copied = process_vm_readv(getpid(), targets.data(), targets.size(), parts.data(), parts.size(), 0);
   if (copied < 0) return errno;
   return static_cast<size_t>(copied) == wanted ? 0 : EFAULT;
 }

@@ -60,8 +60,8 @@ class RunCursor {
 };
 
 // Throws std::invalid_argument, naming the file, unless the places have `nbytes`, the runs of each follow each other
-// within the first `file_nbytes` of the file, and no two places share a byte. It takes time by the number of places, or,
-// where they lie between each other in unlike patterns, of runs.
+// within the first `file_nbytes` of the file, and no two places share a byte. It takes time by the number of places,
+// or, where they lie between each other in unlike patterns, of runs.
 void check(const std::vector<Place>& places, uint64_t nbytes, uint64_t file_nbytes, const std::string& file);
 
 }  // namespace fastshard

@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
-#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <utility>
@@ -19,17 +18,13 @@
 namespace fastshard {
 namespace {
 
-uint64_t knob(const char* name, uint64_t value) {
-  const char* const text = std::getenv(name);
-  return text == nullptr ? value : std::strtoull(text, nullptr, 10);
-}
-// Shorter runs are stored through a mapping, as a call for each would cost more than its bytes.
-const uint64_t kStoredRunNbytes = knob("FS_STORED", 16 << 10);
-// Runs that are so far apart share no window: its pages between them would be made for nothing.
-const uint64_t kMaxGapNbytes = knob("FS_GAP", 64 << 10);
-const uint64_t kWindowNbytes = knob("FS_WINDOW", 4 << 20);
-// Of fewer runs each has its own call.
-const uint64_t kMinStoredRuns = knob("FS_MIN", 4);
+// Runs that begin within so many bytes of each other, so that there is one in each page, are stored together through a
+// mapping: a call for each costs more than its bytes. Others are written one by one, as making pages of which little or
+// nothing is this save's costs more than calls.
+constexpr uint64_t kNearNbytes = 4096;
+// Of fewer runs each has a call of its own.
+constexpr uint64_t kMinStoredRuns = 8;
+constexpr uint64_t kWindowNbytes = 4 << 20;
 // What the kernel cannot read from where it lies is copied so many bytes at a time.
 constexpr uint64_t kBounceNbytes = 256 << 10;
 // Longer runs are sent to the disk at once. Pages of shorter ones others may still be writing to.
@@ -142,13 +137,12 @@ struct Stretch {
 
 Stretch first_stretch(RunCursor runs) {
   Stretch found{.begin = runs.run().file_offset, .end = runs.run().end(), .runs = 1};
-  if (runs.run().nbytes >= kStoredRunNbytes) return found;
+  uint64_t before = found.begin;
   for (runs.next(); !runs.done(); runs.next()) {
     const FileRun& run = runs.run();
-    if (run.nbytes >= kStoredRunNbytes || run.file_offset < found.end || run.file_offset > found.end + kMaxGapNbytes ||
-        run.end() > found.begin + kWindowNbytes) {
-      break;
-    }
+    const bool near = run.file_offset >= found.end && run.file_offset - before <= kNearNbytes;
+    if (!near || run.end() > found.begin + kWindowNbytes) break;
+    before = run.file_offset;
     found.end = run.end();
     ++found.runs;
   }
@@ -182,9 +176,7 @@ class PlacedWriter final : public InTurnWriter {
 
  private:
   // The first thread stays to the end; the others leave when other files wait.
-  const Chunk* next(End end) override {
-    return end == End::back && resources_.workers.wanted() ? nullptr : claim(end);
-  }
+  const Chunk* next(End end) override { return end == End::back && resources_.workers.wanted() ? nullptr : claim(end); }
 
   bool write_unstaged(const Chunk& chunk, End) override {
     if (chunk.route != Route::in_place) return false;

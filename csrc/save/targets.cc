@@ -42,8 +42,8 @@ OpenTarget open_foreign(const ForeignFile& target, const FilePlan& plan, const I
                                     : std::make_shared<OutputFile>(duplicate(target), target.path, nbytes, intent);
   if (const uint64_t size = size_of(*file); size < plan.file_nbytes()) {
     throw IoError(EINVAL, target.path, "open",
-                  "the file has " + std::to_string(size) + " bytes, the plan needs " + std::to_string(plan.file_nbytes()) +
-                      ": whoever makes it gives it its size");
+                  "the file has " + std::to_string(size) + " bytes, the plan needs " +
+                      std::to_string(plan.file_nbytes()) + ": whoever makes it gives it its size");
   }
   if (plan.placed) file->share_pages();
   return {.file = std::move(file)};
