@@ -20,9 +20,8 @@ from ..api.sharded_state import State, has_memory, state_of
 from ..base.loading import load
 from ..engine.engine import Engine, Options, engine_for, progress_wanted
 from ..engine.sharing import overlapping
-from ..publish.ranks import described
 from .boxes import Boxes, boxes_of
-from .group import Group
+from .group import Group, described
 from .slices import Box, Figures, read_boxes
 from .stored import OpenCheckpoint, Stored, open_checkpoint
 
