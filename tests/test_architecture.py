@@ -406,11 +406,8 @@ DEEPER = {
     "distributed/final_files": DCP,
     "distributed/writer": DCP,
     "distributed/reader": DCP,
-<<<<<<< HEAD
     "distributed/file_system": DCP,
-=======
     "distributed/stager": {"torch.distributed", "torch.distributed.checkpoint.staging"},
->>>>>>> 054c56d (Tests of the stager)
 }
 """What these import besides: they are imported by ``fastshard.dcp`` only."""
 
