@@ -57,7 +57,7 @@ PYTHON_LAYERS = {
         saving holders sources prepared archive_errors archive_skeleton archive_by_torch archive hub sharded_state
         sharded_save sharded_load asynchronous
     """,
-    "distributed": "group boxes rank_plan rank_files rank_save stored slices unseen_files stock final_files writer reader distcp file_system",
+    "distributed": "group boxes rank_plan rank_files rank_own_files rank_save stored slices unseen_files stock final_files writer reader distcp file_system",
     "integrations": """
         patch_entry patch_groups import_hook calls patching overrides report offload transformers trainer accelerate accelerate_state lightning adapters dcp vllm_states vllm
         sglang vllm_save
