@@ -71,7 +71,7 @@ def write_own_files(
     stale: Callable[[str], bool],
 ) -> None:
     """Writes this rank's files and puts them in place. ``last`` is called on the first rank to make the index."""
-    change = None
+    change: Replacement | None = None
     try:
         with group.agreed():
             change = Replacement(folder, durable=how.durable)
@@ -84,9 +84,10 @@ def write_own_files(
             if plans:
                 with background.synchronous():
                     write_files(plans, how, began, f"Saving {len(plans)} files")
-        with group.agreed():
+        with group.agreed():  # one after the other, as only one at a time changes names
             change.publish()
-        change.end(None)
+            change.end(None)
+            change = None
     except BaseException as error:
         if change is not None:
             change.end(error)
