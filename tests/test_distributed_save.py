@@ -372,3 +372,25 @@ def several_pieces(folder: Path) -> None:
 
 def test_tensors_that_describe_several_shards(tmp_path: Path) -> None:
     ranks.run(2, several_pieces, tmp_path)
+
+
+def writers_publish(folder: Path) -> list[str]:
+    """Each rank has one layer; two are replicated."""
+    full = {f"layer.{n}": values(5, 4, seed=n) for n in range(4)}
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    state = {name: full[name] for n, name in enumerate(full) if n == rank or n >= size}
+    fastshard.save_distributed({"old": torch.ones(9)}, folder / "ours", max_shard_size=100)
+    distributed.barrier()
+    fastshard.save_distributed(state, folder / "ours", max_shard_size=100, writers_publish=True)
+    written = fastshard.stats()
+    distributed.barrier()
+    compare(full, folder, {"max_shard_size": 100})
+    assert written is not None and written.files == 2
+    with pytest.raises((ValueError, RuntimeError), match="no rank has all tensors of .* 'rows'"):
+        fastshard.save_distributed(one_mesh(full_state(), size), folder / "ours", writers_publish=True)
+    return sorted(os.listdir(folder / "ours"))
+
+
+def test_each_rank_publishes_files_of_its_own(tmp_path: Path) -> None:
+    names = ranks.run(2, writers_publish, tmp_path)
+    assert len(names[0]) == 5 and names[0] == names[1]

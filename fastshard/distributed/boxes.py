@@ -22,6 +22,10 @@ class Boxes(NamedTuple):
     pieces: list[tuple[Offsets, torch.Tensor]]
     """Where each part begins in the whole tensor, and its elements. Parts without elements are left out."""
 
+    def whole(self) -> torch.Tensor:
+        """Returns the tensor, if this rank has all of it in one part."""
+        return self.pieces[0][1] if self.pieces else torch.empty(self.shape, dtype=self.dtype)
+
 
 def boxes_of(value: object, name: str = "") -> Boxes:
     """Returns the parts of a tensor that this rank has. Nothing is copied, and no collective is called.

@@ -213,7 +213,7 @@ class Group:
             now = time.monotonic()
             if now - looked >= min(_BEAT_SECONDS, self._silence / 4):
                 looked = now
-                silent = [rank for rank in missing if self._is_silent(rank, heard, now)]
+                silent = [rank for rank in missing if self._is_silent(step, rank, heard, now)]
                 if silent:
                     self._give_up(
                         step, silent, f"has not been heard of for {self._silence:g} s: it was killed or hangs"
@@ -224,9 +224,9 @@ class Group:
             time.sleep(pause)
             pause = min(2 * pause, max(_MOST_POLL_SECONDS, 1e-4 * self.size))
 
-    def _is_silent(self, rank: int, heard: dict[int, tuple[str, float]], now: float) -> bool:
-        if not self._store.has(f"alive/{rank}"):
-            return False  # it has not come to the save yet
+    def _is_silent(self, step: int, rank: int, heard: dict[int, tuple[str, float]], now: float) -> bool:
+        if not self._store.has(f"alive/{rank}") or self._store.has(f"{step}/{rank}"):
+            return False  # it has not come to the save yet, or has told its value
         beat = self._store.text(f"alive/{rank}")
         last, when = heard.get(rank, ("", now))
         if beat != last:

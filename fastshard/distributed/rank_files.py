@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 import torch
@@ -15,7 +13,7 @@ import torch
 from ..engine import planning
 from ..engine.engine import engine_for
 from ..engine.pipeline import How, PlannedFile, encoded_path
-from ..engine.plan import FilePlan, ForeignFile, WriteItem
+from ..engine.plan import FilePlan, ForeignFile, Place, place_of
 from ..engine.tensors import check_dtype
 from ..publish.directory import Replacement
 from ..publish.folder import Named
@@ -93,32 +91,17 @@ def planned(
     """Plans what this rank writes of a file that the first rank has made at ``path``."""
     dtype = check_dtype(how.dtype)
     parts: dict[str, torch.Tensor] = {}
-    places: dict[str, int] = {}
+    places: dict[str, Place] = {}
     for piece in pieces:
         shape, kind, have = boxes[piece.name]
         offsets, tensor = have[piece.box]
         if piece.rows is not None:
             tensor = tensor.narrow(0, piece.first, piece.rows)
             offsets = (offsets[0] + piece.first, *offsets[1:])
+        name = piece.name if piece.name not in parts else f"{piece.name} from {offsets}"
         itemsize = dtype.itemsize if dtype is not None and kind.is_floating_point else kind.itemsize
-        for part, element in _runs(tensor, shape, offsets):
-            name = piece.name if piece.name not in parts else f"{piece.name} from element {element}"
-            parts[name] = part
-            places[name] = piece.begin + element * itemsize
+        parts[name] = tensor
+        places[name] = place_of(shape, offsets, tuple(tensor.shape), itemsize, piece.begin)
     layout = planning.lay_out(parts, allow_strided=True, dtype=dtype)
-    items = [WriteItem(entry.view, places[entry.name]) for entry in layout.entries]
-    return PlannedFile(FilePlan(ForeignFile(encoded_path(path)), b"", items, nbytes), layout)
-
-
-def _runs(
-    tensor: torch.Tensor, shape: Sequence[int], offsets: Sequence[int]
-) -> Iterator[tuple[torch.Tensor, int]]:
-    """Yields the parts of a box that lie in one stretch of the whole tensor, and the number of their first element."""
-    inner = len(shape)
-    while inner and tensor.shape[inner - 1] == shape[inner - 1]:
-        inner -= 1
-    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    first = sum(offset * stride for offset, stride in zip(offsets, strides))
-    outer = max(0, inner - 1)
-    for place in itertools.product(*map(range, tensor.shape[:outer])):
-        yield tensor[place], first + sum(index * stride for index, stride in zip(place, strides))
+    in_order = [places[name] for name in layout.names]
+    return PlannedFile(FilePlan(ForeignFile(encoded_path(path)), b"", layout.items, nbytes, in_order), layout)

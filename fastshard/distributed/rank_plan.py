@@ -72,6 +72,8 @@ class Plan(NamedTuple):
     """Those of each rank."""
     split: Any
     """By huggingface_hub."""
+    metadata: dict[str, str]
+    """Of each file."""
 
 
 def told_of(
@@ -136,17 +138,17 @@ def plan_of(
     sized = {name: _Sized(name, one, _cast(one.dtype, dtype)) for name, one in whole.items()}
     split = split_by_size(sized, pattern, max_shard_size, lambda one: one.storage)
     begins: dict[str, tuple[int, int]] = {}
-    files = []
+    files, in_files = [], metadata_in_files(split, metadata)
     for number, (name, names) in enumerate(split.filename_to_tensors.items()):
         entries = sorted(sized[tensor].entry() for tensor in names)
-        made = _header(entries, metadata_in_files(split, metadata))
+        made = _header(entries, in_files)
         at = len(made)
         for entry in entries:
             begins[entry.name] = number, at
             at += entry.view.nbytes
         files.append(File(name, made, at))
     pieces = _shares(told, sized, begins)
-    return Plan(files, index_text(split, metadata) if split.is_sharded else None, pieces, split)
+    return Plan(files, index_text(split, metadata) if split.is_sharded else None, pieces, split, in_files)
 
 
 class _Sized:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +17,11 @@ from ..engine.engine import Engine, Options
 from ..engine.pipeline import How, PathLike, PlannedFile, check_metadata, finish, start
 from ..engine.tensors import check_dtype
 from ..formats.naming import index_of, names_of
+from ..publish.directory import Replacement
 from .boxes import Boxes
 from .group import Group
 from .rank_files import RankFiles, explain, planned
+from .rank_own_files import OwnFiles, owned, write_own_files
 from .rank_plan import File, Piece, Plan, Told, plan_of, told_of
 
 
@@ -32,6 +34,7 @@ def save_distributed(
     filename_pattern: str | None = None,
     process_group: Any = None,
     timeout: float | None = None,
+    writers_publish: bool = False,
     dtype: torch.dtype | str | None = None,
     durable: bool = False,
     keep_cached: bool = True,
@@ -61,6 +64,10 @@ def save_distributed(
         process_group: the ranks; ``None``: all of them, or this process alone where ``torch.distributed`` is not
             initialized.
         timeout: seconds that one rank may keep the others waiting in a step; ``None``: half an hour.
+        writers_publish: for shared filesystems on which a file has one writer, who alone may rename it. Each file is
+            written and put in place by a rank that has all of its tensors whole (replicated, or of its own), and the
+            index comes last. Readers may then find some files new and some old for a moment, and so may a kill in that
+            moment leave them; a rank that fails before leaves the old checkpoint as always.
         dtype, durable, keep_cached, progress, engine: as for :func:`fastshard.save_file`.
 
     Raises:
@@ -78,7 +85,8 @@ def save_distributed(
             dtype=dtype,
             engine=engine,
         )
-        _Save(group, os.fspath(folder), how).run(state_dict, max_shard_size, metadata, filename_pattern)
+        save = _Save(group, os.fspath(folder), how, writers_publish)
+        save.run(state_dict, max_shard_size, metadata, filename_pattern)
 
 
 class _Task(NamedTuple):
@@ -90,8 +98,9 @@ class _Task(NamedTuple):
 
 
 class _Save:
-    def __init__(self, group: Group, folder: str, how: How) -> None:
+    def __init__(self, group: Group, folder: str, how: How, writers_publish: bool) -> None:
         self._group, self._folder, self._how = group, folder, how
+        self._writers_publish = writers_publish
         self._boxes: dict[str, Boxes] = {}
         self._files: RankFiles | None = None
         """On the first rank."""
@@ -111,21 +120,31 @@ class _Save:
             check_metadata(metadata)
             background.make_way(self._folder)
             self._boxes, told = told_of(state_dict, dtype)
-            return told, {"dtype": str(dtype), "durable": self._how.durable}
+            return told, {
+                "dtype": str(dtype),
+                "durable": self._how.durable,
+                "writers_publish": self._writers_publish,
+            }
 
-        def decide(said: list[tuple[dict[str, Told], object]]) -> list[_Task]:
+        def decide(said: list[tuple[dict[str, Told], object]]) -> list[_Task] | list[OwnFiles]:
             nonlocal plan
             for rank, (_, options) in enumerate(said):
                 if options != said[0][1]:
                     raise ValueError(f"rank 0 saves with {said[0][1]}, and rank {rank} with {options}")
             told = [tensors for tensors, _ in said]
             plan = plan_of(told, pattern, max_shard_size, metadata or {}, check_dtype(self._how.dtype))
+            if self._writers_publish:
+                os.makedirs(Place(self._folder, pattern).folder, exist_ok=True)
+                return owned(plan, told)
             path = self._make(plan, pattern)
             files = [file._replace(header=b"") for file in plan.files]
             return [_Task(path, files, pieces) for pieces in plan.pieces]
 
         try:
             task = self._group.exchange(describe, decide)
+            if isinstance(task, OwnFiles):
+                self._write_own_files(task, plan, pattern)
+                return
             with self._group.agreed():
                 self._write(task)
             self._group.from_first(self._publish)
@@ -136,13 +155,31 @@ class _Save:
         if plan is not None:
             tell_saved(plan.split, pattern, max_shard_size, self._folder)
 
+    def _write_own_files(self, task: OwnFiles, plan: Plan | None, pattern: str) -> None:
+        place = Place(self._folder, pattern)
+        new = set() if plan is None else {place.inside(file.name) for file in plan.files}
+
+        def add_index(change: Replacement) -> None:
+            if plan is not None and plan.index_text is not None:
+                name = place.inside(index_of(pattern))
+                with open(os.path.join(change.path, name), "w") as file:
+                    file.write(plan.index_text)
+
+        task = task._replace(files={place.inside(name): tensors for name, tensors in task.files.items()})
+        belongs = _belonging(pattern)
+        write_own_files(
+            self._group,
+            place.folder,
+            task,
+            self._boxes,
+            self._how,
+            add_index,
+            lambda name: name not in new and belongs(name),
+        )
+
     def _make(self, plan: Plan, pattern: str) -> str:
         place = Place(self._folder, pattern)
-        belongs = names_of(pattern).fullmatch
-        own = not os.path.dirname(pattern)
-        files = RankFiles(
-            place.folder, lambda name: own and belongs(name) is not None, durable=self._how.durable
-        )
+        files = RankFiles(place.folder, _belonging(pattern), durable=self._how.durable)
         try:
             files.make([file._replace(name=place.inside(file.name)) for file in plan.files], self._how)
             if plan.index_text is not None:
@@ -179,3 +216,9 @@ class _Save:
             files.end(error)
             raise
         files.end(None)
+
+
+def _belonging(pattern: str) -> Callable[[str], bool]:
+    """Returns whether a file is of an earlier save. As in huggingface_hub, none is if the pattern leads into a folder."""
+    matches = names_of(pattern).fullmatch
+    return lambda name: not os.path.dirname(pattern) and matches(name) is not None
