@@ -63,11 +63,11 @@ PYTHON_LAYERS = {
         group boxes rank_plan rank_files rank_own_files rank_save stored slices rank_load unseen_files stock final_files writer reader distcp file_system
         gathering staged stager
     """,
+    "tools": "convert tp_plan model_plan parts rank_folders outputs reshard stored_boxes dcp_source dcp_folders",
     "integrations": """
         patch_entry patch_groups import_hook calls patching overrides report offload transformers trainer accelerate accelerate_state lightning adapters dcp vllm_states vllm
         sglang vllm_save
     """,
-    "tools": "convert tp_plan model_plan parts rank_folders outputs reshard stored_boxes dcp_source dcp_folders",
     "cli": "text files checkpoints run command __init__",
     " public": "auto mapped offload dcp vllm sglang lightning __init__ __main__",
 }

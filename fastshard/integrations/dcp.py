@@ -9,12 +9,15 @@ save is left to the original.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, Final
 
 from ..base.activity import count_left
 from ..distributed import file_system
+from ..engine.mapped import DTYPES
 from ..engine.pipeline import How
+from ..tools.dcp_folders import consolidate as assemble
 from . import patching
 
 _PACKAGE: Final = "torch.distributed.checkpoint."
@@ -92,6 +95,33 @@ def execute_save(original: Callable[..., Any], /, self: Any, *args: Any, **kwarg
     if kwargs.get("storage_writer") is None and place and FileSystemWriter.validate_checkpoint_id(place):
         kwargs["storage_writer"] = FileSystemWriter(place)
     return original(self, *args, **kwargs)
+
+
+def consolidate(
+    original: Callable[..., Any],
+    /,
+    input_dir: str,
+    output_dir: str,
+    fqn_to_file_mapping: dict[str, str],
+    num_threads: int,
+) -> dict[str, Any]:
+    """Puts files of ranks together in constant memory, whatever the tensors' dtypes; torch's own knows floating-point
+    ones only.
+
+    What is returned is what torch writes the index from.
+    """
+    from torch.distributed.checkpoint import _consolidate_hf_safetensors as theirs
+
+    found = assemble(input_dir, output_dir, fqn_to_file_mapping)
+    described: dict[str, Any] = {}
+    for name, tensor in found.items():
+        path = os.path.join(output_dir, fqn_to_file_mapping[name])
+        file = described.setdefault(path, theirs._OutputFileData())
+        itemsize = DTYPES[tensor.code].itemsize
+        file.fqn_data[name] = theirs._FqnData(
+            shape_in_file=[*tensor.shape], dtype_size=itemsize, dtype_str=tensor.code
+        )
+    return described
 
 
 def _why_not(writer: Any) -> str:

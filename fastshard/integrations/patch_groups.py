@@ -31,6 +31,7 @@ _ACCELERATOR: Final = "accelerate: save_model"
 _STATE: Final = "accelerate: save_state"
 _TRAINER: Final = "transformers: checkpoints of Trainer"
 _DCP: Final = "torch: writers of distributed checkpoints"
+_CONSOLIDATION: Final = "torch: consolidation of distributed checkpoints"
 
 _DISTRIBUTED: Final = tuple(
     Entry(f"torch.distributed.checkpoint.{module}", name, f"fastshard.integrations.dcp:{ours}", known, group)
@@ -53,6 +54,13 @@ _DISTRIBUTED: Final = tuple(
             "execute_save",
             "self",
             "",
+        ),
+        (
+            "_consolidate_hf_safetensors",
+            "_consolidate_safetensors_files",
+            "consolidate",
+            "input_dir output_dir fqn_to_file_mapping num_threads",
+            _CONSOLIDATION,
         ),
     )
 )
@@ -213,6 +221,10 @@ NEEDS: Final[dict[str, tuple[str, ...]]] = {
         "transformers.utils.logging:is_progress_bar_enabled",
     ),
     _TRAINER: ("transformers.trainer_callback:TrainerCallback",),
+    _CONSOLIDATION: (
+        "torch.distributed.checkpoint._consolidate_hf_safetensors:_OutputFileData",
+        "torch.distributed.checkpoint._consolidate_hf_safetensors:_FqnData",
+    ),
     _DCP: (
         "torch.distributed.checkpoint.filesystem:FileSystem",
         "torch.distributed.checkpoint.filesystem:_StorageInfo",

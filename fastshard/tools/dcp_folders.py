@@ -11,7 +11,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -96,6 +96,23 @@ def convert_dcp(
     if in_one_file:
         return _write_file(chosen, target, cast, how, left_out, found.objects)
     return _write_folder(chosen, folder, target, cast, max_shard_size, how, left_out, found.objects)
+
+
+def consolidate(source: str, destination: str, files: Mapping[str, str]) -> dict[str, Tensor]:
+    """Writes tensors of a folder of safetensors files of ranks as whole ones. ``files`` has the name of the file of each.
+
+    Raises as :func:`convert_dcp`.
+    """
+    found = read_folder(source, plain=True)
+    by_file: dict[str, list[Tensor]] = {}
+    for name, filename in files.items():
+        if name not in found.tensors:
+            raise ValueError(f"{source}: tensor {name!r} is in no file")
+        by_file.setdefault(filename, []).append(found.tensors[name])
+    mapped = Mapped()
+    outputs = (_output(filename, tensors, None, mapped) for filename, tensors in by_file.items())
+    write(outputs, destination, How(), "Consolidating")
+    return {name: found.tensors[name] for name in files}
 
 
 def _refuse_present(target: str, in_one_file: bool) -> None:

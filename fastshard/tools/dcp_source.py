@@ -15,7 +15,7 @@ import torch
 
 from ..engine.mapped import DTYPES
 from ..formats.dcp_metadata import ITEMS_SUFFIX, Chunk, is_dcp_folder, read_metadata, sharding_info
-from ..formats.hf_index import is_folder, open_file, read_stored
+from ..formats.hf_index import StoredFile, is_folder, open_file, read_stored
 from ..formats.naming import WEIGHTS_SUFFIX
 from ..formats.safetensors import BITS, CODES
 from ..formats.torch_items import contiguous_strides, extent, find_tensor
@@ -54,14 +54,17 @@ class Folder(NamedTuple):
     objects: list[str]
 
 
-def read_folder(folder: str, *, verify: bool = False) -> Folder:
+def read_folder(folder: str, *, verify: bool = False, plain: bool = False) -> Folder:
     """Finds the boxes of all tensors, and checks that they make up whole ones.
+
+    With ``plain`` safetensors files that do not say which parts they have may be all that there is; they have whole
+    tensors.
 
     Raises ``OSError``, and ``ValueError`` naming file and tensor.
     """
     metadata = read_metadata(folder)
     if metadata is None:
-        return _read_safetensors(folder)
+        return _read_safetensors(folder, plain)
     tensors = {}
     with contextlib.closing(_Files()) as files:
         for name, told in metadata.tensors.items():
@@ -137,7 +140,7 @@ def _check_crc(read: Callable[[int, int], bytes], begin: int, nbytes: int, crc: 
         raise ValueError(f"its CRC-32 is {found:08x}, not {crc:08x}: it is damaged")
 
 
-def _read_safetensors(folder: str) -> Folder:
+def _read_safetensors(folder: str, plain: bool) -> Folder:
     """Reads the headers of files of ranks."""
     names = sorted(n for n in os.listdir(folder) if n.endswith(WEIGHTS_SUFFIX) and not n.startswith("."))
     if not names:
@@ -145,13 +148,11 @@ def _read_safetensors(folder: str) -> Folder:
     codes: dict[str, str] = {}
     boxes: dict[str, list[Box]] = {}
     order: dict[str, None] = {}
-    for name in names:
-        path = os.path.join(folder, name)
-        stored = read_stored(path)
-        try:
-            offsets = sharding_info(stored.header.metadata or {})
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+    files = {path: read_stored(path) for path in (os.path.join(folder, name) for name in names)}
+    told = {path: _told(stored) for path, stored in files.items()}
+    plain &= not any(offsets is not None for offsets in told.values())
+    for path, stored in files.items():
+        offsets = {} if plain else told[path]
         if offsets is None:
             continue  # another checkpoint's, or one that was made of this one
         order.update(dict.fromkeys(offsets))
@@ -174,6 +175,13 @@ def _read_safetensors(folder: str) -> Folder:
             shape = tuple(max(ends) for ends in zip(*(box.ends for box in boxes[name])))
             found[name] = Tensor(name, codes[name], shape, _complete(folder, name, shape, boxes[name]))
     return Folder(found, {}, [])
+
+
+def _told(stored: StoredFile) -> dict[str, tuple[int, ...]] | None:
+    try:
+        return sharding_info(stored.header.metadata or {})
+    except ValueError as error:
+        raise ValueError(f"{stored.path}: {error}") from None
 
 
 def _in_torch(code: str, shape: tuple[int, ...]) -> tuple[int, ...]:
