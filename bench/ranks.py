@@ -99,8 +99,10 @@ class Group:
                 if "error" in answer and failure is None:
                     failure, deadline = (number, answer), time.monotonic() + PATIENCE_SECONDS
         if failure is not None:
-            self.broken = True
-            raise Failed(f"rank {failure[0]}: {failure[1]['error']}", bool(failure[1].get("absent")))
+            number, answer = failure
+            absent = not waiting and all(answer.get("absent") for answer in answers.values())
+            self.broken = not absent
+            raise Failed(answer["error"] if absent else f"rank {number}: {answer['error']}", absent)
         return [answers[number] for number in range(len(self.ranks))]
 
     def _answer(self, number: int) -> dict[str, Any]:
