@@ -39,7 +39,7 @@ from .rivals_ranks import RANK_RIVALS
 from .samples import FILE, MIB, STALL, CaseResult, Memory, Row
 from .verify import Mismatch, Written
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 20.0
 """For the other ranks once one of them has failed: they may wait for it in a collective."""
 BATCH_NBYTES = 256 * MIB
 """Read back at a time."""
