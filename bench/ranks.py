@@ -59,7 +59,7 @@ class Group:
     """Processes that are ranks of one group."""
 
     def __init__(self, specs: list[Spec]) -> None:
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -82,11 +82,13 @@ class Group:
             with contextlib.suppress(BrokenPipeError):
                 print(json.dumps(told), file=rank.stdin, flush=True)
 
-    def ask(self, watch: Callable[[], None] = lambda: None, every: float = 1.0, **told: Any) -> list[dict]:
+    def ask(
+        self, watch: Callable[[], None] = lambda: None, every: float = 1.0, **told: Any
+    ) -> list[dict[str, Any]]:
         """Tells all ranks the same and returns their answers, or raises what is wrong with the first that fails."""
         self.tell(**told)
         answers: dict[int, dict[str, Any]] = {}
-        waiting = {rank.stdout: number for number, rank in enumerate(self.ranks)}
+        waiting: dict[Any, int] = {rank.stdout: number for number, rank in enumerate(self.ranks)}
         failure: tuple[int, dict[str, Any]] | None = None
         deadline = float("inf")
         while waiting and time.monotonic() < deadline:

@@ -23,12 +23,6 @@ def _rank(job: Job) -> RankJob:
     return job
 
 
-def _detail() -> dict[str, Any]:
-    import fastshard
-
-    return dict(fastshard.stats()._asdict()) if hasattr(fastshard.stats(), "_asdict") else {}
-
-
 def _dcp(make: Callable[[RankJob], Any]) -> Callable[[Job], Call]:
     """Prepares ``dcp.save`` with such a writer."""
 
@@ -180,7 +174,7 @@ def _loading(kind: type[_Load], dim: int) -> Callable[[Job], Call]:
 
         if kind is _LoadDistributed and not hasattr(fastshard, "load_distributed"):
             raise Unavailable("this fastshard has no load_distributed")
-        return kind(_rank(job), dim)  # type: ignore[call-arg, return-value]
+        return kind(_rank(job), dim)  # type: ignore[return-value]
 
     return prepare
 
