@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from .builders import MODEL_NBYTES
 from .cases import DISK
-from .job import CPU
 from .samples import DURABLE, RETURN, STALL, WRITTEN
 
 
@@ -30,7 +29,8 @@ class RankCase:
     """Ceilings: every rank moves its own bytes, to a file of its own where they are written."""
     memory: tuple[str, ...] = ()
     """Whose extra memory is measured, that of the rank that takes most."""
-    default_on: tuple[str, ...] = (CPU,)
+    default_on: tuple[str, ...] = ()
+    """None of them is run without being asked for by name, as they start processes and take long."""
     quick: bool = False
     place: str = DISK
 

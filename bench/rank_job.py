@@ -45,7 +45,8 @@ class RankJob(Job):
 
     def smallest(self) -> RankJob:
         """The same with its smallest tensors only: for the first call, which imports and makes ready."""
-        names, held = [], 0
+        names: list[str] = []
+        held = 0
         for name in sorted(self.whole, key=lambda name: self.whole[name].nbytes):
             held += self.whole[name].nbytes
             if names and held > WARM_UP_NBYTES:

@@ -146,7 +146,7 @@ def main(text: str) -> int:
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # as torchrun does
-    store = distributed.TCPStore("127.0.0.1", spec.port, spec.size, is_master=False)
+    store = distributed.TCPStore("127.0.0.1", spec.port, spec.size, is_master=False)  # type: ignore[attr-defined]
     distributed.init_process_group(
         "cpu:gloo",
         store=store,

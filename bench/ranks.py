@@ -39,7 +39,7 @@ from .rivals_ranks import RANK_RIVALS
 from .samples import FILE, MIB, STALL, CaseResult, Memory, Row
 from .verify import Mismatch, Written
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 20.0
 """For the other ranks once one of them has failed: they may wait for it in a collective."""
 BATCH_NBYTES = 256 * MIB
 """Read back at a time."""
@@ -59,7 +59,7 @@ class Group:
     """Processes that are ranks of one group."""
 
     def __init__(self, specs: list[Spec]) -> None:
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -82,11 +82,13 @@ class Group:
             with contextlib.suppress(BrokenPipeError):
                 print(json.dumps(told), file=rank.stdin, flush=True)
 
-    def ask(self, watch: Callable[[], None] = lambda: None, every: float = 1.0, **told: Any) -> list[dict]:
+    def ask(
+        self, watch: Callable[[], None] = lambda: None, every: float = 1.0, **told: Any
+    ) -> list[dict[str, Any]]:
         """Tells all ranks the same and returns their answers, or raises what is wrong with the first that fails."""
         self.tell(**told)
         answers: dict[int, dict[str, Any]] = {}
-        waiting = {rank.stdout: number for number, rank in enumerate(self.ranks)}
+        waiting: dict[Any, int] = {rank.stdout: number for number, rank in enumerate(self.ranks)}
         failure: tuple[int, dict[str, Any]] | None = None
         deadline = float("inf")
         while waiting and time.monotonic() < deadline:
@@ -99,8 +101,10 @@ class Group:
                 if "error" in answer and failure is None:
                     failure, deadline = (number, answer), time.monotonic() + PATIENCE_SECONDS
         if failure is not None:
-            self.broken = True
-            raise Failed(f"rank {failure[0]}: {failure[1]['error']}", bool(failure[1].get("absent")))
+            number, answer = failure
+            absent = not waiting and all(answer.get("absent") for answer in answers.values())
+            self.broken = not absent
+            raise Failed(answer["error"] if absent else f"rank {number}: {answer['error']}", absent)
         return [answers[number] for number in range(len(self.ranks))]
 
     def _answer(self, number: int) -> dict[str, Any]:

@@ -23,12 +23,6 @@ def _rank(job: Job) -> RankJob:
     return job
 
 
-def _detail() -> dict[str, Any]:
-    import fastshard
-
-    return dict(fastshard.stats()._asdict()) if hasattr(fastshard.stats(), "_asdict") else {}
-
-
 def _dcp(make: Callable[[RankJob], Any]) -> Callable[[Job], Call]:
     """Prepares ``dcp.save`` with such a writer."""
 
@@ -125,6 +119,7 @@ class _Load:
         if job.rank == 0 and not self.source.exists():
             import fastshard
 
+            self.source.mkdir(parents=True)
             fastshard.save_torch_state_dict(job.whole, self.source, max_shard_size=job.most)
         distributed.barrier()
         mesh = distributed.device_mesh.init_device_mesh("cpu", (job.size,))
@@ -179,7 +174,7 @@ def _loading(kind: type[_Load], dim: int) -> Callable[[Job], Call]:
 
         if kind is _LoadDistributed and not hasattr(fastshard, "load_distributed"):
             raise Unavailable("this fastshard has no load_distributed")
-        return kind(_rank(job), dim)  # type: ignore[call-arg, return-value]
+        return kind(_rank(job), dim)  # type: ignore[return-value]
 
     return prepare
 

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import math
+import mmap
 import re
 import subprocess
 import sys
@@ -32,8 +33,12 @@ from fastshard.bench import (
     machine,
     memory,
     models,
+    rank_cases,
+    rank_job,
+    ranks,
     report,
     rivals,
+    rivals_ranks,
     rivals_torch,
     save,
     training_steps,
@@ -55,6 +60,7 @@ from fastshard.bench.samples import (
     Row,
     ratio,
 )
+from fastshard.bench.verify import Mismatch
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--mib", "1", "--rounds", "1", "--no-memory", "--no-disturbance"]
@@ -146,7 +152,8 @@ def test_case(everything, case):
 
 def test_report(everything):
     _, document, directory = everything
-    assert len(document["verdict"]) == sum(goal.on == "cpu" for goal in GOALS)
+    asked = [goal for goal in GOALS if goal.on == "cpu" and goal.case in cases.CASES]
+    assert len(document["verdict"]) == len(asked)
     # Against a writer that this torch does not have there is no verdict.
     absent = {row["rival"] for case in document["cases"] for row in case["rows"] if row["error"]}
     for finding in document["verdict"]:
@@ -882,3 +889,81 @@ def test_wrong_loads_are_noticed(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(load.LOADERS, load.BASE, lambda tensors, directory: None)
     assert load.main(["--dir", str(tmp_path), "--gib", "0.004", "--rounds", "1"]) == 1
     assert "WRONG" in capsys.readouterr().out
+
+
+RANKS = sorted(rank_cases.RANK_CASES)
+
+
+@pytest.fixture(scope="module")
+def by_ranks(tmp_path_factory):
+    """Every case of the ranks, once."""
+    directory = tmp_path_factory.mktemp("ranks")
+    return *run(directory, "--cases", ",".join(RANKS)), directory
+
+
+@pytest.mark.parametrize("case", RANKS)
+def test_a_case_of_ranks(by_ranks, case):
+    status, document, directory = by_ranks
+    assert status == 0 and document["sound"] is True
+    chosen, rows = rank_cases.RANK_CASES[case], rows_of(document, case)
+    for name in chosen.rivals:
+        rival = rivals_ranks.RANK_RIVALS[name]
+        for mode in set(rival.modes) & set(chosen.modes):
+            row = rows[name, mode]
+            if row["absent"]:
+                continue  # this torch has no such writer
+            assert row["error"] is None
+            assert len(row["seconds"]) == 1 and row["seconds"][0] > 0
+            assert row["checked"] == {"safetensors": "same bytes", "loaded": "same values"}.get(
+                rival.writes, "loads back"
+            )
+            if mode == STALL:
+                assert row["seconds"] <= rows[name, FILE]["seconds"]
+    findings = [f for f in document["verdict"] if f["goal"]["case"] == case]
+    assert findings
+    for finding in findings:
+        assert (finding["state"] == "not measured") == (finding["goal"]["against"] in EXTRA)
+    assert sorted(path.name for path in directory.iterdir()) == ["bench.json"]
+
+
+def test_the_memory_of_ranks(tmp_path):
+    out = tmp_path / "bench.json"
+    arguments = [
+        "--mib",
+        "1",
+        "--rounds",
+        "1",
+        "--cases",
+        "convert-dcp",
+        "--rivals",
+        "convert",
+        "--no-verify",
+    ]
+    save.main([*arguments, "--dir", str(tmp_path), "--json", str(out)])
+    (case,) = json.loads(out.read_text())["cases"]
+    (found,) = case["memory"]
+    assert found["rival"] == "convert" and found["error"] is None
+    assert found["extra_nbytes"] > 0 and found["high_water_nbytes"] > 0
+
+
+def test_final_files_that_hold_something_else_are_noticed(tmp_path):
+    wanted = {"a": torch.arange(8, dtype=torch.bfloat16), "b": torch.ones(4, dtype=torch.bfloat16)}
+    save_file(wanted, tmp_path / "model.safetensors")
+    ranks._by_safetensors(tmp_path, wanted)
+    with pytest.raises(Mismatch, match="tensor 'a' came back different"):
+        ranks._by_safetensors(tmp_path, {**wanted, "a": wanted["a"] + 1})
+    with pytest.raises(Mismatch, match="1 tensors are missing"):
+        ranks._by_safetensors(tmp_path, {**wanted, "c": wanted["b"]})
+
+
+def test_the_parts_of_the_ranks_are_pieces_of_the_whole():
+    for size in (1, 2, 4):
+        with mmap.mmap(-1, rank_job.shared_nbytes(1 << 20)) as memory:
+            whole = rank_job.fill(memory, 1 << 20)
+            found = [rank_job.parts(memory, 1 << 20, rank, size) for rank in range(size)]
+            for name, tensor in whole.items():
+                pieces = [part[name] for part in found]
+                assert torch.equal(torch.cat(pieces).view(torch.int16), tensor.view(torch.int16))
+                # A view of a larger storage would be copied by some savers.
+                assert all(piece.untyped_storage().nbytes() == piece.nbytes for piece in pieces)
+            del whole, found, tensor, pieces

@@ -11,17 +11,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import names
+from safetensors.torch import load_file
 
 import fastshard
 
 ROOT = Path(__file__).resolve().parents[1]
+SHARDED = ROOT / "examples" / "fsdp2_checkpoint.py"
 TRAINING = ROOT / "examples" / "async_training.py"
 STEPS = 60
 
@@ -107,3 +109,53 @@ def test_a_save_that_fails_ends_the_training(tmp_path: Path) -> None:
     assert printed.splitlines()[-1].startswith(("step 10:", "step 20:"))
     assert os.strerror(errno.EFBIG) in told.splitlines()[-1]
     assert names(tmp_path) == []
+
+
+@contextmanager
+def sharded_training(directory: Path) -> Iterator[subprocess.Popen[str]]:
+    """Two ranks, as ``torchrun`` starts them, in a process group of the system's that can be killed at once."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [str(SHARDED), "--dir", str(directory), "--steps", "12", "--every", "4"]
+    with subprocess.Popen(
+        [*command, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    ) as process:
+        ranks = f"/proc/{process.pid}/task/{process.pid}/children"
+        try:
+            yield process
+        finally:
+            with suppress(OSError):
+                for rank in Path(ranks).read_text().split():
+                    os.kill(int(rank), signal.SIGKILL)
+            process.kill()
+
+
+def sharded_trained(directory: Path) -> tuple[str, bytes]:
+    with sharded_training(directory) as process:
+        printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return printed.splitlines()[0], (directory / "final" / "model.safetensors").read_bytes()
+
+
+def test_ranks_that_are_killed_go_on_and_end_with_the_same_bits(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", minversion="4.50")
+    pytest.importorskip("torch", minversion="2.6")  # fully_shard is public
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    first, weights = sharded_trained(whole)
+    assert first == "begins after step 0"
+    with sharded_training(killed) as process:  # kill -9 of all ranks, while a save may be in flight
+        assert process.stdout
+        assert any(line.startswith("step 10") for line in process.stdout), "it ended before"
+    first, resumed = sharded_trained(killed)
+    assert first in (
+        "begins after step 4",
+        "begins after step 8",
+    )  # the save of step 4 had ended before the next
+    assert resumed == weights
+    saved = load_file(whole / "final" / "model.safetensors")
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(whole / "final", output_loading_info=True)
+    assert not any(told.values()), told
+    assert model.num_parameters() == sum(t.numel() for t in saved.values())
