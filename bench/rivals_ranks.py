@@ -125,6 +125,7 @@ class _Load:
         if job.rank == 0 and not self.source.exists():
             import fastshard
 
+            self.source.mkdir(parents=True)
             fastshard.save_torch_state_dict(job.whole, self.source, max_shard_size=job.most)
         distributed.barrier()
         mesh = distributed.device_mesh.init_device_mesh("cpu", (job.size,))
