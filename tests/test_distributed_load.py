@@ -430,6 +430,36 @@ def test_a_process_that_is_alone_loads_into_anything(tmp_path: Path) -> None:
     assert not around[0].any() and not around[:, :5].any() and not around[:, 45:].any()
 
 
+def test_a_tensor_that_describes_several_parts_gets_all_of_them(tmp_path: Path) -> None:
+    """As ``CheckpointableTensor`` of torch 2.14 does."""
+    whole = torch.arange(40.0).view(8, 5)
+    save_file({"a": whole}, tmp_path / "model.safetensors")
+    buffer: Any = torch.full((5, 5), -1.0)
+    buffer.global_shape = (8, 5)
+    buffer.global_offsets = [(0, 0), (6, 1)]
+    buffer.local_offsets = [(0, 0), (3, 0)]
+    buffer.local_sizes = [(3, 5), (2, 4)]
+    loaded = load_distributed({"a": buffer}, tmp_path)
+    assert torch.equal(buffer[:3], whole[:3]) and torch.equal(buffer[3:, :4], whole[6:, 1:])
+    assert bool((buffer[3:, 4] == -1).all()) and loaded.nbytes == 4 * (15 + 8)
+
+
+def load_shards(folder: str) -> bool:
+    from torch.distributed._shard import sharded_tensor
+    from torch.distributed._shard.metadata import ShardMetadata
+
+    rank = torch.distributed.get_rank()
+    at = ShardMetadata(shard_offsets=[4 * rank, 0], shard_sizes=[4, 5], placement=f"rank:{rank}/cpu")
+    shard = sharded_tensor.Shard(torch.zeros(4, 5), at)
+    load_distributed({"a": sharded_tensor.init_from_local_shards([shard], 8, 5)}, folder)
+    return torch.equal(shard.tensor, torch.arange(40.0).view(8, 5)[4 * rank : 4 * rank + 4])
+
+
+def test_sharded_tensors(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(40.0).view(8, 5)}, tmp_path / "model.safetensors")
+    assert ranks.run(2, load_shards, str(tmp_path)) == [True, True]
+
+
 def test_views_of_the_same_memory_are_filled_in_their_order(tmp_path: Path) -> None:
     save_file(
         {"all": torch.zeros(6), "some": torch.ones(3), "more": torch.full((2,), 2.0)},

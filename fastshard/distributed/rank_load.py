@@ -27,6 +27,7 @@ from .stored import OpenCheckpoint, Stored, open_checkpoint
 
 _FAULTS_SHOWN: Final = 10
 T = TypeVar("T")
+Value = TypeVar("Value")
 
 
 class Loaded(NamedTuple):
@@ -87,36 +88,46 @@ def load_distributed(
     """
     budget = engine_for(engine).options.memory_budget
     with Group(process_group, timeout=timeout) as group, contextlib.ExitStack() as stack:
-        checkpoint = _together(group, lambda: stack.enter_context(open_checkpoint(folder)))
-        own = _together(group, lambda: _Own(state_of(state_dict), checkpoint))
-        told = group.gather(_Told(checkpoint.digest, own.missing, own.wrong, own.unused))
-        missing, unexpected = _compared(told, checkpoint, strict)
-        bar = stack.enter_context(_bar(progress_wanted(progress) and group.first, own, checkpoint))
-        figures = _together(group, lambda: own.read(budget, bar))
+
+        def compare() -> tuple[_Own, _Told]:
+            checkpoint = stack.enter_context(open_checkpoint(folder))
+            own = _Own(state_of(state_dict), checkpoint)
+            return own, _Told(checkpoint.digest, own.missing, own.wrong, own.unused)
+
+        def read() -> tuple[Figures, None]:
+            return own.read(budget, bar), None
+
+        own, told = _together(group, compare)
+        missing, unexpected = _compared(told, own.checkpoint, strict)
+        bar = stack.enter_context(_bar(progress_wanted(progress) and group.first, own))
+        figures, _ = _together(group, read)
     return Loaded(missing, unexpected, figures.wanted_nbytes, figures.read_nbytes, figures.staged_nbytes)
 
 
-def _together(group: Group, work: Callable[[], T]) -> T:
-    """Does the same on all ranks. If it fails on one of them it fails on all, with that error or one that tells whose it
-    was."""
+def _together(group: Group, work: Callable[[], tuple[T, Value]]) -> tuple[T, list[Value]]:
+    """Does the same on all ranks, and returns what this one has for itself and what all of them have told.
+
+    If it fails on one of them it fails on all, with that error or one that tells whose it was.
+    """
     done: list[T] = []
     failed: list[Exception] = []
 
-    def tried() -> str | None:
+    def tried() -> tuple[str | None, Value | None]:
         try:
-            done.append(work())
+            value, told = work()
         except Exception as error:
             failed.append(error)
-            return described(error)
-        return None
+            return described(error), None
+        done.append(value)
+        return None, told
 
-    texts: list[str | None] = group.exchange(tried, lambda values: [values] * group.size)
+    answers = group.exchange(tried, lambda values: [values] * group.size)
     if failed:
         raise failed[0]
-    for rank, text in enumerate(texts):
+    for rank, (text, _) in enumerate(answers):
         if text is not None:
             raise RuntimeError(f"rank {rank} could not load its part: {text}")
-    return done[0]
+    return done[0], [told for _, told in answers]
 
 
 class _Told(NamedTuple):
@@ -132,6 +143,7 @@ class _Own:
     """The parts of this rank, and where they are stored."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], checkpoint: OpenCheckpoint) -> None:
+        self.checkpoint = checkpoint
         self.missing: list[str] = []
         self.wrong: list[str] = []
         """What does not fit, in words."""
@@ -271,12 +283,12 @@ def _listed(names: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def _bar(shown: bool, own: _Own, checkpoint: OpenCheckpoint) -> Iterator[Callable[[int], object]]:
+def _bar(shown: bool, own: _Own) -> Iterator[Callable[[int], object]]:
     """Shows how much of this rank's parts has been read, which the block tells."""
     if not shown or not own.nbytes:
         yield lambda nbytes: None
         return
-    name = os.path.basename(os.path.normpath(checkpoint.place))
+    name = os.path.basename(os.path.normpath(own.checkpoint.place))
     bar: Any = load("tqdm.auto").tqdm(total=own.nbytes, unit="B", unit_scale=True, desc=name)
     with bar:
         yield bar.update
