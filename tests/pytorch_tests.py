@@ -88,7 +88,7 @@ _hf_storage.HuggingFaceStorageWriter.__init__ = _with_old_names
 
 def adapted(text: str, preamble: str) -> str:
     """Returns a test file that begins with these lines. What it puts on a GPU it leaves on the CPU."""
-    text = text.replace(".cuda()", "")
+    text = re.sub(r"\.cuda\((dist\.get_rank\(\))?\)", "", text)
     futures = re.findall(r"^from __future__ import .*$", text, re.MULTILINE)
     text = re.sub(r"^from __future__ import .*$", "", text, flags=re.MULTILINE)
     return "\n".join([*futures, ON_THE_CPU, preamble, text])
