@@ -27,6 +27,9 @@ from fastshard import Options
 from fastshard.dcp import FastshardReader, FastshardWriter
 from fastshard.engine.tensors import DTYPES
 
+if not hasattr(dcp, "HuggingFaceStorageReader"):
+    pytest.skip("torch 2.8 has the writers that these tests compare with", allow_module_level=True)
+
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"

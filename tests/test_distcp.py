@@ -18,6 +18,9 @@ from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 import fastshard
 from fastshard.dcp import FastshardFileSystemWriter, FastshardReader
 
+if not hasattr(dcp, "HuggingFaceStorageReader"):
+    pytest.skip("torch 2.8 has the writers that these tests compare with", allow_module_level=True)
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
     pytest.mark.filterwarnings("ignore:Detected an existing checkpoint"),
