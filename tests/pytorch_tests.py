@@ -160,7 +160,7 @@ def main() -> int:
         "--installed", action="store_true", help="the stock writers under fastshard.install()"
     )
     parser.add_argument("--seconds", type=int, default=300, help="for each file")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         for name in asked.files:
