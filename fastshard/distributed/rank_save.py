@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +81,29 @@ def save_distributed(
         _Save(group, os.fspath(folder), how).run(state_dict, max_shard_size, metadata, filename_pattern)
 
 
+class Style(NamedTuple):
+    """What another library makes of the same files."""
+
+    index_text: Callable[[Any], str]
+    """Returns the index of huggingface_hub's split."""
+    is_stale: Callable[[str], bool]
+    """Whether a file of the folder goes with those that are replaced."""
+
+
+def save_in_style(
+    state_dict: Mapping[str, Any],
+    folder: str,
+    style: Style,
+    *,
+    max_shard_size: int | str,
+    filename_pattern: str,
+    how: How,
+) -> None:
+    """Does what :func:`save_distributed` does, for all ranks, with another library's index."""
+    with Group(None, timeout=None) as group:
+        _Save(group, folder, how, style).run(state_dict, max_shard_size, None, filename_pattern)
+
+
 class _Task(NamedTuple):
     """What a rank has to do."""
 
@@ -90,8 +113,8 @@ class _Task(NamedTuple):
 
 
 class _Save:
-    def __init__(self, group: Group, folder: str, how: How) -> None:
-        self._group, self._folder, self._how = group, folder, how
+    def __init__(self, group: Group, folder: str, how: How, style: Style | None = None) -> None:
+        self._group, self._folder, self._how, self._style = group, folder, how, style
         self._boxes: dict[str, Boxes] = {}
         self._files: RankFiles | None = None
         """On the first rank."""
@@ -140,13 +163,18 @@ class _Save:
         place = Place(self._folder, pattern)
         belongs = names_of(pattern).fullmatch
         own = not os.path.dirname(pattern)
-        files = RankFiles(
-            place.folder, lambda name: own and belongs(name) is not None, durable=self._how.durable
-        )
+
+        def is_stale(name: str) -> bool:
+            return (own and belongs(name) is not None) or (
+                self._style is not None and self._style.is_stale(name)
+            )
+
+        files = RankFiles(place.folder, is_stale, durable=self._how.durable)
         try:
             files.make([file._replace(name=place.inside(file.name)) for file in plan.files], self._how)
             if plan.index_text is not None:
-                files.write_text(place.inside(index_of(pattern)), plan.index_text)
+                text = plan.index_text if self._style is None else self._style.index_text(plan.split)
+                files.write_text(place.inside(index_of(pattern)), text)
         except BaseException as error:
             files.end(error)
             raise
