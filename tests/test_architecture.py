@@ -65,7 +65,7 @@ PYTHON_LAYERS = {
     """,
     "tools": "convert tp_plan model_plan parts rank_folders outputs reshard stored_boxes dcp_source dcp_folders",
     "integrations": """
-        patch_entry patch_groups import_hook calls patching overrides report offload transformers trainer accelerate accelerate_state lightning adapters dcp vllm_states vllm
+        patch_entry patch_groups import_hook calls patching overrides report offload transformers_distributed transformers trainer accelerate accelerate_state lightning adapters dcp vllm_states vllm
         sglang vllm_save
     """,
     "cli": "text files checkpoints run command __init__",
@@ -388,6 +388,13 @@ PRIVATE = {
     "_hf_peft_config_loaded": {"integrations/transformers"},
     "_get_output_dir": {"integrations/trainer"},
     "_filter_subtensors": {"integrations/vllm_states"},
+    "_consolidate_hf_safetensors": {"integrations/dcp"},
+    "_OutputFileData": {"integrations/dcp"},
+    "_FqnData": {"integrations/dcp"},
+    "_save_model_checkpoint_distributed": {"integrations/transformers_distributed"},
+    "_redistribute_state_dict": {"integrations/transformers_distributed"},
+    "_weight_conversions": {"integrations/transformers_distributed"},
+    "_keys_to_ignore_on_save": {"integrations/transformers_distributed"},
     "_keys_to_ignore_on_load_unexpected": {"tools/model_plan"},
     "_model_mapping": {"tools/model_plan"},
     # Python's own

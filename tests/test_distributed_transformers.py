@@ -122,3 +122,73 @@ def test_consolidation_that_fails(tmp_path: Path, installed: None) -> None:
             str(tmp_path / "parts"), str(tmp_path / "out"), dict.fromkeys([*WHOLE, *OTHERS], 1)
         )
     assert snapshot(tmp_path / "out") == {"model-00001-of-00001.safetensors": b"old"}
+
+
+# save_pretrained ------------------------------------------------------------------------------------------
+
+SIZE = "20KB"
+
+
+def _model(tied: bool) -> Any:
+    import transformers
+
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        tie_word_embeddings=tied,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def _save_pretrained(source: str, out: str, how: dict[str, Any]) -> tuple[bool, list[str]]:
+    """Returns whether the saved model loads in these ranks again with the same slices."""
+    import transformers
+    from transformers.distributed import DistributedConfig
+
+    fastshard.install()
+    load = transformers.LlamaForCausalLM.from_pretrained
+    model = load(source, distributed_config=DistributedConfig(**how))
+    model.save_pretrained(out, distributed_checkpoint=True, max_shard_size=SIZE)
+    again = load(out, distributed_config=DistributedConfig(**how))
+    ours, theirs = model.state_dict(), again.state_dict()
+    same = ours.keys() == theirs.keys() and all(
+        torch.equal(_local(ours[name]), _local(theirs[name])) for name in ours
+    )
+    return same, [type(value).__name__ for value in ours.values()]
+
+
+def _local(value: Any) -> torch.Tensor:
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("how", [{"fsdp_size": 2}, {"tp_size": 2, "tp_plan": "auto"}], ids=["fsdp", "tp"])
+def test_save_pretrained(tmp_path: Path, how: dict[str, Any], tied: bool) -> None:
+    """To the byte what one process saves; files of ranks of an earlier save go with it."""
+    modeling = pytest.importorskip("transformers.distributed.checkpoint")
+    if not hasattr(modeling, "_save_model_checkpoint_distributed"):
+        pytest.skip("this transformers saves no distributed checkpoints")
+    model = _model(tied)
+    model.save_pretrained(tmp_path / "source")
+    model.save_pretrained(tmp_path / "expected", max_shard_size=SIZE)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"old")
+    (tmp_path / "out" / "notes.txt").write_text("kept")
+    found = ranks.run(2, _save_pretrained, str(tmp_path / "source"), str(tmp_path / "out"), how)
+    assert all("DTensor" in kinds for _, kinds in found)
+    assert all(same for same, _ in found)
+    out, expected = snapshot(tmp_path / "out"), snapshot(tmp_path / "expected")
+    assert out.pop("notes.txt") == b"kept"
+    assert out.keys() == expected.keys() and len(out) > 4
+    assert {name for name in out if out[name] != expected[name]} <= {"config.json"}
+    configs = [json.loads(files["config.json"]) for files in (out, expected)]
+    for config in configs:
+        config.pop("distributed_config", None)
+    assert configs[0] == configs[1]
+    assert ranks.leftovers(tmp_path) == []

@@ -89,6 +89,29 @@ def save_distributed(
         save.run(state_dict, max_shard_size, metadata, filename_pattern)
 
 
+class Style(NamedTuple):
+    """What another library makes of the same files."""
+
+    index_text: Callable[[Any], str]
+    """Returns the index of huggingface_hub's split."""
+    is_stale: Callable[[str], bool]
+    """Whether a file of the folder goes with those that are replaced."""
+
+
+def save_in_style(
+    state_dict: Mapping[str, Any],
+    folder: str,
+    style: Style,
+    *,
+    max_shard_size: int | str,
+    filename_pattern: str,
+    how: How,
+) -> None:
+    """Does what :func:`save_distributed` does, for all ranks, with another library's index."""
+    with Group(None, timeout=None) as group:
+        _Save(group, folder, how, False, style).run(state_dict, max_shard_size, None, filename_pattern)
+
+
 class _Task(NamedTuple):
     """What a rank has to do."""
 
@@ -98,8 +121,10 @@ class _Task(NamedTuple):
 
 
 class _Save:
-    def __init__(self, group: Group, folder: str, how: How, writers_publish: bool) -> None:
-        self._group, self._folder, self._how = group, folder, how
+    def __init__(
+        self, group: Group, folder: str, how: How, writers_publish: bool, style: Style | None = None
+    ) -> None:
+        self._group, self._folder, self._how, self._style = group, folder, how, style
         self._writers_publish = writers_publish
         self._boxes: dict[str, Boxes] = {}
         self._files: RankFiles | None = None
@@ -179,11 +204,17 @@ class _Save:
 
     def _make(self, plan: Plan, pattern: str) -> str:
         place = Place(self._folder, pattern)
-        files = RankFiles(place.folder, _belonging(pattern), durable=self._how.durable)
+        belongs, style = _belonging(pattern), self._style
+
+        def is_stale(name: str) -> bool:
+            return belongs(name) or (style is not None and style.is_stale(name))
+
+        files = RankFiles(place.folder, is_stale, durable=self._how.durable)
         try:
             files.make([file._replace(name=place.inside(file.name)) for file in plan.files], self._how)
             if plan.index_text is not None:
-                files.write_text(place.inside(index_of(pattern)), plan.index_text)
+                text = plan.index_text if self._style is None else self._style.index_text(plan.split)
+                files.write_text(place.inside(index_of(pattern)), text)
         except BaseException as error:
             files.end(error)
             raise

@@ -114,6 +114,13 @@ TABLE: tuple[Entry, ...] = (
         _PRETRAINED,
     ),
     Entry(
+        "transformers.distributed.checkpoint",
+        "_save_model_checkpoint_distributed",
+        "fastshard.integrations.transformers_distributed:save_model",
+        "model checkpoint_dir",
+        since="5.24",
+    ),
+    Entry(
         "accelerate.accelerator",
         "Accelerator.save_model",
         "fastshard.integrations.accelerate:save_model",

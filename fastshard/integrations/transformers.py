@@ -26,6 +26,7 @@ from ..publish.staged import current, staged
 from .calls import arguments_of
 from .offload import follow_weights, held_elsewhere, held_in_memory, is_offloaded, offloaded_tensor
 from .overrides import bound, is_of_a_library, on_the_spot, overridden, wrapped
+from .transformers_distributed import under_way
 
 _CALL: Final = "PreTrainedModel.save_pretrained"
 _LOGGERS: Final = (
@@ -39,12 +40,15 @@ def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwar
     """Saves configuration, shards and index as one save: the shards in parallel, and the directory all at
     once.
 
-    What is pushed to the hub, and distributed checkpoints, are written as transformers does it, file by file.
-    So are saves in which a user's own code takes part.
+    What is pushed to the hub is written as transformers does it, file by file. So are saves in which a user's own code
+    takes part. For distributed checkpoints see :mod:`fastshard.integrations.transformers_distributed`.
     """
     arguments = arguments_by_name(original)(model, *args, **kwargs)
     directory = arguments["save_directory"]
     reason = _why_left(original, model, arguments)
+    if reason is None and arguments.get("distributed_checkpoint"):
+        with on_the_spot(_CALL, "several processes save together"), under_way(arguments):
+            return original(model, *args, **kwargs)
     if reason is not None:
         count_left(_CALL, reason)
         with on_the_spot(_CALL, reason):
@@ -98,9 +102,8 @@ def arguments_by_name(function: Callable[..., Any]) -> Callable[..., dict[str, A
 
 def _why_left(original: Callable[..., Any], model: Any, arguments: Mapping[str, Any]) -> str | None:
     """Returns why a call is left to transformers; ``None`` if it is not."""
-    for option in ("push_to_hub", "distributed_checkpoint"):
-        if arguments.get(option):
-            return f"{option}=True"
+    if arguments.get("push_to_hub"):
+        return "push_to_hub=True"
     if not arguments.get("safe_serialization", True):
         function = arguments.get("save_function")
         if wrapped(function) and not is_of_a_library(function):
