@@ -18,13 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from . import memory
 from .ceilings import CEILINGS
@@ -35,14 +31,13 @@ from .machine import MEMORY_BACKED, memory_nbytes, mount_of
 from .rank_cases import RankCase
 from .rank_job import fill, shared_nbytes
 from .rank_process import Spec, command
+from .rank_readers import READERS
 from .rivals_ranks import RANK_RIVALS
-from .samples import FILE, MIB, STALL, CaseResult, Memory, Row
+from .samples import FILE, STALL, CaseResult, Memory, Row
 from .verify import Mismatch, Written
 
 PATIENCE_SECONDS = 20.0
 """For the other ranks once one of them has failed: they may wait for it in a collective."""
-BATCH_NBYTES = 256 * MIB
-"""Read back at a time."""
 SHARDS = 4
 LOADED = "loaded"
 
@@ -290,7 +285,7 @@ class RankContest:
                     raise Mismatch(f"rank {number}: {answer['wrong']}")
             return "same values"
         try:
-            _READERS[str(rival.writes)](self.out, self.whole)
+            READERS[str(rival.writes)](self.out, self.whole)
         except Mismatch:
             raise
         except Exception as error:
@@ -337,71 +332,6 @@ class RankContest:
             extra_nbytes=max(after - held for after, held in zip(peak, before)),
             high_water_nbytes=max(after - held for after, held in zip(high, resident)),
         )
-
-
-def _batches(whole: Shard) -> Iterator[Shard]:
-    batch: Shard = {}
-    for name, tensor in whole.items():
-        batch[name] = tensor
-        if sum(t.nbytes for t in batch.values()) >= BATCH_NBYTES:
-            yield batch
-            batch = {}
-    if batch:
-        yield batch
-
-
-def _expect(loaded: Shard, wanted: Shard) -> None:
-    for name, tensor in wanted.items():
-        # As integers: random bits hold NaNs, which equal nothing.
-        if not torch.equal(loaded[name].view(torch.int16), tensor.view(torch.int16)):
-            raise Mismatch(f"tensor {name!r} came back different")
-
-
-def _by_dcp(make_reader: Callable[[Path], Any]) -> Callable[[Path, Shard], None]:
-    """By torch's own reader, in this process, which is no rank."""
-
-    def read(out: Path, whole: Shard) -> None:
-        from torch.distributed import checkpoint
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "torch.distributed is uninitialized": as intended
-            for batch in _batches(whole):
-                loaded = {name: torch.empty_like(tensor) for name, tensor in batch.items()}
-                checkpoint.load(loaded, storage_reader=make_reader(out), no_dist=True)
-                _expect(loaded, batch)
-
-    return read
-
-
-def _stock_file_system(out: Path) -> Any:
-    from torch.distributed.checkpoint import FileSystemReader
-
-    return FileSystemReader(out)
-
-
-def _stock_hugging_face(out: Path) -> Any:
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
-
-    return HuggingFaceStorageReader(str(out))
-
-
-def _by_safetensors(out: Path, whole: Shard) -> None:
-    from safetensors import safe_open
-
-    left = dict(whole)
-    for path in sorted(out.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                _expect({name: file.get_tensor(name)}, {name: left.pop(name)})
-    if left:
-        raise Mismatch(f"{len(left)} tensors are missing")
-
-
-_READERS: dict[str, Callable[[Path, Shard], None]] = {
-    "dcp": _by_dcp(_stock_file_system),
-    "dcp-hf": _by_dcp(_stock_hugging_face),
-    "safetensors": _by_safetensors,
-}
 
 
 def run_rank_case(

@@ -35,7 +35,7 @@ from fastshard.bench import (
     models,
     rank_cases,
     rank_job,
-    ranks,
+    rank_readers,
     report,
     rivals,
     rivals_ranks,
@@ -949,11 +949,11 @@ def test_the_memory_of_ranks(tmp_path):
 def test_final_files_that_hold_something_else_are_noticed(tmp_path):
     wanted = {"a": torch.arange(8, dtype=torch.bfloat16), "b": torch.ones(4, dtype=torch.bfloat16)}
     save_file(wanted, tmp_path / "model.safetensors")
-    ranks._by_safetensors(tmp_path, wanted)
+    rank_readers.by_safetensors(tmp_path, wanted)
     with pytest.raises(Mismatch, match="tensor 'a' came back different"):
-        ranks._by_safetensors(tmp_path, {**wanted, "a": wanted["a"] + 1})
+        rank_readers.by_safetensors(tmp_path, {**wanted, "a": wanted["a"] + 1})
     with pytest.raises(Mismatch, match="1 tensors are missing"):
-        ranks._by_safetensors(tmp_path, {**wanted, "c": wanted["b"]})
+        rank_readers.by_safetensors(tmp_path, {**wanted, "c": wanted["b"]})
 
 
 def test_the_parts_of_the_ranks_are_pieces_of_the_whole():
