@@ -35,6 +35,7 @@ TESTS = (
     "test_casts.py",
     "test_checksums.py",
     "test_shared_writes.py",
+    "test_placed_items.py",
     "test_fork_snapshot.py",
     "test_planning.py",
     "test_registration.py",
