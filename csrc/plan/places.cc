@@ -2,12 +2,8 @@
 #include "plan/places.h"
 
 #include <algorithm>
-#include <numeric>
-#include <optional>
-#include <queue>
 #include <span>
 #include <stdexcept>
-#include <utility>
 
 namespace fastshard {
 
@@ -93,105 +89,101 @@ void check_place(const Place& place, size_t index, uint64_t file_nbytes, const s
   }
 }
 
-// A place of which only the inner dimensions are left: all of its outer ones repeat these.
+// A place, or what its outer dimensions repeat of it.
 struct Pattern {
   uint32_t index;  // of the place
   uint64_t begin;
   uint64_t extent;
+
+  uint64_t end() const { return begin + extent; }
 };
 
-// Places whose extents overlap, which may lie between each other.
-class Cluster {
- public:
-  Cluster(const std::vector<Place>& places, std::vector<Pattern> patterns)
-      : places_(places), patterns_(std::move(patterns)) {}
+void sort_by_begin(std::span<Pattern> patterns) { std::ranges::sort(patterns, {}, &Pattern::begin); }
 
-  // The indices of two places that share a byte.
-  std::optional<std::pair<uint32_t, uint32_t>> overlap() {
-    // As parts of the same rows do, for which one row stands.
-    for (uint32_t dim = 0; repeats(dim); ++dim) {
-      for (Pattern& pattern : patterns_) {
-        const Place& place = places_[pattern.index];
-        pattern.extent -= (place.shape[dim] - 1) * place.stride_nbytes[dim];
-      }
-      if (apart()) return std::nullopt;
+// Returns whether all places have the same outer dimension, and none reaches from one index of it into the next.
+bool repeat(const std::vector<Place>& places, std::span<const Pattern> patterns, uint32_t dim) {
+  const Place& first = places[patterns.front().index];
+  if (dim >= first.ndim) return false;
+  uint64_t begin = ~uint64_t{0}, end = 0;
+  for (const Pattern& pattern : patterns) {
+    const Place& place = places[pattern.index];
+    if (dim >= place.ndim || place.shape[dim] != first.shape[dim] ||
+        place.stride_nbytes[dim] != first.stride_nbytes[dim]) {
+      return false;
     }
-    return merged();
+    begin = std::min(begin, pattern.begin);
+    end = std::max(end, pattern.end() - (place.shape[dim] - 1) * place.stride_nbytes[dim]);
   }
+  return end - begin <= first.stride_nbytes[dim];
+}
 
- private:
-  // Whether all places have the same outer dimension, and what lies in it is not longer than its stride.
-  bool repeats(uint32_t dim) const {
-    const Place& first = places_[patterns_.front().index];
-    if (dim >= first.ndim) return false;
-    uint64_t begin = ~uint64_t{0}, end = 0;
-    for (const Pattern& pattern : patterns_) {
-      const Place& place = places_[pattern.index];
-      if (dim >= place.ndim || place.shape[dim] != first.shape[dim] ||
-          place.stride_nbytes[dim] != first.stride_nbytes[dim]) {
-        return false;
-      }
-      begin = std::min(begin, pattern.begin);
-      end = std::max(end, pattern.begin + pattern.extent - (place.shape[dim] - 1) * place.stride_nbytes[dim]);
+// Returns whether places lie apart that begin within each other, as far as their patterns tell: of parts of the same
+// rows, one row stands for all.
+bool apart_by_pattern(const std::vector<Place>& places, std::span<Pattern> patterns) {
+  for (uint32_t dim = 0; repeat(places, patterns, dim); ++dim) {
+    for (Pattern& pattern : patterns) {
+      const Place& place = places[pattern.index];
+      pattern.extent -= (place.shape[dim] - 1) * place.stride_nbytes[dim];
     }
-    return end - begin <= first.stride_nbytes[dim];
+    sort_by_begin(patterns);
+    const auto meet = [](const Pattern& one, const Pattern& next) { return next.begin < one.end(); };
+    if (std::ranges::adjacent_find(patterns, meet) == patterns.end()) return true;
   }
+  return false;
+}
 
-  // Whether no pattern begins within another.
-  bool apart() {
-    std::ranges::sort(patterns_, {}, &Pattern::begin);
-    const auto within = [](const Pattern& one, const Pattern& next) { return next.begin < one.begin + one.extent; };
-    return std::ranges::adjacent_find(patterns_, within) == patterns_.end();
+[[noreturn]] void refuse_overlap(uint32_t one, uint32_t other, const std::string& file) {
+  throw std::invalid_argument(named(std::max(one, other), file) + " has bytes of place " +
+                              std::to_string(std::min(one, other)));
+}
+
+// Goes through all runs in the order of the file.
+void check_runs_apart(const std::vector<Place>& places, std::span<const Pattern> patterns, const std::string& file) {
+  struct Next {
+    RunCursor runs;
+    uint32_t index;
+  };
+  std::vector<Next> heap;
+  heap.reserve(patterns.size());
+  for (const Pattern& pattern : patterns) {
+    const Place& place = places[pattern.index];
+    heap.push_back({RunCursor(places, place.packed_offset, place.nbytes), pattern.index});
   }
-
-  // Goes through all runs, in the order of the file.
-  std::optional<std::pair<uint32_t, uint32_t>> merged() const {
-    using Next = std::pair<RunCursor, uint32_t>;
-    const auto later = [](const Next& one, const Next& other) {
-      return one.first.run().file_offset > other.first.run().file_offset;
-    };
-    std::priority_queue<Next, std::vector<Next>, decltype(later)> runs(later);
-    for (const Pattern& pattern : patterns_) {
-      const Place& place = places_[pattern.index];
-      runs.emplace(RunCursor(places_, place.packed_offset, place.nbytes), pattern.index);
+  const auto later = [](const Next& one, const Next& other) {
+    return one.runs.run().file_offset > other.runs.run().file_offset;
+  };
+  std::make_heap(heap.begin(), heap.end(), later);
+  uint64_t end = 0;
+  uint32_t before = 0;
+  while (!heap.empty()) {
+    std::pop_heap(heap.begin(), heap.end(), later);
+    Next& next = heap.back();
+    if (next.runs.run().file_offset < end) refuse_overlap(before, next.index, file);
+    end = next.runs.run().end();
+    before = next.index;
+    next.runs.next();
+    if (next.runs.done()) {
+      heap.pop_back();
+    } else {
+      std::push_heap(heap.begin(), heap.end(), later);
     }
-    uint64_t end = 0;
-    uint32_t before = 0;
-    while (!runs.empty()) {
-      auto [cursor, index] = runs.top();
-      runs.pop();
-      if (cursor.run().file_offset < end) return std::pair(before, index);
-      end = cursor.run().end();
-      before = index;
-      cursor.next();
-      if (!cursor.done()) runs.emplace(cursor, index);
-    }
-    return std::nullopt;
   }
-
-  const std::vector<Place>& places_;
-  std::vector<Pattern> patterns_;
-};
+}
 
 void check_apart(const std::vector<Place>& places, const std::string& file) {
-  std::vector<uint32_t> order(places.size());
-  std::iota(order.begin(), order.end(), uint32_t{0});
-  std::erase_if(order, [&](uint32_t index) { return places[index].nbytes == 0; });
-  const auto begin_of = [&](uint32_t index) { return places[index].file_offset; };
-  if (!std::ranges::is_sorted(order, {}, begin_of)) std::ranges::stable_sort(order, {}, begin_of);
-  for (size_t first = 0; first < order.size();) {
-    std::vector<Pattern> patterns;
-    uint64_t end = 0;
-    for (; first < order.size() && (patterns.empty() || begin_of(order[first]) < end); ++first) {
-      const Place& place = places[order[first]];
-      patterns.push_back({order[first], place.file_offset, place.extent_nbytes()});
-      end = std::max(end, place.file_offset + patterns.back().extent);
-    }
-    if (patterns.size() == 1) continue;
-    if (const auto found = Cluster(places, std::move(patterns)).overlap()) {
-      throw std::invalid_argument(named(std::max(found->first, found->second), file) + " has bytes of place " +
-                                  std::to_string(std::min(found->first, found->second)));
-    }
+  std::vector<Pattern> all;
+  all.reserve(places.size());
+  for (uint32_t index = 0; index < places.size(); ++index) {
+    if (places[index].nbytes != 0) all.push_back({index, places[index].file_offset, places[index].extent_nbytes()});
+  }
+  sort_by_begin(all);
+  for (std::span<Pattern> left = all; !left.empty();) {
+    uint64_t end = left.front().end();
+    size_t count = 1;  // that may lie between each other
+    for (; count < left.size() && left[count].begin < end; ++count) end = std::max(end, left[count].end());
+    const std::span<Pattern> among = left.first(count);
+    if (count > 1 && !apart_by_pattern(places, among)) check_runs_apart(places, among, file);
+    left = left.subspan(count);
   }
 }
 
