@@ -391,7 +391,6 @@ PRIVATE = {
     "_consolidate_hf_safetensors": {"integrations/dcp"},
     "_OutputFileData": {"integrations/dcp"},
     "_FqnData": {"integrations/dcp"},
-    "_save_model_checkpoint_distributed": {"integrations/transformers_distributed"},
     "_redistribute_state_dict": {"integrations/transformers_distributed"},
     "_weight_conversions": {"integrations/transformers_distributed"},
     "_keys_to_ignore_on_save": {"integrations/transformers_distributed"},

@@ -58,6 +58,7 @@ _SHARD: Final = r"(-\d{5}-of-\d{5})?"
 _WEIGHTS: Final = re.compile(rf"(?P<stem>.+?){_SHARD}(?P<suffix>\.safetensors|\.bin)")
 _INDEX: Final = re.compile(r"(?P<stem>.+)(?P<suffix>\.safetensors|\.bin)\.index(?P<variant>\..+)?\.json")
 _NUMBERED: Final = re.compile(r".*-\d+\.safetensors", re.DOTALL)
+_OF_RANK: Final = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _RANK_FOLDER: Final = re.compile(r"rank-\d+")
 DCP_METADATA: Final = ".metadata"
 _OBJECTS: Final = "objects.fastshard"
@@ -84,6 +85,11 @@ def is_numbered(name: str) -> bool:
 def goes_with_weights(name: str) -> bool:
     """Returns whether the file holds a model's weights in some format, or is an index of such files."""
     return name.endswith((*_ALL_WEIGHTS, *(f"{suffix}{_INDEX_ENDING}" for suffix in _ALL_WEIGHTS)))
+
+
+def is_of_rank(name: str) -> bool:
+    """Returns whether transformers takes it for one rank's file of a distributed checkpoint."""
+    return _OF_RANK.fullmatch(name) is not None
 
 
 def is_served(name: str) -> bool:

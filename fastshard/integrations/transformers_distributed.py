@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
@@ -21,11 +20,9 @@ from ..base.activity import count_left
 from ..distributed.rank_save import Style, save_in_style
 from ..engine.pipeline import How
 from ..formats.hf_index import make_index
-from ..formats.naming import HUB_PATTERN
+from ..formats.naming import HUB_PATTERN, is_of_rank
 
 _CALL: Final = "PreTrainedModel.save_pretrained"
-_OF_RANKS: Final = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-"""Transformers' files of ranks. With one of them in the folder it would load these and not ours."""
 _arguments: contextvars.ContextVar[Mapping[str, Any] | None] = contextvars.ContextVar(
     "fastshard_save_pretrained", default=None
 )
@@ -55,7 +52,7 @@ def save_model(original: Callable[..., Any], /, model: Any, checkpoint_dir: Any)
     return save_in_style(
         _state_dict(model, arguments),
         os.fspath(checkpoint_dir),
-        Style(index_text, lambda name: _OF_RANKS.fullmatch(name) is not None),
+        Style(index_text, is_of_rank),
         max_shard_size=arguments.get("max_shard_size", "50GB"),
         filename_pattern=HUB_PATTERN,
         how=How(allow_strided=True),
