@@ -33,7 +33,8 @@ class FastshardStager(AsyncStager):
 
     Args:
         process: for ``AsyncCheckpointerType.PROCESS``: the memory is shared with the process that saves. Without it
-            such saves work as well, but torch copies every tensor once more.
+            such saves work as well, but torch copies every tensor once more. One save after the other: torch does not
+            tell the answers of two from each other, with any stager.
         asynchronous: :meth:`stage` returns a future before the tensors are copied, and ``async_save`` an
             ``AsyncSaveResponse``. The tensors must not change before its ``staging_completion`` is done.
         engine: ``Options(snapshot_budget=...)`` limits the memory that is kept. A state dict for which there is no
