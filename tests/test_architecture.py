@@ -65,11 +65,11 @@ PYTHON_LAYERS = {
     """,
     "tools": "convert tp_plan model_plan parts rank_folders outputs reshard stored_boxes dcp_source dcp_folders",
     "integrations": """
-        patch_entry patch_groups import_hook calls patching overrides report offload transformers_distributed transformers trainer accelerate accelerate_state lightning adapters dcp vllm_states vllm
+        patch_entry patch_groups import_hook calls patching overrides report offload transformers_distributed transformers trainer accelerate accelerate_state lightning torch_checkpointing adapters dcp vllm_states vllm
         sglang vllm_save
     """,
     "cli": "text files checkpoints run command __init__",
-    " public": "auto mapped offload dcp vllm sglang lightning __init__ __main__",
+    " public": "auto mapped offload dcp vllm sglang lightning torch_checkpointing __init__ __main__",
 }
 """fastshard/, folder by folder, in reading order. A module may import only what stands before it."""
 
@@ -414,8 +414,14 @@ DEEPER = {
     "distributed/reader": DCP,
     "distributed/file_system": DCP,
     "distributed/stager": {"torch.distributed", "torch.distributed.checkpoint.staging"},
+    "integrations/torch_checkpointing": {
+        "torch_checkpointing",
+        "torch_checkpointing.checkpoint_layout",
+        "torch_checkpointing.storage.base_storage",
+        "torch_checkpointing.storage.filesystem",
+    },
 }
-"""What these import besides: they are imported by ``fastshard.dcp`` only."""
+"""What these import besides: they are imported by ``fastshard.dcp`` and ``fastshard.torch_checkpointing`` only."""
 
 
 def is_private(name: str) -> bool:

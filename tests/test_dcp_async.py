@@ -369,7 +369,7 @@ def save_while_changing(folder: Path, kind: str, asynchronous: bool) -> tuple[in
         gates: list[str] = []
         for count in range(2):
             writer = Gated(folder / f"{lap}.{count}")
-            writer.gate = str(folder / f"gate {lap}.{count}")
+            writer.gate = str(folder / f"gate {lap}.{count}.{torch.distributed.get_rank()}")
             gates.append(writer.gate)
             tensors = distributed_state(100 * lap + count)
             answer = dcp.async_save(tensors, storage_writer=writer, async_stager=stager, **options)
@@ -379,7 +379,6 @@ def save_while_changing(folder: Path, kind: str, asynchronous: bool) -> tuple[in
             answers.append(upload_of(answer))
             del answer
             if kind == "process" or torch.distributed.get_world_size() > 1:
-                torch.distributed.barrier()
                 finish(stager, answers, gates)
         finish(stager, answers, gates)
         torch.distributed.barrier()

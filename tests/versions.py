@@ -82,6 +82,7 @@ SETS = (
             "lightning==2.6.*",
             "huggingface_hub>=2,<3",
             "safetensors==0.8.*",
+            "torch_checkpointing==0.1.1",
         ),
     ),
 )
@@ -97,6 +98,7 @@ ECOSYSTEM = (
     "test_transformers.py",
     "test_async_trainer.py",
     "test_lightning.py",
+    "test_torch_checkpointing.py",
     "test_offload.py",
     "test_archive.py",
     "test_in_place.py",
