@@ -46,7 +46,13 @@ def build(directory: str | os.PathLike[str]) -> Path:
 def _built(library: Path) -> Path:
     ours = [
         CSRC / name
-        for name in ("plan/places.cc", "plan/plan.cc", "device/cast.cc", "device/pack.cc", "device/kernels/table.cc")
+        for name in (
+            "plan/places.cc",
+            "plan/plan.cc",
+            "device/cast.cc",
+            "device/pack.cc",
+            "device/kernels/table.cc",
+        )
     ]
     sources = [*sorted(SOURCES.glob("*.cc")), *ours]
     inputs = [*sources, *SOURCES.glob("*.h"), *CSRC.rglob("*.h"), *CSRC.glob("device/kernels/*")]

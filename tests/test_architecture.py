@@ -406,7 +406,10 @@ PRIVATE = {
 
 PUBLIC_ROOTS = {"safetensors", "torch", "tqdm"}
 """What modules of ours import of other libraries when they are imported: nothing deeper."""
-DCP = {f"torch.distributed.checkpoint{name}" for name in ("", ".default_planner", ".filesystem", ".metadata", ".planner", ".storage")}
+DCP = {
+    f"torch.distributed.checkpoint{name}"
+    for name in ("", ".default_planner", ".filesystem", ".metadata", ".planner", ".storage")
+}
 DEEPER = {
     "distributed/stock": DCP,
     "distributed/final_files": DCP,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -627,9 +628,10 @@ def writers() -> dict[str, int]:
     """The engines' writers in this process, by number, and their niceness."""
     found = {}
     for task in Path("/proc/self/task").iterdir():
-        name, _, fields = (task / "stat").read_text().partition(" (")[2].rpartition(") ")
-        if name == "fastshard-write":
-            found[task.name] = int(fields.split()[16])
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            name, _, fields = (task / "stat").read_text().partition(" (")[2].rpartition(") ")
+            if name == "fastshard-write":
+                found[task.name] = int(fields.split()[16])
     return found
 
 

@@ -27,8 +27,8 @@ struct RunsRead {
 
 // Reads all the runs; the first one goes to `out`. What is in the page cache is copied from a mapping, as a call for
 // each run costs more than the copy of a short one; `streaming`: past the processor's caches. What is not is read by
-// calls, so that a disk's error is an errno, and no signal. Only short runs with short gaps are copied from a mapping even
-// then, once their pages are there. A file must not be cut or written to meanwhile (SIGBUS); one that has been cut
+// calls, so that a disk's error is an errno, and no signal. Only short runs with short gaps are copied from a mapping
+// even then, once their pages are there. A file must not be cut or written to meanwhile (SIGBUS); one that has been cut
 // before is noticed.
 //
 // Returns nothing where the file ends before the runs do. Throws IoError, naming `path`.

@@ -16,8 +16,8 @@ namespace fastshard {
 class PageMap {
  public:
   PageMap();
-  // Returns whether some of the pages from number `first` to before `last` are shared until one changes them, or whether
-  // that cannot be told.
+  // Returns whether some of the pages from number `first` to before `last` are shared until one changes them, or
+  // whether that cannot be told.
   bool copied_on_read(uintptr_t first, uintptr_t last) const;
   // Returns whether all pages from an address on are in memory, and this process's alone.
   bool all_ours(uintptr_t address, size_t nbytes) const;
