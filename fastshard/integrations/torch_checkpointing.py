@@ -176,7 +176,7 @@ class _WriteStream(io.RawIOBase):
 def _let_items_stream() -> None:
     """Lets the package's writer ask a storage of ours for whole items, which it otherwise makes bytes of first. Where it
     has no such method any more, it writes those bytes."""
-    kind = torch_checkpointing.CheckpointWriter
+    kind: Any = getattr(torch_checkpointing, "CheckpointWriter", None)
     original: Callable[..., None] | None = getattr(kind, "_write_key", None)
     if original is None or hasattr(original, "__wrapped__"):
         return
