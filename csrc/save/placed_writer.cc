@@ -169,8 +169,8 @@ ScheduleLimits limits_of(const WriterParts& parts) {
 // copied by the kernel into a mapping of the file, so they neither cost a call each nor wait for the file's lock.
 class PlacedWriter final : public InTurnWriter {
  public:
-  PlacedWriter(WriterParts parts, std::shared_ptr<OutputFile> file)
-      : InTurnWriter(std::move(parts), limits_of(parts), writers_of(parts)), file_(std::move(file)) {}
+  PlacedWriter(WriterParts parts, const ScheduleLimits& limits, size_t writers, std::shared_ptr<OutputFile> file)
+      : InTurnWriter(std::move(parts), limits, writers), file_(std::move(file)) {}
 
   void write_chunks() override { write_in_turn(has_writer_.exchange(true) ? End::back : End::front); }
 
@@ -307,7 +307,9 @@ class PlacedWriter final : public InTurnWriter {
 }  // namespace
 
 std::unique_ptr<FileWriter> make_placed_writer(WriterParts parts, std::shared_ptr<OutputFile> file) {
-  return std::make_unique<PlacedWriter>(std::move(parts), std::move(file));
+  const ScheduleLimits limits = limits_of(parts);
+  const size_t writers = writers_of(parts);
+  return std::make_unique<PlacedWriter>(std::move(parts), limits, writers, std::move(file));
 }
 
 }  // namespace fastshard
