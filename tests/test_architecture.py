@@ -373,6 +373,7 @@ PRIVATE = {
     "_clean_state_dict_for_safetensors": {"api/hub"},
     "_init_from_local_shards_and_global_metadata": {"distributed/stock"},
     "_process_group": {"distributed/stock"},
+    "_get_process_group_store": {"distributed/group"},
     "_torch": {"api/hub"},
     "_base": {"api/hub"},
     "_C": {"api/archive_skeleton", "engine/borrowed"},

@@ -14,6 +14,7 @@ import torch
 from torch import distributed, nn
 
 import fastshard
+from fastshard.distributed.group import store_of
 
 
 def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -394,3 +395,27 @@ def writers_publish(folder: Path) -> list[str]:
 def test_each_rank_publishes_files_of_its_own(tmp_path: Path) -> None:
     names = ranks.run(2, writers_publish, tmp_path)
     assert len(names[0]) == 5 and names[0] == names[1]
+
+
+class _Older:
+    """A process group of a torch that does not give its store."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __hash__(self) -> int:
+        return hash(self.group)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self.group
+
+
+def both_stores() -> tuple[bytes, bytes]:
+    group = distributed.group.WORLD
+    store_of(group).set("from the public one", "1")
+    store_of(_Older(group)).set("from the private one", "2")
+    return store_of(_Older(group)).get("from the public one"), store_of(group).get("from the private one")
+
+
+def test_the_store_of_a_group_is_found_in_older_torch_too() -> None:
+    assert ranks.run(2, both_stores) == [(b"1", b"2")] * 2

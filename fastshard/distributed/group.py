@@ -331,7 +331,18 @@ def _ranks_and_store(process_group: Any) -> tuple[int, int, Any] | None:
     rank = distributed.get_rank(group)
     if rank < 0:
         raise ValueError("this process is not in the process group")
-    store = group.get_group_store() if hasattr(group, "get_group_store") else None
-    if store is None:
-        raise RuntimeError("this version of torch does not give the store of a process group; 2.6 does")
-    return rank, distributed.get_world_size(group), store
+    return rank, distributed.get_world_size(group), store_of(group)
+
+
+def store_of(group: Any) -> Any:
+    """Returns the store of a process group, which older versions of torch give by a private function only."""
+    if hasattr(group, "get_group_store"):
+        return group.get_group_store()
+    from torch.distributed import distributed_c10d
+
+    borrowed = getattr(distributed_c10d, "_get_process_group_store", None)
+    if borrowed is None:
+        raise RuntimeError(
+            "this version of torch does not give the store of a process group, by which ranks agree"
+        )
+    return borrowed(group)
