@@ -11,7 +11,7 @@ goes on while its state is saved), ``rivals_fastshard``, ``rivals_torch``, ``riv
 fastshard must show),
 ``fitting`` (how to measure, and what fits), ``verify`` (are the bytes right), ``memory`` (peak in a fresh
 process), ``disturbance`` (what a job beside a save notices), ``harness`` (the rounds), ``rank_job``,
-``rivals_ranks``, ``rank_process`` and ``ranks`` (the rounds of a group of processes), ``report`` (table,
+``rivals_ranks``, ``rank_process``, ``rank_readers`` and ``ranks`` (the rounds of a group of processes), ``report`` (table,
 verdict, plot), ``small_saves`` (saves made by the thousand), ``planning`` (what laying out costs), ``save``
 (the command line), ``load`` (another one, for loading). Then, of the standard library only: ``budget``
 (commands under one clock), ``build`` (a package made of the checkout), ``brief`` (the short table of a

@@ -56,7 +56,8 @@ def outcomes(
     them has ended. A rank that has not ended after ``timeout`` seconds is killed."""
     from torch.distributed import TCPStore
 
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # Not by libuv, which opens descriptors in forked children of the test's process from then on.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=False)
     started, ends = [], []
     for rank in range(size):
         ours, theirs = _context.Pipe(duplex=False)

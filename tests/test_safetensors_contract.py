@@ -683,8 +683,8 @@ def test_public_names():
                 "SaveError",
             ),
             *("torch_save", "ArchiveError"),
-            *("save_sharded_state", "load_sharded_state", "load_distributed"),
-            *("shard_checkpoint", "merge_checkpoint", "reshard_checkpoint"),
+            *("save_sharded_state", "load_sharded_state", "save_distributed", "load_distributed"),
+            *("shard_checkpoint", "merge_checkpoint", "reshard_checkpoint", "convert_dcp"),
             *("asynchronous", "wait_all", "save_file_async", "save_files_async", "save_model_async"),
             *(
                 "save_torch_state_dict_async",

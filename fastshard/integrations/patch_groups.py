@@ -32,32 +32,31 @@ _STATE: Final = "accelerate: save_state"
 _TRAINER: Final = "transformers: checkpoints of Trainer"
 _DCP: Final = "torch: writers of distributed checkpoints"
 _CONSOLIDATION: Final = "torch: consolidation of distributed checkpoints"
-
+_WRITER: Final = "filesystem:_FileSystemWriter."
 _DISTRIBUTED: Final = tuple(
-    Entry(f"torch.distributed.checkpoint.{module}", name, f"fastshard.integrations.dcp:{ours}", known, group)
-    for module, name, ours, known, group in (
+    Entry(
+        f"torch.distributed.checkpoint.{where.partition(':')[0]}",
+        where.partition(":")[2],
+        f"fastshard.integrations.dcp:{ours}",
+        known,
+        group,
+        since="2.13",  # older ones have some of it
+    )
+    for where, ours, known, group in (
         # First what is imported last.
-        ("hf_storage", "HuggingFaceStorageWriter.finish", "finish_tensors", "self metadata results", _DCP),
-        ("filesystem", "_FileSystemWriter.__init__", "__init__", "self path", _DCP),
+        ("hf_storage:HuggingFaceStorageWriter.finish", "finish_tensors", "self metadata results", _DCP),
+        (_WRITER + "__init__", "__init__", "self path", _DCP),
+        (_WRITER + "set_up_storage_writer", "set_up_storage_writer", "self is_coordinator", _DCP),
+        (_WRITER + "_write_data", "_write_data", "self planner file_queue", _DCP),
+        (_WRITER + "finish", "finish", "self metadata results", _DCP),
         (
-            "filesystem",
-            "_FileSystemWriter.set_up_storage_writer",
-            "set_up_storage_writer",
-            "self is_coordinator",
-            _DCP,
-        ),
-        ("filesystem", "_FileSystemWriter._write_data", "_write_data", "self planner file_queue", _DCP),
-        ("filesystem", "_FileSystemWriter.finish", "finish", "self metadata results", _DCP),
-        (
-            "_async_process_executor",
-            "_ProcessBasedAsyncCheckpointExecutor.execute_save",
+            "_async_process_executor:_ProcessBasedAsyncCheckpointExecutor.execute_save",
             "execute_save",
             "self",
             "",
         ),
         (
-            "_consolidate_hf_safetensors",
-            "_consolidate_safetensors_files",
+            "_consolidate_hf_safetensors:_consolidate_safetensors_files",
             "consolidate",
             "input_dir output_dir fqn_to_file_mapping num_threads",
             _CONSOLIDATION,
