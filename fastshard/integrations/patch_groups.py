@@ -342,9 +342,9 @@ def examine(
 ) -> Found:
     """Whether a group can be replaced. ``ready``: whether a module's code has run; ``is_ours``: whether this is a
     replacement that is in place already."""
-    if not ready(entries[0].module):
-        return Found(tuple(entries), awaited=entries[0].module)
     wanted = tuple(expected(entries))
+    if not wanted or not ready(entries[0].module):
+        return Found(tuple(entries), awaited=entries[0].module)
     for module in _modules(group, wanted):
         if module not in sys.modules:
             return Found(wanted, misfit=f"there is no module {module}")

@@ -10,14 +10,18 @@ from ..base.activity import Saved
 from ..engine import background
 from ..publish.hidden_names import final_places
 from . import patching
-from .patch_groups import version_of
+from .patch_groups import expected, version_of
 
 UNSEEN = (
     "safetensors.serialize_file, safetensors.numpy.save_file and those of other frameworks (they call Rust directly)",
-    "writers of torch.distributed.checkpoint, but for what they give to torch.save",
+    "writers of torch.distributed.checkpoint before torch 2.13, but for what they give to torch.save",
     "references to an original that were taken before install(): default arguments, functools.partial, closures",
 )
 """Functions that fastshard does not replace. What is saved through them is not counted."""
+
+
+NOT_YET = "this version does not have it, or not as fastshard knows it"
+"""Why nothing is replaced in an old version of a library."""
 
 
 class Replacement(NamedTuple):
@@ -112,6 +116,8 @@ def status() -> Status:
         why_not = ""
         if replaced:
             pass
+        elif not expected(found.entries):
+            why_not = NOT_YET
         elif found.awaited:
             why_not = f"{found.awaited} is not imported"
         elif found.misfit:
