@@ -324,15 +324,20 @@ class Contest:
         return not modes or entry.rival.name in (US, self.case.us)
 
 
+def skipped(case: Any, reason: str) -> CaseResult:
+    """The result of a case that was not measured."""
+    return CaseResult(
+        case.name, case.about, 0, 0, 0, 0, case.bound_by, us=case.us, base=case.base, skipped=reason
+    )
+
+
 def run_case(
     case: Case, rivals: list[Rival], settings: Settings, deadline: float | None = None
 ) -> CaseResult:
     """The rounds and what disturbs a job; then the memory, with the tensors of the rounds freed before."""
     reason = why_not(case, settings)
     if reason:
-        return CaseResult(
-            case.name, case.about, 0, 0, 0, 0, case.bound_by, us=case.us, base=case.base, skipped=reason
-        )
+        return skipped(case, reason)
     contest = Contest(case, rivals, settings)
     result, names = contest.run(deadline), [rival.name for rival in contest.rivals]
     nbytes, out = contest.nbytes, contest.job.out

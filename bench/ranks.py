@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from . import memory
 from .ceilings import CEILINGS
 from .fitting import NO_TIME, Settings, asked, fitting, why_not
-from .harness import empty, settle, text_of
+from .harness import empty, settle, skipped, text_of
 from .job import SOURCES, Rival, Shard
 from .machine import MEMORY_BACKED, memory_nbytes, mount_of
 from .rank_cases import RankCase
@@ -340,9 +340,7 @@ def run_rank_case(
     """The rounds, then the memory in fresh ranks."""
     reason = why_not(case, settings)
     if reason:
-        return CaseResult(
-            case.name, case.about, 0, 0, 0, 0, case.bound_by, us=case.us, base=case.base, skipped=reason
-        )
+        return skipped(case, reason)
     contest = RankContest(case, rivals, settings)
     try:
         result = contest.run(deadline)

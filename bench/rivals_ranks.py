@@ -59,11 +59,9 @@ def _fastshard(job: RankJob) -> Any:
 
 
 def _fastshard_file_system(job: RankJob) -> Any:
-    from fastshard import dcp
+    from fastshard.dcp import FastshardFileSystemWriter
 
-    if not hasattr(dcp, "FastshardFileSystemWriter"):
-        raise Unavailable("this fastshard has no FastshardFileSystemWriter")
-    return dcp.FastshardFileSystemWriter(job.out, sync_files=job.durable)
+    return FastshardFileSystemWriter(job.out, sync_files=job.durable)
 
 
 def _save_distributed(job: Job) -> Call:

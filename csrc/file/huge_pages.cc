@@ -1,13 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "file/huge_pages.h"
 
-#include <fcntl.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
-#include <algorithm>
-#include <array>
-#include <cerrno>
 #include <cstdint>
 #include <fstream>
 #include <string>
@@ -33,19 +28,17 @@ bool can_collapse() {
   return madvise(nullptr, 0, MADV_COLLAPSE) == 0;
 }
 
-size_t collapse(std::span<const std::span<const std::byte>> memory, const std::atomic<bool>& stop) {
+void collapse(std::span<const std::span<const std::byte>> memory, const std::atomic<bool>& stop) {
   const PageMap pages;
-  size_t nbytes = 0;
   for (const std::span<const std::byte> part : memory) {
     const auto begin = reinterpret_cast<uintptr_t>(part.data());
     uintptr_t block = (begin + kHugePageNbytes - 1) / kHugePageNbytes * kHugePageNbytes;
     for (; block + kHugePageNbytes <= begin + part.size() && !stop; block += kHugePageNbytes) {
       // Else it would take memory that was not taken before.
       if (!pages.all_ours(block, kHugePageNbytes)) continue;
-      if (madvise(reinterpret_cast<void*>(block), kHugePageNbytes, MADV_COLLAPSE) == 0) nbytes += kHugePageNbytes;
+      madvise(reinterpret_cast<void*>(block), kHugePageNbytes, MADV_COLLAPSE);  // or it stays as it is
     }
   }
-  return nbytes;
 }
 
 }  // namespace fastshard

@@ -6,7 +6,6 @@
 #include <atomic>
 #include <cstddef>
 #include <span>
-#include <vector>
 
 namespace fastshard {
 
@@ -15,7 +14,7 @@ bool can_collapse();
 
 // Puts private memory together in huge pages where all of it is there, and none of it is shared with another process.
 // Nothing changes but the time that it takes to use it. The memory may be gone by now, or may be somebody else's.
-// Returns the bytes that are in huge pages now. Ends soon when `stop` is true.
-size_t collapse(std::span<const std::span<const std::byte>> memory, const std::atomic<bool>& stop);
+// Ends soon when `stop` is true.
+void collapse(std::span<const std::span<const std::byte>> memory, const std::atomic<bool>& stop);
 
 }  // namespace fastshard

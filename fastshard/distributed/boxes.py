@@ -170,3 +170,27 @@ def _described(value: Any, named: str) -> Boxes:
             part = part.narrow(dim, begins[dim] if dim < len(begins) else 0, length)
         pieces.append((tuple(offsets), part.view(tuple(sizes)) if merged else part))
     return Boxes(shape, buffer.dtype, _kept(pieces))
+
+
+def first_overlap(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> tuple[int, int] | None:
+    """Returns the numbers of two boxes, given as offsets and sizes, that have elements in common; ``None`` if there are
+    none. Boxes without elements must be left out.
+
+    Of many boxes those are compared that overlap in the dimension that divides them most.
+    """
+    if len(boxes) < 2:
+        return None
+    dims = len(boxes[0][0])
+    if dims == 0:
+        return 0, 1
+    ends = [[offset + size for offset, size in zip(*box)] for box in boxes]
+    along = max(range(dims), key=lambda dim: len({offsets[dim] for offsets, _ in boxes}))
+    reached: list[int] = []  # those that are not left behind
+    for number in sorted(range(len(boxes)), key=lambda number: boxes[number][0][along]):
+        offsets, end = boxes[number][0], ends[number]
+        reached = [other for other in reached if ends[other][along] > offsets[along]]
+        for other in reached:
+            if all(a < d and c < b for a, b, c, d in zip(offsets, end, boxes[other][0], ends[other])):
+                return other, number
+        reached.append(number)
+    return None

@@ -31,7 +31,14 @@ from ..engine.figures import counted
 from ..engine.pipeline import How, encoded_path, finish
 from ..engine.plan import FilePlan
 from ..engine.tensors import current_streams
-from ..formats.naming import DCP_METADATA, INDEX_NAME, dcp_renumbered, number_of_dcp_shard, rank_of_distcp
+from ..formats.naming import (
+    DCP_METADATA,
+    INDEX_NAME,
+    dcp_ranks_metadata,
+    dcp_renumbered,
+    number_of_dcp_shard,
+    rank_of_distcp,
+)
 from .distcp import Archives, amender, fetcher
 from .stock import metadata_version, resolved
 from .unseen_files import UnseenFiles
@@ -161,7 +168,8 @@ def publish(writer: Any, metadata: Metadata, results: list[list[WriteResult]]) -
         result.index: _without_place(result.storage_data) for of_rank in results for result in of_rank
     }
     metadata.storage_meta = writer.storage_meta()
-    name = DCP_METADATA if writer.use_collectives or writer.rank is None else f"__{writer.rank}{DCP_METADATA}"
+    together = writer.use_collectives or writer.rank is None
+    name = DCP_METADATA if together else dcp_ranks_metadata(writer.rank)
     made = found[name] = unseen.made(name)
     try:
         with open(made.path, "wb") as file:

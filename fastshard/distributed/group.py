@@ -39,14 +39,18 @@ def described(error: BaseException) -> str:
 
 
 class Group:
-    """The ranks of a process group that make one save. All of them must make one, in the same order of saves.
+    """The ranks of a process group that make one save. All of them must make one, in the same order of saves. A load
+    is agreed in the same way; ``doing`` is the word for it in errors.
 
     ``timeout`` is how many seconds one rank may keep the others waiting in a step; ``None`` stands for half an hour.
     A rank that has died or was stopped is noticed earlier: see :data:`_SILENT_SECONDS`. Where ``torch.distributed``
     is not initialized there is one rank.
     """
 
-    def __init__(self, process_group: Any = None, *, timeout: float | None = None) -> None:
+    def __init__(
+        self, process_group: Any = None, *, timeout: float | None = None, doing: str = "save"
+    ) -> None:
+        self._doing = doing
         self.timeout: Final = _DEFAULT_SECONDS if timeout is None else timeout
         found = _ranks_and_store(process_group)
         self.rank, self.size = 0, 1
@@ -138,7 +142,7 @@ class Group:
         try:
             yield
         except BaseException as error:
-            text = f"rank {self.rank} could not save its part: {described(error)}"
+            text = f"rank {self.rank} could not {self._doing} its part: {described(error)}"
             counts = text
             if self.size > 1:
                 with contextlib.suppress(Exception):  # whoever waits will give this rank up
@@ -220,7 +224,9 @@ class Group:
                     )
             if now - began > patience:
                 gone = [rank for rank in missing if not self._store.has(f"{step}/{rank}")] or missing
-                self._give_up(step, gone, f"has not come to this step of the save within {patience:g} s")
+                self._give_up(
+                    step, gone, f"has not come to this step of the {self._doing} within {patience:g} s"
+                )
             time.sleep(pause)
             pause = min(2 * pause, max(_MOST_POLL_SECONDS, 1e-4 * self.size))
 

@@ -17,7 +17,7 @@ from ..engine.plan import FilePlan, ForeignFile, Place, place_of
 from ..engine.tensors import check_dtype
 from ..publish.directory import Replacement
 from ..publish.folder import Named
-from ..publish.hidden_names import final_places, folder_of_ranks
+from ..publish.hidden_names import folder_of_ranks
 from .boxes import Boxes
 from .rank_plan import File, Piece
 
@@ -69,20 +69,6 @@ class RankFiles:
     def end(self, error: BaseException | None) -> None:
         """Removes what is hidden. If the save has failed with ``error``, that names final places afterwards."""
         self._change.end(error)
-
-
-def explain(error: BaseException) -> None:
-    """Lets an error of writing to files in :attr:`RankFiles.path` name their final places."""
-    if isinstance(error, OSError):
-        if isinstance(error.filename, (str, bytes)):
-            error.filename = final_places(os.fsdecode(error.filename))
-        if (
-            error.strerror is not None
-        ):  # the engine says what stays in a file that is not its own; here it goes
-            error.strerror = final_places(_WHAT_STAYS.sub("", error.strerror))
-            error.args = (error.errno, error.strerror)  # what is pickled
-    elif isinstance(error, Exception):
-        error.args = tuple(final_places(said) if isinstance(said, str) else said for said in error.args)
 
 
 def planned(

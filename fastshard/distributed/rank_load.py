@@ -12,7 +12,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -21,13 +21,11 @@ from ..base.loading import load
 from ..engine.engine import Engine, Options, engine_for, progress_wanted
 from ..engine.sharing import overlapping
 from .boxes import Boxes, boxes_of
-from .group import Group, described
+from .group import Group
 from .slices import Box, Figures, read_boxes
 from .stored import OpenCheckpoint, Stored, open_checkpoint
 
 _FAULTS_SHOWN: Final = 10
-T = TypeVar("T")
-Value = TypeVar("Value")
 
 
 class Loaded(NamedTuple):
@@ -87,47 +85,24 @@ def load_distributed(
         ValueError: a tensor is placed in a way that leaves its parts unknown.
     """
     budget = engine_for(engine).options.memory_budget
-    with Group(process_group, timeout=timeout) as group, contextlib.ExitStack() as stack:
+    with (
+        Group(process_group, timeout=timeout, doing="load") as group,
+        contextlib.ExitStack() as stack,
+    ):
+        compared: list[_Own] = []
 
-        def compare() -> tuple[_Own, _Told]:
+        def compare() -> _Told:
             checkpoint = stack.enter_context(open_checkpoint(folder))
-            own = _Own(state_of(state_dict), checkpoint)
-            return own, _Told(checkpoint.digest, own.missing, own.wrong, own.unused)
+            compared.append(_Own(state_of(state_dict), checkpoint))
+            return compared[0].told
 
-        def read() -> tuple[Figures, None]:
-            return own.read(budget, bar), None
-
-        own, told = _together(group, compare)
+        told = group.exchange(compare, lambda told: [told] * group.size)
+        (own,) = compared
         missing, unexpected = _compared(told, own.checkpoint, strict)
         bar = stack.enter_context(_bar(progress_wanted(progress) and group.first, own))
-        figures, _ = _together(group, read)
+        with group.agreed():
+            figures = own.read(budget, bar)
     return Loaded(missing, unexpected, figures.wanted_nbytes, figures.read_nbytes, figures.staged_nbytes)
-
-
-def _together(group: Group, work: Callable[[], tuple[T, Value]]) -> tuple[T, list[Value]]:
-    """Does the same on all ranks, and returns what this one has for itself and what all of them have told.
-
-    If it fails on one of them it fails on all, with that error or one that tells whose it was.
-    """
-    done: list[T] = []
-    failed: list[Exception] = []
-
-    def tried() -> tuple[str | None, Value | None]:
-        try:
-            value, told = work()
-        except Exception as error:
-            failed.append(error)
-            return described(error), None
-        done.append(value)
-        return None, told
-
-    answers = group.exchange(tried, lambda values: [values] * group.size)
-    if failed:
-        raise failed[0]
-    for rank, (text, _) in enumerate(answers):
-        if text is not None:
-            raise RuntimeError(f"rank {rank} could not load its part: {text}")
-    return done[0], [told for _, told in answers]
 
 
 class _Told(NamedTuple):
@@ -160,6 +135,10 @@ class _Own:
         used = {*sources.values()}
         self.unused = [name for name in checkpoint.names() if name not in used]
         """Names in the checkpoint."""
+
+    @property
+    def told(self) -> _Told:
+        return _Told(self.checkpoint.digest, self.missing, self.wrong, self.unused)
 
     @property
     def nbytes(self) -> int:

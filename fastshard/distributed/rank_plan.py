@@ -8,7 +8,6 @@ ranks that have it, so that all write about as many bytes.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -21,7 +20,7 @@ from ..engine.plan import HOST, TensorView
 from ..engine.sharing import storage_of
 from ..engine.tensors import DTYPES, Entry, check_format, check_names, stored_as
 from ..formats.safetensors import HeaderTooLarge, header
-from .boxes import Boxes, Offsets, boxes_of, is_whole
+from .boxes import Boxes, Offsets, boxes_of, first_overlap, is_whole
 
 _LEAST_CUT: Final = 1 << 20
 """A box that several ranks have is cut where it is larger, and larger than a part of what a rank writes."""
@@ -284,28 +283,14 @@ def _check_tiled(name: str, shape: tuple[int, ...], holders: Mapping[Box, list[t
             )
     if have < volume:
         raise ValueError(f"tensor {name!r} of {shape}: the ranks have only {have} of {volume} elements")
-    if len(holders) < 2 or _is_grid(shape, holders):
-        return
-    for (one, ranks), (other, theirs) in itertools.combinations(holders.items(), 2):
-        if all(max(a, b) < min(a + m, b + n) for a, m, b, n in zip(one[0], one[1], other[0], other[1])):
-            raise ValueError(
-                f"tensor {name!r} of {shape}: rank {ranks[0][0]} has {one[1]} at {one[0]} and rank {theirs[0][0]} has "
-                f"{other[1]} at {other[0]}, which overlap"
-            )
-
-
-def _is_grid(shape: tuple[int, ...], boxes: Iterable[Box]) -> bool:
-    """Returns whether the boxes are all cells of a grid, as those of every mesh are."""
-    boxes = list(boxes)
-    count = 1
-    for dim, full in enumerate(shape):
-        reached = 0
-        intervals = sorted({(offsets[dim], sizes[dim]) for offsets, sizes in boxes})
-        for begin, length in intervals:
-            if begin != reached:
-                return False
-            reached += length
-        if reached != full:
-            return False
-        count *= len(intervals)
-    return count == len(boxes)
+    boxes = [*holders]
+    overlapping = first_overlap(boxes)
+    if overlapping is not None:
+        (one, other), (ranks, theirs) = (
+            [boxes[n] for n in overlapping],
+            [holders[boxes[n]] for n in overlapping],
+        )
+        raise ValueError(
+            f"tensor {name!r} of {shape}: rank {ranks[0][0]} has {one[1]} at {one[0]} and rank {theirs[0][0]} has "
+            f"{other[1]} at {other[0]}, which overlap"
+        )

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import uuid
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -24,15 +23,14 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 
-from ..engine.tensors import DTYPES
+from ..engine.mapped import in_torch
+from ..formats.dcp_metadata import SHARDING_KEY, sharding_info
 from ..formats.hf_index import files_of_index, read_object, read_stored, read_text
 from ..formats.naming import INDEX_NAME, WEIGHTS_SUFFIX, is_dcp_objects, number_of_dcp_shard
 from ..formats.safetensors import FileHeader, StoredTensor
 from .slices import Box, read_boxes
+from .stock import InFolder
 from .stored import OpenCheckpoint, open_checkpoint
-from .writer import SHARDING_INFO
-
-_BY_CODE: Final = {code: dtype for dtype, (_, code, _) in DTYPES.items()}
 
 
 class _Place(NamedTuple):
@@ -46,13 +44,13 @@ class _Place(NamedTuple):
     """Under which it is stored."""
 
 
-class FastshardReader(StorageReader):
+class FastshardReader(InFolder, StorageReader):
     """Loads checkpoints of :class:`FastshardWriter`, of the stock ``HuggingFaceStorageWriter``, and plain folders of
     Hugging Face models with ``dcp.load``.
 
-    A rank reads of each tensor the part that it asks for, in long runs, in parallel, and in bounded memory. All dtypes of the format are known, and what is no
-    tensor is read from the files that :class:`FastshardWriter` has beside the tensors. In a plain folder with an
-    index only the files count that the index names.
+    A rank reads of each tensor the part that it asks for, in long runs, in parallel, and in bounded memory. All dtypes
+    of the format are known, and what is no tensor is read from the files that :class:`FastshardWriter` has beside the
+    tensors. In a plain folder with an index only the files count that the index names.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -60,16 +58,6 @@ class FastshardReader(StorageReader):
         self.path = os.fspath(path)
         self._places: dict[MetadataIndex, _Place] = {}
         self._load_id = str(uuid.uuid4())
-
-    @property
-    def checkpoint_id(self) -> str:
-        """The folder of the checkpoint."""
-        return self.path
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Returns whether it can be a path."""
-        return "://" not in os.fspath(checkpoint_id)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         self._places = {}
@@ -98,12 +86,7 @@ class FastshardReader(StorageReader):
                 continue
             offsets = _offsets(header, name)
             for stored in header.tensors:
-                chunk = _chunk(stored, offsets, name)
-                dtype = _BY_CODE.get(stored.code)
-                if dtype is None:
-                    raise SafetensorError(
-                        f"{name}: this torch has no dtype for {stored.code} of {stored.name!r}"
-                    )
+                dtype, chunk = _chunk(stored, offsets, name)
                 _add_chunk(tensors, stored.name, chunk, dtype, name)
                 place = _Place(name, chunk.sizes, dtype, stored.name)
                 places[MetadataIndex(stored.name, chunk.offsets)] = place
@@ -172,27 +155,25 @@ def _files_of(folder: str) -> tuple[list[str], dict[str, object]]:
     return found, {}
 
 
-def _offsets(header: FileHeader, name: str) -> dict[str, list[int]] | None:
+def _offsets(header: FileHeader, name: str) -> dict[str, tuple[int, ...]] | None:
     """Returns where in the whole tensors those of a file begin; ``None`` if they are whole."""
-    text = (header.metadata or {}).get(SHARDING_INFO)
-    if not text:
-        return None
     try:
-        return {
-            fqn: [int(offset) for offset in said["saved_offsets"]] for fqn, said in json.loads(text).items()
-        }
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise SafetensorError(f"{name}: its {SHARDING_INFO} cannot be read") from None
+        return sharding_info(header.metadata or {})
+    except ValueError as error:
+        raise SafetensorError(f"{name}: {error}") from None
 
 
-def _chunk(stored: StoredTensor, offsets: dict[str, list[int]] | None, name: str) -> ChunkStorageMetadata:
-    shape = stored.shape
-    if stored.code == "F4" and shape:  # torch counts two of them as one
-        shape = (*shape[:-1], shape[-1] // 2)
-    begin = [0] * len(shape) if offsets is None else offsets.get(stored.name, [])
-    if len(begin) != len(shape) or min(begin, default=0) < 0:
-        raise SafetensorError(f"{name}: {SHARDING_INFO} does not say where {stored.name!r} begins")
-    return ChunkStorageMetadata(offsets=torch.Size(begin), sizes=torch.Size(shape))
+def _chunk(
+    stored: StoredTensor, offsets: dict[str, tuple[int, ...]] | None, name: str
+) -> tuple[torch.dtype, ChunkStorageMetadata]:
+    try:
+        dtype, shape = in_torch(stored)
+    except ValueError as error:
+        raise SafetensorError(f"{name}: tensor {stored.name!r}: {error}") from None
+    begin = (0,) * len(shape) if offsets is None else offsets.get(stored.name, ())
+    if len(begin) != len(shape):
+        raise SafetensorError(f"{name}: {SHARDING_KEY} does not say where {stored.name!r} begins")
+    return dtype, ChunkStorageMetadata(offsets=torch.Size(begin), sizes=torch.Size(shape))
 
 
 def _add_chunk(

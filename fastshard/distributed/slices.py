@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from ..engine.options import usable_cpus
 from ..engine.reading import Piece, Read, cut, perform_all, shared_out
 from ..engine.tensors import on_current_streams
+from ..formats.torch_items import contiguous_strides
 from .stored import Stored
 
 _MOST_THREADS: Final = 16
@@ -275,8 +276,10 @@ def _parts(sizes: tuple[int, ...], most: int) -> Iterator[tuple[tuple[int, ...],
 def _runs_of(box: Box, strides: Sequence[int] | None = None) -> _Runs:
     """Returns the runs of a box in memory with these strides, in elements; ``None``: packed."""
     nbytes = box.stored.dtype.itemsize
-    in_file = _packed(box.stored.shape, nbytes)
-    in_memory = _packed(box.sizes, nbytes) if strides is None else [nbytes * stride for stride in strides]
+    in_file = [nbytes * stride for stride in contiguous_strides(box.stored.shape)]
+    if strides is None:
+        strides = contiguous_strides(tuple(box.sizes))
+    in_memory = [nbytes * stride for stride in strides]
     offset = box.stored.offset + sum(first * step for first, step in zip(box.offsets, in_file))
     dims: list[tuple[int, int, int]] = []  # the innermost one first, as far as they are not one run
     for count, far, near in reversed([*zip(box.sizes, in_file, in_memory)]):
@@ -291,15 +294,6 @@ def _runs_of(box: Box, strides: Sequence[int] | None = None) -> _Runs:
     dims.reverse()
     counts, far_apart, near_by = (tuple(dim[part] for dim in dims) for part in range(3))
     return _Runs(offset, nbytes, counts, far_apart, near_by)
-
-
-def _packed(sizes: Sequence[int], itemsize: int) -> list[int]:
-    """Returns how many bytes lie between neighbours in each dimension of a contiguous array."""
-    strides, step = [], itemsize
-    for size in reversed(sizes):
-        strides.append(step)
-        step *= size
-    return strides[::-1]
 
 
 def _with_gaps(pieces: list[Piece], gap_address: int) -> Iterator[Piece]:

@@ -8,6 +8,7 @@ a writer.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,22 @@ def _borrowed(name: str) -> Any:
 
 StorageInfo: Any = _borrowed("_StorageInfo")
 """``(relative_path, offset, length)``: where an item was written."""
+
+
+class InFolder:
+    """What a writer or a reader says of the folder that its checkpoint lies in."""
+
+    path: str
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The folder of the checkpoint."""
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Returns whether it can be a path."""
+        return "://" not in os.fspath(checkpoint_id)
 
 
 def metadata_version() -> str | None:

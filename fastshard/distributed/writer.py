@@ -25,6 +25,7 @@ from ..engine.pipeline import How, PathLike, PlannedFile, encoded_path, finish, 
 from ..engine.plan import FilePlan
 from ..engine.planning import lay_out_each
 from ..engine.tensors import check_dtype
+from ..formats.dcp_metadata import SHARDING_KEY
 from ..formats.naming import (
     INDEX_NAME,
     are_of_the_same_weights,
@@ -37,12 +38,11 @@ from ..formats.naming import (
 )
 from .final_files import state_of
 from .rank_save import save_distributed
-from .stock import StorageInfo, resolved
+from .stock import InFolder, StorageInfo, resolved
 from .unseen_files import Made, UnseenFiles
 
 CALL: Final = "dcp.save"
 """Under which saves of writers are counted."""
-SHARDING_INFO: Final = "DCP_SHARDING_INFO"
 _SHARD: Final = "shard_index"
 
 
@@ -75,7 +75,7 @@ class _File(NamedTuple):
     items: list[WriteItem]
 
 
-class FastshardWriter(StorageWriter):
+class FastshardWriter(InFolder, StorageWriter):
     """Saves a checkpoint of ``dcp.save`` or ``dcp.async_save`` as safetensors files, which the stock
     ``HuggingFaceStorageReader``, its consolidation, and :class:`FastshardReader` read.
 
@@ -147,16 +147,6 @@ class FastshardWriter(StorageWriter):
     def __getstate__(self) -> dict[str, Any]:
         options = {**self._final_options, "process_group": None}
         return {**self.__dict__, "_files": None, "_final_options": options}
-
-    @property
-    def checkpoint_id(self) -> str:
-        """The folder of the checkpoint."""
-        return self.path
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Returns whether it can be a path."""
-        return "://" not in os.fspath(checkpoint_id)
 
     def storage_meta(self) -> StorageMeta | None:
         return StorageMeta(checkpoint_id=self.path, save_id=self._save_id)
@@ -290,7 +280,7 @@ def _plan_of(
     metadata = {"format": "pt"}
     if offsets:
         info = {fqn: {"saved_offsets": list(begin)} for fqn, begin in offsets.items()}
-        metadata = {SHARDING_INFO: json.dumps(info), "DCP_VERSION": "1.0", **metadata}
+        metadata = {SHARDING_KEY: json.dumps(info), "DCP_VERSION": "1.0", **metadata}
     return PlannedFile(FilePlan(encoded_path(path), layout.header(metadata), layout.items), layout)
 
 

@@ -42,7 +42,17 @@ class Read(NamedTuple):
     pieces: list[Piece]
 
     def perform(self) -> None:
-        _perform(self)
+        pieces = self.pieces
+        while pieces:
+            buffers = [(ctypes.c_char * piece.nbytes).from_address(piece.address) for piece in pieces]
+            try:
+                done = os.preadv(self.file.fileno(), buffers, pieces[0].offset)
+            except OSError as error:
+                error.filename = self.file.name
+                raise
+            if not done:
+                raise SafetensorError(f"{self.file.name!r} has become shorter while it was read")
+            pieces = list(_left(pieces, done))
 
 
 def read_into(files: Iterable[tuple[BinaryIO, list[Piece]]]) -> None:
@@ -141,20 +151,6 @@ def cut(file: BinaryIO, pieces: Iterable[Piece]) -> Iterator[Read]:
             end = offset
     if together:
         yield Read(file, together)
-
-
-def _perform(read: Read) -> None:
-    pieces = read.pieces
-    while pieces:
-        buffers = [(ctypes.c_char * piece.nbytes).from_address(piece.address) for piece in pieces]
-        try:
-            done = os.preadv(read.file.fileno(), buffers, pieces[0].offset)
-        except OSError as error:
-            error.filename = read.file.name
-            raise
-        if not done:
-            raise SafetensorError(f"{read.file.name!r} has become shorter while it was read")
-        pieces = list(_left(pieces, done))
 
 
 def _left(pieces: list[Piece], done: int) -> Iterator[Piece]:

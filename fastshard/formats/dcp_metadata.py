@@ -9,23 +9,18 @@ lie in the whole ones. Neither is trusted: the pickle is read by :mod:`fastshard
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 from .hf_index import is_plain, open_file
 from .inert_pickle import Inert, read_pickle
 from .json_text import read_json_object
-from .naming import INDEX_SUFFIX, WEIGHTS_SUFFIX
+from .naming import DCP_METADATA, DISTCP_SUFFIX, INDEX_SUFFIX, WEIGHTS_SUFFIX, is_dcp_metadata
 from .safetensors import read_header
 from .torch_items import DTYPE_NAMES
 
-METADATA_NAME: Final = ".metadata"
-ITEMS_SUFFIX: Final = ".distcp"
 SHARDING_KEY: Final = "DCP_SHARDING_INFO"
 
-_RANKS_METADATA: Final = re.compile(r"__(\d+)\.metadata")
-"""What ranks write that save on their own (``use_collectives=False``)."""
 _MAX_NBYTES: Final = 1 << 30
 _CHECKPOINT: Final = "torch.distributed.checkpoint"
 _TENSOR: Final = f"{_CHECKPOINT}.metadata.TensorStorageMetadata"
@@ -88,7 +83,7 @@ class DcpMetadata(NamedTuple):
 def is_dcp_folder(folder: str) -> bool:
     """Returns whether the folder holds a checkpoint in one of DCP's layouts. Raises ``OSError``."""
     names = os.listdir(folder)
-    if METADATA_NAME in names or any(_RANKS_METADATA.fullmatch(name) for name in names):
+    if any(map(is_dcp_metadata, names)):
         return True
     weights = sorted(n for n in names if n.endswith(WEIGHTS_SUFFIX) and not n.startswith("."))
     if not weights or any(name.endswith(INDEX_SUFFIX) for name in names):
@@ -104,7 +99,7 @@ def is_dcp_folder(folder: str) -> bool:
 
 def is_part(name: str) -> bool:
     """Returns whether a file of this name is one that ``FileSystemWriter`` writes."""
-    return name.endswith(ITEMS_SUFFIX) or name == METADATA_NAME or bool(_RANKS_METADATA.fullmatch(name))
+    return name.endswith(DISTCP_SUFFIX) or is_dcp_metadata(name)
 
 
 def read_metadata(folder: str) -> DcpMetadata | None:
@@ -113,8 +108,8 @@ def read_metadata(folder: str) -> DcpMetadata | None:
     Raises ``OSError``, and ``ValueError`` naming the file.
     """
     names = os.listdir(folder)
-    found = [METADATA_NAME] if METADATA_NAME in names else []
-    found = found or sorted(filter(_RANKS_METADATA.fullmatch, names), key=lambda n: (len(n), n))
+    found = [DCP_METADATA] if DCP_METADATA in names else []
+    found = found or sorted(filter(is_dcp_metadata, names), key=lambda n: (len(n), n))
     if not found:
         return None
     whole = DcpMetadata({}, [], {})

@@ -13,7 +13,16 @@ from typing import BinaryIO, Final, NamedTuple, cast
 
 from .hf_index import open_file
 from .json_text import read_json
-from .naming import INDEX_SUFFIX, PICKLED_SUFFIX, RANK_MANIFEST, ROOT_MANIFEST, TORCH_SUFFIXES, WEIGHTS_SUFFIX
+from .naming import (
+    DCP_METADATA,
+    DISTCP_SUFFIX,
+    INDEX_SUFFIX,
+    PICKLED_SUFFIX,
+    RANK_MANIFEST,
+    ROOT_MANIFEST,
+    TORCH_SUFFIXES,
+    WEIGHTS_SUFFIX,
+)
 from .safetensors import MAX_HEADER_NBYTES
 
 SAFETENSORS: Final = "safetensors"
@@ -126,7 +135,7 @@ def _of_folder(folder: str) -> str:
     ):
         if name in names:
             return text
-    if ".metadata" in names and any(name.endswith(".distcp") for name in names):
+    if DCP_METADATA in names and any(name.endswith(DISTCP_SUFFIX) for name in names):
         return "a checkpoint of torch.distributed.checkpoint"
     for suffix, text in (
         (INDEX_SUFFIX, "a checkpoint of several safetensors files"),

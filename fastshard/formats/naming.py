@@ -61,6 +61,7 @@ _NUMBERED: Final = re.compile(r".*-\d+\.safetensors", re.DOTALL)
 _OF_RANK: Final = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _RANK_FOLDER: Final = re.compile(r"rank-\d+")
 DCP_METADATA: Final = ".metadata"
+DISTCP_SUFFIX: Final = ".distcp"
 _OBJECTS: Final = "objects.fastshard"
 _DCP_SHARD: Final = re.compile(
     rf"shard-(?P<number>\d{{5,}})-(model-\d{{5,}}-of-\d{{5,}}(-\d+)?\.safetensors|{re.escape(_OBJECTS)})",
@@ -69,7 +70,8 @@ _DCP_SHARD: Final = re.compile(
 _DCP_WHOLE: Final = re.compile(
     rf"model-\d{{5,}}-of-\d{{5,}}(-\d+)?\.safetensors|{re.escape(_OBJECTS)}", re.ASCII
 )
-_DISTCP: Final = re.compile(r"__(?P<rank>\d+)_\d+\.distcp|__(?P<of>\d+)\.metadata", re.ASCII)
+_DCP_RANKS_METADATA: Final = re.compile(rf"__(\d+){re.escape(DCP_METADATA)}", re.ASCII)
+_DISTCP: Final = re.compile(rf"__(\d+)_\d+{re.escape(DISTCP_SUFFIX)}", re.ASCII)
 
 
 def is_weights(name: str) -> bool:
@@ -208,8 +210,18 @@ def is_of_dcp_whole(name: str) -> bool:
 
 def rank_of_distcp(name: str) -> int | None:
     """Returns the rank whose ``.distcp`` file or metadata it is; ``None`` for others."""
-    found = _DISTCP.fullmatch(name)
-    return None if found is None else int(found["rank"] or found["of"])
+    found = _DISTCP.fullmatch(name) or _DCP_RANKS_METADATA.fullmatch(name)
+    return None if found is None else int(found[1])
+
+
+def dcp_ranks_metadata(rank: int) -> str:
+    """Returns the name of the metadata of a rank that saves on its own (``use_collectives=False``)."""
+    return f"__{rank}{DCP_METADATA}"
+
+
+def is_dcp_metadata(name: str) -> bool:
+    """Returns whether it is the name of the metadata of all ranks, or of one that has saved on its own."""
+    return name == DCP_METADATA or _DCP_RANKS_METADATA.fullmatch(name) is not None
 
 
 def is_manifest(name: str) -> bool:

@@ -8,7 +8,6 @@ nothing is unpickled.
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -16,13 +15,14 @@ from typing import NamedTuple
 
 import torch
 
+from ..api.hub import index_text, split_by_size
 from ..engine.engine import Engine, Options
 from ..engine.mapped import DTYPES
 from ..engine.pipeline import How
 from ..engine.plan import TensorView
 from ..engine.tensors import check_dtype
 from ..formats.dcp_metadata import is_part
-from ..formats.hf_index import exists, is_folder, other_files, same_file
+from ..formats.hf_index import exists, is_folder, other_files, same_file, write_text
 from ..formats.naming import HUB_PATTERN, WEIGHTS_SUFFIX, index_of, names_of
 from ..formats.safetensors import DTYPE_ORDER, header
 from ..publish.directory import replacing
@@ -166,15 +166,11 @@ def _write_folder(
     left_out: dict[str, int],
     objects: list[str],
 ) -> Assembled:
-    from huggingface_hub import split_torch_state_dict_into_shards
-
     sized = {
         tensor.name: torch.empty(_nbytes(tensor, dtype), dtype=torch.uint8, device="meta")
         for tensor in tensors
     }
-    split = split_torch_state_dict_into_shards(
-        sized, filename_pattern=HUB_PATTERN, max_shard_size=max_shard_size
-    )
+    split = split_by_size(sized, HUB_PATTERN, max_shard_size)
     by_name = {tensor.name: tensor for tensor in tensors}
     nbytes = 0
 
@@ -192,9 +188,7 @@ def _write_folder(
         target, lambda name: is_of_it(name) is not None, create=True, durable=how.durable
     ) as stage:
         if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            with open(os.path.join(stage, index_of(HUB_PATTERN)), "w", encoding="utf-8") as file:
-                json.dump(index, file, indent=2)
+            write_text(os.path.join(stage, index_of(HUB_PATTERN)), index_text(split, {}))
         if not in_place:
             copy((name for name in other_files(folder) if not is_part(name)), folder, stage)
         write(outputs(), stage, how, "Converting")

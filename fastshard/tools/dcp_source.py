@@ -13,10 +13,10 @@ from typing import BinaryIO, Final, NamedTuple
 
 import torch
 
-from ..engine.mapped import DTYPES
-from ..formats.dcp_metadata import ITEMS_SUFFIX, Chunk, is_dcp_folder, read_metadata, sharding_info
+from ..engine.mapped import DTYPES, in_torch
+from ..formats.dcp_metadata import Chunk, is_dcp_folder, read_metadata, sharding_info
 from ..formats.hf_index import StoredFile, is_folder, open_file, read_stored
-from ..formats.naming import WEIGHTS_SUFFIX
+from ..formats.naming import DISTCP_SUFFIX, WEIGHTS_SUFFIX
 from ..formats.safetensors import BITS, CODES
 from ..formats.torch_items import contiguous_strides, extent, find_tensor
 from .stored_boxes import Box, Target, complete
@@ -158,15 +158,16 @@ def _read_safetensors(folder: str, plain: bool) -> Folder:
         order.update(dict.fromkeys(offsets))
         for tensor in stored.header.tensors:
             order.setdefault(tensor.name)
+            named = f"{path}: tensor {tensor.name!r}"
+            if codes.setdefault(tensor.name, tensor.code) != tensor.code:
+                raise ValueError(f"{named} is {tensor.code} here and {codes[tensor.name]} in another file")
             try:
-                if codes.setdefault(tensor.name, tensor.code) != tensor.code:
-                    raise ValueError(f"is {tensor.code} here and {codes[tensor.name]} in another file")
-                shape = _in_torch(tensor.code, tensor.shape)
-                at = offsets.get(tensor.name, (0,) * len(shape))
-                if len(at) != len(shape):
-                    raise ValueError(f"of shape {list(shape)} cannot lie at {list(at)}")
+                _, shape = in_torch(tensor)
             except ValueError as error:
-                raise ValueError(f"{path}: tensor {tensor.name!r} {error}") from None
+                raise ValueError(f"{named}: {error}") from None
+            at = offsets.get(tensor.name, (0,) * len(shape))
+            if len(at) != len(shape):
+                raise ValueError(f"{named} of shape {list(shape)} cannot lie at {list(at)}")
             box = Box(at, shape, path, stored.header.nbytes + tensor.begin)
             boxes.setdefault(tensor.name, []).append(box)
     found = {}
@@ -184,16 +185,6 @@ def _told(stored: StoredFile) -> dict[str, tuple[int, ...]] | None:
         raise ValueError(f"{stored.path}: {error}") from None
 
 
-def _in_torch(code: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if code not in DTYPES:
-        raise ValueError(f"is {code}, which this torch does not have")
-    if code != "F4":
-        return shape
-    if not shape or shape[-1] % 2:
-        raise ValueError(f"of shape {list(shape)} splits a byte")
-    return (*shape[:-1], shape[-1] // 2)
-
-
 def _complete(folder: str, name: str, shape: tuple[int, ...], boxes: list[Box]) -> list[Box]:
     try:
         return complete(shape, boxes)
@@ -203,8 +194,8 @@ def _complete(folder: str, name: str, shape: tuple[int, ...], boxes: list[Box]) 
 
 def _not_a_checkpoint(folder: str) -> str:
     names = sorted(os.listdir(folder))
-    if any(name.endswith(ITEMS_SUFFIX) for name in names):
-        return f"{ITEMS_SUFFIX} files without .metadata: the save has not ended"
+    if any(name.endswith(DISTCP_SUFFIX) for name in names):
+        return f"{DISTCP_SUFFIX} files without .metadata: the save has not ended"
     inner = [
         n for n in names if is_folder(os.path.join(folder, n)) and is_dcp_folder(os.path.join(folder, n))
     ]

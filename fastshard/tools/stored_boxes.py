@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 
 import torch
 
+from ..distributed.boxes import first_overlap
 from ..engine.mapped import MappedFile
 from ..engine.plan import CASTS, HOST, TensorView
 from ..engine.tensors import cast_number
@@ -94,27 +95,13 @@ def complete(shape: Numbers, boxes: Sequence[Box]) -> list[Box]:
             raise ValueError(f"a part of {list(box.sizes)} at {list(box.offsets)} leaves {list(shape)}")
     # Elements are counted, and of boxes only those are compared that can overlap.
     missing = math.prod(shape) - sum(math.prod(box.sizes) for box in found)
-    overlapping = _overlapping(found, len(shape))
+    overlapping = first_overlap([(box.offsets, box.sizes) for box in found])
     if overlapping is not None:
-        one, other = overlapping
+        one, other = found[overlapping[0]], found[overlapping[1]]
         raise ValueError(f"the parts at {list(one.offsets)} and {list(other.offsets)} overlap")
     if missing:
         raise ValueError(f"{missing} of its {math.prod(shape)} elements are in no file")
     return found
-
-
-def _overlapping(boxes: Sequence[Box], dims: int) -> tuple[Box, Box] | None:
-    if dims == 0 or len(boxes) < 2:
-        return None if len(boxes) < 2 else (boxes[0], boxes[1])
-    along = max(range(dims), key=lambda dim: len({box.offsets[dim] for box in boxes}))
-    open_boxes: list[Box] = []
-    for box in sorted(boxes, key=lambda box: box.offsets[along]):
-        open_boxes = [other for other in open_boxes if other.ends[along] > box.offsets[along]]
-        for other in open_boxes:
-            if all(a < d and c < b for a, b, c, d in zip(box.offsets, box.ends, other.offsets, other.ends)):
-                return other, box
-        open_boxes.append(box)
-    return None
 
 
 def items(shape: Numbers, boxes: list[Box], target: Target, files: Mapped) -> Iterator[TensorView | Gathered]:
