@@ -769,14 +769,14 @@ def test_loading_by_many_threads_raises_the_first_error(
     state = {str(i): filled((100, i + 1), seed=i) for i in range(9)}
     save_sharded_state(state, tmp_path, max_size=1)
     monkeypatch.setattr(reading, "usable_cpus", lambda: 8)
-    perform, failed = reading._perform, OSError(errno.EIO, "of one")
+    perform, failed = reading.Read.perform, OSError(errno.EIO, "of one")
 
     def fails(read: Any) -> None:
         if read.file.name.endswith("part-4.safetensors"):
             raise failed
         perform(read)
 
-    monkeypatch.setattr(reading, "_perform", fails)
+    monkeypatch.setattr(reading.Read, "perform", fails)
     with pytest.raises(OSError) as raised:
         load_sharded_state(zeros(state), tmp_path)
     assert raised.value is failed

@@ -15,9 +15,9 @@ from ..engine.engine import engine_for
 from ..engine.pipeline import How, PlannedFile, encoded_path
 from ..engine.plan import FilePlan, ForeignFile, Place, place_of
 from ..engine.tensors import check_dtype
-from ..publish.directory import Replacement
+from ..publish.directory import Replacement, name_final_places
 from ..publish.folder import Named
-from ..publish.hidden_names import folder_of_ranks
+from ..publish.hidden_names import final_places, folder_of_ranks
 from .boxes import Boxes
 from .rank_plan import File, Piece
 
@@ -69,6 +69,15 @@ class RankFiles:
     def end(self, error: BaseException | None) -> None:
         """Removes what is hidden. If the save has failed with ``error``, that names final places afterwards."""
         self._change.end(error)
+
+
+def explain(error: BaseException, folder: str) -> None:
+    """Lets an error of writing to files in :attr:`RankFiles.path` name their final places in ``folder``."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        # The engine says what stays in a file that is not its own; here it goes.
+        error.strerror = final_places(_WHAT_STAYS.sub("", error.strerror))
+        error.args = (error.errno, error.strerror)  # what is pickled
+    name_final_places(error, folder)
 
 
 def planned(

@@ -17,10 +17,10 @@ from ..engine.engine import Engine, Options
 from ..engine.pipeline import How, PathLike, PlannedFile, check_metadata, finish, start
 from ..engine.tensors import check_dtype
 from ..formats.naming import index_of, names_of
-from ..publish.directory import Replacement, name_final_places
+from ..publish.directory import Replacement
 from .boxes import Boxes
 from .group import Group
-from .rank_files import RankFiles, planned
+from .rank_files import RankFiles, explain, planned
 from .rank_own_files import OwnFiles, owned, write_own_files
 from .rank_plan import File, Piece, Plan, Told, plan_of, told_of
 
@@ -235,7 +235,7 @@ class _Save:
                     future = start(plans, self._how, began, call="save_distributed")
                     finish(future, self._how.progress, f"Saving {len(plans)} files")
         except BaseException as error:
-            name_final_places(error, self._folder, False)
+            explain(error, self._folder)
             raise
 
     def _publish(self) -> None:

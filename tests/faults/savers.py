@@ -304,9 +304,13 @@ def _asynchronous() -> Iterable[Saver]:
         )
 
     def twice(root: str) -> None:
-        for seed in (1, 2):
-            fastshard.save_file_async(weights(seed), f"{root}/d/m.safetensors")
-        fastshard.wait_all()
+        futures = [fastshard.save_file_async(weights(seed), f"{root}/d/m.safetensors") for seed in (1, 2)]
+        try:
+            fastshard.wait_all()
+        except BaseException as error:
+            # The second save goes on when the first has failed: its file stands then, and its future knows.
+            error.published = futures[1].exception() is None  # type: ignore[attr-defined]
+            raise
 
     def first(root: str, seed: int) -> None:
         fastshard.save_file(weights(seed), f"{root}/d/m.safetensors")
