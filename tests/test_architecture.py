@@ -54,7 +54,7 @@ PYTHON_LAYERS = {
         options plan limits borrowed mapped sharing tensors planning staged_event parts serving future progress arena background copies
         snapshots figures engine pipeline reading
     """,
-    "publish": "hidden_names folder attributes staging change linking exchanging switching directory messages in_place checkpoint staged",
+    "publish": "hidden_names folder attributes staging change linking exchanging switching directory messages in_place checkpoint manifests staged",
     "api": """
         saving holders sources prepared archive_errors archive_skeleton archive_by_torch archive hub sharded_state
         sharded_save sharded_load asynchronous

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from ..engine import tensors as _tensors
 from ..engine.reading import Piece, read_into
 from ..engine.sharing import overlapping
-from ..formats.manifest import Alias, Manifest, read_manifest
+from ..formats.manifest import Alias, RankManifest, read_rank_manifest
 from ..formats.naming import Names, Ranks, is_manifest
 from ..formats.safetensors import read_header
 from ..publish.linking import is_placeholder
@@ -43,7 +43,7 @@ def load_sharded_state(
     reader: tuple[str, str] | None = None,
     quantization: str | None = None,
     post_processed: bool | None = None,
-) -> Manifest | None:
+) -> RankManifest | None:
     """Loads one rank's shards into the parameters that are there: vLLM's, SGLang's, or :func:`fastshard.save_sharded_state`'s.
 
     Only this rank's files are opened, and bytes go straight from the page cache to where the parameters lie, in
@@ -119,7 +119,7 @@ class _Source(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _opened(directory: str, names: Names) -> tuple[Manifest | None, list[BinaryIO]]:
+def _opened(directory: str, names: Names) -> tuple[RankManifest | None, list[BinaryIO]]:
     """Opens the manifest, if there is one, and the parts, by number.
 
     All of them are of one save, whatever is saved meanwhile: if the manifest was replaced, they are opened
@@ -132,7 +132,7 @@ def _opened(directory: str, names: Names) -> tuple[Manifest | None, list[BinaryI
             manifest = None
             try:
                 if before is not None:
-                    manifest = read_manifest(path)
+                    manifest = read_rank_manifest(path)
                 files: list[BinaryIO] = [
                     stack.enter_context(open(name, "rb")) for name in _parts_in(directory, names)
                 ]
@@ -169,7 +169,7 @@ def _others(directory: str) -> str:
     with contextlib.suppress(OSError, ValueError):
         for name in sorted(os.listdir(directory)):
             if is_manifest(name):
-                manifest = read_manifest(os.path.join(directory, name))
+                manifest = read_rank_manifest(os.path.join(directory, name))
                 sizes = manifest.ranks
                 return (
                     f"; there are files {manifest.pattern!r} saved with tp_size={sizes.tp_size}, "
@@ -179,7 +179,7 @@ def _others(directory: str) -> str:
 
 
 def _check_manifest(
-    manifest: Manifest,
+    manifest: RankManifest,
     path: str,
     ranks: Ranks,
     reader: tuple[str, str] | None,
@@ -232,14 +232,22 @@ def _stored(files: Iterable[BinaryIO]) -> dict[str, _Source]:
 
 
 def _check_files(
-    manifest: Manifest, path: str, files: Iterable[BinaryIO], stored: Mapping[str, _Source]
+    manifest: RankManifest, path: str, files: Iterable[BinaryIO], stored: Mapping[str, _Source]
 ) -> None:
     """Raises ``ValueError`` unless the files are those that the manifest was written with."""
     sizes = {os.path.basename(file.name): os.fstat(file.fileno()).st_size for file in files}
-    places = {name: source.name for name, source in stored.items()}
+    places = {name: (source.name, source.offset, source.nbytes) for name, source in stored.items()}
+    told = {
+        name: (file, offset, nbytes)
+        for file, entry in manifest.files.items()
+        for name, (offset, nbytes, _) in (entry.tensors or {}).items()
+    }
     expected: Mapping[str, object]
     actual: Mapping[str, object]
-    for expected, actual in ((manifest.files, sizes), (manifest.tensors, places)):
+    for expected, actual in (
+        ({name: entry.nbytes for name, entry in manifest.files.items()}, sizes),
+        (told, places),
+    ):
         for name in sorted(expected.keys() | actual.keys()):
             if expected.get(name) != actual.get(name):
                 raise ValueError(

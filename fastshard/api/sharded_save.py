@@ -18,8 +18,9 @@ from ..engine import tensors as _tensors
 from ..engine.engine import Engine, Options
 from ..engine.pipeline import How
 from ..engine.sharing import shared_names
-from ..formats.manifest import Alias, Manifest
+from ..formats.manifest import Alias, RankManifest
 from ..formats.naming import Names, Ranks
+from ..publish.manifests import file_entry
 from ..publish.staged import staged
 from .sharded_state import State, has_memory, nbytes_of, state_of, without_subtensors
 
@@ -46,7 +47,7 @@ def save_sharded_state(
     keep_cached: bool = True,
     progress: bool | None = None,
     engine: Engine | Options | None = None,
-) -> Manifest:
+) -> RankManifest:
     """Saves the tensors of one rank, to the byte the files of vLLM's ``ShardedStateLoader.save_model``, and a manifest.
 
     All parts are written in parallel and the rank's files change all at once: until the new ones stand, the old ones
@@ -104,17 +105,19 @@ def save_sharded_state(
     parts = {names.part(i): part for i, part in enumerate(_split(_separated(kept), max_size))}
     how = How(durable=durable, keep_cached=keep_cached, progress=progress, allow_strided=True, engine=engine)
     with staged(os.fspath(path), names.is_part, how, call="save_sharded_state", create=True) as stage:
-        sizes = {name: stage.add(part, os.path.join(stage.path, name), None) for name, part in parts.items()}
+        files = {
+            name: file_entry(stage.add(part, os.path.join(stage.path, name), None))
+            for name, part in parts.items()
+        }
         aliases = {name: _alias(state[name], holder, state[holder]) for name, holder in covered.items()}
-        manifest = Manifest(
+        manifest = RankManifest(
             ranks=ranks,
             pattern=names.pattern,
             dp_replicated=dp_replicated,
             writer=writer,
             quantization=quantization,
             post_processed=post_processed,
-            files=sizes,
-            tensors={tensor: name for name, part in parts.items() for tensor in part},
+            files=files,
             aliases=aliases,
         )
         stage.write_text(os.path.join(stage.path, names.manifest), manifest.to_json())

@@ -1,27 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manifest beside a rank's shards, which says for which rank they are, who saved them, and in which
-state.
+"""The manifest beside a checkpoint's files: what is in them, and how it can be told whether that is still so.
 
-The shards have vLLM's names and hold nothing but tensors. So nothing in them tells a shard of two ranks from
-one of four, or weights as the model defines them from weights that a quantization method has rearranged. The
-manifest does. There is one for each rank, as ranks know nothing of each other. It is JSON, and no loader's
-pattern matches its name.
+It says for every tensor where it lies and what the CRC-32 of its bytes is, so that a damaged tensor can be named
+and an unchanged one is known. ``SHA256SUMS`` (:mod:`fastshard.formats.sha256sums`) says less, and other tools read
+it.
+
+The shards of a serving engine's ranks have vLLM's names and hold nothing but tensors. So nothing in them tells a
+shard of two ranks from one of four, or weights as the model defines them from weights that a quantization method
+has rearranged. Their manifest does. There is one for each rank, as ranks know nothing of each other.
+
+A manifest is JSON, and no loader's pattern matches its name. It has a line for each tensor.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, NamedTuple
 
 from .json_text import read_json
 from .naming import Names, Ranks
 from .safetensors import DTYPE_ORDER, MAX_HEADER_NBYTES
 
-FORMAT: Final = "fastshard sharded state"
+FORMAT: Final = "fastshard manifest"
 VERSION: Final = 1
+_CRC32: Final = re.compile("[0-9a-f]{8}")
+_text: Final = json.encoder.encode_basestring_ascii
 
 
 class Alias(NamedTuple):
@@ -36,8 +43,69 @@ class Alias(NamedTuple):
     shape: tuple[int, ...]
 
 
+class TensorEntry(NamedTuple):
+    """A tensor's bytes in a file."""
+
+    offset: int
+    """Offset of the first byte from the beginning of the file."""
+    nbytes: int
+    crc32: int | None
+    """CRC-32 of the bytes, that of ``zlib.crc32``; ``None`` if it was not taken."""
+
+
+class FileEntry(NamedTuple):
+    """A file of a checkpoint."""
+
+    nbytes: int
+    crc32: int | None = None
+    """CRC-32 of what precedes the tensors in a safetensors file (length and header), and of the whole of any
+    other file; ``None`` if it was not taken."""
+    tensors: Mapping[str, TensorEntry] | None = None
+    """The tensors of a safetensors file, in the order of their bytes; ``None`` for any other file."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
+    """What is known of the files of a checkpoint. Names of files are relative to its folder, with ``/``."""
+
+    files: Mapping[str, FileEntry] = field(default_factory=dict)
+    aliases: Mapping[str, Alias] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> Mapping[str, str]:
+        """Name of the file that holds each tensor, by the tensor's name."""
+        return {name: file for file, entry in self.files.items() for name in entry.tensors or ()}
+
+    def to_json(self) -> str:
+        """Returns the manifest as text. It takes about a microsecond for each tensor."""
+        rest: dict[str, object] = {}
+        if self.aliases:
+            rest["aliases"] = {name: alias._asdict() for name, alias in self.aliases.items()}
+        rest |= self._more()
+        lines = [f'{{"format": "{FORMAT}", "version": {VERSION}, "files": {{']
+        for last, (name, entry) in _with_last(self.files.items()):
+            head = f'{_text(name)}: {{"size": {entry.nbytes}, "crc32": {_quoted(entry.crc32)}'
+            if entry.tensors is None:
+                lines.append(f"{head}}}{last}")
+                continue
+            lines.append(f'{head}, "tensors": {{')
+            lines += [
+                f" {_text(tensor)}: [{offset}, {nbytes}, {_quoted(crc)}],"
+                for tensor, (offset, nbytes, crc) in entry.tensors.items()
+            ]
+            if entry.tensors:
+                lines[-1] = lines[-1][:-1]
+            lines.append(f"}}}}{last}")
+        lines.append("}")
+        lines += [f", {_text(name)}: {json.dumps(value)}" for name, value in rest.items()]
+        return "\n".join([*lines, "}\n"])
+
+    def _more(self) -> dict[str, object]:
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankManifest(Manifest):
     """What is known of one rank's shards."""
 
     ranks: Ranks
@@ -49,23 +117,31 @@ class Manifest:
     quantization: str | None
     post_processed: bool | None
     """Whether the engine had rearranged the weights after loading them; ``None`` if that is not known."""
-    files: Mapping[str, int] = field(default_factory=dict)
-    """Size in bytes of each file, by its name."""
-    tensors: Mapping[str, str] = field(default_factory=dict)
-    """Name of the file that holds each tensor, by the tensor's name."""
-    aliases: Mapping[str, Alias] = field(default_factory=dict)
 
-    def to_json(self) -> str:
-        return json.dumps(
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                **asdict(self),
+    def _more(self) -> dict[str, object]:
+        return {
+            "rank": {
+                **{name: getattr(self, name) for name in _OF_A_RANK},
+                "ranks": asdict(self.ranks),
                 "writer": self.writer and {"name": self.writer[0], "version": self.writer[1]},
-                "aliases": {name: alias._asdict() for name, alias in self.aliases.items()},
-            },
-            indent=1,
-        )
+            }
+        }
+
+
+_OF_A_RANK: Final = tuple(
+    found.name for found in fields(RankManifest) if found.name not in ("files", "aliases")
+)
+
+
+def _quoted(crc32: int | None) -> str:
+    return "null" if crc32 is None else f'"{crc32:08x}"'
+
+
+def _with_last(items: Any) -> Iterator[tuple[str, Any]]:
+    """Yields each item with what follows it in a list: a comma, or nothing behind the last one."""
+    items = list(items)
+    for number, item in enumerate(items, 1):
+        yield "," if number < len(items) else "", item
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -79,43 +155,88 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     try:
         if len(data) > MAX_HEADER_NBYTES:
             raise ValueError(f"it is longer than {MAX_HEADER_NBYTES} bytes")
-        return _parse(read_json(data))
+        return parse_manifest(data)
     except ValueError as error:
-        raise ValueError(f"{os.fspath(path)!r} is not a manifest of sharded weights: {error}") from None
+        raise ValueError(f"{os.fspath(path)!r} is not a manifest of fastshard: {error}") from None
 
 
-def _parse(found: Any) -> Manifest:
+def read_rank_manifest(path: str | os.PathLike[str]) -> RankManifest:
+    """Reads and checks the manifest of a rank's shards. Raises as :func:`read_manifest`."""
+    manifest = read_manifest(path)
+    if not isinstance(manifest, RankManifest):
+        raise ValueError(f"{os.fspath(path)!r} is not a manifest of a rank's shards")
+    return manifest
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Returns the manifest that a text describes. Raises ``ValueError`` for anything else."""
+    found = read_json(data)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(f'no object with "format": "{FORMAT}"')
     if found.get("version") != VERSION:
         raise ValueError(f"version {found.get('version')!r}; this fastshard reads version {VERSION}")
+    files = {name: _file(name, entry) for name, entry in _get(found, "files", dict).items()}
+    names = [name for entry in files.values() for name in entry.tensors or ()]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"tensor {twice!r} is in two files")
+    aliases = {name: _alias(alias) for name, alias in found.get("aliases", {}).items()}
+    known = set(names)
+    for name, alias in aliases.items():
+        if name in known or alias.tensor not in known:
+            raise ValueError(f"tensor {name!r} is an alias of {alias.tensor!r}")
+    if "rank" not in found:
+        return Manifest(files=files, aliases=aliases)
+    return _of_rank(_get(found, "rank", dict), files, aliases)
+
+
+def _of_rank(
+    found: dict[str, Any], files: Mapping[str, FileEntry], aliases: Mapping[str, Alias]
+) -> RankManifest:
     ranks, writer = _get(found, "ranks", dict), _get(found, "writer", dict, type(None))
     if ranks.keys() != Ranks.__dataclass_fields__.keys():
         raise ValueError(f'"ranks" has the fields {sorted(ranks)}')
-    manifest = Manifest(
+    manifest = RankManifest(
+        files=files,
+        aliases=aliases,
         ranks=Ranks(**ranks),
         pattern=_get(found, "pattern", str),
         dp_replicated=_get(found, "dp_replicated", bool),
         writer=writer and (_get(writer, "name", str), _get(writer, "version", str)),
         quantization=_get(found, "quantization", str, type(None)),
         post_processed=_get(found, "post_processed", bool, type(None)),
-        files=_get(found, "files", dict),
-        tensors=_get(found, "tensors", dict),
-        aliases={name: _alias(alias) for name, alias in _get(found, "aliases", dict).items()},
     )
     names = Names(manifest.pattern, manifest.ranks)
-    for name, nbytes in manifest.files.items():
+    for name in files:
         if not names.is_part(name):
             raise ValueError(f"file {name!r} is not one of {names.glob!r}")
-        if type(nbytes) is not int:
-            raise ValueError(f"file {name!r} has a size of {nbytes!r}")
-    for name, file in manifest.tensors.items():
-        if not isinstance(file, str) or file not in manifest.files:
-            raise ValueError(f"tensor {name!r} is in {file!r}, which is not in the list of files")
-    for name, alias in manifest.aliases.items():
-        if name in manifest.tensors or alias.tensor not in manifest.tensors:
-            raise ValueError(f"tensor {name!r} is an alias of {alias.tensor!r}")
     return manifest
+
+
+def _file(name: str, found: Any) -> FileEntry:
+    if type(found) is not dict or os.path.isabs(name) or not name or ".." in name.split("/"):
+        raise ValueError(f"a file is {name!r}: {found!r:.100}")
+    nbytes = _get(found, "size", int)
+    tensors = None if "tensors" not in found else _get(found, "tensors", dict)
+    if tensors is not None:
+        tensors = {tensor: _tensor(tensor, entry, nbytes) for tensor, entry in tensors.items()}
+    return FileEntry(nbytes, _crc32(found.get("crc32")), tensors)
+
+
+def _tensor(name: str, found: Any, end: int) -> TensorEntry:
+    if type(found) is not list or len(found) != 3 or type(found[0]) is not int or type(found[1]) is not int:
+        raise ValueError(f"tensor {name!r} is {found!r:.100}")
+    if found[0] < 0 or found[1] < 0 or sum(found[:2]) > end:
+        raise ValueError(f"tensor {name!r} lies at {found[:2]} of a file of {end} bytes")
+    return TensorEntry(found[0], found[1], _crc32(found[2]))
+
+
+def _crc32(found: Any) -> int | None:
+    if found is None:
+        return None
+    if type(found) is not str or not _CRC32.fullmatch(found):
+        raise ValueError(f"a CRC-32 is {found!r:.100}")
+    return int(found, 16)
 
 
 def _get(found: Mapping[str, Any], key: str, *types: type) -> Any:

@@ -59,8 +59,8 @@ class Stage:
         self._temporary: dict[int, int] = {}
         self._began: float | None = None
 
-    def add(self, tensors: StateDict, filename: PathLike, metadata: dict[str, str] | None) -> int:
-        """Adds a file to be written. Its tensors are kept alive until then. Returns its size in bytes.
+    def add(self, tensors: StateDict, filename: PathLike, metadata: dict[str, str] | None) -> PlannedFile:
+        """Adds a file to be written. Its tensors are kept alive until then. Returns its plan.
 
         Raises what :func:`fastshard.save_file` raises for the tensors.
         """
@@ -74,7 +74,7 @@ class Stage:
                 self._look_at_storages(self.lasting)
         if self.at_once or sum(self._temporary.values()) > _TEMPORARY_NBYTES:
             self.write()
-        return planned.file.nbytes
+        return planned
 
     def _look_at_storages(self, lasting: Callable[[], set[int]]) -> None:
         if self._known is None:
