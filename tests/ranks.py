@@ -51,14 +51,16 @@ def outcomes(
     *arguments: Any,
     timeout: float = 90,
     environment: dict[str, str] | None = None,
+    hangs: int | None = None,
 ) -> list[Ended]:
     """Calls ``function(*arguments)``, which must be at the top of a module, in ``size`` ranks, and returns how each of
-    them has ended. A rank that has not ended after ``timeout`` seconds is killed."""
+    them has ended. A rank that has not ended after ``timeout`` seconds is killed, and the one that ``hangs`` is when
+    all others have ended."""
     from torch.distributed import TCPStore
 
     # Not by libuv, which opens descriptors in forked children of the test's process from then on.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=False)
-    started, ends = [], []
+    started, ends = [], dict[int, Ended]()
     for rank in range(size):
         ours, theirs = _context.Pipe(duplex=False)
         known = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), **(environment or {})}
@@ -69,8 +71,11 @@ def outcomes(
         theirs.close()
         started.append((process, ours))
     deadline = time.monotonic() + timeout
-    for process, ours in started:
+    for rank in sorted(range(size), key=lambda rank: rank == hangs):
+        process, ours = started[rank]
         told = None
+        if rank == hangs:
+            process.kill()
         with contextlib.suppress(EOFError):
             if wait([ours], max(0.0, deadline - time.monotonic())):
                 told = ours.recv()
@@ -81,8 +86,8 @@ def outcomes(
         process.join()
         ours.close()
         code = process.exitcode or 0
-        ends.append(Ended(*(told or (None, None)), signal=-code if code < 0 else 0))
-    return ends
+        ends[rank] = Ended(*(told or (None, None)), signal=-code if code < 0 else 0)
+    return [ends[rank] for rank in range(size)]
 
 
 def run(size: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shlex
 import signal
 import subprocess
 import threading
@@ -139,7 +140,7 @@ def before_publication() -> None:
     Group.from_first = lambda *_: kill_self()  # type: ignore[method-assign, assignment]
 
 
-@pytest.mark.parametrize("victim", range(SIZE))
+@pytest.mark.parametrize("victim", [0, SIZE - 1])
 @pytest.mark.parametrize("phase", [in_plan, in_write, when_written])
 def test_a_rank_is_killed(folder: Path, phase: Callable[[], None], victim: int) -> None:
     ended = ranks.outcomes(SIZE, save, folder, NEW, phase, victim)
@@ -199,7 +200,7 @@ def save_and_die_after(folder: Path, count: int) -> None:
 def test_the_first_rank_is_killed_in_publication(folder: Path) -> None:
     """After each change of a name: either checkpoint, complete. Whoever waits is told that the outcome is not known."""
     complete, values = folder.parent / "complete", []
-    for count in range(0, 60, 6):
+    for count in range(0, 60, 9):
         with_old(folder)
         ended = ranks.outcomes(2, save_and_die_after, folder, count, environment={"COMPLETE": str(complete)})
         values.append(loaded(folder))
@@ -320,16 +321,26 @@ def stopped_for_a_while() -> None:
     start = rank_save.start
 
     def started(*args: Any, **options: Any) -> Any:
-        subprocess.Popen(["sh", "-c", f"sleep 15; kill -CONT {os.getpid()}"])
+        waits = f"until [ -e {shlex.quote(os.environ['GO'])} ]; do sleep 0.1; done; kill -CONT {os.getpid()}"
+        subprocess.Popen(["sh", "-c", waits])
         os.kill(os.getpid(), signal.SIGSTOP)
         return start(*args, **options)
 
     rank_save.start = started
 
 
-@pytest.mark.parametrize("victim", range(SIZE))
+def save_and_tell(folder: Path, fault: Callable[[], None], victim: int, given_up: Path) -> None:
+    """Leaves a file when the save has failed on this rank."""
+    try:
+        save(folder, NEW, fault, victim)
+    except BaseException:
+        (given_up / os.environ["RANK"]).touch()
+        raise
+
+
+@pytest.mark.parametrize("victim", [0, SIZE - 1])
 def test_a_rank_hangs(folder: Path, victim: int) -> None:
-    ended = ranks.outcomes(SIZE, save, folder, NEW, hanging, victim, timeout=25)
+    ended = ranks.outcomes(SIZE, save, folder, NEW, hanging, victim, hangs=victim)
     assert_told(ended, victim, "within")
     assert loaded(folder) == OLD
     assert_next_save_cleans_up(folder)
@@ -340,12 +351,19 @@ def test_a_rank_that_goes_on_after_the_others_have_given_it_up_spoils_nothing(
     folder: Path, victim: int
 ) -> None:
     ended: list[Ended] = []
+    given_up, go = folder.parent / "given_up", folder.parent / "go"
+    given_up.mkdir()
+    arguments = (folder, stopped_for_a_while, victim, given_up)
     job = threading.Thread(
-        target=lambda: ended.extend(ranks.outcomes(SIZE, save, folder, NEW, stopped_for_a_while, victim))
+        target=lambda: ended.extend(
+            ranks.outcomes(SIZE, save_and_tell, *arguments, environment={"GO": str(go)})
+        )
     )
     job.start()
-    time.sleep(11)
+    while job.is_alive() and len(list(given_up.iterdir())) < SIZE - 1:
+        time.sleep(0.05)
     fastshard.save_distributed(full_state(7.0), folder, max_shard_size=SHARD)
+    go.touch()
     job.join()
     assert_told(ended, victim)
     assert ended[victim].error is not None  # of itself, or as its files are gone
