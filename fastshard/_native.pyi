@@ -121,6 +121,10 @@ def read_runs(
     address: int,
     streaming: bool,
 ) -> tuple[int, int] | None: ...
+def crc32_of_ranges(
+    fd: int, path: bytes, offset: int, sizes: Sequence[int], direct: bool
+) -> list[int] | None: ...
+def crc32_joined(first: int, second: int, nbytes: int) -> int: ...
 def schedule(
     files: list[FilePlan],
     slot_nbytes: int,

@@ -31,7 +31,7 @@ NATIVE_LAYERS = {
         file_runs.h file_runs.cc
     """,
     "save": """
-        crc32.h crc32.cc runs.h writer.h source_pages.h source_pages.cc chunk_writer.h chunk_writer.cc page_cache_writer.h
+        crc32.h crc32.cc file_crc32.h file_crc32.cc runs.h writer.h source_pages.h source_pages.cc chunk_writer.h chunk_writer.cc page_cache_writer.h
         page_cache_writer.cc placed_writer.h placed_writer.cc direct_writer.h direct_writer.cc into_memory.h snapshot_writer.h snapshot_writer.cc
         memory_writer.h memory_writer.cc writer.cc targets.h targets.cc forked_child.h forked_child.cc forked.h forked.cc
         save.h save.cc save_report.cc save_snapshot.cc
@@ -48,11 +48,11 @@ PYTHON_LAYERS = {
     "": "errors",
     "base": "settings living loading activity originals",
     "formats": """
-        json_text naming safetensors torch_archive manifest hf_index file_kinds inert_pickle torch_items dcp_metadata
+        json_text naming safetensors torch_archive manifest hf_index sha256sums file_kinds inert_pickle torch_items dcp_metadata
     """,
     "engine": """
         options plan limits borrowed mapped sharing tensors planning staged_event parts serving future progress arena background copies
-        snapshots figures engine pipeline reading
+        snapshots figures engine pipeline reading checksums
     """,
     "publish": "hidden_names folder attributes staging change linking exchanging switching directory messages in_place checkpoint manifests staged",
     "api": """
@@ -101,6 +101,7 @@ WITHOUT_TORCH = {
     "engine/snapshots": set(),
     "engine/engine": set(),
     "engine/reading": {"safetensors"},
+    "engine/checksums": set(),
     "publish/hidden_names": set(),
     "publish/folder": set(),
     "publish/attributes": set(),

@@ -18,6 +18,7 @@
 #include "file/holders.h"
 #include "file/in_place.h"
 #include "file/publish.h"
+#include "save/file_crc32.h"
 
 namespace fastshard {
 namespace {
@@ -160,6 +161,16 @@ void bind_reading(py::module_& module) {
         return std::pair(found->nbytes, found->calls);
       },
       "fd"_a, "path"_a, "offset"_a, "nbytes"_a, "counts"_a, "in_file"_a, "in_memory"_a, "address"_a, "streaming"_a);
+  // Nothing where the file ends before.
+  module.def(
+      "crc32_of_ranges",
+      [](int fd, const py::bytes& path, uint64_t offset, const std::vector<uint64_t>& sizes, bool direct) {
+        const auto name = path.cast<std::string>();
+        const GilReleased released;
+        return crc32_of_ranges(fd, name, offset, sizes, direct);
+      },
+      "fd"_a, "path"_a, "offset"_a, "sizes"_a, "direct"_a);
+  module.def("crc32_joined", &crc32_joined, "first"_a, "second"_a, "nbytes"_a);
 }
 
 }  // namespace

@@ -73,7 +73,8 @@ class Manifest:
 
     @property
     def tensors(self) -> Mapping[str, str]:
-        """Name of the file that holds each tensor, by the tensor's name."""
+        """Name of the file that holds each tensor, by the tensor's name. Variants of a model may have the same names in
+        several files: then it is the last of them."""
         return {name: file for file, entry in self.files.items() for name in entry.tensors or ()}
 
     def to_json(self) -> str:
@@ -175,13 +176,11 @@ def parse_manifest(data: bytes) -> Manifest:
         raise ValueError(f'no object with "format": "{FORMAT}"')
     if found.get("version") != VERSION:
         raise ValueError(f"version {found.get('version')!r}; this fastshard reads version {VERSION}")
+    _only(found, "format", "version", "files", "aliases", "rank")
     files = {name: _file(name, entry) for name, entry in _get(found, "files", dict).items()}
-    names = [name for entry in files.values() for name in entry.tensors or ()]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"tensor {twice!r} is in two files")
-    aliases = {name: _alias(alias) for name, alias in found.get("aliases", {}).items()}
-    known = set(names)
+    aliases = _get(found, "aliases", dict) if "aliases" in found else {}
+    aliases = {name: _alias(alias) for name, alias in aliases.items()}
+    known = {name for entry in files.values() for name in entry.tensors or ()}
     for name, alias in aliases.items():
         if name in known or alias.tensor not in known:
             raise ValueError(f"tensor {name!r} is an alias of {alias.tensor!r}")
@@ -206,6 +205,11 @@ def _of_rank(
         quantization=_get(found, "quantization", str, type(None)),
         post_processed=_get(found, "post_processed", bool, type(None)),
     )
+    seen: dict[str, str] = {}
+    for file, entry in files.items():
+        for tensor in entry.tensors or ():
+            if seen.setdefault(tensor, file) != file:
+                raise ValueError(f"tensor {tensor!r} is in two files")
     names = Names(manifest.pattern, manifest.ranks)
     for name in files:
         if not names.is_part(name):
@@ -216,6 +220,7 @@ def _of_rank(
 def _file(name: str, found: Any) -> FileEntry:
     if type(found) is not dict or os.path.isabs(name) or not name or ".." in name.split("/"):
         raise ValueError(f"a file is {name!r}: {found!r:.100}")
+    _only(found, "size", "crc32", "tensors")
     nbytes = _get(found, "size", int)
     tensors = None if "tensors" not in found else _get(found, "tensors", dict)
     if tensors is not None:
@@ -237,6 +242,13 @@ def _crc32(found: Any) -> int | None:
     if type(found) is not str or not _CRC32.fullmatch(found):
         raise ValueError(f"a CRC-32 is {found!r:.100}")
     return int(found, 16)
+
+
+def _only(found: Mapping[str, Any], *known: str) -> None:
+    """Refuses other fields: a field whose name is damaged would say nothing, and nobody would notice."""
+    for key in found:
+        if key not in known:
+            raise ValueError(f"no field {key!r} is known")
 
 
 def _get(found: Mapping[str, Any], key: str, *types: type) -> Any:

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "save/file_crc32.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstddef>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <utility>
+
+#include "plan/error.h"
+#include "save/crc32.h"
+
+namespace fastshard {
+namespace {
+
+constexpr size_t kBlockNbytes = 256 << 10;
+// A disk is not busy while a block is looked at.
+constexpr size_t kDirectBlockNbytes = 4 << 20;
+constexpr uint64_t kAlignment = 4096;
+
+struct Freed {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+// The sums of consecutive ranges, whose bytes come in order.
+class Sums {
+ public:
+  explicit Sums(std::span<const uint64_t> sizes) : sizes_(sizes) { skip_empty(); }
+
+  void add(std::span<const std::byte> bytes) {
+    while (!bytes.empty()) {
+      const size_t taken = std::min<uint64_t>(bytes.size(), sizes_[found_.size()] - passed_);
+      sum_ = crc32_shift(sum_, taken) ^ crc32_remainder(bytes.first(taken));
+      passed_ += taken;
+      bytes = bytes.subspan(taken);
+      skip_empty();
+    }
+  }
+  std::vector<uint32_t> found() { return std::move(found_); }
+
+ private:
+  // Ends all ranges of which no byte is missing.
+  void skip_empty() {
+    while (found_.size() < sizes_.size() && passed_ == sizes_[found_.size()]) {
+      found_.push_back(~sum_);
+      sum_ = ~uint32_t{0};
+      passed_ = 0;
+    }
+  }
+
+  const std::span<const uint64_t> sizes_;
+  std::vector<uint32_t> found_;
+  uint32_t sum_ = ~uint32_t{0};
+  uint64_t passed_ = 0;  // bytes of the range that is under way
+};
+
+}  // namespace
+
+std::optional<std::vector<uint32_t>> crc32_of_ranges(int fd, const std::string& path, uint64_t offset,
+                                                     std::span<const uint64_t> sizes, bool direct) {
+  uint64_t end = offset;
+  for (const uint64_t size : sizes) {
+    if (size > INT64_MAX || (end += size) > INT64_MAX) throw std::invalid_argument("ranges that no file can have");
+  }
+  const size_t block = direct ? kDirectBlockNbytes : kBlockNbytes;
+  const std::unique_ptr<std::byte, Freed> buffer(static_cast<std::byte*>(std::aligned_alloc(kAlignment, block)));
+  if (buffer == nullptr) throw std::bad_alloc();
+  Sums sums(sizes);
+  for (uint64_t at = direct ? offset / kAlignment * kAlignment : offset; at < end;) {
+    const size_t wanted = direct ? block : std::min<uint64_t>(block, end - at);
+    const ssize_t done = pread(fd, buffer.get(), wanted, static_cast<off_t>(at));
+    if (done < 0 && errno == EINTR) continue;
+    if (done < 0) throw IoError(errno, path, "pread");
+    const uint64_t first = std::max(at, offset), reached = at + static_cast<uint64_t>(done);
+    if (reached <= first) return std::nullopt;
+    sums.add({buffer.get() + (first - at), std::min(reached, end) - first});
+    at = reached;
+    // What is read past the page cache ends within a block only where the file ends.
+    if (direct && at < end && at % kAlignment != 0) return std::nullopt;
+  }
+  return sums.found();
+}
+
+uint32_t crc32_joined(uint32_t first, uint32_t second, uint64_t nbytes) { return crc32_shift(first, nbytes) ^ second; }
+
+}  // namespace fastshard
