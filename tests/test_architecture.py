@@ -54,7 +54,7 @@ PYTHON_LAYERS = {
         options plan limits borrowed mapped sharing tensors planning staged_event parts serving future progress arena background copies
         snapshots figures engine pipeline reading checksums
     """,
-    "publish": "hidden_names folder attributes staging change linking exchanging switching directory messages in_place checkpoint manifests staged",
+    "publish": "hidden_names folder attributes staging change record linking exchanging switching directory messages in_place manifests checkpoint staged",
     "api": """
         saving holders sources prepared archive_errors archive_skeleton archive_by_torch archive hub sharded_state
         sharded_save sharded_load asynchronous
@@ -107,11 +107,13 @@ WITHOUT_TORCH = {
     "publish/attributes": set(),
     "publish/staging": set(),
     "publish/change": set(),
+    "publish/record": set(),
     "publish/linking": set(),
     "publish/exchanging": set(),
     "publish/switching": set(),
     "publish/directory": set(),
     "publish/in_place": set(),
+    "publish/manifests": set(),
     "integrations/patch_entry": set(),
     "integrations/patch_groups": set(),
     "integrations/import_hook": set(),

@@ -10,7 +10,7 @@ import stat
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from operator import attrgetter
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 
@@ -21,6 +21,7 @@ from ..engine.sharing import by_storage
 from ..engine.tensors import check_dtype, each_alone
 from ..errors import ArchiveError, SaveError
 from ..formats.naming import index_of, names_of
+from ..publish.manifests import check_wanted
 from ..publish.staged import save_alone, staged
 from .archive import torch_save
 
@@ -40,6 +41,7 @@ def save_torch_model(
     keep_cached: bool = True,
     progress: bool | None = None,
     dtype: torch.dtype | str | None = None,
+    manifest: bool | Literal["sha256"] = False,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a module's state dict; see :func:`save_torch_state_dict`."""
@@ -57,6 +59,7 @@ def save_torch_model(
         keep_cached=keep_cached,
         progress=progress,
         dtype=dtype,
+        manifest=manifest,
         engine=engine,
     )
 
@@ -76,6 +79,7 @@ def save_torch_state_dict(
     keep_cached: bool = True,
     progress: bool | None = None,
     dtype: torch.dtype | str | None = None,
+    manifest: bool | Literal["sha256"] = False,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a state dict in shards with an index, to the byte the files of
@@ -99,7 +103,8 @@ def save_torch_state_dict(
         metadata: is written into the file, or into the index if there is one.
         is_main_process: whether to remove files of earlier saves. Every process that calls this writes all files.
         shared_tensors_to_discard: names that are not kept if there are others for the same memory.
-        durable, keep_cached, progress, dtype, engine: as for :func:`fastshard.save_file`; pickled shards are not cast.
+        durable, keep_cached, progress, dtype, manifest, engine: as for :func:`fastshard.save_file`; pickled shards are
+            not cast.
 
     Raises:
         FileNotFoundError: ``save_directory`` is missing.
@@ -108,6 +113,7 @@ def save_torch_state_dict(
     from huggingface_hub.serialization import _torch as theirs
 
     dtype = check_dtype(dtype)
+    check_wanted(manifest)
     if filename_pattern is None:
         filename_pattern = default_pattern(safe_serialization)
     metadata = {} if metadata is None else metadata
@@ -152,6 +158,7 @@ def save_torch_state_dict(
         progress=progress,
         allow_strided=force_contiguous,
         dtype=dtype,
+        manifest=manifest,
         engine=engine,
     )
     in_file = metadata_in_files(split, metadata)

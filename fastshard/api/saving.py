@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 
@@ -26,6 +27,9 @@ from ..engine.pipeline import (
 )
 from ..engine.plan import FilePlan, Memory
 from ..engine.sharing import duplicates
+from ..errors import SaveError
+from ..publish.manifests import check_wanted, forget
+from ..publish.staged import staged
 
 
 def save_file(
@@ -39,6 +43,7 @@ def save_file(
     allow_strided: bool = False,
     dtype: torch.dtype | str | None = None,
     checksums: bool = False,
+    manifest: bool | Literal["sha256"] = False,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a dict of tensors in safetensors format, byte for byte what ``safetensors.torch.save_file``
@@ -69,6 +74,11 @@ def save_file(
             depends on strides and length).
         checksums: take the CRC-32 of each tensor's bytes (that of ``zlib.crc32``) as they pass; afterwards
             ``stats().checksums`` has them.
+        manifest: let the folder say what is in its files. ``True`` writes ``fastshard.manifest.json``, with the CRC-32
+            of each tensor, which are taken as with ``checksums``, and of each header; ``"sha256"`` also writes
+            ``SHA256SUMS``, which ``sha256sum -c SHA256SUMS`` checks anywhere. Both appear in the same moment as the
+            file, and keep what they say of other files. A save without it takes its files out of both before it
+            writes.
         engine: an :class:`Engine`, or :class:`Options` (an engine is kept for them), or ``None`` for the
             default engine.
 
@@ -89,6 +99,7 @@ def save_file(
         allow_strided=allow_strided,
         dtype=dtype,
         checksums=checksums,
+        manifest=manifest,
         engine=engine,
     )
     _save({filename: tensors}, metadata, how)
@@ -104,13 +115,14 @@ def save_files(
     allow_strided: bool = False,
     dtype: torch.dtype | str | None = None,
     checksums: bool = False,
+    manifest: bool | Literal["sha256"] = False,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves many files at once, in parallel: all of them become visible, or none.
 
     ``files`` has the tensors for each path, as for :func:`save_file`; the other arguments and the errors are
     those of :func:`save_file`, too. ``metadata`` goes into every file. Two paths that name the same file are
-    a ``ValueError``. If the machine stops between the first and the last rename, some files are new and some
+    a ``ValueError``, and so are files in several folders with a ``manifest``. If the machine stops between the first and the last rename, some files are new and some
     old, each of them complete.
     """
     if not isinstance(files, Mapping):
@@ -130,10 +142,11 @@ def save_files(
         allow_strided=allow_strided,
         dtype=dtype,
         checksums=checksums,
+        manifest=manifest,
         engine=engine,
     )
     with one_save("save_files", os.path.dirname(next(iter(seen), "")) or "."):
-        _save(files, metadata, how)
+        _save(files, metadata, how, "save_files")
 
 
 def save_model(
@@ -148,6 +161,7 @@ def save_model(
     allow_strided: bool = False,
     dtype: torch.dtype | str | None = None,
     checksums: bool = False,
+    manifest: bool | Literal["sha256"] = False,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a module's parameters and buffers, of tied tensors only one; see
@@ -174,11 +188,12 @@ def save_model(
         allow_strided=allow_strided or force_contiguous,
         dtype=dtype,
         checksums=checksums,
+        manifest=manifest,
         engine=engine,
     )
     try:
         with one_save("save_model", filename):
-            _save({filename: state_dict}, metadata, how)
+            _save({filename: state_dict}, metadata, how, "save_model")
     except ValueError as error:
         hint = " Or use save_model(..., force_contiguous=True), read the docs for potential caveats."
         raise ValueError(f"{error}{hint}") from None
@@ -204,7 +219,34 @@ def save(
     return bytes(data)
 
 
-def _save(files: Mapping[PathLike, StateDict], metadata: dict[str, str] | None, how: How) -> None:
+def _save(
+    files: Mapping[PathLike, StateDict], metadata: dict[str, str] | None, how: How, call: str = "save_file"
+) -> None:
     began = time.perf_counter()
+    check_wanted(how.manifest)
+    if how.manifest and files:
+        return _save_with_manifest(files, metadata, how, call)
     plans = {filename: plan_file(tensors, filename, metadata, how) for filename, tensors in files.items()}
+    forget(files, durable=how.durable)
     write_files(plans, how, began)
+
+
+def _save_with_manifest(
+    files: Mapping[PathLike, StateDict], metadata: dict[str, str] | None, how: How, call: str
+) -> None:
+    for filename in files:
+        check_filename(filename)
+        encoded_path(filename)
+    folders = {os.path.dirname(os.fspath(filename)) or os.curdir for filename in files}
+    if len({os.path.realpath(folder) for folder in folders}) > 1:
+        raise ValueError(
+            f"files in {len(folders)} folders have no manifest in common; save each folder by itself"
+        )
+    with staged(next(iter(folders)), _nothing, how, call=call, error_kind=SaveError) as stage:
+        for filename, tensors in files.items():
+            path = os.path.join(stage.path, os.path.basename(os.fspath(filename)))
+            stage.add(tensors, path, metadata, filename)
+
+
+def _nothing(name: str) -> bool:
+    return False

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 
@@ -20,7 +21,7 @@ from ..engine.pipeline import How
 from ..engine.sharing import shared_names
 from ..formats.manifest import Alias, RankManifest
 from ..formats.naming import Names, Ranks
-from ..publish.manifests import file_entry
+from ..publish.manifests import Outline, check_wanted
 from ..publish.staged import staged
 from .sharded_state import State, has_memory, nbytes_of, state_of, without_subtensors
 
@@ -46,6 +47,7 @@ def save_sharded_state(
     durable: bool = False,
     keep_cached: bool = True,
     progress: bool | None = None,
+    manifest: bool | Literal["sha256"] = False,
     engine: Engine | Options | None = None,
 ) -> RankManifest:
     """Saves the tensors of one rank, to the byte the files of vLLM's ``ShardedStateLoader.save_model``, and a manifest.
@@ -76,10 +78,11 @@ def save_sharded_state(
         post_processed: whether that engine has rearranged them after loading (``process_weights_after_loading``), so
             that one that would do so again must not load them; ``False`` also where it had nothing to do. ``None``:
             not known.
-        durable, keep_cached, progress, engine: as for :func:`fastshard.save_file`.
+        durable, keep_cached, progress, manifest, engine: as for :func:`fastshard.save_file`.
 
     Returns:
-        What was written beside the files, as ``fastshard-<name of the parts>.json``.
+        What was written beside the files, as ``fastshard-<name of the parts>.json``. With ``manifest`` it has the
+        CRC-32 of the tensors, too, once the save has ended.
 
     Raises:
         ValueError: for ranks, a pattern or a size that cannot be, among them data-parallel ranks that would
@@ -103,14 +106,22 @@ def save_sharded_state(
     state = state_of(model_or_state_dict)
     kept, covered = without_subtensors(state)
     parts = {names.part(i): part for i, part in enumerate(_split(_separated(kept), max_size))}
-    how = How(durable=durable, keep_cached=keep_cached, progress=progress, allow_strided=True, engine=engine)
+    check_wanted(manifest)
+    how = How(
+        durable=durable,
+        keep_cached=keep_cached,
+        progress=progress,
+        allow_strided=True,
+        manifest=manifest,
+        engine=engine,
+    )
     with staged(os.fspath(path), names.is_part, how, call="save_sharded_state", create=True) as stage:
         files = {
-            name: file_entry(stage.add(part, os.path.join(stage.path, name), None))
+            name: Outline(stage.add(part, os.path.join(stage.path, name), None)).entry()
             for name, part in parts.items()
         }
         aliases = {name: _alias(state[name], holder, state[holder]) for name, holder in covered.items()}
-        manifest = RankManifest(
+        written = RankManifest(
             ranks=ranks,
             pattern=names.pattern,
             dp_replicated=dp_replicated,
@@ -120,8 +131,16 @@ def save_sharded_state(
             files=files,
             aliases=aliases,
         )
-        stage.write_text(os.path.join(stage.path, names.manifest), manifest.to_json())
-    return manifest
+
+        def write_manifest() -> None:
+            files.update({name: stage.entries[name] for name in files if name in stage.entries})
+            stage.write_text(os.path.join(stage.path, names.manifest), written.to_json())
+
+        if manifest:
+            stage.finishing.append(write_manifest)
+        else:
+            write_manifest()
+    return written
 
 
 def _separated(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -136,6 +136,9 @@ class How(NamedTuple):
     """What floating-point tensors are cast to on their way."""
     checksums: bool = False
     """The CRC-32 of each tensor is taken as its bytes pass."""
+    manifest: bool | Literal["sha256"] = False
+    """What the folder is to say of the files: nothing, ``True`` for ``fastshard.manifest.json``, ``"sha256"`` for that
+    and ``SHA256SUMS``."""
     engine: Engine | Options | None = None
     """Which engine saves, or what limits it has; ``None``: the default engine."""
 
@@ -176,18 +179,22 @@ def start(
     undo: Callable[[], None] | None = None,
     explain: Callable[[BaseException], BaseException | None] | None = None,
     paths: Iterable[PathLike] | None = None,
+    shown: Mapping[PathLike, str] | None = None,
 ) -> SaveFuture:
     """Starts writing these files.
 
     ``began`` is when planning did, by ``time.perf_counter``. ``call`` is the public function under which the
     save counts when it is complete. ``paths`` are the files and folders that it changes, if these are not the
-    plans' own. ``steps``, ``undo`` and ``explain`` are those of :meth:`fastshard.Engine.submit`. In a block of
+    plans' own, and ``shown`` their names in ``Stats.checksums``. ``steps``, ``undo`` and ``explain`` are those of :meth:`fastshard.Engine.submit`. In a block of
     :func:`fastshard.asynchronous` the save is made behind a snapshot.
     """
     layouts = [planned.layout for planned in plans.values()]
     devices = set[int]().union(*(layout.devices for layout in layouts))
+    checksums = how.checksums or bool(how.manifest)
     names = {
-        os.fspath(filename): planned.layout.names for filename, planned in plans.items() if how.checksums
+        (shown or {}).get(filename) or os.fspath(filename): planned.layout.names
+        for filename, planned in plans.items()
+        if checksums
     }
     return engine_for(how.engine).submit(
         [planned.file for planned in plans.values()],
@@ -195,7 +202,7 @@ def start(
         streams=_tensors.current_streams(devices),
         durable=how.durable,
         keep_cached=how.keep_cached,
-        checksums=how.checksums,
+        checksums=checksums,
         fetch=fetcher(layouts, how.dtype) if FETCHED in devices else None,
         steps=[*steps, counted(call, next(iter(plans)))] if plans else steps,
         undo=undo,

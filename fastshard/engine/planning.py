@@ -42,6 +42,10 @@ class Layout(Protocol):
     @property
     def devices(self) -> set[int]: ...
     @property
+    def sizes(self) -> Sequence[int]:
+        """Bytes of each tensor in the file."""
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors together in the file."""
 
@@ -106,8 +110,12 @@ class _InPython:
         self.devices = {view.device for view in self.items}
 
     @property
+    def sizes(self) -> list[int]:
+        return [view.nbytes for view in self.items]
+
+    @property
     def nbytes(self) -> int:
-        return sum(view.nbytes for view in self.items)
+        return sum(self.sizes)
 
     def header(self, metadata: Mapping[str, str] | None) -> bytes:
         check_format(self.entries)
@@ -128,6 +136,10 @@ class _Native:
     @property
     def names(self) -> list[str]:
         return self.items.names()
+
+    @property
+    def sizes(self) -> list[int]:
+        return [TensorView(*view).nbytes for view in self.items.views()]
 
     @property
     def nbytes(self) -> int:

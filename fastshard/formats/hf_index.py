@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from .json_text import read_json_object
-from .naming import INDEX_NAME, INDEX_SUFFIX, MANIFESTS, WEIGHTS_SUFFIX, goes_with_weights
+from .naming import INDEX_NAME, INDEX_SUFFIX, MANIFESTS, RECORDS, WEIGHTS_SUFFIX, goes_with_weights
 from .safetensors import MAX_HEADER_NBYTES, FileHeader, StoredTensor, parse_header, read_header
 
 _MAX_JSON_NBYTES: Final = 4 * MAX_HEADER_NBYTES
@@ -97,7 +97,7 @@ def other_files(folder: str) -> list[str]:
         if entry.is_file()
         and not entry.name.startswith(".")
         and not goes_with_weights(entry.name)
-        and entry.name not in MANIFESTS
+        and entry.name not in (*MANIFESTS, *RECORDS)
     )
 
 

@@ -12,13 +12,15 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from ..base.activity import one_save
 from ..engine import background
 from ..engine.engine import SaveFuture, Stats
 from ..engine.pipeline import start_after
+from ..formats.manifest import FileEntry
 from .directory import Replacement
+from .manifests import Wanted, record_of
 from .messages import Messages
 
 _running = threading.local()
@@ -29,9 +31,13 @@ _in_flight: list[Checkpoint] = []
 class Checkpoint:
     """A folder that does not have its name yet. It is filled by one thread, in :func:`checkpoint`."""
 
-    def __init__(self, directory: str, durable: bool) -> None:
+    def __init__(self, directory: str, durable: bool, manifest: Wanted = False) -> None:
         self.directory = directory
         """Where it will appear."""
+        self.manifest = manifest
+        """What it will say of its files."""
+        self.entries: dict[str, FileEntry] = {}
+        """What the saves in it know of their files, by the paths in it."""
         self.future: SaveFuture | None = None
         """After the block: ends when the folder stands under its name, or everything is undone."""
         self.messages = Messages(directory)
@@ -55,9 +61,11 @@ class Checkpoint:
         found = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
         return isinstance(found, str) and f"{found}{os.sep}".startswith(self.path + os.sep)
 
-    def part(self, directory: str) -> Part:
-        """Returns what stands for the change of names of a save that fills this folder, or one in it."""
+    def part(self, directory: str, manifest: Wanted = False) -> Part:
+        """Returns what stands for the change of names of a save that fills this folder, or one in it. If that wants a
+        manifest, the whole has one."""
         os.makedirs(directory, exist_ok=True)
+        self.manifest = self.manifest or manifest
         return Part(self, directory)
 
     def publish(self, count: Callable[[], None]) -> None:
@@ -65,7 +73,13 @@ class Checkpoint:
         self.future = start_after(
             self.saves,
             [self.directory],
-            steps=[self._await_saves, self.change.publish, self._run_steps, lambda _: self._end(count)],
+            steps=[
+                self._await_saves,
+                self._record,
+                self.change.publish,
+                self._run_steps,
+                lambda _: self._end(count),
+            ],
             undo=self.close,
             explain=self.change.explain,
         )
@@ -85,6 +99,10 @@ class Checkpoint:
         for future in self.saves:
             future.result()
 
+    def _record(self, _: Stats) -> None:
+        if self.manifest:
+            self.change.record = record_of(self.path, self.manifest, self.entries)
+
     def _run_steps(self, figures: Stats) -> None:
         for step in self._steps:
             step()
@@ -100,10 +118,17 @@ class Part:
     names."""
 
     def __init__(self, whole: Checkpoint, path: str) -> None:
+        self._whole = whole
         self.path = path
         self.messages = whole.messages
         """They are the checkpoint's, which tells them when it stands."""
         self.explain = whole.change.explain
+
+    def know(self, entries: Mapping[str, FileEntry]) -> None:
+        """Notes what the manifest is to say of files, by their paths in this folder."""
+        inner = os.path.relpath(self.path, self._whole.path)
+        for name, entry in entries.items():
+            self._whole.entries[os.path.normpath(os.path.join(inner, name))] = entry
 
     def publish(self, _: object = None) -> None:
         """Has nothing to do: the files are where they are to be."""
@@ -118,7 +143,12 @@ class Part:
 
 @contextlib.contextmanager
 def checkpoint(
-    directory: str, *, call: str, loggers: tuple[str, ...] = (), durable: bool = False
+    directory: str,
+    *,
+    call: str,
+    loggers: tuple[str, ...] = (),
+    durable: bool = False,
+    manifest: Wanted = False,
 ) -> Iterator[Checkpoint]:
     """A context manager that gives a hidden folder for the checkpoint ``directory``.
 
@@ -127,12 +157,13 @@ def checkpoint(
     :func:`fastshard.asynchronous` around this one. If ``directory`` is there already, files of the same names
     are replaced then, all at once, and others stay. After an exception in the block everything is as it was.
 
-    All saves in it count as one of the public function ``call``. Messages of ``loggers`` about its files are
+    ``manifest`` is what the folder is to say of all files in it, as for :func:`fastshard.save_file`. All saves in it
+    count as one of the public function ``call``. Messages of ``loggers`` about its files are
     held back until these stand, and name the final places.
     """
     outer, around = current_checkpoint(), background.current()
     with one_save(call, directory) as counted:
-        made = Checkpoint(directory, durable)
+        made = Checkpoint(directory, durable, manifest)
         try:
             _running.checkpoint = made
             try:

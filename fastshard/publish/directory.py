@@ -21,20 +21,11 @@ from typing import Final, NamedTuple
 from .._native import Closing, close_later, close_soon
 from .exchanging import make_beside, name_beside, real_place
 from .folder import SMALL_NBYTES, Folder, Named, open_folder
-from .hidden_names import NEW, PREFIX, STAGING, final_places
+from .hidden_names import NEW, PREFIX, STAGING
+from .hidden_names import final_places as final_places
+from .record import Record, write
 from .staging import Hidden, clear_away, make_hidden
 from .switching import Switch, published, remove_left, turn_names, wait_for_turn
-
-__all__ = [
-    "Replacement",
-    "creating",
-    "final_places",
-    "let_go",
-    "missing_part",
-    "name_final_places",
-    "replacing",
-    "was_left",
-]
 
 _WAIT_SECONDS: Final = 60.0
 _MOST_TRIES: Final = 20
@@ -103,6 +94,8 @@ class Replacement:
         self._directory = directory
         self._what = stale, frozenset(obsolete), must_be_empty
         self._publishing = False
+        self.record: Record | None = None
+        """What is said of the files, for the directory's manifest."""
         try:
             _wait_for_space(directory)
             self._staging = _Staging(directory, create, durable, beside)
@@ -114,6 +107,7 @@ class Replacement:
     def publish(self, _: object = None) -> None:
         """Lets all files appear at once."""
         self._publishing = True
+        self._staging.record = self.record
         self._staging.publish(*self._what)
 
     def close(self) -> None:
@@ -173,6 +167,7 @@ class _Staging:
         self.missing: list[str] = []
         """What is to be made: names, each in the one before."""
         self.leads_here = False
+        self.record: Record | None = None
         self._process = os.getpid()
         self._switch: Switch | None = None
         while True:
@@ -229,7 +224,7 @@ class _Staging:
         if self.missing:
             self._publish_made(stale, obsolete, must_be_empty)
             return
-        switch = self._switch = Switch(self.hidden, self.durable, self.held)
+        switch = self._switch = Switch(self.hidden, self.durable, self.held, self.record)
         try:
             switch.run(stale, obsolete, must_be_empty)
         finally:
@@ -239,6 +234,9 @@ class _Staging:
         self, stale: Callable[[str], bool], obsolete: Collection[str], must_be_empty: bool
     ) -> None:
         first = self.missing[0]
+        if self.record is not None:
+            with self.hidden.open(self.inner) as made:
+                write(made, self.record)
         if self.durable:
             with self.hidden.open(first) as made:
                 for name in (*(name for names in made.tree() for name in names), ""):
@@ -250,6 +248,7 @@ class _Staging:
                 raise
             # Others have made it meanwhile, and it is not empty.
             other = _Staging(self.directory, True, self.durable)
+            other.record = self.record
             try:
                 self.hidden.rename(self.inner, other.hidden, other.inner)
                 other.publish(stale, obsolete, must_be_empty)

@@ -1,25 +1,207 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the manifest of the files that a save writes."""
+"""Makes the record of the files that a save writes, and takes files out of the manifest that are written otherwise."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+import re
+import stat
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
 
-from ..engine.pipeline import PlannedFile
-from ..formats.manifest import FileEntry, TensorEntry
+from ..engine.checksums import Sums, take
+from ..formats.hf_index import read_stored
+from ..formats.manifest import FileEntry, TensorEntry, read_manifest
+from ..formats.naming import MANIFEST_NAME, RECORDS, SUMS_NAME, WEIGHTS_SUFFIX
+from ..formats.sha256sums import read_sums
+from .directory import Replacement
+from .record import Record
+
+if TYPE_CHECKING:
+    from ..engine.pipeline import PlannedFile
+
+Wanted = bool | str
+"""What is to be made: nothing, the manifest, or with ``"sha256"`` also ``SHA256SUMS``."""
+_SHA256: Final = "sha256"
+_PLAIN: Final = re.compile(r"[\w. -]+", re.ASCII)
+"""Names that stand in both files as they are."""
+_log: Final = logging.getLogger("fastshard")
 
 
-def file_entry(
-    planned: PlannedFile, head_crc32: int | None = None, checksums: Sequence[int] = ()
-) -> FileEntry:
-    """Returns what a manifest says of a planned file.
+def check_wanted(manifest: object) -> None:
+    """Raises ``ValueError`` for anything but ``True``, ``False`` and ``"sha256"``."""
+    if not isinstance(manifest, bool) and manifest != _SHA256:
+        raise ValueError(f"manifest must be True, False or {_SHA256!r}, not {manifest!r}")
 
-    ``head_crc32`` and ``checksums`` are the CRC-32 of its header and those of its tensors, in file order, if they
-    were taken.
+
+class Outline:
+    """A planned file, as it is known before its bytes have passed. It keeps no tensor alive."""
+
+    def __init__(self, planned: PlannedFile) -> None:
+        self._head = planned.file.header
+        self._names, self._sizes = planned.layout.names, planned.layout.sizes
+
+    def entry(self, crc32s: Mapping[str, int] | None = None) -> FileEntry:
+        """Returns what a manifest says of the file. ``crc32s`` are those of its tensors, if they were taken."""
+        offset, tensors = len(self._head), {}
+        for name, nbytes in zip(self._names, self._sizes):
+            tensors[name] = TensorEntry(offset, nbytes, None if crc32s is None else crc32s[name])
+            offset += nbytes
+        return FileEntry(offset, None if crc32s is None else zlib.crc32(self._head), tensors)
+
+
+def record_of(
+    folder: str,
+    manifest: Wanted,
+    known: Mapping[str, FileEntry],
+    known_sums: Mapping[str, str] | None = None,
+    *,
+    names: Iterable[str] | None = None,
+    keep_cached: bool = True,
+) -> Record:
+    """Returns the record of these files in a folder, or of all in it and in the folders in it.
+
+    What is known of a file is not read again. With ``keep_cached=False``, nothing of what is read stays in the page
+    cache.
     """
-    offset, tensors = len(planned.file.header), {}
-    for number, entry in enumerate(planned.layout.entries):
-        crc32 = checksums[number] if checksums else None
-        tensors[entry.name] = TensorEntry(offset, entry.view.nbytes, crc32)
-        offset += entry.view.nbytes
-    return FileEntry(offset, head_crc32, tensors)
+    entries: dict[str, FileEntry] = {}
+    sums: dict[str, str] = {}
+    wanted: dict[str, _Read] = {}
+    for name in _files_in(folder) if names is None else names:
+        if name in known:
+            entries[name] = known[name]
+        hashed = manifest == _SHA256
+        if hashed and known_sums and name in known_sums:
+            sums[name] = known_sums[name]
+            hashed = False
+        if hashed or name not in known:
+            wanted[name] = _sums(os.path.join(folder, name), name not in known, hashed)
+    take(wanted.values(), direct=not keep_cached)
+    for name, found in wanted.items():
+        if found.error is not None:
+            raise found.error
+        if found.sha256:
+            sums[name] = found.sha256_found
+        if found.ranges:
+            entries[name] = _entry(found)
+    return Record(entries, sums)
+
+
+class _Read(Sums):
+    """Sums of a file, with the names of the tensors that its ranges are."""
+
+    names: Sequence[str] | None = None
+
+
+def _sums(path: str, unknown: bool, sha256: bool) -> _Read:
+    nbytes = os.stat(path).st_size
+    if not unknown:
+        return _Read(path, nbytes, sha256=sha256)
+    if path.endswith(WEIGHTS_SUFFIX):
+        try:
+            stored = read_stored(path)
+        except ValueError:
+            pass  # then it is a file like any other
+        else:
+            begin = stored.header.nbytes
+            tensors = stored.header.tensors
+            ranges = [(0, begin), *((begin + t.begin, t.end - t.begin) for t in tensors)]
+            found = _Read(path, nbytes, ranges, sha256)
+            found.names = [tensor.name for tensor in tensors]
+            return found
+    return _Read(path, nbytes, [(0, nbytes)], sha256)
+
+
+def _entry(found: _Read) -> FileEntry:
+    first, *others = found.crc32s
+    if found.names is None:
+        return FileEntry(found.nbytes, first)
+    ranges = zip(found.names, found.ranges[1:], others, strict=True)
+    return FileEntry(found.nbytes, first, {n: TensorEntry(*where, crc32) for n, where, crc32 in ranges})
+
+
+def _files_in(folder: str) -> list[str]:
+    """Returns the paths of the regular files in a folder, relative to it, without what is hidden and without records."""
+    found: list[str] = []
+    ahead = [""]
+    while ahead:
+        inner = ahead.pop()
+        for entry in os.scandir(os.path.join(folder, inner)):
+            path = f"{inner}/{entry.name}" if inner else entry.name
+            if entry.name.startswith(".fastshard-") or path in RECORDS:
+                continue
+            mode = entry.stat(follow_symlinks=False).st_mode
+            if stat.S_ISDIR(mode):
+                ahead.append(path)
+            elif stat.S_ISREG(mode):
+                found.append(path)
+    return sorted(found)
+
+
+def forget(paths: Iterable[str | os.PathLike[str]], *, durable: bool = False) -> None:
+    """Takes files out of manifest and digests of their folders, as they are going to be written without a manifest."""
+    folders: dict[str, set[str]] = {}
+    for path in paths:
+        folder, name = os.path.split(os.fsdecode(path))
+        folders.setdefault(folder or os.curdir, set()).add(name)
+    for folder, names in folders.items():
+        if _names_any(folder, names):
+            try:
+                _say(folder, Record({}, {}, frozenset(names)), durable)
+            except OSError as error:  # it is the new file that counts
+                _log.warning("%s still names what is being replaced: %s", folder, error)
+
+
+def _names_any(folder: str, names: Iterable[str]) -> bool:
+    """Returns whether manifest or digests of a folder may have one of these names."""
+    for record in RECORDS:
+        try:
+            with open(os.path.join(folder, record), "rb") as file:
+                text = file.read()
+        except OSError:
+            if record == MANIFEST_NAME:
+                return False  # there is none, or it cannot be read and says nothing
+            continue
+        if any(not _PLAIN.fullmatch(name) or name.encode() in text for name in names):
+            return True
+    return False
+
+
+def add(path: str, manifest: Wanted, *, durable: bool = False, keep_cached: bool = True) -> None:
+    """Adds a file that stands to manifest and digests of its folder."""
+    folder, name = os.path.split(path)
+    folder = folder or os.curdir
+    _say(folder, record_of(folder, manifest, {}, names=[name], keep_cached=keep_cached), durable)
+
+
+def complete(folder: str, manifest: Wanted) -> None:
+    """Adds all files that others have written into a folder since the saves that its manifest is of."""
+    try:
+        files = read_manifest(os.path.join(folder, MANIFEST_NAME)).files
+        sums = read_sums(os.path.join(folder, SUMS_NAME)) if manifest == _SHA256 else {}
+    except (OSError, ValueError):
+        files, sums = {}, {}
+    # Others do not write weights, but may have written any small file once more.
+    known = {
+        name: entry
+        for name, entry in files.items()
+        if entry.tensors is not None and _size(os.path.join(folder, name)) == entry.nbytes
+    }
+    _say(folder, record_of(folder, manifest, known, {n: sums[n] for n in known if n in sums}), False)
+
+
+def _size(path: str) -> int | None:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return None
+
+
+def _say(folder: str, record: Record, durable: bool) -> None:
+    """Brings a record into the manifest of a folder."""
+    change = Replacement(folder, durable=durable)
+    with change:
+        change.record = record
+        change.publish()

@@ -9,6 +9,7 @@ safetensors' does not write there, but collects.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -19,15 +20,24 @@ import torch
 
 from ..base.activity import one_save
 from ..engine import background
-from ..engine.engine import SaveFuture, Step
+from ..engine.engine import SaveFuture, Stats, Step
 from ..engine.mapped import lies_in_file
 from ..engine.pipeline import How, PathLike, PlannedFile, StateDict, finish, plan_file, start, write_files
 from ..engine.sharing import storage_of
-from ..formats.naming import are_of_the_same_weights, is_safetensors_of, is_weights, pickled_stems
-from .checkpoint import current_checkpoint
+from ..errors import SaveError, rewritten
+from ..formats.manifest import FileEntry
+from ..formats.naming import (
+    MANIFEST_NAME,
+    are_of_the_same_weights,
+    is_safetensors_of,
+    is_weights,
+    pickled_stems,
+)
+from .checkpoint import Part, current_checkpoint
 from .directory import Replacement, was_left
 from .folder import Named
-from .hidden_names import hidden_folder_of
+from .hidden_names import final_places, hidden_folder_of
+from .manifests import Outline, record_of
 from .messages import Messages
 
 DESCRIPTION: Final = "Saving checkpoint shards"
@@ -51,7 +61,12 @@ class Stage:
         self.at_once = False
         """Whether each file is written when it is added, as somebody else's code may change the tensors
         between two of them."""
+        self.entries: dict[str, FileEntry] = {}
+        """For a manifest: of the files that were written, by their paths in the stage."""
+        self.finishing: list[Callable[[], object]] = []
+        """What is to be called when all files are written, with their entries known."""
         self._how = how
+        self._shown: dict[PathLike, str] = {}
         self._files: dict[PathLike, PlannedFile] = {}
         self._unseen: list[torch.Tensor] = []
         self._nbytes = 0
@@ -59,14 +74,22 @@ class Stage:
         self._temporary: dict[int, int] = {}
         self._began: float | None = None
 
-    def add(self, tensors: StateDict, filename: PathLike, metadata: dict[str, str] | None) -> PlannedFile:
+    def add(
+        self,
+        tensors: StateDict,
+        filename: PathLike,
+        metadata: dict[str, str] | None,
+        shown: PathLike | None = None,
+    ) -> PlannedFile:
         """Adds a file to be written. Its tensors are kept alive until then. Returns its plan.
 
+        ``shown`` is the name that the caller has given it.
         Raises what :func:`fastshard.save_file` raises for the tensors.
         """
         if self._began is None:
             self._began = time.perf_counter()
         planned = self._files[filename] = plan_file(tensors, filename, metadata, self._how)
+        self._shown[filename] = final_places(os.fspath(filename)) if shown is None else os.fspath(shown)
         if self.lasting is not None:
             self._unseen += tensors.values()
             self._nbytes += sum(tensor.nbytes for tensor in tensors.values())
@@ -96,7 +119,28 @@ class Stage:
         files, began = self._files, self._began
         self._files, self._temporary, self._began = {}, {}, None
         self._unseen, self._nbytes = [], 0
-        return start(files, self._how, time.perf_counter() if began is None else began, **steps)
+        if self._how.manifest:
+            outlines = {name: Outline(planned) for name, planned in files.items()}
+            steps["steps"] = [functools.partial(self._note, outlines), *steps.get("steps", ())]
+        began = time.perf_counter() if began is None else began
+        return start(files, self._how, began, shown=self._shown, **steps)
+
+    def _note(self, outlines: dict[PathLike, Outline], figures: Stats) -> None:
+        """Notes what the manifest is to say of the files that have been written."""
+        for path, outline in outlines.items():
+            name = os.path.relpath(os.fspath(path), self.path)
+            self.entries[name] = outline.entry(figures.checksums[self._shown[path]])
+
+    def record(self, change: Replacement | Part, _: Stats) -> None:
+        """Lets a change say what is in its files. It is a step of the save, when all of them are written."""
+        for call in self.finishing:
+            call()
+        if isinstance(change, Part):
+            change.know(self.entries)
+        else:
+            change.record = record_of(
+                self.path, self._how.manifest, self.entries, keep_cached=self._how.keep_cached
+            )
 
     def holds(self, filename: object) -> bool:
         """Returns whether a file of this name belongs to the checkpoint."""
@@ -122,6 +166,7 @@ def staged(
     call: str = "save_files",
     create: bool = False,
     loggers: tuple[str, ...] = (),
+    error_kind: type[SaveError] | None = None,
 ) -> Iterator[Stage]:
     """A context manager that gives a stage for a checkpoint in ``directory``.
 
@@ -130,18 +175,19 @@ def staged(
 
     ``call`` is the public function whose save it is. ``stale`` tells which files to remove; ``None`` stands
     for other files of the weights that this save has. ``loggers`` are the names of loggers whose messages are
-    about files; these messages are held back until the files stand, and name the final places.
+    about files; these messages are held back until the files stand, and name the final places. ``error_kind`` is what
+    failed system calls are raised as; ``None``: as they come.
     """
     outer = current()
     names: set[str] = set()
     obsolete = stale or (lambda name: are_of_the_same_weights(names, name))
     made = current_checkpoint()
-    part = made.part(directory) if made is not None and made.holds(directory) else None
+    part = made.part(directory, how.manifest) if made is not None and made.holds(directory) else None
     messages = Messages(directory) if part is None else part.messages
     if part is None:
         background.make_way(directory)
 
-    with one_save(call, directory) as counted:
+    with one_save(call, directory) as counted, _raised_as(error_kind):
         change = part or Replacement(directory, obsolete, create=create, durable=how.durable)
         try:
             stage = _running.stage = Stage(change.path, how)
@@ -153,19 +199,39 @@ def staged(
             names |= stage.weights()
             counts = counted.expect()
             steps: list[Step] = [change.publish, counts]
+            if how.manifest:
+                steps.insert(0, functools.partial(stage.record, change))
             if part is None:
                 messages.preferred = _preferred(directory, names)
-                steps.insert(1, messages.tell)
+                steps.insert(-1, messages.tell)
             future = stage.start(
                 steps=steps,
                 undo=change.close,
-                explain=change.explain,
+                explain=functools.partial(_explained, change, error_kind),
                 paths=[directory] if part is None else None,
             )
         except BaseException as error:
             change.end(error)
             raise
         finish(future, how.progress, DESCRIPTION)
+
+
+@contextlib.contextmanager
+def _raised_as(kind: type[SaveError] | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if kind is None or isinstance(error, kind):
+            raise
+        raise rewritten(error, kind) from None
+
+
+def _explained(
+    change: Replacement | Part, kind: type[SaveError] | None, error: BaseException
+) -> BaseException | None:
+    change.explain(error)
+    is_other = kind is not None and isinstance(error, OSError) and not isinstance(error, kind)
+    return rewritten(error, kind) if is_other else None  # type: ignore[arg-type,type-var]
 
 
 def save_alone(
@@ -186,7 +252,8 @@ def save_alone(
     """
     if os.path.dirname(name) or any(other != name for other in obsolete):
         return False
-    if was_left(directory, os.listdir(directory) if listed is None else listed):
+    listed = os.listdir(directory) if listed is None else listed
+    if how.manifest or MANIFEST_NAME in listed or was_left(directory, listed):
         return False
     began = time.perf_counter()
     path = os.path.join(directory, name)

@@ -20,12 +20,13 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
-from ..formats.naming import visibility
+from ..formats.naming import MANIFEST_NAME, visibility
 from .change import Change, Stale
 from .exchanging import exchange
 from .folder import Folder
 from .hidden_names import STAGING
 from .linking import Linking, settle_left
+from .record import Record, amend
 from .staging import Hidden, InUseError, adopt, clear_away, turn_name
 
 _TURN_SECONDS: Final = 60.0
@@ -35,10 +36,11 @@ _IN_THE_WAY: Final = frozenset((errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, er
 
 
 class Switch:
-    """Puts the files in ``.new`` of a hidden folder in place."""
+    """Puts the files in ``.new`` of a hidden folder in place. ``record`` is what the save says of them."""
 
-    def __init__(self, hidden: Hidden, durable: bool, held: list[int]) -> None:
+    def __init__(self, hidden: Hidden, durable: bool, held: list[int], record: Record | None = None) -> None:
         self.change = Change(hidden, durable, held)
+        self.record = record
         self.thread = threading.get_ident()
         self.complete: Callable[[], object] | None = None
         """Does what is left to do, while this save has its turn."""
@@ -71,9 +73,9 @@ class Switch:
     def _run(self, stale: Stale, obsolete: Collection[str], must_be_empty: bool) -> None:
         change = self.change
         change.read_new()
-        if len(change.files) == 1:
+        if len(change.files) == 1 and self.record is None:
             self._compare(stale, obsolete, must_be_empty)
-            if not change.gone:
+            if not change.gone and MANIFEST_NAME not in change.entries[""]:
                 _rename_one(change, change.files[0])
                 change.left = None if change.folders else []
                 return
@@ -84,6 +86,11 @@ class Switch:
     def _change_names(self, stale: Stale, obsolete: Collection[str], must_be_empty: bool) -> None:
         change = self.change
         self._compare(stale, obsolete, must_be_empty)
+        nothing = not change.files and not change.gone and self.record is None
+        emptied = None if nothing else amend(change, self.record)
+        if emptied is not None:
+            change.read_new()
+            self._compare(stale, {*obsolete, *emptied}, must_be_empty)
         if not change.files and not change.gone:
             return
         differing = change.files if change.fresh or change.gone else change.differing()
