@@ -30,11 +30,13 @@ LEFT_OUT: dict[str, dict[str, str]] = {
     "save": {
         "durable": "there is no file",
         "keep_cached": "there is no file",
+        "manifest": "there is no file",
         "checksums": "there is no file to name them by",
     },
     "prepare": {
         "keep_cached": "its files are memory of the page cache, mapped and filled again",
         "progress": "it saves nothing; PreparedSave.save has it",
+        "manifest": "its file is written again and again",
     },
     "torch_save": {
         "allow_strided": "pickling keeps strides",
@@ -43,7 +45,7 @@ LEFT_OUT: dict[str, dict[str, str]] = {
     },
     "save_torch_state_dict": {
         "allow_strided": "it is called force_contiguous, as in huggingface_hub",
-        "checksums": "an index could not hold them",
+        "checksums": "an index could not hold them; manifest does",
     },
     "save_torch_model": {
         "allow_strided": "it is called force_contiguous, as in huggingface_hub",
@@ -52,11 +54,12 @@ LEFT_OUT: dict[str, dict[str, str]] = {
     "save_distributed": {
         "allow_strided": "strided tensors are always packed",
         "checksums": "no rank sees all bytes of a tensor",
+        "manifest": "no rank sees all bytes of a file",
     },
     "save_sharded_state": {
         "allow_strided": "strided tensors are always packed",
         "dtype": "the engine that loads expects its own",
-        "checksums": "the manifest has no place for them",
+        "checksums": "the manifest has them",
     },
     "shard_checkpoint": {
         "allow_strided": "files have no strides",

@@ -17,7 +17,7 @@ import pickle
 import stat
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 
@@ -30,6 +30,7 @@ from ..engine.figures import counted, keep_stats
 from ..engine.pipeline import How, encoded_path, finish, wanted
 from ..engine.plan import FilePlan
 from ..publish.in_place import LATE, note_made, why_in_place
+from ..publish.manifests import add, check_wanted, forget
 from .archive_by_torch import can_replace, new_file, replace_by_torch, sync_folder
 from .archive_errors import NO_SPACE, archive_error, archive_errors, as_archive_error, no_space
 from .archive_skeleton import NotByEngine, Pickling, Plan, Skeleton, make_skeleton, plan, stem_in_archive
@@ -56,6 +57,7 @@ def torch_save(
     durable: bool = False,
     keep_cached: bool = True,
     progress: bool | None = None,
+    manifest: bool | Literal["sha256"] = False,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves any object as ``torch.save`` does: the same file, byte for byte, which ``torch.load`` reads.
@@ -79,18 +81,20 @@ def torch_save(
         pickle_protocol: as there.
         in_place: let torch write over the existing file, as ``torch.save`` does. That needs no space for a second
             file, and leaves part of a file if it fails. It needs a path.
-        durable, keep_cached, progress, engine: as for :func:`fastshard.save_file`; the first two need a path.
+        durable, keep_cached, progress, manifest, engine: as for :func:`fastshard.save_file`; all but ``progress`` and
+            ``engine`` need a path. A manifest has the CRC-32 of the whole file, and is written when that stands.
 
     Raises:
         ArchiveError: a system call failed; a ``RuntimeError``, as in ``torch.save``, and an ``OSError``, of the
             class that ``open`` raises.
-        ValueError: ``in_place``, ``durable`` or ``keep_cached`` for what is not a path.
+        ValueError: ``in_place``, ``durable``, ``keep_cached`` or ``manifest`` for what is not a path.
         Exception: whatever pickling raises, unchanged.
     """
     pickling = Pickling(
         obj, pickle_module, pickle_protocol, _use_new_zipfile_serialization, _disable_byteorder_record
     )
-    how = How(durable=durable, keep_cached=keep_cached, progress=progress, engine=engine)
+    check_wanted(manifest)
+    how = How(durable=durable, keep_cached=keep_cached, progress=progress, manifest=manifest, engine=engine)
     _save(_original(), pickling, f, how, in_place)
 
 
@@ -125,13 +129,30 @@ def _save(original: Callable[..., None], pickling: Pickling, f: Any, how: How, i
     began = time.perf_counter()
     path = os.fspath(f) if isinstance(f, (str, os.PathLike)) else None
     if not isinstance(path, str):
-        if how.durable or not how.keep_cached or in_place:
-            raise ValueError(f"in_place, durable and keep_cached need a path, not {type(f).__name__}")
+        if how.durable or not how.keep_cached or in_place or how.manifest:
+            raise ValueError(
+                f"in_place, durable, keep_cached and manifest need a path, not {type(f).__name__}"
+            )
         count_left(_CALL, _kind_of(f))
         return by_torch(f)
     if not stem_in_archive(path):
         count_left(_CALL, "a path that torch takes for no file name")
         return by_torch(path)
+    _save_path(by_torch, pickling, path, how, in_place, began)
+    is_in_flight = background.current() is not None and background.conflicting([background.place_of(path)])
+    if how.manifest and not is_in_flight:
+        _describe(path, how)
+
+
+def _describe(path: str, how: How, _: object = None) -> None:
+    """Adds the file to the manifest of the folder that it is in. It may be a step of a save."""
+    with archive_errors(path):
+        add(os.path.realpath(path), how.manifest, durable=how.durable, keep_cached=how.keep_cached)
+
+
+def _save_path(
+    by_torch: Callable[[Any], None], pickling: Pickling, path: str, how: How, in_place: bool, began: float
+) -> None:
     # In a block of asynchronous() only what is written at once waits for earlier saves.
     background.make_way(path, wait=background.current() is None)
     with archive_errors(path):
@@ -141,6 +162,7 @@ def _save(original: Callable[..., None], pickling: Pickling, f: Any, how: How, i
         except (FileNotFoundError, NotADirectoryError):
             _check_folder(path)
             reason = None
+        forget({path, os.path.realpath(path)} if os.path.islink(path) else {path}, durable=how.durable)
     if in_place:
         reason = reason or "in_place=True"
     if reason:
@@ -241,7 +263,11 @@ def _write(path: str, skeleton: Skeleton, planned: Plan, how: How, began: float)
             follow_links=True,
             fetch=planned.fetch,
             amend=planned.amend,
-            steps=[functools.partial(note_made, path), counted(_CALL, path)],
+            steps=[
+                functools.partial(note_made, path),
+                *([functools.partial(_describe, path, how)] if how.manifest and scope is not None else ()),
+                counted(_CALL, path),
+            ],
             explain=functools.partial(_explained, path, skeleton.nbytes),
             plan_seconds=time.perf_counter() - began,
             serve=False,

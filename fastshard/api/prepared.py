@@ -25,6 +25,7 @@ from ..engine.pipeline import (
 )
 from ..engine.plan import FETCHED, FilePlan
 from ..engine.planning import Layout, places
+from ..publish.manifests import forget
 from .sources import Given, Source, source_of
 
 
@@ -165,6 +166,7 @@ class PreparedSave:
         given = None if tensors is None else source_of(tensors)
         with self._lock:
             make_way(self.filename)
+            forget([self.filename])
             source = given or self._source
             source.check()
             future = None

@@ -40,6 +40,7 @@ def replacing(
     obsolete: Iterable[str] = (),
     create: bool = False,
     durable: bool = False,
+    record: Callable[[str], Record] | None = None,
 ) -> Iterator[str]:
     """Gives a hidden directory to write files to. When the block ends, they stand in ``directory``, all at
     once.
@@ -49,7 +50,8 @@ def replacing(
     files in the folders that new files are for. Replaced files hand on their mode (and owner, where that is
     allowed); a symbolic link is replaced itself. After an exception everything is as it was. With ``create``
     the directory may be missing, and does not appear before the block ends. With ``durable`` everything is on
-    stable storage when the block has ended.
+    stable storage when the block has ended. ``record`` returns for the hidden directory, when the block ends, what the
+    manifest is to say of the files in it.
 
     Raises ``FileNotFoundError`` or ``NotADirectoryError`` for the directory, ``IsADirectoryError`` if one
     stands in the place of a file, and other ``OSError``; their ``filename`` is that of the final place. An
@@ -58,16 +60,20 @@ def replacing(
     change = Replacement(directory, stale, obsolete=obsolete, create=create, durable=durable)
     with change:
         yield change.path
+        change.record = record and record(change.path)
         change.publish()
 
 
 @contextlib.contextmanager
-def creating(directory: str, *, durable: bool = False) -> Iterator[str]:
+def creating(
+    directory: str, *, durable: bool = False, record: Callable[[str], Record] | None = None
+) -> Iterator[str]:
     """Does what :func:`replacing` does for a ``directory`` that is missing or empty. Folders in it may be
     new, too."""
     change = Replacement(os.path.realpath(directory), create=True, durable=durable, must_be_empty=True)
     with change:
         yield change.path
+        change.record = record and record(change.path)
         change.publish()
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from ..engine.checksums import Sums, take
@@ -87,6 +87,15 @@ def record_of(
         if found.ranges:
             entries[name] = _entry(found)
     return Record(entries, sums)
+
+
+def recorder(manifest: Wanted, keep_cached: bool) -> Callable[[str], Record] | None:
+    """Returns a function that returns the record of all files in a folder; ``None`` if none is wanted.
+
+    Raises as :func:`check_wanted`.
+    """
+    check_wanted(manifest)
+    return (lambda folder: record_of(folder, manifest, {}, keep_cached=keep_cached)) if manifest else None
 
 
 class _Read(Sums):

@@ -11,7 +11,7 @@ import errno
 import math
 import os
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -26,6 +26,7 @@ from ..formats.hf_index import exists, is_folder, other_files, same_file, write_
 from ..formats.naming import HUB_PATTERN, WEIGHTS_SUFFIX, index_of, names_of
 from ..formats.safetensors import DTYPE_ORDER, header
 from ..publish.directory import replacing
+from ..publish.manifests import add, check_wanted, forget, recorder
 from .dcp_source import Tensor, choose, read_folder
 from .outputs import Fetched, Output, copy, write
 from .stored_boxes import Mapped, items
@@ -57,6 +58,7 @@ def convert_dcp(
     durable: bool = False,
     keep_cached: bool = True,
     progress: bool | None = None,
+    manifest: bool | Literal["sha256"] = False,
     engine: Engine | Options | None = None,
 ) -> Assembled:
     """Writes the model of a checkpoint of ``torch.distributed.checkpoint`` as ordinary Hugging Face files.
@@ -78,7 +80,8 @@ def convert_dcp(
         max_shard_size: as for :func:`fastshard.save_torch_state_dict`.
         verify: compare the CRC-32 of each tensor first, where ``torch.save`` has noted one.
         force: replace the weights in ``destination``.
-        durable, keep_cached, progress, engine: as for :func:`fastshard.save_file`.
+        durable, keep_cached, progress, manifest, engine: as for :func:`fastshard.save_file`. For a manifest the files
+            are read back.
 
     Raises:
         ValueError: the checkpoint is incomplete or damaged (the text names file and tensor), or it is not clear which
@@ -87,7 +90,7 @@ def convert_dcp(
     """
     folder, target = os.fspath(source), os.fspath(destination)
     cast = check_dtype(dtype)
-    how = How(durable=durable, keep_cached=keep_cached, progress=progress, engine=engine)
+    how = How(durable=durable, keep_cached=keep_cached, progress=progress, manifest=manifest, engine=engine)
     in_one_file = target.endswith(WEIGHTS_SUFFIX) and not is_folder(target)
     if not force:
         _refuse_present(target, in_one_file)
@@ -151,7 +154,11 @@ def _write_file(
     objects: list[str],
 ) -> Assembled:
     output = _output(target, tensors, dtype, Mapped())
+    check_wanted(how.manifest)
+    forget([target], durable=how.durable)
     write([output], "", how, os.path.basename(target))
+    if how.manifest:
+        add(target, how.manifest, durable=how.durable, keep_cached=how.keep_cached)
     nbytes = len(output.head) + sum(item.nbytes for item in output.items)
     return Assembled(len(tensors), nbytes, left_out, objects)
 
@@ -184,8 +191,9 @@ def _write_folder(
 
     is_of_it = names_of(HUB_PATTERN).fullmatch
     in_place = same_file(folder, target)
+    record = recorder(how.manifest, how.keep_cached)
     with replacing(
-        target, lambda name: is_of_it(name) is not None, create=True, durable=how.durable
+        target, lambda name: is_of_it(name) is not None, create=True, durable=how.durable, record=record
     ) as stage:
         if split.is_sharded:
             write_text(os.path.join(stage, index_of(HUB_PATTERN)), index_text(split, {}))

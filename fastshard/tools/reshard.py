@@ -22,7 +22,7 @@ import errno
 import itertools
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -51,6 +51,7 @@ from ..formats.naming import (
 from ..formats.safetensors import DTYPE_ORDER, header
 from ..publish.directory import creating, replacing
 from ..publish.hidden_names import PREFIX
+from ..publish.manifests import recorder
 from .model_plan import ModelPlan
 from .outputs import Output, copy, write
 from .parts import Interleaved, Part, Sources, check_equal
@@ -71,6 +72,7 @@ def shard_checkpoint(
     durable: bool = False,
     keep_cached: bool = True,
     progress: bool | None = None,
+    manifest: bool | Literal["sha256"] = False,
     engine: Engine | Options | None = None,
 ) -> None:
     """Cuts a Hugging Face checkpoint into the parts that the ranks of tensor parallelism hold.
@@ -84,7 +86,8 @@ def shard_checkpoint(
             which it does not speak are held by all ranks. ``None``: the plan transformers has for the model.
         max_shard_size: of each rank's files, bytes or as ``"5GB"``; ``None``: the source's files, each in parts.
         force: replace the checkpoint in ``out``: its weights go, files of other names stay.
-        durable, keep_cached, progress, engine: as for :func:`fastshard.save_file`.
+        durable, keep_cached, progress, manifest, engine: as for :func:`fastshard.save_file`. For a manifest the files
+            are read back.
 
     Raises:
         FileExistsError: ``out`` is not empty.
@@ -95,7 +98,7 @@ def shard_checkpoint(
     """
     if type(tp) is not int or not 1 <= tp <= MAX_RANKS:
         raise ValueError(f"the number of ranks must be 1 to {MAX_RANKS}, not {tp!r}")
-    how = How(durable=durable, keep_cached=keep_cached, progress=progress, engine=engine)
+    how = How(durable=durable, keep_cached=keep_cached, progress=progress, manifest=manifest, engine=engine)
     checkpoint = read_checkpoint(src)
     home = checkpoint.home()
     shapes = [(name, tensor.shape) for name, (_, tensor) in home.items()]
@@ -148,6 +151,7 @@ def merge_checkpoint(
     durable: bool = False,
     keep_cached: bool = True,
     progress: bool | None = None,
+    manifest: bool | Literal["sha256"] = False,
     engine: Engine | Options | None = None,
 ) -> None:
     """Puts the parts that :func:`shard_checkpoint` made together again: the source's files, to the byte.
@@ -155,7 +159,7 @@ def merge_checkpoint(
     ``src`` is the folder it made; what ranks hold twice must be equal. The other arguments and the errors are those
     of :func:`shard_checkpoint`.
     """
-    how = How(durable=durable, keep_cached=keep_cached, progress=progress, engine=engine)
+    how = How(durable=durable, keep_cached=keep_cached, progress=progress, manifest=manifest, engine=engine)
     folder = os.fspath(src)
     found = read_ranks(folder)
     sources = [Sources(checkpoint) for checkpoint in found.ranks]
@@ -196,6 +200,7 @@ def reshard_checkpoint(
     durable: bool = False,
     keep_cached: bool = True,
     progress: bool | None = None,
+    manifest: bool | Literal["sha256"] = False,
     engine: Engine | Options | None = None,
 ) -> None:
     """Distributes a checkpoint's tensors over files of another size, as ``save_pretrained(max_shard_size=...)`` does.
@@ -203,7 +208,7 @@ def reshard_checkpoint(
     ``max_shard_size``: bytes, or as ``"5GB"`` (10^9); a larger tensor has a file to itself. ``out`` may be ``src``,
     if forced. The other arguments and the errors are those of :func:`shard_checkpoint`.
     """
-    how = How(durable=durable, keep_cached=keep_cached, progress=progress, engine=engine)
+    how = How(durable=durable, keep_cached=keep_cached, progress=progress, manifest=manifest, engine=engine)
     checkpoint = read_checkpoint(src)
     home = checkpoint.home()
     layout = _layout(checkpoint, {n: t.end - t.begin for n, (_, t) in home.items()}, max_shard_size)
@@ -233,6 +238,7 @@ def reshard_checkpoint(
 def _target(out: PathLike, src: str, force: bool, how: How, in_place: bool = False) -> Iterator[str]:
     """Gives a hidden folder in ``out``. When the block ends, all of its contents stand in ``out``, or none."""
     folder = os.fspath(out)
+    record = recorder(how.manifest, how.keep_cached)
     if same_file(folder, src) and not in_place:
         raise ValueError(f"{folder!r} is the source itself")
     try:
@@ -244,9 +250,9 @@ def _target(out: PathLike, src: str, force: bool, how: How, in_place: bool = Fal
         raise FileExistsError(errno.EEXIST, "the target is not empty (force replaces it)", folder)
     old = _checkpoint_in(folder) if present else []
     target = (
-        replacing(folder, obsolete=old, create=True, durable=how.durable)
+        replacing(folder, obsolete=old, create=True, durable=how.durable, record=record)
         if names
-        else creating(folder, durable=how.durable)
+        else creating(folder, durable=how.durable, record=record)
     )
     with target as stage:
         yield stage
