@@ -65,7 +65,7 @@ PYTHON_LAYERS = {
     """,
     "tools": "convert tp_plan model_plan parts rank_folders outputs reshard stored_boxes dcp_source dcp_folders",
     "integrations": """
-        patch_entry patch_groups import_hook calls patching overrides report offload transformers_distributed transformers trainer accelerate accelerate_state lightning torch_checkpointing adapters dcp vllm_states vllm
+        patch_entry patch_groups import_hook calls switches patching overrides report offload transformers_distributed transformers trainer accelerate accelerate_state lightning torch_checkpointing adapters dcp vllm_states vllm
         sglang vllm_save
     """,
     "cli": "text files checkpoints run command __init__",
@@ -118,6 +118,7 @@ WITHOUT_TORCH = {
     "integrations/patch_groups": set(),
     "integrations/import_hook": set(),
     "integrations/calls": set(),
+    "integrations/switches": set(),
     "integrations/patching": set(),
     "integrations/overrides": set(),
     "integrations/report": set(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Final
+from typing import Final, Literal
 
 AUTO_VARIABLE: Final = "FASTSHARD_AUTO"
 """If it is set to yes, every Python runs ``import fastshard.auto`` when it starts; setup.py installs the line
@@ -13,6 +13,9 @@ for that."""
 
 ASYNC_VARIABLE: Final = "FASTSHARD_ASYNC"
 """If it is set to yes, ``import fastshard.auto`` calls ``install(asynchronous=True)``."""
+
+MANIFEST_VARIABLE: Final = "FASTSHARD_MANIFEST"
+"""If it is set to yes, or to ``sha256``, ``import fastshard.auto`` calls ``install(manifest=...)``."""
 
 _NO: Final = frozenset(("", "0", "false", "no", "off", "n", "f", "never"))
 
@@ -31,6 +34,12 @@ def flag(variable: str, default: bool = False) -> bool:
     """
     value = os.environ.get(variable)
     return default if value is None else value.strip().lower() not in _NO
+
+
+def manifest_wanted() -> bool | Literal["sha256"]:
+    """Returns what the environment says of manifests."""
+    said = os.environ.get(MANIFEST_VARIABLE, "").strip().lower()
+    return "sha256" if said == "sha256" else flag(MANIFEST_VARIABLE)
 
 
 def parse_size(size: int | str) -> int:

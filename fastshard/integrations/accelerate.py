@@ -17,6 +17,7 @@ import torch
 from ..base.activity import count_left
 from ..engine.pipeline import How
 from ..publish.staged import current, staged
+from . import patching
 from .offload import offloaded_state_dict
 from .overrides import bound, on_the_spot, overridden, wrapped
 
@@ -45,7 +46,12 @@ def save_model(
     stale = None if accelerator.is_main_process else _nothing
     directory = os.fspath(save_directory)
     with staged(
-        directory, stale, How(), call=_CALL, create=True, loggers=("accelerate.accelerator",)
+        directory,
+        stale,
+        How(manifest=patching.manifest()),
+        call=_CALL,
+        create=True,
+        loggers=("accelerate.accelerator",),
     ) as stage:
         result = original(accelerator, model, stage.path, *args, **kwargs)
         if (

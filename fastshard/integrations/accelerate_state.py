@@ -24,7 +24,9 @@ from ..publish.checkpoint import checkpoint, wait_for_earlier
 from ..publish.folder import open_folder
 from ..publish.hidden_names import PREFIX
 from ..publish.switching import remove_left
+from . import patching
 from .overrides import bound, overridden, wrapped
+from .transformers import complete_folder
 
 _CALL: Final = "Accelerator.save_state"
 _LOGGERS: Final = ("accelerate.accelerator", "accelerate.checkpointing")
@@ -48,14 +50,19 @@ def save_state(
     if directory is None or (above and os.path.exists(directory)) or os.path.isfile(directory):
         return original(accelerator, output_dir, *args, **kwargs)  # which raises
     directory = os.fspath(directory)
-    reason = next(_reasons(accelerator, directory), None)
+    asynchronous = patching.is_asynchronous()
+    reason = next(_reasons(accelerator, directory), None) if asynchronous else None
     if reason is not None:
         count_on_the_spot(_CALL, reason)
+    if reason is not None or not asynchronous:
         with background.synchronous():
-            return original(accelerator, output_dir, *args, **kwargs)
+            result = original(accelerator, output_dir, *args, **kwargs)
+        if accelerator.is_main_process:
+            complete_folder(directory)
+        return result
     if above:
         os.makedirs(above, exist_ok=True)
-    with checkpoint(directory, call=_CALL, loggers=_LOGGERS) as made:
+    with checkpoint(directory, call=_CALL, loggers=_LOGGERS, manifest=patching.manifest()) as made:
         with _named_by_caller(accelerator.project_configuration):
             original(accelerator, made.path, *args, **kwargs)
         limit = accelerator.project_configuration.total_limit

@@ -16,15 +16,19 @@ from ..api import archive, hub, saving
 from ..base.activity import count_left
 from ..engine.pipeline import How, PathLike, StateDict
 from ..publish import staged
+from . import patching
 from .overrides import bound, wrapped
 
 
-def _namesake(function: Callable[..., Any], by_saver: bool = False) -> Callable[..., Any]:
+def _namesake(
+    function: Callable[..., Any], by_saver: bool = False, of_folder: bool = False
+) -> Callable[..., Any]:
     """Returns the public function for callers of the original: without the parameters that only fastshard
     has.
 
     ``by_saver``: the original calls ``safetensors.torch.save_file``, or ``torch.save`` for pickled files. If
-    somebody has replaced that with a function of his own, the original is called.
+    somebody has replaced that with a function of his own, the original is called. ``of_folder``: it saves a
+    checkpoint, which has a manifest if that is wanted.
     """
     signature = inspect.signature(function)
     theirs = [p for p in signature.parameters.values() if p.name not in How._fields]
@@ -36,6 +40,8 @@ def _namesake(function: Callable[..., Any], by_saver: bool = False) -> Callable[
             if wrapped(bound("safetensors.torch", "save_file") if safe else bound("torch", "save")):
                 count_left(function.__name__, "somebody else's save_file or torch.save is in place")
                 return original(*args, **kwargs)
+        if of_folder:
+            kwargs["manifest"] = patching.manifest()
         return function(*args, **kwargs)
 
     implementation.__signature__ = signature.replace(parameters=[original, *theirs])  # type: ignore[attr-defined]
@@ -54,5 +60,5 @@ def _save_file(tensors: StateDict, filename: PathLike, metadata: dict[str, str] 
 save_file = _namesake(_save_file)
 save = _namesake(saving.save)
 save_model = _namesake(saving.save_model, by_saver=True)
-save_torch_state_dict = _namesake(hub.save_torch_state_dict, by_saver=True)
+save_torch_state_dict = _namesake(hub.save_torch_state_dict, by_saver=True, of_folder=True)
 torch_save = archive.in_the_place_of_torch

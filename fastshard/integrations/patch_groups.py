@@ -210,7 +210,7 @@ ASYNCHRONOUS: tuple[Entry, ...] = (
         _STATE,
     ),
 )
-"""What ``install(asynchronous=True)`` replaces besides."""
+"""What ``install(asynchronous=True)`` and ``install(manifest=True)`` replace besides."""
 
 NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "safetensors: save_model": ("safetensors.torch:_remove_duplicate_names",),

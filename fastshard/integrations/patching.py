@@ -42,32 +42,13 @@ from .patch_groups import ASYNCHRONOUS as ASYNCHRONOUS
 from .patch_groups import TABLE as TABLE
 from .patch_groups import Entry as Entry
 from .patch_groups import Found, Target, bring, examine, groups
+from .switches import Manifest, State, check_manifest
 
 _INFO: Final = 20  # logging's, which takes a while to import
 _WARNING: Final = 30
 
 DISABLE_VARIABLE: Final = "FASTSHARD_DISABLE"
 """If it is set to yes, ``import fastshard.auto`` and the plugins for vLLM and SGLang do nothing."""
-
-
-class _State:
-    """Whether the replacements are wanted; changed under ``_lock``."""
-
-    lasting = False
-    """Whether ``install()`` was called, and not yet ``uninstall()``."""
-    blocks = 0
-    """The number of ``with installed()`` blocks under way, of all threads."""
-    lasting_asynchronous = False
-    asynchronous_blocks = 0
-    """The same of those that were called with ``asynchronous=True``."""
-
-    @property
-    def active(self) -> bool:
-        return self.lasting or self.blocks > 0
-
-    @property
-    def asynchronous(self) -> bool:
-        return self.lasting_asynchronous or self.asynchronous_blocks > 0
 
 
 class _Pair(NamedTuple):
@@ -83,7 +64,7 @@ class _ClassAttribute(NamedTuple):
     replacement: object
 
 
-_state = _State()
+_state: Final = State()
 _lock = threading.RLock()
 """Nothing is imported or logged under this lock, so it is always the last one that a thread takes."""
 _pairs: dict[int, _Pair] = {}
@@ -104,7 +85,7 @@ _finished: set[str] = set()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
-def install(*, asynchronous: bool = False) -> None:
+def install(*, asynchronous: bool = False, manifest: Manifest = False) -> None:
     """Replaces the functions in :data:`patch_groups.TABLE` with fastshard's, until :func:`uninstall`.
 
     No library is imported: those that are not loaded yet are patched when they are imported. A second call
@@ -119,16 +100,23 @@ def install(*, asynchronous: bool = False) -> None:
             returned, and appears complete or not at all, before the next one is made and before training ends;
             then an error of it is raised. Where somebody's own code may look at files that were just saved,
             checkpoints are written before the call returns, as without it; ``status()`` says where and why.
+        manifest: let each folder that is saved say what is in its files, as for :func:`fastshard.save_file`:
+            ``save_pretrained``, ``save_torch_state_dict``, ``Accelerator.save_model``, and as one whole a checkpoint of
+            ``Trainer`` or ``Accelerator.save_state``. ``torch.save`` and ``save_file`` by themselves make none.
 
     Raises:
+        ValueError: for any other ``manifest``.
         ImportError: fastshard's native module cannot be loaded. Nothing has been replaced then. So a script ends
             in its first line and not at its first save.
     """
+    check_manifest(manifest)
     _load_native()
     with _lock:
-        first = not _state.lasting or asynchronous > _state.lasting_asynchronous
+        before = _state.lasting, _state.lasting_asynchronous, _state.lasting_manifest
         _state.lasting = True
         _state.lasting_asynchronous |= asynchronous
+        _state.lasting_manifest = manifest or _state.lasting_manifest
+        first = before != (True, _state.lasting_asynchronous, _state.lasting_manifest)
     _begin()
     if first:
         _log_installation()
@@ -141,21 +129,23 @@ def uninstall() -> None:
     Without an ``install()`` it does nothing.
     """
     with _lock:
-        _state.lasting = _state.lasting_asynchronous = False
+        _state.lasting = _state.lasting_asynchronous = _state.lasting_manifest = False
         _end()
 
 
 @contextlib.contextmanager
-def installed(*, asynchronous: bool = False) -> Iterator[None]:
+def installed(*, asynchronous: bool = False, manifest: Manifest = False) -> Iterator[None]:
     """Replaces the functions for the duration of a ``with`` block, in the whole process.
 
     Blocks may be nested and may overlap on several threads. The replacements are undone when the last block
-    ends, unless ``install()`` was called. Argument and errors are those of :func:`install`.
+    ends, unless ``install()`` was called. Arguments and errors are those of :func:`install`.
     """
+    check_manifest(manifest)
     _load_native()
     with _lock:
         _state.blocks += 1
         _state.asynchronous_blocks += asynchronous
+        _state.manifest_blocks.append(manifest)
     try:
         _begin()
         yield
@@ -163,6 +153,7 @@ def installed(*, asynchronous: bool = False) -> Iterator[None]:
         with _lock:
             _state.blocks -= 1
             _state.asynchronous_blocks -= asynchronous
+            _state.manifest_blocks.remove(manifest)
             _end()
 
 
@@ -176,9 +167,18 @@ def is_asynchronous() -> bool:
     return _state.active and _state.asynchronous
 
 
+def manifest() -> Manifest:
+    """Returns what checkpoints are to say of their files."""
+    return _state.active and _state.manifest
+
+
+def _follows_checkpoints() -> bool:
+    return _state.active and _state.follows_checkpoints
+
+
 def _table() -> tuple[Entry, ...]:
     """Returns the rows that are wanted now."""
-    return (*TABLE, *ASYNCHRONOUS) if _state.asynchronous else TABLE
+    return (*TABLE, *ASYNCHRONOUS) if _state.follows_checkpoints else TABLE
 
 
 def overview() -> dict[str, tuple[Found, bool]]:
@@ -296,7 +296,7 @@ def _replace(target: Target) -> None:
     entry, function, owner, value, kind = target
     pair = _pairs.get(id(function))
     if pair is None:
-        wanted = is_asynchronous if entry in ASYNCHRONOUS else is_active
+        wanted = _follows_checkpoints if entry in ASYNCHRONOUS else is_active
         pair = _Pair(function, replacement_of(function, entry, wanted, _log_findings), entry.belongs_to)
         _pairs[id(function)] = pair
         originals.replaced[id(pair.replacement)] = function
@@ -359,4 +359,5 @@ def _log_installation() -> None:
     import logging
 
     how = "installed, asynchronously" if _state.asynchronous else "installed"
+    how += ", with manifests" if _state.manifest else ""
     logging.getLogger("fastshard").info("%s: %s", how, ", and ".join(text for text in texts if text))

@@ -49,6 +49,8 @@ class Status(NamedTuple):
     """How many files were laid out natively, under the empty text, or in Python, by reason."""
     asynchronous: bool = False
     """Whether checkpoints of other libraries are written while their loops go on."""
+    manifest: bool | str = False
+    """What checkpoints of other libraries are to say of their files."""
     in_flight: tuple[str, ...] = ()
     """Files and folders of asynchronous saves that have not appeared yet."""
     on_the_spot: dict[str, dict[str, int]] = {}
@@ -57,6 +59,7 @@ class Status(NamedTuple):
 
     def __str__(self) -> str:
         how = "installed, asynchronously" if self.asynchronous else "installed"
+        how += ", with manifests" if self.manifest else ""
         state = how if self.installed else "not installed: fastshard.install(), or FASTSHARD_AUTO=1"
         lines = [f"fastshard {self.version}, {state}", *self.lines_of_replacements()]
         lines += ["saved by the engine:"]
@@ -136,6 +139,7 @@ def status() -> Status:
         activity.left(),
         activity.planned(),
         patching.is_asynchronous(),
+        patching.manifest(),
         _in_flight(),
         activity.on_the_spot(),
     )

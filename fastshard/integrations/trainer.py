@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of transformers' ``Trainer`` that are written while training goes on.
 
-``fastshard.install(asynchronous=True)`` replaces transformers' functions with these. ``Trainer`` makes a
+``fastshard.install(asynchronous=True)`` replaces transformers' functions with these, and so does
+``install(manifest=True)``, for a manifest of all files of a checkpoint. ``Trainer`` makes a
 checkpoint as ever, but in a hidden folder: it is told another run folder for that. All values are captured
 when its method returns. Older checkpoints are removed when the new one stands. One checkpoint is in flight at
 a time; whoever is going to look for checkpoints waits for it.
@@ -22,8 +23,9 @@ from ..base.activity import count_on_the_spot
 from ..engine import background
 from ..publish.checkpoint import Checkpoint, checkpoint, wait_for_earlier
 from ..publish.directory import final_places
+from . import patching
 from .overrides import bound, is_of_a_library, overridden, wrapped
-from .transformers import arguments_by_name, overridden_in_model
+from .transformers import arguments_by_name, complete_folder, overridden_in_model
 
 _CALL: Final = "Trainer._save_checkpoint"
 _LOGGERS: Final = (
@@ -66,15 +68,21 @@ def save_checkpoint(original: Callable[..., Any], trainer: Any, *args: Any, **kw
     """
     wait_for_earlier()
     arguments = arguments_by_name(original)(trainer, *args, **kwargs)
+    asynchronous = patching.is_asynchronous()
     run = trainer._get_output_dir(trial=arguments["trial"])
     directory = os.path.join(run, f"checkpoint-{trainer.state.global_step}")
-    reason = next(_reasons(trainer, directory), None)
+    reason = next(_reasons(trainer, directory), None) if asynchronous else None
     if reason is not None:
         count_on_the_spot(_CALL, reason)
+    if reason is not None or not asynchronous:
         with background.synchronous():
-            return original(trainer, *args, **kwargs)
+            result = original(trainer, *args, **kwargs)
+        if trainer.args.should_save:
+            complete_folder(directory)
+        return result
     os.makedirs(run, exist_ok=True)
-    with checkpoint(directory, call=_CALL, loggers=_LOGGERS) as made, _filling(made):
+    wanted = patching.manifest()
+    with checkpoint(directory, call=_CALL, loggers=_LOGGERS, manifest=wanted) as made, _filling(made):
         try:
             result = original(trainer, *args, **kwargs)
         finally:

@@ -22,7 +22,9 @@ from ..base.activity import count_left
 from ..engine.borrowed import is_traceable_wrapper_subclass
 from ..engine.pipeline import How
 from ..engine.sharing import storage_of
+from ..publish.manifests import complete
 from ..publish.staged import current, staged
+from . import patching
 from .calls import arguments_of
 from .offload import follow_weights, held_elsewhere, held_in_memory, is_offloaded, offloaded_tensor
 from .overrides import bound, is_of_a_library, on_the_spot, overridden, wrapped
@@ -52,7 +54,10 @@ def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwar
     if reason is not None:
         count_left(_CALL, reason)
         with on_the_spot(_CALL, reason):
-            return original(model, *args, **kwargs)
+            result = original(model, *args, **kwargs)
+        if is_main(arguments):
+            complete_folder(directory)
+        return result
     if os.path.isfile(directory):
         return original(model, *args, **kwargs)
     directory = os.fspath(directory)
@@ -71,10 +76,8 @@ def _save(
 ) -> Any:
     from transformers.utils import logging
 
-    # In transformers 4 such a process writes its files and removes none; its old spelling of the argument, too.
-    is_main = arguments.get("is_main_process", True) and arguments.get("kwargs", {}).get("save_config", True)
-    how = How(progress=logging.is_progress_bar_enabled())
-    stale = None if is_main else _nothing
+    how = How(progress=logging.is_progress_bar_enabled(), manifest=patching.manifest())
+    stale = None if is_main(arguments) else _nothing
     with staged(directory, stale, how, call=_CALL, create=True, loggers=_LOGGERS) as stage:
         state_dict = arguments.get("state_dict")
         stage.at_once = _changes_between_shards(model, state_dict)
@@ -92,6 +95,21 @@ def _save(
     if barrier is not None:
         barrier(getattr(model.config, "distributed_config", None))
     return result
+
+
+def is_main(arguments: Mapping[str, Any]) -> bool:
+    """Returns whether this is the process that removes what is obsolete. In transformers 4 others write their files and
+    remove none; its old spelling of the argument, too."""
+    main: bool = arguments.get("is_main_process", True) and arguments.get("kwargs", {}).get(
+        "save_config", True
+    )
+    return main
+
+
+def complete_folder(directory: object) -> None:
+    """Brings what a library has written by itself into the manifest of its folder, if there is to be one."""
+    if patching.manifest() and isinstance(directory, (str, os.PathLike)) and os.path.isdir(directory):
+        complete(os.fspath(directory), patching.manifest())
 
 
 @functools.cache
