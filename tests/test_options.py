@@ -49,7 +49,7 @@ LEFT_OUT: dict[str, dict[str, str]] = {
     },
     "save_torch_model": {
         "allow_strided": "it is called force_contiguous, as in huggingface_hub",
-        "checksums": "an index could not hold them",
+        "checksums": "an index could not hold them; manifest does",
     },
     "save_distributed": {
         "allow_strided": "strided tensors are always packed",

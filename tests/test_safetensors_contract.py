@@ -54,6 +54,7 @@ EXTRAS = {
     "allow_strided": False,
     "dtype": None,
     "checksums": False,
+    "manifest": False,
     "engine": None,
 }
 
@@ -73,7 +74,7 @@ def test_extras_are_keyword_only_and_the_same_everywhere(name):
     expected = {
         key: value
         for key, value in EXTRAS.items()
-        if name != "save" or key not in ("durable", "keep_cached", "checksums")
+        if name != "save" or key not in ("durable", "keep_cached", "checksums", "manifest")
     }
     assert extras == expected
 
