@@ -9,8 +9,10 @@ other's files. A save that says nothing of its files takes them out of both.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Final, NamedTuple, TypeVar
 
@@ -20,6 +22,8 @@ from ..formats.sha256sums import format_sums, read_sums
 from .change import Change
 from .folder import Folder, Named
 
+_FILE: Final = re.compile(rb'^("(?:[^"\\]|\\.)*"): \{"size"', re.MULTILINE)
+"""The name of a file in a manifest of ours."""
 _log: Final = logging.getLogger("fastshard")
 T = TypeVar("T")
 
@@ -46,7 +50,7 @@ def amend(change: Change, record: Record | None) -> Collection[str] | None:
     touched = {*change.files, *change.gone}
     if record is not None:
         touched |= {*record.files, *record.without}
-    files = dict(_readable(there, MANIFEST_NAME, change.folder, lambda path: read_manifest(path).files))
+    files = dict(_readable(there, MANIFEST_NAME, change.folder, lambda path: _files(path, touched)))
     sums = dict(_readable(there, SUMS_NAME, change.folder, read_sums))
     if record is None and not touched & {*files, *sums}:
         return None
@@ -77,6 +81,16 @@ def write(folder: Folder, record: Record, durable: bool = False) -> Collection[s
     for name in emptied:
         folder.unlink(name)
     return emptied
+
+
+def _files(path: str, touched: Collection[str]) -> Mapping[str, FileEntry]:
+    """Returns what a manifest says of files, which takes 50 ms for 20,000 tensors; nothing, if all of them are
+    touched."""
+    with open(path, "rb") as file:
+        names = _FILE.findall(file.read())
+    if names and touched >= {json.loads(name) for name in names}:
+        return {}
+    return read_manifest(path).files
 
 
 def _merged(one: Record, other: Record | None) -> Record:
