@@ -11,6 +11,7 @@ import ctypes
 import functools
 import mmap
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .job import Job, Prepare, Rival, Shard, fsync_tree
+from .job import SOURCES, Job, Prepare, Rival, Shard, fsync_tree
 from .machine import cpu_count
 from .samples import DURABLE, GIB, MIB, MODES, RETURN, STALL
 
@@ -255,6 +256,26 @@ def _link_whole(job: Job) -> Callable[[], None]:
     return copy
 
 
+def _sha256sum(job: Job) -> Callable[[], None]:
+    """Two processes of ``sha256sum``, which share out the same bytes in the page cache."""
+    from safetensors.torch import save_file
+
+    folder = job.out.with_name(SOURCES) / f"{job.nbytes}-in-{len(job.shards)}"
+    paths = [folder / path.name for path in job.paths]
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        for path, shard in zip(paths, job.contiguous()):
+            save_file(shard, path)
+
+    def digest() -> None:
+        shares = [paths[i::2] for i in range(2) if paths[i::2]]
+        running = [subprocess.Popen(["sha256sum", *share], stdout=subprocess.DEVNULL) for share in shares]
+        if any([process.wait() for process in running]):
+            raise RuntimeError("sha256sum has failed")
+
+    return digest
+
+
 def _ceiling(name: str, about: str, prepare: Prepare, **fields: Any) -> Rival:
     return Rival(name, about, prepare, writes=None, **fields)
 
@@ -317,6 +338,13 @@ _ALL = (
         many_files_only=True,
     ),
     _ceiling("direct", "O_DIRECT writes of 4 MiB, 4 in flight", _direct, modes=(DURABLE,)),
+    _ceiling(
+        "sha256sum-2",
+        "sha256sum in two processes over the same bytes in files",
+        _sha256sum,
+        modes=(RETURN,),
+        devices=("cpu",),
+    ),
     _ceiling(
         "no-save",
         "no save: the job's ten steps, of which what the others lose is counted",

@@ -50,6 +50,8 @@ _HOST = (
     Goal("four-files", 0.97, against="safetensors-threads"),  # level: equals differ by 3 %
     Goal("four-files", 1.4, mode=DURABLE),
     Goal("sharded-state", 1.6, against="vllm-sharded", by="fastshard-sharded"),
+    Goal("manifest", 1 / 1.05, against="fastshard", by="fastshard-manifest"),
+    Goal("manifest", 1 / 1.1, against="sha256sum-2", by="fastshard-sha256"),
     Goal("one-file", 1.4),
     Goal("one-file", 0.95, against="pwrite-1"),
     Goal("one-file", 1.4, mode=DURABLE),

@@ -86,6 +86,11 @@ def _fastshard_contiguous(job: Job) -> Callable[[], None]:
     return _fastshard(replace(job, shards=job.contiguous(), dtype=None))
 
 
+def _fastshard_described(manifest: bool | str) -> Prepare:
+    """Saves the same files, and what the folder says of them."""
+    return lambda job: _fastshard(job, manifest=manifest)
+
+
 class _Standing:
     """A save that is prepared once and called once in each round."""
 
@@ -134,6 +139,20 @@ FASTSHARD = (
         "device_scratch=0: kernels store over the link",
         _fastshard_with(device_scratch=0),
         devices=(CUDA,),
+    ),
+    variant(
+        "fastshard-manifest",
+        "manifest=True: the CRC-32 of each tensor",
+        _fastshard_described(True),
+        writes="described",
+        own=True,
+    ),
+    variant(
+        "fastshard-sha256",
+        'manifest="sha256": SHA256SUMS as well',
+        _fastshard_described("sha256"),
+        writes="described",
+        own=True,
     ),
     variant("fastshard-contiguous", "the same bytes, contiguous before", _fastshard_contiguous),
 )

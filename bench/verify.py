@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import subprocess
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -148,6 +151,23 @@ def _load_sharded(job: Job) -> None:
     _expect(job, tensors, {name: t for part in found for name, t in part.items()})
 
 
+def _load_described(job: Job) -> None:
+    from safetensors.torch import load_file
+
+    said = json.loads((job.out / "fastshard.manifest.json").read_text())["files"]
+    sums = job.out / "SHA256SUMS"
+    if sums.exists():
+        subprocess.run(["sha256sum", "-c", "--quiet", "--strict", sums.name], cwd=job.out, check=True)
+    for path, tensors in zip(job.paths, job.shards):
+        _expect(job, tensors, load_file(path))
+        with open(path, "rb") as file:
+            for name in _samples(tensors):
+                offset, nbytes, crc32 = said[path.name]["tensors"][name]
+                file.seek(offset)
+                if f"{zlib.crc32(file.read(nbytes)):08x}" != crc32:
+                    raise Mismatch(f"the manifest says something else of tensor {name!r}")
+
+
 def _load_ranks(job: Job) -> None:
     for rank in range(TP):
         with safe_open(job.out / f"rank-{rank}" / "model.safetensors", "pt") as file:
@@ -173,6 +193,7 @@ def _load_copy(job: Job) -> None:
 
 _LOADERS = {
     "sharded": _load_sharded,
+    "described": _load_described,
     "ranks": _load_ranks,
     "copy": _load_copy,
     "torch": _load_torch,

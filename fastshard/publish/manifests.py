@@ -43,6 +43,10 @@ class Outline:
         self._head = planned.file.header
         self._names, self._sizes = planned.layout.names, planned.layout.sizes
 
+    def fits(self, crc32s: Mapping[str, int]) -> bool:
+        """Returns whether these are of its tensors, and of all of them."""
+        return len(crc32s) == len(self._names)
+
     def entry(self, crc32s: Mapping[str, int] | None = None) -> FileEntry:
         """Returns what a manifest says of the file. ``crc32s`` are those of its tensors, if they were taken."""
         offset, tensors = len(self._head), {}

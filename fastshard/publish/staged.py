@@ -128,8 +128,9 @@ class Stage:
     def _note(self, outlines: dict[PathLike, Outline], figures: Stats) -> None:
         """Notes what the manifest is to say of the files that have been written."""
         for path, outline in outlines.items():
-            name = os.path.relpath(os.fspath(path), self.path)
-            self.entries[name] = outline.entry(figures.checksums[self._shown[path]])
+            name, crc32s = os.path.relpath(os.fspath(path), self.path), figures.checksums[self._shown[path]]
+            if outline.fits(crc32s):  # else no bytes have passed: it is a link
+                self.entries[name] = outline.entry(crc32s)
 
     def record(self, change: Replacement | Part, _: Stats) -> None:
         """Lets a change say what is in its files. It is a step of the save, when all of them are written."""

@@ -171,6 +171,13 @@ def checkpoint(state: State, folder: str = "d", stem: str = "model", suffix: str
     return found | {index: text} | {name: _opened(state, prefix + name) for name in names}
 
 
+def described_checkpoint(state: State) -> object:
+    """What ``sha256sum -c`` and a loader find: the list, and the files that it names."""
+    listed = state.get("d/SHA256SUMS")
+    names = [] if listed is None else [line.split("  ", 1)[1] for line in listed.decode().splitlines()]
+    return {name: _opened(state, f"d/{name}") for name in names}, listed, checkpoint(state)
+
+
 def pickled_checkpoint(state: State) -> object:
     return checkpoint(state, stem="pytorch_model", suffix=".bin")
 
@@ -226,6 +233,7 @@ def _files() -> Iterable[Saver]:
         ),
         ("save_file-uncached-durable", {"keep_cached": False, "durable": True}, {"durable": True}),
         ("save_file-tmpfs", {}, {"memory": True}),
+        ("save_file-manifest", {"manifest": "sha256"}, {}),
         ("save_file-strided", {"engine": _options("buffered"), "dtype": torch.bfloat16}, {}),
     ):
 
@@ -391,6 +399,7 @@ def _folders() -> Iterable[Saver]:
     for name, arguments, reads in (
         ("save_torch_state_dict", {}, checkpoint),
         ("save_torch_state_dict-durable", {"durable": True}, checkpoint),
+        ("save_torch_state_dict-manifest", {"manifest": "sha256"}, described_checkpoint),
         ("save_torch_state_dict-bin", {"safe_serialization": False}, pickled_checkpoint),
     ):
         new = functools.partial(hub, seed=1, count=6, **arguments)

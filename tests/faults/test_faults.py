@@ -29,7 +29,7 @@ save_file_async-twice:exists Accelerator.save_state_async:exists save_file:exist
 prepare-tmpfs:new torch_save:exists torch_save-old_format-durable:exists save_torch_state_dict:more_shards
 save_torch_state_dict-bin:new save_sharded_state:more_parts save_sharded_state-durable:new
 save_pretrained:more_shards Accelerator.save_model:new convert:exists shard:over_ranks merge:new
-reshard:in_place
+reshard:in_place save_file-manifest:exists save_torch_state_dict-manifest:one_file_over_shards
 """.split()
 DURABLE = """
 save_file-durable:exists save_files-durable:some torch_save-durable:exists save_sharded_state-durable:more_parts
