@@ -111,7 +111,11 @@ def same_files(ours: Path, others: Path) -> None:
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"max_shard_size": 200, "metadata": {"step": "3"}}, {"dtype": "bf16", "durable": True}],
+    [
+        {"manifest": True},
+        {"max_shard_size": 200, "metadata": {"step": "3"}, "manifest": "sha256"},
+        {"dtype": "bf16", "durable": True},
+    ],
     ids=str,
 )
 def test_one_mesh(tmp_path: Path, size: int, options: dict[str, Any]) -> None:

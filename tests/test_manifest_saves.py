@@ -133,6 +133,12 @@ SAVERS: dict[str, Callable[..., Any]] = {
     ),
     "save_torch_model": lambda to, **how: fastshard.save_torch_model(torch.nn.Linear(9, 8), to, **how),
     "save_sharded_state": lambda to, **how: fastshard.save_sharded_state(tensors(), to, max_size=900, **how),
+    "save_distributed": lambda to, **how: fastshard.save_distributed(
+        tensors(), to, max_shard_size=1000, **how
+    ),
+    "save_distributed, each its own": lambda to, **how: fastshard.save_distributed(
+        tensors(), to, max_shard_size=1000, writers_publish=True, **how
+    ),
     "shard_checkpoint": _shard,
     "merge_checkpoint": _merge,
     "reshard_checkpoint": _reshard,
@@ -194,7 +200,10 @@ def test_figures_name_the_files_as_the_caller_did(tmp_path: Path, monkeypatch: p
 
 def test_files_of_several_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    files = {tmp_path / WEIGHTS: tensors(), tmp_path / "a" / WEIGHTS: tensors()}
+    files: dict[str | os.PathLike[str], Any] = {
+        tmp_path / WEIGHTS: tensors(),
+        tmp_path / "a" / WEIGHTS: tensors(),
+    }
     with pytest.raises(ValueError, match="no manifest in common"):
         fastshard.save_files(files, manifest=True)
     fastshard.save_files(
@@ -237,11 +246,12 @@ def test_what_is_said_of_other_files_stays(saver: str, wanted: Any, standing: Pa
     assert summed(standing) == old | (new if wanted == "sha256" else set())
 
 
-def test_what_says_nothing_any_more_goes(tmp_path: Path) -> None:
-    fastshard.save_file(tensors(), tmp_path / WEIGHTS, manifest="sha256")
+@pytest.mark.parametrize("wanted", WANTED)
+def test_what_says_nothing_any_more_goes(wanted: Any, tmp_path: Path) -> None:
+    fastshard.save_file(tensors(), tmp_path / WEIGHTS, manifest=wanted)
     fastshard.save_file(tensors(1), tmp_path / WEIGHTS)
     assert os.listdir(tmp_path) == [WEIGHTS]
-    fastshard.save_torch_state_dict(tensors(), tmp_path, max_shard_size=1000, manifest="sha256")
+    fastshard.save_torch_state_dict(tensors(), tmp_path, max_shard_size=1000, manifest=wanted)
     fastshard.save_torch_state_dict(tensors(), tmp_path)
     assert os.listdir(tmp_path) == [WEIGHTS]
 

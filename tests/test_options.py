@@ -54,7 +54,6 @@ LEFT_OUT: dict[str, dict[str, str]] = {
     "save_distributed": {
         "allow_strided": "strided tensors are always packed",
         "checksums": "no rank sees all bytes of a tensor",
-        "manifest": "no rank sees all bytes of a file",
     },
     "save_sharded_state": {
         "allow_strided": "strided tensors are always packed",

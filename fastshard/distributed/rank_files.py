@@ -18,6 +18,7 @@ from ..engine.tensors import check_dtype
 from ..publish.directory import Replacement, name_final_places
 from ..publish.folder import Named
 from ..publish.hidden_names import final_places, folder_of_ranks
+from ..publish.record import Record
 from .boxes import Boxes
 from .rank_plan import File, Piece
 
@@ -59,11 +60,12 @@ class RankFiles:
         with Named(path), open(path, "w") as file:
             file.write(text)
 
-    def publish(self) -> None:
-        """Lets all files appear. An error that is raised when they stand has ``published``."""
+    def publish(self, record: Callable[[str], Record] | None = None) -> None:
+        """Lets all files appear, with what ``record`` says of them. An error that is raised when they stand has ``published``."""
         for name in os.listdir(self.path):
             os.rename(os.path.join(self.path, name), os.path.join(self._change.path, name))
         os.rmdir(self.path)
+        self._change.record = record and record(self._change.path)
         self._change.publish()
 
     def end(self, error: BaseException | None) -> None:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from ..engine import background
 from ..engine.pipeline import How, PathLike, PlannedFile, plan_file, write_files
 from ..publish.directory import Replacement
+from ..publish.record import Record
 from .boxes import Boxes
 from .group import Group
 from .rank_plan import Plan, Told
@@ -67,10 +68,12 @@ def write_own_files(
     task: OwnFiles,
     boxes: Mapping[str, Boxes],
     how: How,
+    record: Callable[[str], Record] | None,
     last: Callable[[Replacement], None],
     stale: Callable[[str], bool],
 ) -> None:
-    """Writes this rank's files and puts them in place. ``last`` is called on the first rank to make the index."""
+    """Writes this rank's files and puts them in place, with what ``record`` says of them. ``last`` is called on the first
+    rank to make the index."""
     change: Replacement | None = None
     try:
         with group.agreed():
@@ -84,6 +87,7 @@ def write_own_files(
             if plans:
                 with background.synchronous():
                     write_files(plans, how, began, f"Saving {len(plans)} files")
+                change.record = record and record(change.path)
         with group.agreed():  # one after the other, as only one at a time changes names
             change.publish()
             change.end(None)
@@ -96,6 +100,7 @@ def write_own_files(
     def finish() -> None:
         with Replacement(folder, stale, durable=how.durable) as final:
             last(final)
+            final.record = record and record(final.path)
             final.publish()
 
     group.from_first(finish)

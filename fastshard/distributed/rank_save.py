@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -18,6 +18,7 @@ from ..engine.pipeline import How, PathLike, PlannedFile, check_metadata, finish
 from ..engine.tensors import check_dtype
 from ..formats.naming import index_of, names_of
 from ..publish.directory import Replacement
+from ..publish.manifests import check_wanted, recorder
 from .boxes import Boxes
 from .group import Group
 from .rank_files import RankFiles, explain, planned
@@ -39,6 +40,7 @@ def save_distributed(
     durable: bool = False,
     keep_cached: bool = True,
     progress: bool | None = None,
+    manifest: bool | Literal["sha256"] = False,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a state dict that the ranks of a process group have together, each its part, as one checkpoint.
@@ -68,7 +70,8 @@ def save_distributed(
             written and put in place by a rank that has all of its tensors whole (replicated, or of its own), and the
             index comes last. Readers may then find some files new and some old for a moment, and so may a kill in that
             moment leave them; a rank that fails before leaves the old checkpoint as always.
-        dtype, durable, keep_cached, progress, engine: as for :func:`fastshard.save_file`.
+        dtype, durable, keep_cached, progress, manifest, engine: as for :func:`fastshard.save_file`. For a manifest the
+            rank that puts files in place reads them back.
 
     Raises:
         ValueError: a tensor is not complete, or differs between ranks, or has a placement that is not supported
@@ -76,6 +79,7 @@ def save_distributed(
         RuntimeError: another rank has failed.
         What :func:`fastshard.save_torch_state_dict` raises.
     """
+    check_wanted(manifest)
     with Group(process_group, timeout=timeout) as group, one_save("save_distributed", folder):
         how = How(
             durable=durable,
@@ -83,6 +87,7 @@ def save_distributed(
             progress=progress,
             allow_strided=True,
             dtype=dtype,
+            manifest=manifest,
             engine=engine,
         )
         save = _Save(group, os.fspath(folder), how, writers_publish)
@@ -124,7 +129,9 @@ class _Save:
     def __init__(
         self, group: Group, folder: str, how: How, writers_publish: bool, style: Style | None = None
     ) -> None:
-        self._group, self._folder, self._how, self._style = group, folder, how, style
+        self._group, self._folder, self._style = group, folder, style
+        self._how = how._replace(manifest=False)  # no rank sees all bytes of a file
+        self._record = recorder(how.manifest, how.keep_cached)
         self._writers_publish = writers_publish
         self._boxes: dict[str, Boxes] = {}
         self._files: RankFiles | None = None
@@ -198,6 +205,7 @@ class _Save:
             task,
             self._boxes,
             self._how,
+            self._record,
             add_index,
             lambda name: name not in new and belongs(name),
         )
@@ -242,7 +250,7 @@ class _Save:
         assert self._files is not None
         files, self._files = self._files, None
         try:
-            files.publish()
+            files.publish(self._record)
         except BaseException as error:
             files.end(error)
             raise

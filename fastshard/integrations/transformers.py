@@ -50,7 +50,10 @@ def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwar
     reason = _why_left(original, model, arguments)
     if reason is None and arguments.get("distributed_checkpoint"):
         with on_the_spot(_CALL, "several processes save together"), under_way(arguments):
-            return original(model, *args, **kwargs)
+            result = original(model, *args, **kwargs)
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            complete_folder(directory)
+        return result
     if reason is not None:
         count_left(_CALL, reason)
         with on_the_spot(_CALL, reason):

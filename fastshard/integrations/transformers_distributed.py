@@ -21,6 +21,7 @@ from ..distributed.rank_save import Style, save_in_style
 from ..engine.pipeline import How
 from ..formats.hf_index import make_index
 from ..formats.naming import HUB_PATTERN, is_of_rank
+from . import patching
 
 _CALL: Final = "PreTrainedModel.save_pretrained"
 _arguments: contextvars.ContextVar[Mapping[str, Any] | None] = contextvars.ContextVar(
@@ -55,7 +56,7 @@ def save_model(original: Callable[..., Any], /, model: Any, checkpoint_dir: Any)
         Style(index_text, is_of_rank),
         max_shard_size=arguments.get("max_shard_size", "50GB"),
         filename_pattern=HUB_PATTERN,
-        how=How(allow_strided=True),
+        how=How(allow_strided=True, manifest=patching.manifest()),
     )
 
 

@@ -54,8 +54,7 @@ def amend(change: Change, record: Record | None) -> Collection[str] | None:
     sums = dict(_readable(there, SUMS_NAME, change.folder, read_sums))
     if record is None and not touched & {*files, *sums}:
         return None
-    files, sums = ({name: of[name] for name in of if name not in touched} for of in (files, sums))
-    return write(change.new, _merged(Record(files, sums), record), change.durable)
+    return write(change.new, _merged(files, sums, touched, record), change.durable)
 
 
 def write(folder: Folder, record: Record, durable: bool = False) -> Collection[str]:
@@ -66,14 +65,14 @@ def write(folder: Folder, record: Record, durable: bool = False) -> Collection[s
     sums = {name: digest for name, digest in record.sums.items() if name not in RECORDS}
     if sums:
         if record.files:
-            text = texts[MANIFEST_NAME].encode()
-            sums[MANIFEST_NAME] = hashlib.sha256(text, usedforsecurity=False).hexdigest()
+            encoded = texts[MANIFEST_NAME].encode()
+            sums[MANIFEST_NAME] = hashlib.sha256(encoded, usedforsecurity=False).hexdigest()
         texts[SUMS_NAME] = format_sums(sums)
-    for name, text in texts.items():
+    for name, made in texts.items():
         with Named(name, folder):
             fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666, dir_fd=folder.fd)
             with open(fd, "wb") as file:
-                file.write(os.fsencode(text))
+                file.write(os.fsencode(made))
                 if durable:
                     file.flush()
                     os.fsync(fd)
@@ -83,18 +82,25 @@ def write(folder: Folder, record: Record, durable: bool = False) -> Collection[s
     return emptied
 
 
-def _files(path: str, touched: Collection[str]) -> Mapping[str, FileEntry]:
-    """Returns what a manifest says of files, which takes 50 ms for 20,000 tensors; nothing, if all of them are
-    touched."""
+def _files(path: str, touched: set[str]) -> Mapping[str, FileEntry]:
+    """Returns what a manifest says of files, which takes 50 ms for 20,000 tensors. If all files are touched, only their
+    names are right."""
     with open(path, "rb") as file:
-        names = _FILE.findall(file.read())
-    if names and touched >= {json.loads(name) for name in names}:
-        return {}
+        names = {json.loads(name) for name in _FILE.findall(file.read())}
+    if names and touched >= names:
+        return dict.fromkeys(names, FileEntry(0))
     return read_manifest(path).files
 
 
-def _merged(one: Record, other: Record | None) -> Record:
-    return one if other is None else Record({**one.files, **other.files}, {**one.sums, **other.sums})
+def _merged(
+    files: Mapping[str, FileEntry], sums: Mapping[str, str], touched: set[str], record: Record | None
+) -> Record:
+    """Returns what is there of files that are not touched, and the record."""
+    kept = {name: entry for name, entry in files.items() if name not in touched}
+    kept_sums = {name: digest for name, digest in sums.items() if name not in touched}
+    return Record(
+        {**kept, **record.files} if record else kept, {**kept_sums, **record.sums} if record else kept_sums
+    )
 
 
 def _readable(

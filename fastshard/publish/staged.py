@@ -232,7 +232,7 @@ def _explained(
 ) -> BaseException | None:
     change.explain(error)
     is_other = kind is not None and isinstance(error, OSError) and not isinstance(error, kind)
-    return rewritten(error, kind) if is_other else None  # type: ignore[arg-type,type-var]
+    return rewritten(error, kind) if is_other else None  # type: ignore[arg-type]
 
 
 def save_alone(
