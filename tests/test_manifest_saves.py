@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -284,6 +285,34 @@ def test_one_that_cannot_be_understood_stops_no_save(
     fastshard.save_file(tensors(), standing / "new.safetensors", manifest="sha256")
     assert described(standing) == summed(standing) == {"new.safetensors"}
     assert [record.message for record in caplog.records if "is made anew" in record.message]
+
+
+def test_what_others_have_written_is_read(standing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing that is known already, or was there before."""
+    began = time.time_ns()
+    for path in standing.rglob("*"):
+        os.utime(path, ns=(began - 10**9, began - 10**9))
+    read, take = [], manifests.take
+    monkeypatch.setattr(
+        manifests,
+        "take",
+        lambda wanted, **how: (read.extend(one.path for one in wanted), take(wanted, **how)),
+    )
+    data = bytearray((standing / OTHERS[0]).read_bytes())
+    data[-1] ^= 1
+    (standing / OTHERS[0]).write_bytes(data)  # of the same size
+    (standing / OTHERS[1]).write_text("[]")
+    (standing / "sub" / "more").write_text("x")
+    (standing / "sub" / "vocab.txt").unlink()
+    manifests.complete(str(standing), "sha256", since=began)
+    assert described(standing) == summed(standing) == files_of(standing)
+    assert sorted(os.path.relpath(path, standing) for path in read) == [OTHERS[1], OTHERS[0], "sub/more"]
+    read.clear()
+    manifests.complete(str(standing), "sha256", since=time.time_ns() + 10**9)
+    assert not read
+    (standing / "sub" / "even more").write_text("x")
+    manifests.complete(str(standing), True, since=began, within=False)
+    assert "sub/even more" not in described(standing) and "sub/more" in described(standing)
 
 
 @pytest.mark.parametrize("saver", ["save_file", "in shards", "save_sharded_state"])

@@ -14,6 +14,7 @@ import functools
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -44,6 +45,7 @@ def save_state(
     Raises the error of the checkpoint before, if that has failed.
     """
     wait_for_earlier()
+    began = time.time_ns()
     automatic = accelerator.project_configuration.automatic_checkpoint_naming
     above = os.path.join(accelerator.project_dir, "checkpoints") if automatic else None
     directory = os.path.join(above, f"checkpoint_{accelerator.save_iteration}") if above else output_dir
@@ -58,7 +60,7 @@ def save_state(
         with background.synchronous():
             result = original(accelerator, output_dir, *args, **kwargs)
         if accelerator.is_main_process:
-            complete_folder(directory)
+            complete_folder(directory, began)
         return result
     if above:
         os.makedirs(above, exist_ok=True)

@@ -16,6 +16,7 @@ import functools
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -67,6 +68,7 @@ def save_checkpoint(original: Callable[..., Any], trainer: Any, *args: Any, **kw
     Raises the error of the checkpoint before, if that has failed.
     """
     wait_for_earlier()
+    began = time.time_ns()
     arguments = arguments_by_name(original)(trainer, *args, **kwargs)
     asynchronous = patching.is_asynchronous()
     run = trainer._get_output_dir(trial=arguments["trial"])
@@ -78,7 +80,7 @@ def save_checkpoint(original: Callable[..., Any], trainer: Any, *args: Any, **kw
         with background.synchronous():
             result = original(trainer, *args, **kwargs)
         if trainer.args.should_save:
-            complete_folder(directory)
+            complete_folder(directory, began)
         return result
     os.makedirs(run, exist_ok=True)
     wanted = patching.manifest()

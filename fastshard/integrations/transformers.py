@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final
@@ -45,6 +46,7 @@ def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwar
     What is pushed to the hub is written as transformers does it, file by file. So are saves in which a user's own code
     takes part. For distributed checkpoints see :mod:`fastshard.integrations.transformers_distributed`.
     """
+    began = time.time_ns()
     arguments = arguments_by_name(original)(model, *args, **kwargs)
     directory = arguments["save_directory"]
     reason = _why_left(original, model, arguments)
@@ -52,14 +54,14 @@ def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwar
         with on_the_spot(_CALL, "several processes save together"), under_way(arguments):
             result = original(model, *args, **kwargs)
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-            complete_folder(directory)
+            complete_folder(directory, began, within=False)
         return result
     if reason is not None:
         count_left(_CALL, reason)
         with on_the_spot(_CALL, reason):
             result = original(model, *args, **kwargs)
         if is_main(arguments):
-            complete_folder(directory)
+            complete_folder(directory, began, within=False)
         return result
     if os.path.isfile(directory):
         return original(model, *args, **kwargs)
@@ -109,10 +111,11 @@ def is_main(arguments: Mapping[str, Any]) -> bool:
     return main
 
 
-def complete_folder(directory: object) -> None:
-    """Brings what a library has written by itself into the manifest of its folder, if there is to be one."""
+def complete_folder(directory: object, began: int, within: bool = True) -> None:
+    """Brings what a library has written by itself, from ``began`` on, into the manifest of its folder, if there is to be
+    one. Without ``within`` folders in it are not looked into."""
     if patching.manifest() and isinstance(directory, (str, os.PathLike)) and os.path.isdir(directory):
-        complete(os.fspath(directory), patching.manifest())
+        complete(os.fspath(directory), patching.manifest(), since=began, within=within)
 
 
 @functools.cache

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Wanted = bool | str
 """What is to be made: nothing, the manifest, or with ``"sha256"`` also ``SHA256SUMS``."""
 _SHA256: Final = "sha256"
+_TICK: Final = 100_000_000
+"""Nanoseconds by which clocks of filesystems may be behind."""
 _PLAIN: Final = re.compile(r"[\w. -]+", re.ASCII)
 """Names that stand in both files as they are."""
 _log: Final = logging.getLogger("fastshard")
@@ -135,8 +137,9 @@ def _entry(found: _Read) -> FileEntry:
     return FileEntry(found.nbytes, first, {n: TensorEntry(*where, crc32) for n, where, crc32 in ranges})
 
 
-def _files_in(folder: str) -> list[str]:
-    """Returns the paths of the regular files in a folder, relative to it, without what is hidden and without records."""
+def _files_in(folder: str, within: bool = True) -> list[str]:
+    """Returns the paths of the regular files in a folder and ``within`` the folders in it, without what is hidden and
+    without records."""
     found: list[str] = []
     ahead = [""]
     while ahead:
@@ -146,7 +149,7 @@ def _files_in(folder: str) -> list[str]:
             if entry.name.startswith(".fastshard-") or path in RECORDS:
                 continue
             mode = entry.stat(follow_symlinks=False).st_mode
-            if stat.S_ISDIR(mode):
+            if stat.S_ISDIR(mode) and within:
                 ahead.append(path)
             elif stat.S_ISREG(mode):
                 found.append(path)
@@ -189,26 +192,39 @@ def add(path: str, manifest: Wanted, *, durable: bool = False, keep_cached: bool
     _say(folder, record_of(folder, manifest, {}, names=[name], keep_cached=keep_cached), durable)
 
 
-def complete(folder: str, manifest: Wanted) -> None:
-    """Adds all files that others have written into a folder since the saves that its manifest is of."""
+def complete(folder: str, manifest: Wanted, *, since: int = 0, within: bool = True) -> None:
+    """Adds what others have written into a folder, and ``within`` the folders in it, to its manifest and digests.
+
+    ``since``: in nanoseconds since the epoch, when that began; older files are left as they are described. Files of
+    tensors that the manifest has described since they were written are not read again.
+    """
     try:
+        told = os.stat(os.path.join(folder, MANIFEST_NAME)).st_mtime_ns
         files = read_manifest(os.path.join(folder, MANIFEST_NAME)).files
         sums = read_sums(os.path.join(folder, SUMS_NAME)) if manifest == _SHA256 else {}
     except (OSError, ValueError):
-        files, sums = {}, {}
-    # Others do not write weights, but may have written any small file once more.
-    known = {
-        name: entry
-        for name, entry in files.items()
-        if entry.tensors is not None and _size(os.path.join(folder, name)) == entry.nbytes
-    }
-    _say(folder, record_of(folder, manifest, known, {n: sums[n] for n in known if n in sums}), False)
+        told, files, sums = 0, {}, {}
+    known: dict[str, FileEntry] = {}
+    names = []
+    for name in _files_in(folder, within):
+        info = _status(folder, name)
+        if info is not None and info.st_ctime_ns >= since - _TICK:
+            names.append(name)
+            entry = files.get(name)
+            is_told = entry is not None and entry.tensors is not None and info.st_mtime_ns <= told
+            if entry is not None and is_told and entry.nbytes == info.st_size:
+                known[name] = entry
+    gone = frozenset(name for name in {*files, *sums} - {*RECORDS} if _status(folder, name) is None)
+    if names or gone:
+        known_sums = {name: sums[name] for name in known if name in sums}
+        found = record_of(folder, manifest, known, known_sums, names=names)
+        _say(folder, found._replace(without=gone), False)
 
 
-def _size(path: str) -> int | None:
+def _status(folder: str, name: str) -> os.stat_result | None:
     try:
-        return os.stat(path).st_size
-    except FileNotFoundError:
+        return os.stat(os.path.join(folder, name))
+    except FileNotFoundError:  # others go on
         return None
 
 
