@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from helpers import filled, parsed, run, snapshot
 
 import fastshard
 from fastshard.base import settings
+from fastshard.engine import checksums
 from fastshard.formats.sha256sums import format_sums, read_sums
 from fastshard.integrations import patching
 from fastshard.publish import manifests, record
@@ -292,12 +293,15 @@ def test_what_others_have_written_is_read(standing: Path, monkeypatch: pytest.Mo
     began = time.time_ns()
     for path in standing.rglob("*"):
         os.utime(path, ns=(began - 10**9, began - 10**9))
-    read, take = [], manifests.take
-    monkeypatch.setattr(
-        manifests,
-        "take",
-        lambda wanted, **how: (read.extend(one.path for one in wanted), take(wanted, **how)),
-    )
+    read: list[str] = []
+    take = checksums.take
+
+    def noting(wanted: Iterable[checksums.Sums], **how: Any) -> None:
+        found = list(wanted)
+        read.extend(one.path for one in found)
+        take(found, **how)
+
+    monkeypatch.setattr(manifests, "take", noting)
     data = bytearray((standing / OTHERS[0]).read_bytes())
     data[-1] ^= 1
     (standing / OTHERS[0]).write_bytes(data)  # of the same size
