@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     from .tools.reshard import merge_checkpoint as merge_checkpoint
     from .tools.reshard import reshard_checkpoint as reshard_checkpoint
     from .tools.reshard import shard_checkpoint as shard_checkpoint
+    from .tools.run_folder import latest_checkpoint as latest_checkpoint
+    from .tools.run_folder import list_checkpoints as list_checkpoints
+    from .tools.run_folder import prune_checkpoints as prune_checkpoints
 
 __version__ = "0.1.0"
 
@@ -71,6 +74,8 @@ _HOMES = {
     "convert_dcp": "fastshard.tools.dcp_folders",
     "install": "fastshard.integrations.patching",
     "installed": "fastshard.integrations.patching",
+    "latest_checkpoint": "fastshard.tools.run_folder",
+    "list_checkpoints": "fastshard.tools.run_folder",
     "load": "safetensors.torch",
     "load_distributed": "fastshard.distributed.rank_load",
     "load_file": "safetensors.torch",
@@ -78,6 +83,7 @@ _HOMES = {
     "load_sharded_state": "fastshard.api.sharded_load",
     "merge_checkpoint": "fastshard.tools.reshard",
     "prepare": "fastshard.api.prepared",
+    "prune_checkpoints": "fastshard.tools.run_folder",
     "reshard_checkpoint": "fastshard.tools.reshard",
     "safe_open": "safetensors",
     "save": "fastshard.api.saving",

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastshard env [PATH]``, ``run COMMAND``, ``bench``, ``vllm-save``, and the commands of files.py and
-checkpoints.py."""
+"""``fastshard env [PATH]``, ``run COMMAND``, ``bench``, ``vllm-save``, and the commands of files.py,
+checkpoints.py and run_folders.py."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..formats.hf_index import is_folder
 from . import checkpoints as cli_checkpoints
 from . import files as cli_files
 from . import run as cli_run
+from . import run_folders as cli_run_folders
 from .text import fail, guarded, needs_torch, size
 
 
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "path", nargs="?", default=".", help="an existing directory, or a file in one (default: .)"
     )
     cli_checkpoints.add_parsers(commands)
+    cli_run_folders.add_parsers(commands)
     commands.add_parser(
         "run", help="a command whose Pythons all start with fastshard (run torchrun train.py)"
     )
@@ -54,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return cli_files.run(given)
     if given.command in cli_checkpoints.COMMANDS:
         return cli_checkpoints.run(given)
+    if given.command in cli_run_folders.COMMANDS:
+        return cli_run_folders.run(given)
     return guarded(lambda: _env(given.path), given.path)
 
 

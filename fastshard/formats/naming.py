@@ -52,6 +52,11 @@ RANK_MANIFEST: Final = "tensor_parallel.json"
 MANIFESTS: Final = (ROOT_MANIFEST, RANK_MANIFEST)
 """The manifests of a checkpoint that was cut into the parts of ranks (:mod:`fastshard.tools.rank_folders`)."""
 
+MANIFEST_NAME: Final = "fastshard.manifest.json"
+"""The manifest of an ordinary folder (:mod:`fastshard.formats.manifest`)."""
+SUMS_NAME: Final = "SHA256SUMS"
+"""What ``sha256sum -c`` reads (:mod:`fastshard.formats.sha256sums`)."""
+
 _ALL_WEIGHTS: Final = (WEIGHTS_SUFFIX, *TORCH_SUFFIXES, ".h5", ".msgpack", ".gguf", ".onnx")
 _SERVED_WEIGHTS: Final = (WEIGHTS_SUFFIX, PICKLED_SUFFIX, ".pt", ".pth", ".gguf")
 _SHARD: Final = r"(-\d{5}-of-\d{5})?"
@@ -112,6 +117,22 @@ def are_of_the_same_weights(names: Iterable[str], name: str) -> bool:
         for match in map(_WEIGHTS.fullmatch, names)
         if match
     )
+
+
+def index_of_what(name: str) -> str | None:
+    """Returns the suffix of the files that an index of this name is of; ``None`` if it is no index's name."""
+    found = _INDEX.fullmatch(name)
+    return None if found is None else found["suffix"]
+
+
+def place_in_set(name: str) -> tuple[str, int, int] | None:
+    """Returns of a shard what all shards of its checkpoint have in common, its number, and how many there are; ``None``
+    for other files."""
+    found = _WEIGHTS.fullmatch(name)
+    if found is None or found[2] is None or number_of_dcp_shard(name) is not None:
+        return None
+    number, _, count = found[2][1:].partition("-of-")
+    return f"{found['stem']} {found['suffix']} {count}", int(number), int(count)
 
 
 def pickled_stems(names: Iterable[str]) -> set[str]:
