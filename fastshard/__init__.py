@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .integrations.report import Status as Status
     from .integrations.report import status as status
     from .tools.dcp_folders import convert_dcp as convert_dcp
+    from .tools.diff import diff_checkpoints as diff_checkpoints
     from .tools.reshard import merge_checkpoint as merge_checkpoint
     from .tools.reshard import reshard_checkpoint as reshard_checkpoint
     from .tools.reshard import shard_checkpoint as shard_checkpoint
@@ -72,6 +73,7 @@ _HOMES = {
     "Status": "fastshard.integrations.report",
     "asynchronous": "fastshard.engine.background",
     "convert_dcp": "fastshard.tools.dcp_folders",
+    "diff_checkpoints": "fastshard.tools.diff",
     "install": "fastshard.integrations.patching",
     "installed": "fastshard.integrations.patching",
     "latest_checkpoint": "fastshard.tools.run_folder",
