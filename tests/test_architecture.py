@@ -63,7 +63,7 @@ PYTHON_LAYERS = {
         group boxes rank_plan rank_files rank_own_files rank_save stored slices rank_load unseen_files stock final_files writer reader distcp file_system
         gathering staged stager
     """,
-    "tools": "completeness run_folder tensors_of values diff convert tp_plan model_plan parts rank_folders outputs reshard stored_boxes dcp_source dcp_folders",
+    "tools": "completeness run_folder usage tensors_of values diff convert tp_plan model_plan parts rank_folders outputs reshard stored_boxes dcp_source dcp_folders",
     "integrations": """
         patch_entry patch_groups import_hook calls patching overrides report offload transformers_distributed transformers trainer accelerate accelerate_state lightning torch_checkpointing adapters dcp vllm_states vllm
         sglang vllm_save
@@ -120,6 +120,7 @@ WITHOUT_TORCH = {
     "integrations/report": set(),
     "tools/completeness": set(),
     "tools/run_folder": set(),
+    "tools/usage": set(),
     "tools/tensors_of": set(),
     "tools/values": set(),
     "tools/diff": set(),

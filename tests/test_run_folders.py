@@ -22,8 +22,9 @@ import fastshard
 from fastshard.cli import command as cli
 from fastshard.formats.manifest import FileEntry, Manifest
 from fastshard.formats.naming import MANIFEST_NAME
-from fastshard.tools import run_folder
+from fastshard.tools import run_folder, usage
 from fastshard.tools.completeness import problems_of
+from fastshard.tools.usage import OTHERS, Extent, usage_of
 
 STEPS = (2, 4, 6, 8)
 
@@ -383,3 +384,93 @@ def trained_with(folder: Path, callback: Any) -> Any:
             lambda self, *args, **kwargs: plain(self, *args, callbacks=[callback], **kwargs),
         )
         return trained(folder)
+
+
+# What they occupy ----------------------------------------------------------------------------------------------
+
+
+def test_links_count_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As checkpoints have them of which most files did not change."""
+    run, mib = tmp_path / "run", 1 << 20
+    for step in (1, 2, 3):
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+        (run / f"checkpoint-{step}" / "changed").write_bytes(os.urandom(mib))
+        if step > 1:
+            os.link(run / "checkpoint-1" / "frozen", run / f"checkpoint-{step}" / "frozen")
+        else:
+            (run / "checkpoint-1" / "frozen").write_bytes(os.urandom(4 * mib))
+    (run / "log").write_bytes(os.urandom(mib))
+    os.sync()
+    found = usage_of([run])
+    folder = (run / "checkpoint-1").stat().st_blocks * 512
+    assert [one.name for one in found.checkpoints] == [*checkpoint_names(run), OTHERS]
+    assert [one.nbytes for one in found.checkpoints] == [5 * mib] * 3 + [mib]
+    assert [one.occupied for one in found.checkpoints] == [5 * mib + folder] * 3 + [mib]
+    assert [one.frees for one in found.checkpoints] == [mib + folder] * 3 + [mib]
+    assert found.nbytes == 16 * mib and found.occupied == 8 * mib + 3 * folder
+    for step in (1, 2):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    assert usage_of([run]).checkpoints[0].frees == 5 * mib + folder
+    os.link(run / "checkpoint-3" / "frozen", tmp_path / "elsewhere")
+    assert usage_of([run]).checkpoints[0].frees == mib + folder
+    assert usage_of([run, tmp_path / "elsewhere"]).checkpoints[2].occupied == 4 * mib
+    assert cli.main(["du", str(run)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[1].split()[:4] == ["checkpoint-3", "2", "5.00", "MiB"] and lines[-1].startswith("together")
+    assert cli.main(["du", str(run), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["occupied"] == 6 * mib + folder
+    assert cli.main(["du", str(tmp_path / "nowhere")]) == 1
+
+
+def test_blocks_that_files_share_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FIEMAP would tell of copies that a filesystem has made without copying."""
+    mib = 1 << 20
+    told = {
+        "checkpoint-1": [Extent(0, 4 * mib)],
+        "checkpoint-2": [Extent(0, 3 * mib)],
+        "checkpoint-3": [Extent(mib, mib), Extent(100 * mib, mib)],  # the second with a file elsewhere
+    }
+    for name in told:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_bytes(os.urandom(4 * mib))
+    os.sync()
+    monkeypatch.setattr(
+        usage, "_shared_extents", lambda path: told[Path(path).parent.name] if "weights" in path else []
+    )
+    folder = (tmp_path / "checkpoint-1").stat().st_blocks * 512
+    found = usage_of([tmp_path])
+    # 0-1: of 1 and 2; 1-2: of all; 2-3: of 1 and 2; 3-4: said to be shared, but with nobody here.
+    assert [one.occupied - folder for one in found.checkpoints] == [4 * mib] * 3
+    assert [one.frees - folder for one in found.checkpoints] == [0, mib, 2 * mib]
+    assert found.occupied == (4 + 1 + 2 + 1) * mib + 3 * folder
+
+
+def test_extents_are_read_as_the_kernel_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real call, of a file with holes: here nothing is shared, so all placed extents are taken for shared."""
+    path = tmp_path / "holes"
+    with open(path, "wb") as file:
+        for at in range(700):  # more than one call tells
+            file.seek(at * 16384)
+            file.write(b"x" * 4096)
+        file.flush()
+        os.fsync(file.fileno())
+    with open(path, "rb") as file:
+        try:
+            assert list(usage._shared_in(file.fileno())) == []
+        except OSError as error:
+            pytest.skip(f"no FIEMAP here: {error}")
+        monkeypatch.setattr(usage, "_EXTENT", AllFlagged)
+        found = list(usage._shared_in(file.fileno()))
+    assert len(found) == 700 and sum(extent.nbytes for extent in found) == 700 * 4096
+    assert len({extent.begin for extent in found}) == 700
+
+
+class AllFlagged:
+    """The struct of an extent, which is said to be shared."""
+
+    size = usage._EXTENT.size
+
+    @staticmethod
+    def unpack_from(buffer: bytearray, at: int, plain: Any = usage._EXTENT) -> tuple[int, int, int, int]:
+        logical, physical, nbytes, flags = plain.unpack_from(buffer, at)
+        return logical, physical, nbytes, flags | 0x2000

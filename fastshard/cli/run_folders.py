@@ -17,12 +17,13 @@ from ..tools.run_folder import (
     list_checkpoints,
     prune_checkpoints,
 )
-from .text import fail, guarded, printable, table
+from ..tools.usage import usage_of
+from .text import fail, guarded, printable, size, table
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-COMMANDS: Final = ("checkpoints",)
+COMMANDS: Final = ("checkpoints", "du")
 
 
 def add_parsers(commands: Commands) -> None:
@@ -35,12 +36,24 @@ def add_parsers(commands: Commands) -> None:
         epilog="Exit status: 0; 1 if --latest or --complete finds none, or if the run cannot be read or changed; 2 if"
         " the arguments are wrong.",
     )
-    checkpoints.add_argument("run", metavar="RUN", help="the folder of a run")
-    checkpoints.add_argument(
-        "--prefix",
-        default=CHECKPOINT_PREFIX,
-        help=f"what checkpoints' names have before the number (default: {CHECKPOINT_PREFIX})",
+    du = commands.add_parser(
+        "du",
+        help="what the checkpoints of a run really occupy, and what deleting one would free",
+        description="Files with several names (hard links) and blocks in several files (reflinks) count once. SIZE is that of"
+        " the files; USED, of all blocks that a checkpoint uses; FREES, of those that nothing else uses.",
+        epilog="Exit status: 0; 1 if something cannot be read; 2 if the arguments are wrong.",
     )
+    du.add_argument(
+        "paths", metavar="PATH", nargs="+", help="the folder of a run, or any other folder or file"
+    )
+    du.add_argument("--json", action="store_true", help="as JSON, in bytes")
+    for parser in (checkpoints, du):
+        parser.add_argument(
+            "--prefix",
+            default=CHECKPOINT_PREFIX,
+            help=f"what checkpoints' names have before the number (default: {CHECKPOINT_PREFIX})",
+        )
+    checkpoints.add_argument("run", metavar="RUN", help="the folder of a run")
     checkpoints.add_argument(
         "--complete", action="store_true", help="only complete ones: a path in each line"
     )
@@ -63,6 +76,8 @@ def add_parsers(commands: Commands) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Runs the command. Returns the exit status."""
+    if given.command == "du":
+        return guarded(lambda: _du(given))
     problem = _contradiction(given)
     if problem is not None:
         print(f"fastshard checkpoints: {problem}", file=sys.stderr)
@@ -146,3 +161,23 @@ def _prune(given: argparse.Namespace) -> int:
     if rows:
         print(table(("checkpoint", "what becomes of it"), rows, right=()))
     return 0
+
+
+# du --------------------------------------------------------------------------------------------------------
+
+
+def _du(given: argparse.Namespace) -> None:
+    found = usage_of(given.paths, prefix=given.prefix)
+    if given.json:
+        print(json.dumps(found.as_dict(), indent=2))
+        return
+    rows = [
+        (
+            printable(one.path if len(given.paths) > 1 else one.name),
+            str(one.files),
+            *map(size, (one.nbytes, one.occupied, one.frees)),
+        )
+        for one in found.checkpoints
+    ]
+    rows.append(("together", "", size(found.nbytes), size(found.occupied), ""))
+    print(table(("checkpoint", "files", "size", "used", "frees"), rows, right=(1, 2, 3, 4)))

@@ -63,7 +63,9 @@ def list_checkpoints(run: str | os.PathLike[str], *, prefix: str = CHECKPOINT_PR
 
     Raises ``OSError`` if the run's folder cannot be read.
     """
-    return [found for found in map(_looked_at, _named(os.fspath(run), prefix)) if found is not None]
+    return [
+        found for found in map(_looked_at, named_checkpoints(os.fspath(run), prefix)) if found is not None
+    ]
 
 
 def latest_checkpoint(run: str | os.PathLike[str], *, prefix: str = CHECKPOINT_PREFIX) -> str | None:
@@ -71,14 +73,15 @@ def latest_checkpoint(run: str | os.PathLike[str], *, prefix: str = CHECKPOINT_P
 
     Takes the arguments of :func:`list_checkpoints`.
     """
-    for checkpoint in reversed(_named(os.fspath(run), prefix)):
+    for checkpoint in reversed(named_checkpoints(os.fspath(run), prefix)):
         found = _looked_at(checkpoint)
         if found is not None and found.complete:
             return found.path
     return None
 
 
-def _named(run: str, prefix: str) -> list[RunCheckpoint]:
+def named_checkpoints(run: str, prefix: str) -> list[RunCheckpoint]:
+    """Returns the folders of a run that are named as checkpoints, in the order of their steps."""
     pattern = re.compile(rf"{re.escape(prefix)}(\d{{1,18}})", re.ASCII)
     found = []
     with os.scandir(run) as entries:
