@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from ..formats.dcp_metadata import read_metadata
-from ..formats.file_kinds import what_is
+from ..formats.file_kinds import TORCH, what_is
 from ..formats.hf_index import StoredFile, open_file, read_object, read_stored, read_text, weight_map
 from ..formats.manifest import read_manifest
 from ..formats.naming import (
@@ -45,6 +45,8 @@ _TO_RESUME: Final[Mapping[str, re.Pattern[str]]] = {
 """What ``Trainer`` needs to go on, all of it or, with ``save_only_model=True``, nothing."""
 _WEIGHTS: Final = (WEIGHTS_SUFFIX, *TORCH_SUFFIXES, DISTCP_SUFFIX)
 _NO_WEIGHTS: Final = re.compile(r".*optimizer.*|scheduler\..*|scaler\..*|rng_state.*|training_args\.bin")
+_PICKLE_SUFFIX: Final = ".pkl"
+_LEAST_ARCHIVE_NBYTES: Final = 64
 _EDGE_NBYTES: Final = 64
 _MAX_PARSED_NBYTES: Final = 1 << 20
 
@@ -123,9 +125,10 @@ class _Folder:
         path = self._place(name)
         if name.endswith(WEIGHTS_SUFFIX):
             stored[name] = read_stored(path)
-        elif name.endswith(TORCH_SUFFIXES):
+        elif name.endswith((*TORCH_SUFFIXES, _PICKLE_SUFFIX)):
             what = what_is(path)
-            if not what.is_whole or not os.path.getsize(path):
+            least = 1 if name.endswith(_PICKLE_SUFFIX) else _LEAST_ARCHIVE_NBYTES
+            if not what.is_whole or (what.kind != TORCH and os.path.getsize(path) < least):
                 raise ValueError(f"it is {what.text}")
         elif name.endswith(".json"):
             _expect_json(path)
