@@ -54,6 +54,9 @@ def with_manifest(folder: Path) -> Path:
                 crc32 = zlib.crc32(data[begin : begin + nbytes])
                 tensors[tensor.name] = TensorEntry(begin, nbytes, crc32)
             files[name] = FileEntry(len(data), zlib.crc32(data[: stored.header.nbytes]), tensors)
+        else:
+            data = (folder / name).read_bytes()
+            files[name] = FileEntry(len(data), zlib.crc32(data))
     (folder / MANIFEST_NAME).write_text(Manifest(files=files).to_json())
     return folder
 
@@ -164,6 +167,21 @@ def test_folders_of_folders_and_names_in_several_files(tmp_path: Path) -> None:
     found = fastshard.diff_checkpoints(tmp_path / "a", tmp_path / "b")
     assert told(found) == dict.fromkeys(("vae/model.safetensors: w", "vae/model.fp16.safetensors: w"), BYTES)
     assert found.tensors == 4 and found.equal == {BYTES: 2}
+
+
+def test_other_files_are_told_by_manifests_and_links_too(tmp_path: Path, monkeypatch: Any) -> None:
+    one, other = (saved(tmp_path / name, STATE) for name in ("a", "b"))
+    for name, text in (("same", "1"), ("other", "2"), ("longer", "2" * 20)):
+        (one / name).write_text("1")
+        (other / name).write_text(text)
+    for folder in (one, other):
+        os.link(one / "same", folder / "linked")
+    for folder in (one, other):
+        with_manifest(folder)
+    expected = {"longer": BYTES, "other": BYTES}
+    assert fastshard.diff_checkpoints(one, other, digests=False).files == expected
+    monkeypatch.setattr(diff_module.os, "preadv", lambda *_: pytest.fail("a file is read"))
+    assert fastshard.diff_checkpoints(one, other).files == expected | {"other": CRC32}
 
 
 # How far apart ---------------------------------------------------------------------------------------------

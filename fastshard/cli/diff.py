@@ -70,7 +70,7 @@ def _diff(given: argparse.Namespace, done: list[Diff]) -> int:
         rows = [_row(difference) for difference in found.differences]
         print(table(("tensor", "A", "B", "size", "what differs"), rows, right=(3,)))
     for name, how in found.files.items():
-        print(f"file {printable(name)}: {'differs' if how == 'bytes' else how}")
+        print(f"file {printable(name)}: {how if how.startswith('only') else f'differs ({how})'}")
     equal = sum(found.equal.values())
     by = ", ".join(
         f"{count} by {how}" if how != "same file" else f"{count} in the same file"

@@ -76,7 +76,7 @@ class Diff:
     """How many bytes of tensors were to be read of each side."""
     differences: list[Difference] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
-    """Other files of two folders that are not the same, and how: "only in A", "only in B" or "bytes"."""
+    """Other files of two folders that are not the same, and how: "only in A", "only in B", "bytes" or "CRC-32"."""
 
     @property
     def same(self) -> bool:
@@ -132,7 +132,7 @@ def diff_checkpoints(
         b: The same.
         max_abs: Compare the values of those that differ, also between dtypes, and tell how far they are apart. It
             needs torch, and reads all of these.
-        digests: Take tensors for equal whose CRC-32 is the same in the manifests of both sides.
+        digests: Take tensors and files for equal whose CRC-32 is the same in the manifests of both sides.
         weights_only: Leave the other files out.
         progress: Show a bar. Default: ``FASTSHARD_PROGRESS``.
 
@@ -142,7 +142,7 @@ def diff_checkpoints(
     found = Diff(sides[0].path, sides[1].path)
     to_read = _compare_descriptions(found, sides, max_abs, digests)
     folders = all(side.is_folder for side in sides)
-    others = _compare_names(found, sides) if folders and not weights_only else []
+    others = _compare_names(found, sides, digests) if folders and not weights_only else []
     compare = [*_stretches(to_read, max_abs), *_stretches(others, False)]
     found.read_nbytes = sum(pair.a.nbytes for pair in to_read)
     total = sum(pair.a.nbytes for pair in (*to_read, *others))
@@ -206,24 +206,20 @@ def _described(place: Placed) -> str:
     return f"{place.code} {list(place.shape)}"
 
 
-def _compare_names(found: Diff, sides: tuple[Contents, Contents]) -> list[_Pair]:
+def _compare_names(found: Diff, sides: tuple[Contents, Contents], digests: bool) -> list[_Pair]:
     """Notes which other files only one side has, or have another size. Returns those that have to be read."""
     one, other = sides
     found.files.update(dict.fromkeys(one.others.keys() - other.others.keys(), ONLY_A))
     found.files.update(dict.fromkeys(other.others.keys() - one.others.keys(), ONLY_B))
     pairs = []
     for name in one.others.keys() & other.others.keys():
-        a, b = _whole(one.others[name]), _whole(other.others[name])
-        if a.nbytes != b.nbytes:
-            found.files[name] = BYTES
-        elif a.identity != b.identity and a.nbytes:
+        a, b = one.others[name], other.others[name]
+        by, kind = _told(a, b, digests)
+        if kind is not None:
+            found.files[name] = BYTES if kind == SHAPE else kind
+        elif by is None:
             pairs.append(_Pair(name, a, b))
     return pairs
-
-
-def _whole(path: str) -> Placed:
-    info = os.stat(path)
-    return Placed(path, (info.st_dev, info.st_ino), "U8", (info.st_size,), 0, info.st_size, None)
 
 
 def _stretches(pairs: Iterable[_Pair], max_abs: bool) -> Iterator[list[_Stretch]]:

@@ -25,7 +25,7 @@ Identity = tuple[int, int]
 
 
 class Placed(NamedTuple):
-    """A tensor, and where its bytes lie."""
+    """A tensor, or a whole file, and where its bytes lie."""
 
     path: str
     identity: Identity
@@ -36,7 +36,7 @@ class Placed(NamedTuple):
     """From the beginning of the file."""
     nbytes: int
     crc32: int | None
-    """As a manifest has it that knows a tensor of this size at this place."""
+    """As a manifest has it that knows something of this size at this place."""
 
 
 @dataclass
@@ -46,8 +46,8 @@ class Contents:
     path: str
     tensors: dict[str, Placed] = field(default_factory=dict)
     """By name; those in a folder of the folder have that before it, and names that several files have the file's."""
-    others: dict[str, str] = field(default_factory=dict)
-    """Paths of the other files, by their names relative to the path. What follows from the tensors is left out: indices,
+    others: dict[str, Placed] = field(default_factory=dict)
+    """The other files as a whole, by their names relative to the path. What follows from the tensors is left out: indices,
     manifests, sums."""
     is_folder: bool = False
 
@@ -88,7 +88,13 @@ def _add_folder(found: Contents, within: str, above: Mapping[str, FileEntry] | N
             inner = {n.removeprefix(below): known[n] for n in known if n.startswith(below)}
             _add_folder(found, name, inner)
         elif entry.name not in files and not _follows(entry.name) and not entry.is_dir():
-            found.others[name] = entry.path
+            found.others[name] = _whole(entry.path, known.get(entry.name))
+
+
+def _whole(path: str, known: FileEntry | None) -> Placed:
+    info = os.stat(path)
+    crc32 = known.crc32 if known is not None and known.nbytes == info.st_size else None
+    return Placed(path, (info.st_dev, info.st_ino), "U8", (info.st_size,), 0, info.st_size, crc32)
 
 
 def _follows(name: str) -> bool:
