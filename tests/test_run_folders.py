@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import without_mounts
 from helpers import filled, names
 
 import fastshard
@@ -293,6 +294,14 @@ def test_the_best_one_and_what_is_pointed_to_are_kept(run: Path) -> None:
     assert [c.step for c in fastshard.list_checkpoints(run)] == list(STEPS)
 
 
+def test_what_an_earlier_run_has_left_does_not_make_the_new_one_go(run: Path) -> None:
+    """Training began anew, in the same folder."""
+    shutil.copytree(run / "checkpoint-2", run / "checkpoint-1")
+    os.utime(run / "checkpoint-1")
+    done = fastshard.prune_checkpoints(run, keep_last=1)
+    assert states(run) == {1: True, 8: True} and "written" in done.kept[str(run / "checkpoint-1")]
+
+
 def test_a_checkpoint_whose_files_are_hard_links_into_a_deleted_one_loads(run: Path) -> None:
     from safetensors.torch import load_file
 
@@ -479,3 +488,34 @@ class AllFlagged:
     def unpack_from(buffer: bytearray, at: int, plain: Any = usage._EXTENT) -> tuple[int, int, int, int]:
         logical, physical, nbytes, flags = plain.unpack_from(buffer, at)
         return logical, physical, nbytes, flags | 0x2000
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_reflinks_of_a_real_filesystem_count_once(tmp_path: Path, kind: str) -> None:
+    mkfs = shutil.which(f"mkfs.{kind}", path=f"{os.environ['PATH']}:/sbin:/usr/sbin")
+    if mkfs is None:
+        pytest.skip(f"no mkfs.{kind} here")
+    image, mount, mib = tmp_path / "image", tmp_path / "mount", 1 << 20
+    image.write_bytes(b"")
+    os.truncate(image, 400 * mib)
+    mount.mkdir()
+    subprocess.run([mkfs, "-q", image], check=True, capture_output=True)
+    if subprocess.run(["mount", "-o", "loop", image, mount], capture_output=True).returncode != 0:
+        without_mounts("mounting a filesystem is not allowed here")
+    try:
+        for step in (1, 2, 3):
+            (mount / f"checkpoint-{step}").mkdir()
+        first, *others = (mount / f"checkpoint-{step}" / "weights" for step in (1, 2, 3))
+        first.write_bytes(os.urandom(20 * mib))
+        for other in others:
+            subprocess.run(["cp", "--reflink=always", first, other], check=True)
+        with open(others[1], "r+b") as file:
+            file.seek(5 * mib)
+            file.write(os.urandom(8 * mib))
+        os.sync()
+        found = usage_of([mount])
+        assert [one.nbytes for one in found.checkpoints[:3]] == [20 * mib] * 3
+        assert [one.frees // mib for one in found.checkpoints[:3]] == [0, 0, 8]
+        assert sum(one.occupied for one in found.checkpoints[:3]) // mib == 60 and found.occupied // mib == 28
+    finally:
+        subprocess.run(["umount", "-l", mount], check=True)

@@ -118,7 +118,7 @@ def prune_checkpoints(
 
     Only complete checkpoints count. So while the newest one is not complete, whether it is being written or its
     save was killed, the older ones are kept in its place, and the last complete one is never deleted. Also kept are
-    the best checkpoint that ``Trainer`` names, those that links or a text ``latest`` in the run's folder lead to, and
+    the one that was written last, as an earlier run may have left larger numbers, the best checkpoint that ``Trainer`` names, those that links or a text ``latest`` in the run's folder lead to, and
     those that files of a kept one are symbolic links into. A checkpoint that files of another one are hard links
     to may go: the other one keeps its bytes.
 
@@ -174,6 +174,7 @@ def _kept(
     if not complete:
         return {checkpoint.name: "none is complete" for checkpoint in found}
     newest = complete[-1]
+    written = max(complete, key=lambda checkpoint: (_written(checkpoint), checkpoint.step))
     named = {os.path.basename(os.path.normpath(name)) for name in keep}
     best = _best(complete)
     led_to = _led_to(run)
@@ -181,6 +182,8 @@ def _kept(
     for checkpoint in found:
         if checkpoint in last:
             reason = "the newest" if checkpoint is newest else "one of the last"
+        elif checkpoint is written:
+            reason = "the last that was written"
         elif not checkpoint.complete and (checkpoint.step >= newest.step or not incomplete):
             reason = "not complete"
         elif keep_every is not None and checkpoint.complete and checkpoint.step % keep_every == 0:
@@ -198,6 +201,12 @@ def _kept(
         kept[checkpoint.name] = reason
     _add_targets(run, found, kept)
     return kept
+
+
+def _written(checkpoint: RunCheckpoint) -> float:
+    with contextlib.suppress(OSError):
+        return os.stat(checkpoint.path).st_mtime
+    return 0.0
 
 
 def _best(complete: Iterable[RunCheckpoint]) -> str | None:
