@@ -56,6 +56,8 @@ MANIFEST_NAME: Final = "fastshard.manifest.json"
 """The manifest of an ordinary folder (:mod:`fastshard.formats.manifest`)."""
 SUMS_NAME: Final = "SHA256SUMS"
 """What ``sha256sum -c`` reads (:mod:`fastshard.formats.sha256sums`)."""
+RECORDS: Final = (MANIFEST_NAME, SUMS_NAME)
+"""Files that say what is in the others of their folder."""
 
 _ALL_WEIGHTS: Final = (WEIGHTS_SUFFIX, *TORCH_SUFFIXES, ".h5", ".msgpack", ".gguf", ".onnx")
 _SERVED_WEIGHTS: Final = (WEIGHTS_SUFFIX, PICKLED_SUFFIX, ".pt", ".pth", ".gguf")
@@ -160,7 +162,7 @@ def visibility(path: str) -> tuple[int, str]:
     come last.
     """
     name = os.path.basename(path)
-    shows = name.endswith(_INDEX_ENDING) or name.startswith(_MANIFEST_PREFIX)
+    shows = name.endswith(_INDEX_ENDING) or name.startswith(_MANIFEST_PREFIX) or name in RECORDS
     return (2 if shows else 1 if path.endswith((WEIGHTS_SUFFIX, PICKLED_SUFFIX)) else 0), path
 
 

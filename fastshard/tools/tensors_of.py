@@ -15,7 +15,7 @@ from ..formats.manifest import FileEntry, read_manifest
 from ..formats.naming import (
     INDEX_SUFFIX,
     MANIFEST_NAME,
-    SUMS_NAME,
+    RECORDS,
     WEIGHTS_SUFFIX,
     index_of_what,
     is_manifest,
@@ -99,7 +99,7 @@ def _whole(path: str, known: FileEntry | None) -> Placed:
 
 def _follows(name: str) -> bool:
     """Returns whether what is in the file follows from the other ones."""
-    return index_of_what(name) is not None or name in (MANIFEST_NAME, SUMS_NAME) or is_manifest(name)
+    return index_of_what(name) is not None or name in RECORDS or is_manifest(name)
 
 
 def _known(folder: str) -> dict[str, FileEntry]:
