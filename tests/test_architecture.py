@@ -48,7 +48,7 @@ PYTHON_LAYERS = {
     "": "errors",
     "base": "settings living loading activity originals",
     "formats": """
-        json_text naming safetensors torch_archive manifest hf_index file_kinds inert_pickle torch_items dcp_metadata
+        json_text naming safetensors torch_archive manifest hf_index sha256sums file_kinds inert_pickle torch_items dcp_metadata
     """,
     "engine": """
         options plan limits borrowed mapped sharing tensors planning staged_event parts serving future progress arena background copies

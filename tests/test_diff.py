@@ -22,7 +22,7 @@ from fastshard.formats.hf_index import read_stored
 from fastshard.formats.manifest import FileEntry, Manifest, TensorEntry
 from fastshard.formats.naming import MANIFEST_NAME
 from fastshard.tools import diff as diff_module
-from fastshard.tools.diff import BYTES, CRC32, DTYPE, ONLY_A, ONLY_B, SAME_FILE, SHAPE
+from fastshard.tools.diff import BYTES, CRC32, DTYPE, ONLY_A, ONLY_B, SAME_FILE, SHA256, SHAPE
 
 STATE = {f"layers.{i}.weight": filled((40, 30), seed=i) for i in range(8)} | {
     "empty": torch.empty(0, 5),
@@ -121,6 +121,24 @@ def test_where_manifests_stand_on_both_sides_no_tensor_is_read(tmp_path: Path, m
     assert (difference.kind, difference.differing, difference.at) == (CRC32, 1, [0, 0])
     found = fastshard.diff_checkpoints(one, other, digests=False)
     assert told(found) == {"layers.3.weight": BYTES} and found.equal == {BYTES: len(STATE) - 1}
+
+
+def test_files_of_the_same_sha256_are_not_read(tmp_path: Path, monkeypatch: Any) -> None:
+    """As sha256sum itself writes the sums, of folders within, too."""
+    state = changed("layers.3.weight", (0, 0), -7.0)
+    for side, tensors in (("a", STATE), ("b", state)):
+        inner = saved(tmp_path / side / "inner", tensors, 10_000)
+        (inner / "same.txt").write_text("same")
+        made = subprocess.run(
+            "sha256sum inner/*", shell=True, cwd=inner.parent, check=True, capture_output=True
+        )
+        (inner.parent / "SHA256SUMS").write_bytes(made.stdout)
+    read = []
+    plain = os.preadv
+    monkeypatch.setattr(diff_module.os, "preadv", lambda *given: read.append(given[2]) or plain(*given))
+    found = fastshard.diff_checkpoints(tmp_path / "a", tmp_path / "b")
+    assert told(found) == {"inner/layers.3.weight": BYTES} and found.files == {}
+    assert found.equal[SHA256] > 5 and len(read) == 2 * found.equal[BYTES]  # one is empty, and one differs
 
 
 def test_a_manifest_of_other_files_is_not_believed(tmp_path: Path) -> None:

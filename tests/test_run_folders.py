@@ -22,7 +22,7 @@ from helpers import filled, names
 import fastshard
 from fastshard.cli import command as cli
 from fastshard.formats.manifest import FileEntry, Manifest
-from fastshard.formats.naming import MANIFEST_NAME
+from fastshard.formats.naming import MANIFEST_NAME, SUMS_NAME
 from fastshard.tools import run_folder, usage
 from fastshard.tools.completeness import problems_of
 from fastshard.tools.usage import OTHERS, Extent, usage_of
@@ -184,8 +184,14 @@ def test_files_and_sizes_of_a_manifest_are_compared(run: Path) -> None:
         "config.json",
         "generation_config.json",
     ]
+    (folder / MANIFEST_NAME).unlink()
+    made = subprocess.run("sha256sum *", shell=True, cwd=folder, check=True, capture_output=True)
+    (folder / SUMS_NAME).write_bytes(made.stdout)
+    assert problems_of(str(folder)) == []
+    (folder / "config.json").unlink()
+    assert problems_of(str(folder)) == [f"config.json is missing, and {SUMS_NAME} names it"]
     (folder / MANIFEST_NAME).write_text("{}")
-    assert problems_of(str(folder))[0].startswith(MANIFEST_NAME)
+    assert any(problem.startswith(MANIFEST_NAME) for problem in problems_of(str(folder)))
 
 
 @pytest.mark.filterwarnings("ignore")

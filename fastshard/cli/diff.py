@@ -24,7 +24,7 @@ def add_parsers(commands: Commands) -> None:
         help="which tensors of two checkpoints differ",
         description="Compares two checkpoints tensor by tensor, however they are cut into files, and the other files of"
         " two folders byte by byte. Tensors whose CRC-32 stands in the manifests of both sides are not read, nor are"
-        " those that lie in the same file.",
+        " those in the same file, or in files of the same SHA-256 in SHA256SUMS.",
         epilog="Exit status: 0 if both are the same, 1 if something differs, 2 for trouble.",
     )
     for name in ("a", "b"):

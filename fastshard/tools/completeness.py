@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 from ..formats.dcp_metadata import read_metadata
@@ -22,6 +22,7 @@ from ..formats.manifest import read_manifest
 from ..formats.naming import (
     DISTCP_SUFFIX,
     MANIFEST_NAME,
+    SUMS_NAME,
     TORCH_SUFFIXES,
     WEIGHTS_SUFFIX,
     index_of_what,
@@ -30,6 +31,7 @@ from ..formats.naming import (
     number_of_dcp_shard,
     place_in_set,
 )
+from ..formats.sha256sums import read_sums
 
 TRAINER_STATE: Final = "trainer_state.json"
 """What ``Trainer`` writes last."""
@@ -99,6 +101,8 @@ class _Folder:
                     said += self._of_index(name, stored)
                 elif name == MANIFEST_NAME or is_manifest(name):
                     said += self._of_manifest(name)
+                elif name == SUMS_NAME:
+                    said += self._missing(read_sums(self._place(name)), name)
             yield from said
         yield from self._of_sets()
         yield from self._of_dcp()
@@ -158,6 +162,13 @@ class _Folder:
                 continue
             if nbytes != entry.nbytes:
                 yield f"{file} has {nbytes} bytes, and {entry.nbytes} says {name}"
+
+    def _missing(self, names: Iterable[str], told_by: str) -> Iterator[str]:
+        for name in names:
+            try:
+                os.stat(self._place(name))
+            except (FileNotFoundError, NotADirectoryError):
+                yield f"{name} is missing, and {told_by} names it"
 
     def _of_sets(self) -> Iterator[str]:
         """Yields which numbered shards are missing, where no index names any."""

@@ -2,7 +2,8 @@
 """Which tensors of two checkpoints differ, however they are cut into files.
 
 Tensors are read in windows, by several threads, so memory stays at tens of MiB. Not read are those that lie in the same
-file under two names, as in a checkpoint that was linked, and those whose CRC-32 stands in the manifests of both sides.
+file under two names, as in a checkpoint that was linked, and those whose CRC-32 stands in the manifests of both sides,
+or whose files have the same SHA-256 in ``SHA256SUMS``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ DTYPE: Final = "dtype"
 SHAPE: Final = "shape"
 BYTES: Final = "bytes"
 CRC32: Final = "CRC-32"
+SHA256: Final = "SHA-256"
 SAME_FILE: Final = "same file"
 
 _WINDOW_NBYTES: Final = 4 << 20
@@ -71,7 +73,7 @@ class Diff:
     tensors: int = 0
     """How many tensors both sides have."""
     equal: dict[str, int] = field(default_factory=dict)
-    """How many of them are equal, by what that was told: "same file", "CRC-32" or "bytes"."""
+    """How many of them are equal, by what that was told: "same file", "SHA-256" (of the whole file), "CRC-32" or "bytes"."""
     read_nbytes: int = 0
     """How many bytes of tensors were to be read of each side."""
     differences: list[Difference] = field(default_factory=list)
@@ -132,7 +134,7 @@ def diff_checkpoints(
         b: The same.
         max_abs: Compare the values of those that differ, also between dtypes, and tell how far they are apart. It
             needs torch, and reads all of these.
-        digests: Take tensors and files for equal whose CRC-32 is the same in the manifests of both sides.
+        digests: Take tensors and files for equal whose CRC-32 is the same in the manifests of both sides, or the SHA-256 of their files in ``SHA256SUMS``.
         weights_only: Leave the other files out.
         progress: Show a bar. Default: ``FASTSHARD_PROGRESS``.
 
@@ -197,6 +199,8 @@ def _told(a: Placed, b: Placed, digests: bool) -> tuple[str | None, str | None]:
         return SAME_FILE, None
     if not a.nbytes:
         return BYTES, None
+    if digests and a.sha256 is not None and a.sha256 == b.sha256 and a.offset == b.offset:
+        return SHA256, None
     if digests and a.crc32 is not None and b.crc32 is not None:
         return (CRC32, None) if a.crc32 == b.crc32 else (None, CRC32)
     return None, None

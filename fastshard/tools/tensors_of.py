@@ -7,19 +7,20 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ..formats.file_kinds import SAFETENSORS, what_is
 from ..formats.hf_index import files_of_index, is_folder, read_stored, read_text
 from ..formats.manifest import FileEntry, read_manifest
 from ..formats.naming import (
     INDEX_SUFFIX,
-    MANIFEST_NAME,
     RECORDS,
+    SUMS_NAME,
     WEIGHTS_SUFFIX,
     index_of_what,
     is_manifest,
 )
+from ..formats.sha256sums import read_sums
 
 Identity = tuple[int, int]
 
@@ -37,6 +38,8 @@ class Placed(NamedTuple):
     nbytes: int
     crc32: int | None
     """As a manifest has it that knows something of this size at this place."""
+    sha256: str | None = None
+    """Of the whole file, as ``SHA256SUMS`` has it."""
 
 
 @dataclass
@@ -74,27 +77,27 @@ def tensors_of(path: str | os.PathLike[str]) -> Contents:
     return found
 
 
-def _add_folder(found: Contents, within: str, above: Mapping[str, FileEntry] | None = None) -> None:
+def _add_folder(found: Contents, within: str, above: _Known | None = None) -> None:
     folder = os.path.join(found.path, within)
     with os.scandir(folder) as entries:
         listed = sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
-    known = {**(above or {}), **_known(folder)}
+    known = _known(folder, above)
     files = {e.name: e.path for e in listed if e.name.endswith(WEIGHTS_SUFFIX) and not e.is_dir()}
     _add_files(found, within, files, known)
     for entry in listed:
         name = os.path.join(within, entry.name)
         if entry.is_dir(follow_symlinks=False):
-            below = f"{entry.name}/"
-            inner = {n.removeprefix(below): known[n] for n in known if n.startswith(below)}
-            _add_folder(found, name, inner)
+            _add_folder(found, name, known.within(entry.name))
         elif entry.name not in files and not _follows(entry.name) and not entry.is_dir():
-            found.others[name] = _whole(entry.path, known.get(entry.name))
+            found.others[name] = _whole(entry.path, entry.name, known)
 
 
-def _whole(path: str, known: FileEntry | None) -> Placed:
+def _whole(path: str, name: str, known: _Known) -> Placed:
     info = os.stat(path)
-    crc32 = known.crc32 if known is not None and known.nbytes == info.st_size else None
-    return Placed(path, (info.st_dev, info.st_ino), "U8", (info.st_size,), 0, info.st_size, crc32)
+    entry = known.entries.get(name)
+    crc32 = entry.crc32 if entry is not None and entry.nbytes == info.st_size else None
+    identity = (info.st_dev, info.st_ino)
+    return Placed(path, identity, "U8", (info.st_size,), 0, info.st_size, crc32, known.sums.get(name))
 
 
 def _follows(name: str) -> bool:
@@ -102,21 +105,41 @@ def _follows(name: str) -> bool:
     return index_of_what(name) is not None or name in RECORDS or is_manifest(name)
 
 
-def _known(folder: str) -> dict[str, FileEntry]:
-    """Returns what the manifests of a folder say of its files. One that cannot be read says nothing."""
-    known: dict[str, FileEntry] = {}
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.name == MANIFEST_NAME or is_manifest(entry.name)]
+class _Known(NamedTuple):
+    """What is known of the files of a folder, by their names relative to it."""
+
+    entries: Mapping[str, FileEntry]
+    sums: Mapping[str, str]
+
+    def within(self, name: str) -> _Known:
+        """Returns what is known of a folder of the folder."""
+        return _Known(_below(self.entries, f"{name}/"), _below(self.sums, f"{name}/"))
+
+
+T = TypeVar("T")
+
+
+def _below(told: Mapping[str, T], above: str) -> dict[str, T]:
+    return {name.removeprefix(above): what for name, what in told.items() if name.startswith(above)}
+
+
+def _known(folder: str, above: _Known | None = None) -> _Known:
+    """Returns what manifests and sums of a folder say of its files. One that cannot be read says nothing."""
+    entries: dict[str, FileEntry] = dict(above.entries) if above is not None else {}
+    sums: dict[str, str] = dict(above.sums) if above is not None else {}
+    with os.scandir(folder) as found:
+        names = [entry.name for entry in found if entry.name in RECORDS or is_manifest(entry.name)]
     for name in names:
         with contextlib.suppress(OSError, ValueError):
-            known.update(read_manifest(os.path.join(folder, name)).files)
-    return known
+            if name == SUMS_NAME:
+                sums.update(read_sums(os.path.join(folder, name)))
+            else:
+                entries.update(read_manifest(os.path.join(folder, name)).files)
+    return _Known(entries, sums)
 
 
-def _add_files(
-    found: Contents, within: str, files: Mapping[str, str], known: Mapping[str, FileEntry]
-) -> None:
-    placed = {name: dict(_of_file(path, known.get(name))) for name, path in files.items()}
+def _add_files(found: Contents, within: str, files: Mapping[str, str], known: _Known) -> None:
+    placed = {name: dict(_of_file(path, name, known)) for name, path in files.items()}
     counts: dict[str, int] = {}
     for tensors in placed.values():
         for tensor in tensors:
@@ -127,15 +150,15 @@ def _add_files(
             found.tensors[os.path.join(within, label)] = place
 
 
-def _of_file(path: str, known: FileEntry | None) -> Iterator[tuple[str, Placed]]:
-    stored = read_stored(path)
-    info = os.stat(path)
-    if known is not None and known.nbytes != info.st_size:
-        known = None
-    told = known.tensors if known is not None and known.tensors is not None else {}
+def _of_file(path: str, name: str, known: _Known) -> Iterator[tuple[str, Placed]]:
+    stored, whole = read_stored(path), _whole(path, name, known)
+    told = known.entries.get(name)
+    entries = told.tensors if told is not None and told.nbytes == whole.nbytes and told.tensors else {}
     for tensor in stored.header.tensors:
         offset, nbytes = stored.header.nbytes + tensor.begin, tensor.end - tensor.begin
-        entry = told.get(tensor.name)
+        entry = entries.get(tensor.name)
         crc32 = entry.crc32 if entry is not None and entry[:2] == (offset, nbytes) else None
-        identity = (info.st_dev, info.st_ino)
-        yield tensor.name, Placed(path, identity, tensor.code, tensor.shape, offset, nbytes, crc32)
+        yield (
+            tensor.name,
+            whole._replace(code=tensor.code, shape=tensor.shape, offset=offset, nbytes=nbytes, crc32=crc32),
+        )
