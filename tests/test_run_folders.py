@@ -385,7 +385,9 @@ def test_training_code_prunes_after_each_save(tmp_path: Path, asynchronous: bool
     setattr(Keep, "on_step_begin" if asynchronous else "on_save", Keep.prune)
     with fastshard.installed(asynchronous=asynchronous):
         trained_with(folder, Keep())
-    assert all(all(found.values()) and len(found) <= 2 for found in seen)
+    assert all(all(found.values()) for found in seen)
+    # One may appear between the call and the look.
+    assert max(len(found) for found in seen) <= 2 + asynchronous
     assert not fastshard.status().on_the_spot and max(states(folder)) == 8
     if not asynchronous:
         assert [sorted(found) for found in seen] == [[2], [2, 4], [4, 6], [6, 8]]
