@@ -95,8 +95,9 @@ def test_names_dtypes_shapes_and_bytes_that_differ_are_told(tmp_path: Path) -> N
 @pytest.mark.parametrize("at", [0, 1, 4095, (1 << 20) - 1, (1 << 20), (5 << 20) + 3, (9 << 20) - 1])
 def test_one_changed_byte_is_found_wherever_it_lies(tmp_path: Path, at: int, monkeypatch: Any) -> None:
     """Also where stretches and windows meet."""
-    monkeypatch.setattr(diff_module, "_WINDOW_NBYTES", 1 << 20)
+    monkeypatch.setattr(diff_module, "_WINDOW_NBYTES", 1 << 18)
     monkeypatch.setattr(diff_module, "_STRETCH_NBYTES", 2 << 20)
+    monkeypatch.setattr(diff_module, "_WINDOW_ELEMENTS", 1 << 15)
     big = torch.zeros(9 << 20, dtype=torch.uint8)
     rest = {f"small.{i}": filled((100,), seed=i) for i in range(20)}
     fastshard.save_file({"big": big, **rest}, tmp_path / "a.safetensors")
