@@ -52,9 +52,13 @@ if TYPE_CHECKING:
     from .integrations.report import Status as Status
     from .integrations.report import status as status
     from .tools.dcp_folders import convert_dcp as convert_dcp
+    from .tools.diff import diff_checkpoints as diff_checkpoints
     from .tools.reshard import merge_checkpoint as merge_checkpoint
     from .tools.reshard import reshard_checkpoint as reshard_checkpoint
     from .tools.reshard import shard_checkpoint as shard_checkpoint
+    from .tools.run_folder import latest_checkpoint as latest_checkpoint
+    from .tools.run_folder import list_checkpoints as list_checkpoints
+    from .tools.run_folder import prune_checkpoints as prune_checkpoints
 
 __version__ = "0.1.0"
 
@@ -69,8 +73,11 @@ _HOMES = {
     "Status": "fastshard.integrations.report",
     "asynchronous": "fastshard.engine.background",
     "convert_dcp": "fastshard.tools.dcp_folders",
+    "diff_checkpoints": "fastshard.tools.diff",
     "install": "fastshard.integrations.patching",
     "installed": "fastshard.integrations.patching",
+    "latest_checkpoint": "fastshard.tools.run_folder",
+    "list_checkpoints": "fastshard.tools.run_folder",
     "load": "safetensors.torch",
     "load_distributed": "fastshard.distributed.rank_load",
     "load_file": "safetensors.torch",
@@ -78,6 +85,7 @@ _HOMES = {
     "load_sharded_state": "fastshard.api.sharded_load",
     "merge_checkpoint": "fastshard.tools.reshard",
     "prepare": "fastshard.api.prepared",
+    "prune_checkpoints": "fastshard.tools.run_folder",
     "reshard_checkpoint": "fastshard.tools.reshard",
     "safe_open": "safetensors",
     "save": "fastshard.api.saving",

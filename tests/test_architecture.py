@@ -63,12 +63,12 @@ PYTHON_LAYERS = {
         group boxes rank_plan rank_files rank_own_files rank_save stored slices rank_load unseen_files stock final_files writer reader distcp file_system
         gathering staged stager
     """,
-    "tools": "convert tp_plan model_plan parts rank_folders outputs reshard stored_boxes dcp_source dcp_folders",
+    "tools": "completeness run_folder usage tensors_of values diff convert tp_plan model_plan parts rank_folders outputs reshard stored_boxes dcp_source dcp_folders",
     "integrations": """
         patch_entry patch_groups import_hook calls switches patching overrides report offload transformers_distributed transformers trainer accelerate accelerate_state lightning torch_checkpointing adapters dcp vllm_states vllm
         sglang vllm_save
     """,
-    "cli": "text files checkpoints run command __init__",
+    "cli": "text files checkpoints run_folders diff run command __init__",
     " public": "auto mapped offload dcp vllm sglang lightning torch_checkpointing __init__ __main__",
 }
 """fastshard/, folder by folder, in reading order. A module may import only what stands before it."""
@@ -122,10 +122,18 @@ WITHOUT_TORCH = {
     "integrations/patching": set(),
     "integrations/overrides": set(),
     "integrations/report": set(),
+    "tools/completeness": set(),
+    "tools/run_folder": set(),
+    "tools/usage": set(),
+    "tools/tensors_of": set(),
+    "tools/values": set(),
+    "tools/diff": set(),
     "tools/tp_plan": set(),
     "cli/text": {"safetensors", "tqdm"},
     "cli/files": set(),
     "cli/checkpoints": set(),
+    "cli/run_folders": set(),
+    "cli/diff": set(),
     "cli/run": set(),
     "cli/command": set(),
     "auto": set(),
@@ -405,7 +413,7 @@ PRIVATE = {
     "_getframe": {"api/archive_skeleton", "api/asynchronous", "base/loading", "engine/background"},
     "_initializing": {"base/loading", "integrations/patching"},
     "_run_exitfuncs": {"engine/background"},
-    "_SubParsersAction": {"cli/checkpoints", "cli/files"},
+    "_SubParsersAction": {"cli/checkpoints", "cli/diff", "cli/files", "cli/run_folders"},
 }
 """What others do not make public -> who uses it: one module for each, which says what is done where it is missing."""
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastshard env [PATH]``, ``run COMMAND``, ``bench``, ``vllm-save``, and the commands of files.py and
-checkpoints.py."""
+"""``fastshard env [PATH]``, ``run COMMAND``, ``bench``, ``vllm-save``, and the commands of files.py,
+checkpoints.py, run_folders.py and diff.py."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from .. import __version__
 from ..engine.engine import IO_URING_VARIABLE, Options, io_uring_allowed, usable_cpus
 from ..formats.hf_index import is_folder
 from . import checkpoints as cli_checkpoints
+from . import diff as cli_diff
 from . import files as cli_files
 from . import run as cli_run
+from . import run_folders as cli_run_folders
 from .text import fail, guarded, needs_torch, size
 
 
@@ -40,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "path", nargs="?", default=".", help="an existing directory, or a file in one (default: .)"
     )
     cli_checkpoints.add_parsers(commands)
+    cli_run_folders.add_parsers(commands)
+    cli_diff.add_parsers(commands)
     commands.add_parser(
         "run", help="a command whose Pythons all start with fastshard (run torchrun train.py)"
     )
@@ -54,6 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return cli_files.run(given)
     if given.command in cli_checkpoints.COMMANDS:
         return cli_checkpoints.run(given)
+    if given.command in cli_run_folders.COMMANDS:
+        return cli_run_folders.run(given)
+    if given.command in cli_diff.COMMANDS:
+        return cli_diff.run(given)
     return guarded(lambda: _env(given.path), given.path)
 
 
