@@ -189,6 +189,12 @@ ASYNCHRONOUS: tuple[Entry, ...] = (
         _TRAINER,
     ),
     Entry(
+        "huggingface_hub.serialization._torch",
+        "split_torch_state_dict_into_shards",
+        "fastshard.integrations.transformers:split_into_shards",
+        "state_dict filename_pattern max_shard_size",
+    ),
+    Entry(
         "accelerate.accelerator",
         "Accelerator.save_state",
         "fastshard.integrations.accelerate_state:save_state",
@@ -210,7 +216,7 @@ ASYNCHRONOUS: tuple[Entry, ...] = (
         _STATE,
     ),
 )
-"""What ``install(asynchronous=True)`` and ``install(manifest=True)`` replace besides."""
+"""What ``install(asynchronous=True)``, ``install(manifest=True)`` and ``install(incremental=True)`` replace besides."""
 
 NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "safetensors: save_model": ("safetensors.torch:_remove_duplicate_names",),
