@@ -183,7 +183,9 @@ def test_frozen_parameters_have_files_of_their_own_and_are_linked_from_then_on(t
         assert (file == "model-00006-of-00006.safetensors") == (name in ("9.weight", "9.bias", "seen"))
     for number in (0, 1, 3):
         shutil.rmtree(folders[number])
-    weights = {name: tensor for path in folders[2].glob("*.safetensors") for name, tensor in load_file(path).items()}
+    weights = {
+        name: tensor for path in folders[2].glob("*.safetensors") for name, tensor in load_file(path).items()
+    }
     assert weights.keys() == expected[2].keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected[2].items())
 
@@ -232,9 +234,7 @@ def way(name: str) -> Callable[[torch.nn.Sequential], None]:
     return {found.__name__: found for found in ways}[name]
 
 
-@pytest.mark.parametrize(
-    "name", ["by_data", "counted", "other_memory", "other_parameter", "trained_unseen"]
-)
+@pytest.mark.parametrize("name", ["by_data", "counted", "other_memory", "other_parameter", "trained_unseen"])
 def test_a_changed_frozen_parameter_is_written(tmp_path: Path, name: str) -> None:
     trained = model()
     first, second = tmp_path / "1", tmp_path / "2"
@@ -248,7 +248,9 @@ def test_a_changed_frozen_parameter_is_written(tmp_path: Path, name: str) -> Non
     assert figures()[0] >= 1
 
 
-def test_a_plain_state_dict_says_nothing_of_gradients_and_is_compared(tmp_path: Path, compared: list[int]) -> None:
+def test_a_plain_state_dict_says_nothing_of_gradients_and_is_compared(
+    tmp_path: Path, compared: list[int]
+) -> None:
     trained = model()
     for number in range(3):
         (tmp_path / str(number)).mkdir()
@@ -370,7 +372,10 @@ def test_a_failed_save_leaves_the_base_and_nothing_else(tmp_path: Path) -> None:
     save_files({base / "1.safetensors": TENSORS})
     before = {name: (base / name).read_bytes() for name in names(base)}
     with pytest.raises(ValueError):
-        files = {folder / "1.safetensors": TENSORS, folder / "2.safetensors": {"a": torch.ones(2).to_sparse()}}
+        files = {
+            folder / "1.safetensors": TENSORS,
+            folder / "2.safetensors": {"a": torch.ones(2).to_sparse()},
+        }
         save_files(files, base=base)
     assert names(folder) == [] and {name: (base / name).read_bytes() for name in names(base)} == before
     assert (base / "1.safetensors").stat().st_nlink == 1
@@ -402,7 +407,9 @@ def test_an_asynchronous_save_compares_when_it_is_called(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("manifest", [True, "sha256"])
-def test_records_take_over_what_the_base_says(tmp_path: Path, manifest: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_take_over_what_the_base_says(
+    tmp_path: Path, manifest: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fastshard.formats.manifest import read_manifest
     from fastshard.publish import manifests
 
@@ -426,7 +433,11 @@ def test_records_take_over_what_the_base_says(tmp_path: Path, manifest: Any, mon
     one, other = (read_manifest(tmp_path / name / "fastshard.manifest.json").files for name in "01")
     assert one.keys() == other.keys()
     file = "model-00001-of-00002.safetensors"
-    assert one[file] == other[file] and one[file].tensors and all(t.crc32 is not None for t in one[file].tensors.values())
+    assert (
+        one[file] == other[file]
+        and one[file].tensors
+        and all(t.crc32 is not None for t in one[file].tensors.values())
+    )
     if manifest == "sha256":
         import hashlib
 

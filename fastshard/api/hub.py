@@ -22,7 +22,7 @@ from ..engine.sharing import by_storage
 from ..engine.tensors import check_dtype, each_alone
 from ..engine.unchanged import frozen_storages, is_in, parameters_in
 from ..errors import ArchiveError, SaveError
-from ..formats.naming import index_of, names_of
+from ..formats.naming import index_of, names_of, shard_of
 from ..publish.incremental import check_base
 from ..publish.manifests import check_wanted
 from ..publish.staged import save_alone, staged
@@ -233,10 +233,7 @@ def split_apart(
         return split_one(sized)
     splits = [split_one(part) for part in parts]
     groups = [names for split in splits for names in split.filename_to_tensors.values()]
-    files = {
-        pattern.format(suffix=f"-{number:05d}-of-{len(groups):05d}"): names
-        for number, names in enumerate(groups, 1)
-    }
+    files = {shard_of(pattern, number, len(groups)): names for number, names in enumerate(groups, 1)}
     metadata = {**splits[0].metadata, "total_size": sum(split.metadata["total_size"] for split in splits)}
     found = {name: file for file, names in files.items() for name in names}
     return type(splits[0])(metadata=metadata, filename_to_tensors=files, tensor_to_filename=found)

@@ -167,19 +167,12 @@ ASYNCHRONOUS: tuple[Entry, ...] = (
         _TRAINER,
         since="5.2",
     ),
-    Entry(
-        "transformers.trainer",
-        "Trainer._load_best_model",
-        "fastshard.integrations.trainer:after_checkpoints",
-        "self",
-        _TRAINER,
-    ),
-    Entry(
-        "transformers.trainer_utils",
-        "get_last_checkpoint",
-        "fastshard.integrations.trainer:after_checkpoints",
-        "folder",
-        _TRAINER,
+    *(
+        Entry(module, name, "fastshard.integrations.trainer:after_checkpoints", known, _TRAINER)
+        for module, name, known in (
+            ("transformers.trainer", "Trainer._load_best_model", "self"),
+            ("transformers.trainer_utils", "get_last_checkpoint", "folder"),
+        )
     ),
     Entry(
         "transformers.trainer",
