@@ -43,7 +43,7 @@ ENTRY_POINTS = {
 }
 
 SAVE_FILE = (
-    "tensors filename metadata durable keep_cached progress allow_strided dtype checksums manifest engine".split()
+    "tensors filename metadata durable keep_cached progress allow_strided dtype checksums manifest base engine".split()
 )
 
 

@@ -52,9 +52,9 @@ PYTHON_LAYERS = {
     """,
     "engine": """
         options plan limits borrowed mapped sharing tensors planning staged_event parts serving future progress arena background copies
-        snapshots figures engine pipeline reading checksums
+        snapshots figures engine pipeline reading checksums unchanged
     """,
-    "publish": "hidden_names folder attributes staging change record linking exchanging switching directory messages in_place manifests checkpoint staged",
+    "publish": "hidden_names folder attributes staging change record linking exchanging switching directory messages in_place manifests checkpoint incremental staged",
     "api": """
         saving holders sources prepared archive_errors archive_skeleton archive_by_torch archive hub sharded_state
         sharded_save sharded_load asynchronous

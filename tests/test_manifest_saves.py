@@ -206,7 +206,7 @@ def test_files_of_several_folders_are_refused(tmp_path: Path) -> None:
         tmp_path / WEIGHTS: tensors(),
         tmp_path / "a" / WEIGHTS: tensors(),
     }
-    with pytest.raises(ValueError, match="no manifest in common"):
+    with pytest.raises(ValueError, match="no manifest or base in common"):
         fastshard.save_files(files, manifest=True)
     fastshard.save_files(
         {tmp_path / WEIGHTS: tensors(), f"{tmp_path}/a/../b.safetensors": tensors()}, manifest=True

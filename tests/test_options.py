@@ -32,16 +32,19 @@ LEFT_OUT: dict[str, dict[str, str]] = {
         "keep_cached": "there is no file",
         "manifest": "there is no file",
         "checksums": "there is no file to name them by",
+        "base": "there is no file",
     },
     "prepare": {
         "keep_cached": "its files are memory of the page cache, mapped and filled again",
         "progress": "it saves nothing; PreparedSave.save has it",
         "manifest": "its file is written again and again",
+        "base": "its files are written again and again, so none may be another's",
     },
     "torch_save": {
         "allow_strided": "pickling keeps strides",
         "dtype": "an archive has what the object has",
         "checksums": "an archive has records, no tensors, and the CRC-32 of each already",
+        "base": "archives are always written",
     },
     "save_torch_state_dict": {
         "allow_strided": "it is called force_contiguous, as in huggingface_hub",
@@ -54,30 +57,36 @@ LEFT_OUT: dict[str, dict[str, str]] = {
     "save_distributed": {
         "allow_strided": "strided tensors are always packed",
         "checksums": "no rank sees all bytes of a tensor",
+        "base": "its files are written by several ranks, each a part",
     },
     "save_sharded_state": {
         "allow_strided": "strided tensors are always packed",
         "dtype": "the engine that loads expects its own",
         "checksums": "the manifest has them",
+        "base": "an engine's weights are saved once",
     },
     "shard_checkpoint": {
         "allow_strided": "files have no strides",
         "dtype": "parts are the source's bytes",
         "checksums": "parts are byte ranges, not tensors",
+        "base": "it copies parts of one checkpoint",
     },
     "merge_checkpoint": {
         "allow_strided": "files have no strides",
         "dtype": "the files are the source's, to the byte",
         "checksums": "parts are byte ranges, not tensors",
+        "base": "it copies parts of one checkpoint",
     },
     "reshard_checkpoint": {
         "allow_strided": "files have no strides",
         "dtype": "the tensors are the source's bytes",
         "checksums": "tensors are byte ranges of files here",
+        "base": "it copies parts of one checkpoint",
     },
     "convert_dcp": {
         "allow_strided": "strided tensors are always packed",
         "checksums": "an index could not hold them",
+        "base": "it converts one checkpoint",
     },
 }
 """Public function -> common option that it does not have -> why."""

@@ -55,6 +55,7 @@ EXTRAS = {
     "dtype": None,
     "checksums": False,
     "manifest": False,
+    "base": None,
     "engine": None,
 }
 
@@ -74,7 +75,7 @@ def test_extras_are_keyword_only_and_the_same_everywhere(name):
     expected = {
         key: value
         for key, value in EXTRAS.items()
-        if name != "save" or key not in ("durable", "keep_cached", "checksums", "manifest")
+        if name != "save" or key not in ("durable", "keep_cached", "checksums", "manifest", "base")
     }
     assert extras == expected
 

@@ -253,7 +253,7 @@ def test_what_could_not_be_compared_is_refused(
     def fails(tensor: object) -> None:
         raise RuntimeError("not implemented for this type")
 
-    monkeypatch.setattr(vllm_states, "_sample", fails)
+    monkeypatch.setattr(vllm_states, "some_elements", fails)
     model = fake.load_model(fake_vllm.config())
     assert "the state of a loaded model was not noted: RuntimeError: not implemented" in caplog.text
     with pytest.raises(ValueError, match="was not seen"):

@@ -276,6 +276,7 @@ bool TemporaryFile::intact() const {
   struct stat info;
   if (place_.state() != Placement::State::temporary || fstat(fd_.get(), &info) != 0) return false;
   const std::string& name = place_.hidden_name();
+  if (info.st_nlink > 1) return false;  // somebody keeps it under another name: it is not to be written again
   return static_cast<uint64_t>(info.st_size) == nbytes_ && (name.empty() || place_.is_at(name));
 }
 

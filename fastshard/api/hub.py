@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import stat
@@ -19,8 +20,10 @@ from ..engine.engine import Engine, Options
 from ..engine.pipeline import How
 from ..engine.sharing import by_storage
 from ..engine.tensors import check_dtype, each_alone
+from ..engine.unchanged import frozen_storages, is_in, parameters_in
 from ..errors import ArchiveError, SaveError
-from ..formats.naming import index_of, names_of
+from ..formats.naming import index_of, names_of, shard_of
+from ..publish.incremental import check_base
 from ..publish.manifests import check_wanted
 from ..publish.staged import save_alone, staged
 from .archive import torch_save
@@ -42,11 +45,12 @@ def save_torch_model(
     progress: bool | None = None,
     dtype: torch.dtype | str | None = None,
     manifest: bool | Literal["sha256"] = False,
+    base: str | os.PathLike[str] | None = None,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a module's state dict; see :func:`save_torch_state_dict`."""
     save_torch_state_dict(
-        model.state_dict(),
+        model.state_dict() if base is None else model.state_dict(keep_vars=True),
         save_directory,
         filename_pattern=filename_pattern,
         force_contiguous=force_contiguous,
@@ -60,6 +64,7 @@ def save_torch_model(
         progress=progress,
         dtype=dtype,
         manifest=manifest,
+        base=base,
         engine=engine,
     )
 
@@ -80,6 +85,7 @@ def save_torch_state_dict(
     progress: bool | None = None,
     dtype: torch.dtype | str | None = None,
     manifest: bool | Literal["sha256"] = False,
+    base: str | os.PathLike[str] | None = None,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a state dict in shards with an index, to the byte the files of
@@ -103,6 +109,8 @@ def save_torch_state_dict(
         metadata: is written into the file, or into the index if there is one.
         is_main_process: whether to remove files of earlier saves. Every process that calls this writes all files.
         shared_tensors_to_discard: names that are not kept if there are others for the same memory.
+        base: an earlier checkpoint, as for :func:`fastshard.save_file`; pickled shards are always written. Parameters
+            that need no gradient, as far as ``state_dict`` tells (``keep_vars=True``), get files of their own.
         durable, keep_cached, progress, dtype, manifest, engine: as for :func:`fastshard.save_file`; pickled shards are
             not cast.
 
@@ -114,6 +122,8 @@ def save_torch_state_dict(
 
     dtype = check_dtype(dtype)
     check_wanted(manifest)
+    check_base(base)
+    frozen = frozenset() if base is None else frozen_storages(parameters_in([state_dict]))
     if filename_pattern is None:
         filename_pattern = default_pattern(safe_serialization)
     metadata = {} if metadata is None else metadata
@@ -142,12 +152,15 @@ def save_torch_state_dict(
         }
     if not safe_serialization:
         theirs.logger.warning(_UNSAFE)
-    if simple:  # no storage is asked for that tensors may have in common, which takes most of the time
-        split = split_by_size(sized, filename_pattern, max_shard_size)
-    else:
-        split = theirs.split_torch_state_dict_into_shards(
-            sized, filename_pattern=filename_pattern, max_shard_size=max_shard_size
-        )
+    # In the simple case no storage is asked for that tensors may have in common, which takes most of the time.
+    split_one = split_by_size if simple else theirs.split_torch_state_dict_into_shards
+    apart = {name for name in sized if frozen and is_in(frozen, state_dict[name])}
+    split = split_apart(
+        functools.partial(split_one, filename_pattern=filename_pattern, max_shard_size=max_shard_size),
+        sized,
+        apart if safe_serialization else (),
+        filename_pattern,
+    )
     make_way(save_directory)
     place = Place(os.fspath(save_directory), filename_pattern)
     place.check(SaveError if safe_serialization else ArchiveError)
@@ -159,6 +172,7 @@ def save_torch_state_dict(
         allow_strided=force_contiguous,
         dtype=dtype,
         manifest=manifest,
+        base=base,
         engine=engine,
     )
     in_file = metadata_in_files(split, metadata)
@@ -179,6 +193,8 @@ def save_torch_state_dict(
     if not alone:
         with staged(place.folder, obsolete.__contains__, how, call="save_torch_state_dict") as stage:
             stage.at_once = comes_in_pieces
+            if stage.base is not None:
+                stage.base.frozen = frozen
             for filename, names in split.filename_to_tensors.items():
                 shard = {name: state_dict[name] for name in names}
                 path = place.staged(filename, stage.path)
@@ -205,9 +221,27 @@ def default_pattern(safe_serialization: bool = True) -> str:
     )
 
 
+def split_apart(
+    split_one: Callable[[dict[str, Any]], Any], sized: dict[str, Any], apart: Collection[str], pattern: str
+) -> Any:
+    """Returns a split in which the tensors of these names have files of their own, the first ones.
+
+    ``split_one`` is huggingface_hub's, for one part.
+    """
+    parts = [{n: t for n, t in sized.items() if (n in apart) is own} for own in (True, False)]
+    if not all(parts):
+        return split_one(sized)
+    splits = [split_one(part) for part in parts]
+    groups = [names for split in splits for names in split.filename_to_tensors.values()]
+    files = {shard_of(pattern, number, len(groups)): names for number, names in enumerate(groups, 1)}
+    metadata = {**splits[0].metadata, "total_size": sum(split.metadata["total_size"] for split in splits)}
+    found = {name: file for file, names in files.items() for name in names}
+    return type(splits[0])(metadata=metadata, filename_to_tensors=files, tensor_to_filename=found)
+
+
 def split_by_size(
     sized: dict[str, Any],
-    pattern: str,
+    filename_pattern: str,
     max_shard_size: int | str,
     get_storage_id: Callable[[Any], object] = lambda _: None,
 ) -> Any:
@@ -218,7 +252,7 @@ def split_by_size(
         sized,
         get_storage_size=attrgetter("nbytes"),
         get_storage_id=get_storage_id,
-        filename_pattern=pattern,
+        filename_pattern=filename_pattern,
         max_shard_size=max_shard_size,
     )
 

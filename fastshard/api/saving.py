@@ -27,7 +27,9 @@ from ..engine.pipeline import (
 )
 from ..engine.plan import FilePlan, Memory
 from ..engine.sharing import duplicates
+from ..engine.unchanged import frozen_storages, parameters_in
 from ..errors import SaveError
+from ..publish.incremental import check_base
 from ..publish.manifests import check_wanted, forget
 from ..publish.staged import staged
 
@@ -44,6 +46,7 @@ def save_file(
     dtype: torch.dtype | str | None = None,
     checksums: bool = False,
     manifest: bool | Literal["sha256"] = False,
+    base: PathLike | None = None,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a dict of tensors in safetensors format, byte for byte what ``safetensors.torch.save_file``
@@ -79,6 +82,14 @@ def save_file(
             ``SHA256SUMS``, which ``sha256sum -c SHA256SUMS`` checks anywhere. Both appear in the same moment as the
             file, and keep what they say of other files. A save without it takes its files out of both before it
             writes.
+        base: an earlier checkpoint (a folder, or one file), which may be missing. A file in it that has the same header
+            and the same bytes is cloned where the filesystem can, or gets a second name (a hard link), instead of being
+            written once more; ``stats().linked_files`` counts them. Each checkpoint is complete by itself, and any may
+            be deleted. A linked file has one content, mode and time under all its names: fastshard replaces files, but
+            whoever writes into one in place changes all. Bytes are compared when the call is made, unless this
+            process has saved or compared them before and they are those of parameters that need no gradient, with
+            the same memory, version and sample of elements. Where no link is possible the file is written, and
+            ``stats().fallbacks`` says so.
         engine: an :class:`Engine`, or :class:`Options` (an engine is kept for them), or ``None`` for the
             default engine.
 
@@ -100,6 +111,7 @@ def save_file(
         dtype=dtype,
         checksums=checksums,
         manifest=manifest,
+        base=base,
         engine=engine,
     )
     _save({filename: tensors}, metadata, how)
@@ -116,14 +128,15 @@ def save_files(
     dtype: torch.dtype | str | None = None,
     checksums: bool = False,
     manifest: bool | Literal["sha256"] = False,
+    base: PathLike | None = None,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves many files at once, in parallel: all of them become visible, or none.
 
     ``files`` has the tensors for each path, as for :func:`save_file`; the other arguments and the errors are
     those of :func:`save_file`, too. ``metadata`` goes into every file. Two paths that name the same file are
-    a ``ValueError``, and so are files in several folders with a ``manifest``. If the machine stops between the first and the last rename, some files are new and some
-    old, each of them complete.
+    a ``ValueError``, and so are files in several folders with a ``manifest`` or a ``base``. If the machine stops
+    between the first and the last rename, some files are new and some old, each of them complete.
     """
     if not isinstance(files, Mapping):
         raise ValueError(f"Expected a dict of [path, dict of tensors] but received {type(files)}")
@@ -143,6 +156,7 @@ def save_files(
         dtype=dtype,
         checksums=checksums,
         manifest=manifest,
+        base=base,
         engine=engine,
     )
     with one_save("save_files", os.path.dirname(next(iter(seen), "")) or "."):
@@ -162,6 +176,7 @@ def save_model(
     dtype: torch.dtype | str | None = None,
     checksums: bool = False,
     manifest: bool | Literal["sha256"] = False,
+    base: PathLike | None = None,
     engine: Engine | Options | None = None,
 ) -> None:
     """Saves a module's parameters and buffers, of tied tensors only one; see
@@ -173,7 +188,7 @@ def save_model(
     the errors are those of :func:`save_file`.
     """
     _tensors.check_dtype(dtype)
-    state_dict = model.state_dict()
+    state_dict = model.state_dict() if base is None else model.state_dict(keep_vars=True)
     for kept, removed in duplicates(state_dict).items():
         metadata = {} if metadata is None else metadata
         for name in removed:
@@ -189,6 +204,7 @@ def save_model(
         dtype=dtype,
         checksums=checksums,
         manifest=manifest,
+        base=base,
         engine=engine,
     )
     try:
@@ -224,14 +240,15 @@ def _save(
 ) -> None:
     began = time.perf_counter()
     check_wanted(how.manifest)
-    if how.manifest and files:
-        return _save_with_manifest(files, metadata, how, call)
+    check_base(how.base)
+    if files and (how.manifest or how.base is not None):
+        return _save_in_stage(files, metadata, how, call)
     plans = {filename: plan_file(tensors, filename, metadata, how) for filename, tensors in files.items()}
     forget(files, durable=how.durable)
     write_files(plans, how, began)
 
 
-def _save_with_manifest(
+def _save_in_stage(
     files: Mapping[PathLike, StateDict], metadata: dict[str, str] | None, how: How, call: str
 ) -> None:
     for filename in files:
@@ -240,9 +257,11 @@ def _save_with_manifest(
     folders = {os.path.dirname(os.fspath(filename)) or os.curdir for filename in files}
     if len({os.path.realpath(folder) for folder in folders}) > 1:
         raise ValueError(
-            f"files in {len(folders)} folders have no manifest in common; save each folder by itself"
+            f"files in {len(folders)} folders have no manifest or base in common; save each folder by itself"
         )
     with staged(next(iter(folders)), _nothing, how, call=call, error_kind=SaveError) as stage:
+        if stage.base is not None:
+            stage.base.frozen = frozen_storages(parameters_in(files.values()))
         for filename, tensors in files.items():
             path = os.path.join(stage.path, os.path.basename(os.fspath(filename)))
             stage.add(tensors, path, metadata, filename)

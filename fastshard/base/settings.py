@@ -17,6 +17,9 @@ ASYNC_VARIABLE: Final = "FASTSHARD_ASYNC"
 MANIFEST_VARIABLE: Final = "FASTSHARD_MANIFEST"
 """If it is set to yes, or to ``sha256``, ``import fastshard.auto`` calls ``install(manifest=...)``."""
 
+INCREMENTAL_VARIABLE: Final = "FASTSHARD_INCREMENTAL"
+"""If it is set to yes, ``import fastshard.auto`` calls ``install(incremental=True)``."""
+
 _NO: Final = frozenset(("", "0", "false", "no", "off", "n", "f", "never"))
 
 _UNITS: Final = {

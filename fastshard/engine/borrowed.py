@@ -49,6 +49,12 @@ def storage_number(storage: Any) -> int:
     return number
 
 
+def storage_reference(storage: Any) -> Any:
+    """Returns a weak reference to a storage. Those of one storage are equal, and its number is given to no other while
+    there is one."""
+    return importlib.import_module("torch.multiprocessing.reductions").StorageWeakRef(storage)
+
+
 def dlpack_exchange_api() -> object | None:
     """Returns the capsule of torch's table of DLPack functions (torch 2.10); ``None`` if this torch has none.
 

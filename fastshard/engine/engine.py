@@ -25,13 +25,13 @@ from . import background, limits, snapshots
 from .arena import Arena
 from .background import Wanted as Wanted
 from .future import Amend as Amend
-from .future import Background, Served
 from .future import Fetch as Fetch
 from .future import SaveFuture as SaveFuture
 from .future import Step as Step
 from .options import Options as Options
 from .options import Stats as Stats
 from .options import usable_cpus as usable_cpus
+from .parts import Background, Linked, Served
 from .plan import FilePlan, SaveOptions
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ class Engine:
         explain: Callable[[BaseException], BaseException | None] | None = None,
         tensor_names: Mapping[str, Sequence[str]] | None = None,
         plan_seconds: float = 0.0,
+        linked: Linked | None = None,
         serve: bool = True,
         wanted: Wanted | None = None,
     ) -> SaveFuture:
@@ -120,7 +121,7 @@ class Engine:
             explain: changes what an error of the save says or names, before anybody sees it, or returns another
                 error in its place.
             tensor_names: of each file, for ``Stats.checksums``.
-            plan_seconds: how long planning has taken, for ``Stats``.
+            plan_seconds, linked: how long planning has taken, and what need not be written, for ``Stats``.
             serve: a thread of the engine calls these functions. Otherwise whoever waits for the save does.
             wanted: for a save whose caller goes on while its files are written. It is to be served as soon as its
                 caller does not wait for the snapshot any more.
@@ -137,7 +138,6 @@ class Engine:
             amended=amend is not None,
             follow_links=follow_links,
         )
-
         served = Served(
             fetch=fetch,
             amend=amend,
@@ -146,6 +146,7 @@ class Engine:
             explain=explain,
             tensor_names=tensor_names,
             plan_seconds=plan_seconds,
+            linked=linked,
         )
         if wanted is not None:
             return snapshots.start_behind(self, wanted, files, asked, keep_alive, served)

@@ -164,6 +164,10 @@ class Stats:
     themselves. ``"written"``: the same, and its caller waited until they were written."""
     staged_seconds: float = 0.0
     """Seconds from the call of an asynchronous save until the tensors might be changed."""
+    linked_files: int = 0
+    """Files that have not changed since ``base``, and so were linked or cloned instead of written."""
+    linked_nbytes: int = 0
+    """Bytes of these. They do not count in ``nbytes``, nor do these files in ``files``."""
     fallbacks: tuple[str, ...]
     """What the filesystem, the kernel or a device refused, and what was done instead."""
     checksums: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

@@ -13,6 +13,14 @@ Amend = Callable[[list[list[int]]], list[tuple[int, int, bytes]]]
 Step = Callable[[Stats], None]
 
 
+class Linked(NamedTuple):
+    """What a save does not have to write, for ``Stats``."""
+
+    files: int
+    nbytes: int
+    refused: tuple[str, ...] = ()
+
+
 class Served(NamedTuple):
     """What Python does for a save. :meth:`fastshard.Engine.submit` describes the fields."""
 
@@ -23,6 +31,7 @@ class Served(NamedTuple):
     explain: Callable[[BaseException], BaseException | None] | None = None
     tensor_names: Mapping[str, Sequence[str]] | None = None
     plan_seconds: float = 0.0
+    linked: Linked | None = None
 
 
 class Background(NamedTuple):

@@ -28,7 +28,7 @@ from .engine import (
     progress_wanted,
 )
 from .figures import counted
-from .parts import Served
+from .parts import Linked, Served
 from .plan import FETCHED, FilePlan, Memory
 from .planning import Layout
 from .progress import wait_with_bar
@@ -139,6 +139,8 @@ class How(NamedTuple):
     manifest: bool | Literal["sha256"] = False
     """What the folder is to say of the files: nothing, ``True`` for ``fastshard.manifest.json``, ``"sha256"`` for that
     and ``SHA256SUMS``."""
+    base: PathLike | None = None
+    """An earlier checkpoint. Its files that are the same are linked instead of written."""
     engine: Engine | Options | None = None
     """Which engine saves, or what limits it has; ``None``: the default engine."""
 
@@ -180,6 +182,7 @@ def start(
     explain: Callable[[BaseException], BaseException | None] | None = None,
     paths: Iterable[PathLike] | None = None,
     shown: Mapping[PathLike, str] | None = None,
+    linked: Linked | None = None,
 ) -> SaveFuture:
     """Starts writing these files.
 
@@ -204,11 +207,12 @@ def start(
         keep_cached=how.keep_cached,
         checksums=checksums,
         fetch=fetcher(layouts, how.dtype) if FETCHED in devices else None,
-        steps=[*steps, counted(call, next(iter(plans)))] if plans else steps,
+        steps=[*steps, counted(call, next(iter([*plans, *(paths or ())]), ""))] if plans or linked else steps,
         undo=undo,
         explain=explain,
         tensor_names=names,
         plan_seconds=time.perf_counter() - began,
+        linked=linked,
         serve=False,
         wanted=_wanted(plans, layouts, paths),
     )

@@ -60,6 +60,7 @@ class ServedSave:
         self._explain = served.explain
         self._names = served.tensor_names or {}
         self._plan_seconds = served.plan_seconds
+        self._linked = served.linked
         self._on_settled = settled
         self._callbacks: list[Callable[[Any], object]] = []
         self.began: Final = (began or time.time()) - served.plan_seconds
@@ -189,6 +190,9 @@ class ServedSave:
                     figures[name] = getattr(self._packed, name)
             figures["snapshot"] = background.kind
             figures["staged_seconds"] = self.staged_seconds
+        if self._linked is not None:
+            figures["linked_files"], figures["linked_nbytes"], refused = self._linked
+            figures["fallbacks"] += refused
         stats = Stats(plan_seconds=self._plan_seconds, checksums=checksums, **figures)
         if ended:
             self._final = stats

@@ -91,6 +91,11 @@ def is_numbered(name: str) -> bool:
     return _NUMBERED.fullmatch(name) is not None
 
 
+def shard_of(pattern: str, number: int, count: int) -> str:
+    """Returns the name of a shard by a pattern with ``{suffix}``, as huggingface_hub numbers them, from 1."""
+    return pattern.format(suffix=f"-{number:05d}-of-{count:05d}")
+
+
 def goes_with_weights(name: str) -> bool:
     """Returns whether the file holds a model's weights in some format, or is an index of such files."""
     return name.endswith((*_ALL_WEIGHTS, *(f"{suffix}{_INDEX_ENDING}" for suffix in _ALL_WEIGHTS)))

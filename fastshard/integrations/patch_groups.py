@@ -167,19 +167,12 @@ ASYNCHRONOUS: tuple[Entry, ...] = (
         _TRAINER,
         since="5.2",
     ),
-    Entry(
-        "transformers.trainer",
-        "Trainer._load_best_model",
-        "fastshard.integrations.trainer:after_checkpoints",
-        "self",
-        _TRAINER,
-    ),
-    Entry(
-        "transformers.trainer_utils",
-        "get_last_checkpoint",
-        "fastshard.integrations.trainer:after_checkpoints",
-        "folder",
-        _TRAINER,
+    *(
+        Entry(module, name, "fastshard.integrations.trainer:after_checkpoints", known, _TRAINER)
+        for module, name, known in (
+            ("transformers.trainer", "Trainer._load_best_model", "self"),
+            ("transformers.trainer_utils", "get_last_checkpoint", "folder"),
+        )
     ),
     Entry(
         "transformers.trainer",
@@ -187,6 +180,12 @@ ASYNCHRONOUS: tuple[Entry, ...] = (
         "fastshard.integrations.trainer:train",
         "self resume_from_checkpoint trial",
         _TRAINER,
+    ),
+    Entry(
+        "huggingface_hub.serialization._torch",
+        "split_torch_state_dict_into_shards",
+        "fastshard.integrations.transformers:split_into_shards",
+        "state_dict filename_pattern max_shard_size",
     ),
     Entry(
         "accelerate.accelerator",
@@ -210,7 +209,7 @@ ASYNCHRONOUS: tuple[Entry, ...] = (
         _STATE,
     ),
 )
-"""What ``install(asynchronous=True)`` and ``install(manifest=True)`` replace besides."""
+"""What ``install(asynchronous=True)``, ``install(manifest=True)`` and ``install(incremental=True)`` replace besides."""
 
 NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "safetensors: save_model": ("safetensors.torch:_remove_duplicate_names",),

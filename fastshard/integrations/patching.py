@@ -85,7 +85,7 @@ _finished: set[str] = set()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
-def install(*, asynchronous: bool = False, manifest: Manifest = False) -> None:
+def install(*, asynchronous: bool = False, manifest: Manifest = False, incremental: bool = False) -> None:
     """Replaces the functions in :data:`patch_groups.TABLE` with fastshard's, until :func:`uninstall`.
 
     No library is imported: those that are not loaded yet are patched when they are imported. A second call
@@ -103,6 +103,9 @@ def install(*, asynchronous: bool = False, manifest: Manifest = False) -> None:
         manifest: let each folder that is saved say what is in its files, as for :func:`fastshard.save_file`:
             ``save_pretrained``, ``save_torch_state_dict``, ``Accelerator.save_model``, and as one whole a checkpoint of
             ``Trainer`` or ``Accelerator.save_state``. ``torch.save`` and ``save_file`` by themselves make none.
+        incremental: let each checkpoint of ``Trainer`` link the weights that have not changed since the one before in
+            the run folder, as with ``base`` of :func:`fastshard.save_file`, and give frozen parameters shards of their
+            own. Each is complete by itself. Nobody may write into a linked file in place.
 
     Raises:
         ValueError: for any other ``manifest``.
@@ -112,11 +115,12 @@ def install(*, asynchronous: bool = False, manifest: Manifest = False) -> None:
     check_manifest(manifest)
     _load_native()
     with _lock:
-        before = _state.lasting, _state.lasting_asynchronous, _state.lasting_manifest
+        before = _wanted_lastingly()
         _state.lasting = True
         _state.lasting_asynchronous |= asynchronous
         _state.lasting_manifest = manifest or _state.lasting_manifest
-        first = before != (True, _state.lasting_asynchronous, _state.lasting_manifest)
+        _state.lasting_incremental |= incremental
+        first = before != _wanted_lastingly()
     _begin()
     if first:
         _log_installation()
@@ -130,11 +134,14 @@ def uninstall() -> None:
     """
     with _lock:
         _state.lasting = _state.lasting_asynchronous = _state.lasting_manifest = False
+        _state.lasting_incremental = False
         _end()
 
 
 @contextlib.contextmanager
-def installed(*, asynchronous: bool = False, manifest: Manifest = False) -> Iterator[None]:
+def installed(
+    *, asynchronous: bool = False, manifest: Manifest = False, incremental: bool = False
+) -> Iterator[None]:
     """Replaces the functions for the duration of a ``with`` block, in the whole process.
 
     Blocks may be nested and may overlap on several threads. The replacements are undone when the last block
@@ -146,6 +153,7 @@ def installed(*, asynchronous: bool = False, manifest: Manifest = False) -> Iter
         _state.blocks += 1
         _state.asynchronous_blocks += asynchronous
         _state.manifest_blocks.append(manifest)
+        _state.incremental_blocks += incremental
     try:
         _begin()
         yield
@@ -154,6 +162,7 @@ def installed(*, asynchronous: bool = False, manifest: Manifest = False) -> Iter
             _state.blocks -= 1
             _state.asynchronous_blocks -= asynchronous
             _state.manifest_blocks.remove(manifest)
+            _state.incremental_blocks -= incremental
             _end()
 
 
@@ -170,6 +179,16 @@ def is_asynchronous() -> bool:
 def manifest() -> Manifest:
     """Returns what checkpoints are to say of their files."""
     return _state.active and _state.manifest
+
+
+def is_incremental() -> bool:
+    """Returns whether checkpoints are to link what has not changed."""
+    return _state.active and _state.incremental
+
+
+def _wanted_lastingly() -> tuple[object, ...]:
+    state = _state
+    return state.lasting, state.lasting_asynchronous, state.lasting_manifest, state.lasting_incremental
 
 
 def _follows_checkpoints() -> bool:
@@ -360,4 +379,5 @@ def _log_installation() -> None:
 
     how = "installed, asynchronously" if _state.asynchronous else "installed"
     how += ", with manifests" if _state.manifest else ""
+    how += ", incrementally" if _state.incremental else ""
     logging.getLogger("fastshard").info("%s: %s", how, ", and ".join(text for text in texts if text))

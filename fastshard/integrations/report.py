@@ -51,6 +51,8 @@ class Status(NamedTuple):
     """Whether checkpoints of other libraries are written while their loops go on."""
     manifest: bool | str = False
     """What checkpoints of other libraries are to say of their files."""
+    incremental: bool = False
+    """Whether checkpoints of other libraries link what has not changed."""
     in_flight: tuple[str, ...] = ()
     """Files and folders of asynchronous saves that have not appeared yet."""
     on_the_spot: dict[str, dict[str, int]] = {}
@@ -60,6 +62,7 @@ class Status(NamedTuple):
     def __str__(self) -> str:
         how = "installed, asynchronously" if self.asynchronous else "installed"
         how += ", with manifests" if self.manifest else ""
+        how += ", incrementally" if self.incremental else ""
         state = how if self.installed else "not installed: fastshard.install(), or FASTSHARD_AUTO=1"
         lines = [f"fastshard {self.version}, {state}", *self.lines_of_replacements()]
         lines += ["saved by the engine:"]
@@ -140,6 +143,7 @@ def status() -> Status:
         activity.planned(),
         patching.is_asynchronous(),
         patching.manifest(),
+        patching.is_incremental(),
         _in_flight(),
         activity.on_the_spot(),
     )

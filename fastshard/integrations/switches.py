@@ -22,6 +22,10 @@ class State:
     manifest_blocks: Final[list[Manifest]] = []
     """The same of what checkpoints are to say of their files."""
 
+    lasting_incremental = False
+    incremental_blocks = 0
+    """The same of checkpoints that link what has not changed since the one before."""
+
     @property
     def active(self) -> bool:
         return self.lasting or self.blocks > 0
@@ -36,9 +40,13 @@ class State:
         return "sha256" if "sha256" in wanted else any(wanted)
 
     @property
+    def incremental(self) -> bool:
+        return self.lasting_incremental or self.incremental_blocks > 0
+
+    @property
     def follows_checkpoints(self) -> bool:
         """Whether the loops of other libraries are followed from the beginning of a checkpoint to its end."""
-        return self.asynchronous or bool(self.manifest)
+        return self.asynchronous or bool(self.manifest) or self.incremental
 
 
 def check_manifest(wanted: Manifest) -> None:

@@ -2,7 +2,7 @@
 """Checkpoints of transformers' ``Trainer`` that are written while training goes on.
 
 ``fastshard.install(asynchronous=True)`` replaces transformers' functions with these, and so does
-``install(manifest=True)``, for a manifest of all files of a checkpoint. ``Trainer`` makes a
+``install(manifest=True)``, for a manifest of all files of a checkpoint, and ``install(incremental=True)``. ``Trainer`` makes a
 checkpoint as ever, but in a hidden folder: it is told another run folder for that. All values are captured
 when its method returns. Older checkpoints are removed when the new one stands. One checkpoint is in flight at
 a time; whoever is going to look for checkpoints waits for it.
@@ -15,6 +15,7 @@ import copy
 import functools
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from ..base.activity import count_on_the_spot
 from ..engine import background
 from ..publish.checkpoint import Checkpoint, checkpoint, wait_for_earlier
 from ..publish.directory import final_places
+from ..publish.incremental import based_on
 from . import patching
 from .overrides import bound, is_of_a_library, overridden, wrapped
 from .transformers import arguments_by_name, complete_folder, overridden_in_model
@@ -56,6 +58,7 @@ _UPLOADS: Final = {
 }
 """Attributes of transformers' own callbacks that say whether they upload what was saved."""
 _UPLOADS_NOTHING: Final = (None, False, "false", "end")
+_CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)", re.ASCII)
 _INCOMPLETE: Final = "checkpoint-is-incomplete.txt"
 _log: Final = logging.getLogger("fastshard")
 
@@ -70,9 +73,30 @@ def save_checkpoint(original: Callable[..., Any], trainer: Any, *args: Any, **kw
     wait_for_earlier()
     began = time.time_ns()
     arguments = arguments_by_name(original)(trainer, *args, **kwargs)
-    asynchronous = patching.is_asynchronous()
     run = trainer._get_output_dir(trial=arguments["trial"])
-    directory = os.path.join(run, f"checkpoint-{trainer.state.global_step}")
+    step = trainer.state.global_step
+    with based_on(_newest_before(run, step) if patching.is_incremental() else None):
+        return _save_checkpoint(original, trainer, os.path.join(run, f"checkpoint-{step}"), args, kwargs)
+
+
+def _newest_before(run: str, step: int) -> str | None:
+    """Returns the checkpoint that a new one may share files with: the newest one before it, or else the newest one. It
+    need not be complete, as each of its files is compared."""
+    try:
+        found = {int(name[1]): name[0] for name in map(_CHECKPOINT.fullmatch, os.listdir(run)) if name}
+    except FileNotFoundError:
+        found = {}
+    found.pop(step, None)
+    # A path where nothing is: the first checkpoint has its frozen parameters apart, too.
+    name = found[max(found, key=lambda number: (number < step, number))] if found else "checkpoint-0"
+    return os.path.join(run, name)
+
+
+def _save_checkpoint(
+    original: Callable[..., Any], trainer: Any, directory: str, args: Any, kwargs: dict[str, Any]
+) -> Any:
+    asynchronous = patching.is_asynchronous()
+    run = os.path.dirname(directory)
     reason = next(_reasons(trainer, directory), None) if asynchronous else None
     if reason is not None:
         count_on_the_spot(_CALL, reason)

@@ -19,10 +19,13 @@ from typing import Any, Final
 
 import torch
 
+from ..api.hub import split_apart
 from ..base.activity import count_left
 from ..engine.borrowed import is_traceable_wrapper_subclass
 from ..engine.pipeline import How
 from ..engine.sharing import storage_of
+from ..engine.unchanged import frozen_storages, is_in
+from ..publish.incremental import current_base
 from ..publish.manifests import complete
 from ..publish.staged import current, staged
 from . import patching
@@ -81,10 +84,12 @@ def _save(
 ) -> Any:
     from transformers.utils import logging
 
-    how = How(progress=logging.is_progress_bar_enabled(), manifest=patching.manifest())
+    how = How(progress=logging.is_progress_bar_enabled(), manifest=patching.manifest(), base=current_base())
     stale = None if is_main(arguments) else _nothing
     with staged(directory, stale, how, call=_CALL, create=True, loggers=_LOGGERS) as stage:
         state_dict = arguments.get("state_dict")
+        if stage.base is not None:
+            stage.base.frozen = frozen_storages(model.parameters())
         stage.at_once = _changes_between_shards(model, state_dict)
         given_apart = _storages(state_dict.values()) if state_dict and not stage.at_once else set()
         stage.lasting = functools.partial(_lasting, model, given_apart)
@@ -181,6 +186,18 @@ def load_offloaded_parameter(original: Callable[..., Any], model: Any, param_nam
     memory."""
     stage = current()
     return original(model, param_name) if stage is None else offloaded_tensor(model, param_name, stage.hidden)
+
+
+def split_into_shards(
+    original: Callable[..., Any], state_dict: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """While a model is being saved after an earlier checkpoint, gives frozen parameters shards of their own."""
+    base = None if (stage := current()) is None else stage.base
+    if base is None or not base.frozen:
+        return original(state_dict, *args, **kwargs)
+    pattern = arguments_by_name(original)(state_dict, *args, **kwargs)["filename_pattern"]
+    apart = {n for n, t in state_dict.items() if isinstance(t, torch.Tensor) and is_in(base.frozen, t)}
+    return split_apart(lambda part: original(part, *args, **kwargs), state_dict, apart, pattern)
 
 
 def progress_bar(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,8 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
+from ..engine.unchanged import some_elements
+
 _SAMPLES: Final = 64
 """Number of elements of a tensor that are compared. They are evenly spread, as whatever repacks a tensor
 moves most of them."""
@@ -42,24 +44,9 @@ class Sampled(NamedTuple):
 def sampled(state: Mapping[str, torch.Tensor]) -> dict[str, Sampled]:
     """Returns what is kept of a state, so that a later one can be compared with it."""
     return {
-        name: Sampled(form, None if form.meta else _sample(state[name]))
+        name: Sampled(form, None if form.meta else some_elements(state[name], _SAMPLES))
         for name, form in forms(state).items()
     }
-
-
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns the bits of some elements, on the tensor's own device."""
-    tensor = tensor.detach()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    tensor = tensor.view(bits)
-    if tensor.dim() == 0:
-        return tensor.clone()
-    count = min(_SAMPLES, tensor.numel())
-    steps = torch.arange(count, device=tensor.device, dtype=torch.int64)
-    indices = steps * (tensor.numel() - 1) // max(count - 1, 1)
-    return tensor[torch.unravel_index(indices, tensor.shape)]
 
 
 def filter_of(loader: Any) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:

@@ -38,6 +38,8 @@ class Checkpoint:
         """What it will say of its files."""
         self.entries: dict[str, FileEntry] = {}
         """What the saves in it know of their files, by the paths in it."""
+        self.sums: dict[str, str] = {}
+        """The same of their SHA-256."""
         self.future: SaveFuture | None = None
         """After the block: ends when the folder stands under its name, or everything is undone."""
         self.messages = Messages(directory)
@@ -101,7 +103,7 @@ class Checkpoint:
 
     def _record(self, _: Stats) -> None:
         if self.manifest:
-            self.change.record = record_of(self.path, self.manifest, self.entries)
+            self.change.record = record_of(self.path, self.manifest, self.entries, self.sums)
 
     def _run_steps(self, figures: Stats) -> None:
         for step in self._steps:
@@ -124,11 +126,13 @@ class Part:
         """They are the checkpoint's, which tells them when it stands."""
         self.explain = whole.change.explain
 
-    def know(self, entries: Mapping[str, FileEntry]) -> None:
-        """Notes what the manifest is to say of files, by their paths in this folder."""
+    def know(self, entries: Mapping[str, FileEntry], sums: Mapping[str, str]) -> None:
+        """Notes what manifest and digests are to say of files, by their paths in this folder."""
         inner = os.path.relpath(self.path, self._whole.path)
         for name, entry in entries.items():
             self._whole.entries[os.path.normpath(os.path.join(inner, name))] = entry
+        for name, digest in sums.items():
+            self._whole.sums[os.path.normpath(os.path.join(inner, name))] = digest
 
     def publish(self, _: object = None) -> None:
         """Has nothing to do: the files are where they are to be."""

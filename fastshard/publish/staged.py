@@ -22,8 +22,10 @@ from ..base.activity import one_save
 from ..engine import background
 from ..engine.engine import SaveFuture, Stats, Step
 from ..engine.mapped import lies_in_file
+from ..engine.parts import Linked
 from ..engine.pipeline import How, PathLike, PlannedFile, StateDict, finish, plan_file, start, write_files
 from ..engine.sharing import storage_of
+from ..engine.tensors import check_dtype
 from ..errors import SaveError, rewritten
 from ..formats.manifest import FileEntry
 from ..formats.naming import (
@@ -37,6 +39,7 @@ from .checkpoint import Part, current_checkpoint
 from .directory import Replacement, was_left
 from .folder import Named
 from .hidden_names import final_places, hidden_folder_of
+from .incremental import Base
 from .manifests import Outline, record_of
 from .messages import Messages
 
@@ -65,6 +68,8 @@ class Stage:
         """For a manifest: of the files that were written, by their paths in the stage."""
         self.finishing: list[Callable[[], object]] = []
         """What is to be called when all files are written, with their entries known."""
+        self.base = None if how.base is None else Base(how.base, check_dtype(how.dtype), how.durable)
+        """The earlier checkpoint whose files serve this one."""
         self._how = how
         self._shown: dict[PathLike, str] = {}
         self._files: dict[PathLike, PlannedFile] = {}
@@ -88,7 +93,11 @@ class Stage:
         """
         if self._began is None:
             self._began = time.perf_counter()
-        planned = self._files[filename] = plan_file(tensors, filename, metadata, self._how)
+        planned = plan_file(tensors, filename, metadata, self._how)
+        self._files.pop(filename, None)
+        if self.base is not None and self.base.serve(planned, filename):
+            return planned
+        self._files[filename] = planned
         self._shown[filename] = final_places(os.fspath(filename)) if shown is None else os.fspath(shown)
         if self.lasting is not None:
             self._unseen += tensors.values()
@@ -136,11 +145,16 @@ class Stage:
         """Lets a change say what is in its files. It is a step of the save, when all of them are written."""
         for call in self.finishing:
             call()
+        sums: dict[str, str] = {}
+        if self.base is not None:
+            served, known = self.base.known, self.base.known_sums
+            self.entries |= {os.path.relpath(path, self.path): entry for path, entry in served.items()}
+            sums = {os.path.relpath(path, self.path): digest for path, digest in known.items()}
         if isinstance(change, Part):
-            change.know(self.entries)
+            change.know(self.entries, sums)
         else:
             change.record = record_of(
-                self.path, self._how.manifest, self.entries, keep_cached=self._how.keep_cached
+                self.path, self._how.manifest, self.entries, sums, keep_cached=self._how.keep_cached
             )
 
     def holds(self, filename: object) -> bool:
@@ -202,6 +216,10 @@ def staged(
             steps: list[Step] = [change.publish, counts]
             if how.manifest:
                 steps.insert(0, functools.partial(stage.record, change))
+            base = stage.base
+            if base is not None:
+                steps.insert(0, base.note)
+                steps.insert(-1, base.noted)
             if part is None:
                 messages.preferred = _preferred(directory, names)
                 steps.insert(-1, messages.tell)
@@ -209,6 +227,7 @@ def staged(
                 steps=steps,
                 undo=change.close,
                 explain=functools.partial(_explained, change, error_kind),
+                linked=None if base is None else Linked(base.files, base.nbytes, tuple(base.refused)),
                 paths=[directory] if part is None else None,
             )
         except BaseException as error:
@@ -254,7 +273,7 @@ def save_alone(
     if os.path.dirname(name) or any(other != name for other in obsolete):
         return False
     listed = os.listdir(directory) if listed is None else listed
-    if how.manifest or MANIFEST_NAME in listed or was_left(directory, listed):
+    if how.manifest or how.base is not None or MANIFEST_NAME in listed or was_left(directory, listed):
         return False
     began = time.perf_counter()
     path = os.path.join(directory, name)
