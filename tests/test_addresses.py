@@ -42,9 +42,7 @@ ENTRY_POINTS = {
     ("vllm.general_plugins", "fastshard"): "fastshard.vllm:register",
 }
 
-SAVE_FILE = (
-    "tensors filename metadata durable keep_cached progress allow_strided dtype checksums manifest base engine".split()
-)
+SAVE_FILE = "tensors filename metadata durable keep_cached progress allow_strided dtype checksums manifest base engine".split()
 
 
 def test_names_of_the_package() -> None:

@@ -71,7 +71,6 @@ def save_checkpoint(original: Callable[..., Any], trainer: Any, *args: Any, **kw
     Raises the error of the checkpoint before, if that has failed.
     """
     wait_for_earlier()
-    began = time.time_ns()
     arguments = arguments_by_name(original)(trainer, *args, **kwargs)
     run = trainer._get_output_dir(trial=arguments["trial"])
     step = trainer.state.global_step
@@ -101,6 +100,7 @@ def _save_checkpoint(
     if reason is not None:
         count_on_the_spot(_CALL, reason)
     if reason is not None or not asynchronous:
+        began = time.time_ns()
         with background.synchronous():
             result = original(trainer, *args, **kwargs)
         if trainer.args.should_save:
