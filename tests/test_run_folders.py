@@ -236,6 +236,14 @@ def test_the_newest_complete_one_for_scripts(run: Path, capfd: pytest.CaptureFix
     assert cli.main(["checkpoints", str(run / "nowhere"), "--latest"]) == 1
 
 
+def test_paths_are_printed_as_the_bytes_that_they_are(tmp_path: Path) -> None:
+    run = os.fsencode(tmp_path) + b"/run \xff"
+    of_shards(Path(os.fsdecode(run)) / "checkpoint-1")
+    for option in ("--latest", "--complete"):
+        command = [sys.executable, "-m", "fastshard", "checkpoints", run, option]
+        assert subprocess.check_output(command, cwd=Path(__file__).parent) == run + b"/checkpoint-1\n"
+
+
 def test_wrong_arguments_are_told_apart(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for wrong in (["--delete"], ["--keep-last", "0"], ["--keep-last", "1", "--latest"], ["--keep", "a"]):
         assert cli.main(["checkpoints", str(run), *wrong]) == 2

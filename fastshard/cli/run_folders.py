@@ -106,7 +106,7 @@ def _checkpoints(given: argparse.Namespace) -> int:
         if given.json:
             print(json.dumps({"run": given.run, "latest": latest}))
         elif latest is not None:
-            print(latest)
+            _print_path(latest)
         return 0 if latest is not None else fail("no checkpoint is complete", given.run)
     found = list_checkpoints(given.run, prefix=given.prefix)
     if given.complete:
@@ -115,12 +115,18 @@ def _checkpoints(given: argparse.Namespace) -> int:
         print(json.dumps({"run": given.run, "checkpoints": [_as_dict(c) for c in found]}, indent=2))
     elif given.complete:
         for checkpoint in found:
-            print(checkpoint.path)
+            _print_path(checkpoint.path)
     elif found:
         print(table(("checkpoint", "state"), [_row(checkpoint) for checkpoint in found], right=()))
     else:
         print(f"{printable(given.run)}: no checkpoints {given.prefix}N")
     return 0 if found or not given.complete else fail("no checkpoint is complete", given.run)
+
+
+def _print_path(path: str) -> None:
+    """Prints a path as the bytes that it is, for scripts."""
+    sys.stdout.buffer.write(os.fsencode(path) + b"\n")
+    sys.stdout.buffer.flush()
 
 
 def _row(checkpoint: RunCheckpoint) -> tuple[str, str]:
