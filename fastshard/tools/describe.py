@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import Final
 
 from ..api.checked import Problem
-from ..engine.checksums import Sums, take
 from ..formats.hf_index import StoredFile, read_stored
-from ..formats.manifest import FileEntry, Manifest, TensorEntry
-from ..formats.naming import MANIFEST_NAME, SUMS_NAME, WEIGHTS_SUFFIX
-from ..formats.sha256sums import format_sums
-from ..publish.directory import replacing
+from ..formats.manifest import Manifest, read_manifest
+from ..formats.naming import MANIFEST_NAME, RECORDS, SUMS_NAME, WEIGHTS_SUFFIX
+from ..formats.sha256sums import read_sums
+from ..publish.directory import Replacement
+from ..publish.manifests import record_of
 from .structure import of_indices
 from .verify import bar, entries_of
 
@@ -39,39 +39,36 @@ def write_manifest(
     """
     folder = os.fspath(path)
     names = _names_in(folder)
-    there = [name for name in (MANIFEST_NAME, SUMS_NAME) if os.path.lexists(os.path.join(folder, name))]
+    there = [name for name in RECORDS if os.path.lexists(os.path.join(folder, name))]
     if there and not force:
         raise FileExistsError(f"{os.path.join(folder, there[0])!r} is there already")
     before = {name: os.stat(os.path.join(folder, name)) for name in names}
     stored = {n: read_stored(os.path.join(folder, n)) for n in names if n.endswith(WEIGHTS_SUFFIX)}
     _compare_with_indices(folder, names, stored)
-    wanted = {
-        name: Sums(os.path.join(folder, name), info.st_size, _ranges(info.st_size, stored.get(name)), sha256)
-        for name, info in before.items()
-    }
-    with bar(sum(sums.work for sums in wanted.values()), progress, "Describing") as passed:
-        take(wanted.values(), passed=passed)
-    for name, sums in wanted.items():
-        if sums.error is not None:
-            raise sums.error
-        now = os.stat(sums.path)
-        if (now.st_ino, now.st_size, now.st_mtime_ns) != (
-            before[name].st_ino,
-            before[name].st_size,
-            before[name].st_mtime_ns,
-        ):
-            raise ValueError(f"{sums.path!r} was changed while it was read")
-    manifest = Manifest(files={name: _entry(sums, stored.get(name)) for name, sums in wanted.items()})
-    text = manifest.to_json().encode()
-    with replacing(folder, obsolete=[SUMS_NAME]) as made:
-        with open(os.path.join(made, MANIFEST_NAME), "wb") as file:
-            file.write(text)
-        if sha256:
-            digests = {name: sums.sha256_found for name, sums in wanted.items()}
-            digests[MANIFEST_NAME] = hashlib.sha256(text, usedforsecurity=False).hexdigest()
-            with open(os.path.join(made, SUMS_NAME), "wb") as file:
-                file.write(os.fsencode(format_sums(digests)))
-    return manifest
+    with bar(sum(info.st_size for info in before.values()) * (1 + sha256), progress, "Describing") as passed:
+        record = record_of(folder, "sha256" if sha256 else True, {}, names=names, passed=passed)
+    for name, info in before.items():
+        if not _is_still(os.path.join(folder, name), info):
+            raise ValueError(f"{os.path.join(folder, name)!r} was changed while it was read")
+    with Replacement(folder) as change:
+        change.record = record._replace(without=frozenset(_named_before(folder) - record.files.keys()))
+        change.publish()
+    return Manifest(files=dict(sorted(record.files.items())))
+
+
+def _is_still(path: str, before: os.stat_result) -> bool:
+    now = os.stat(path)
+    return (now.st_ino, now.st_size, now.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
+
+
+def _named_before(folder: str) -> set[str]:
+    """Returns the names in manifest and digests that are there, as far as these can be read."""
+    names = set[str]()
+    with contextlib.suppress(OSError, ValueError):
+        names |= read_manifest(os.path.join(folder, MANIFEST_NAME)).files.keys()
+    with contextlib.suppress(OSError, ValueError):
+        names |= read_sums(os.path.join(folder, SUMS_NAME)).keys()
+    return names
 
 
 def _names_in(folder: str) -> list[str]:
@@ -84,7 +81,7 @@ def _names_in(folder: str) -> list[str]:
             raise ValueError(f"{folder!r} holds several checkpoints: each is to have a manifest of its own")
         found += [f"{inner}/{name}" if inner else name for name in files]
         ahead += [f"{inner}/{name}" if inner else name for name in folders]
-    left = sorted({*found} - {MANIFEST_NAME, SUMS_NAME})
+    left = sorted({*found} - {*RECORDS})
     if not left:
         raise ValueError(f"{folder!r} holds no files")
     return left
@@ -102,23 +99,3 @@ def _compare_with_indices(folder: str, names: list[str], stored: Mapping[str, St
         ]
         for problem in (*indices.problems, *lost, *indices.compare(headers)):
             raise ValueError(str(problem))
-
-
-def _ranges(nbytes: int, stored: StoredFile | None) -> list[tuple[int, int]]:
-    if stored is None:
-        return [(0, nbytes)]
-    begin = stored.header.nbytes
-    return [(0, begin), *((begin + t.begin, t.end - t.begin) for t in stored.header.tensors)]
-
-
-def _entry(sums: Sums, stored: StoredFile | None) -> FileEntry:
-    first, *others = sums.crc32s
-    if stored is None:
-        return FileEntry(sums.nbytes, first)
-    tensors = {
-        tensor.name: TensorEntry(offset, nbytes, crc32)
-        for tensor, (offset, nbytes), crc32 in zip(
-            stored.header.tensors, sums.ranges[1:], others, strict=True
-        )
-    }
-    return FileEntry(sums.nbytes, first, tensors)
