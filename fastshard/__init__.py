@@ -14,7 +14,6 @@ from .base.loading import load as _load
 if TYPE_CHECKING:
     from safetensors import safe_open as safe_open
     from safetensors.torch import load as load
-    from safetensors.torch import load_file as load_file
     from safetensors.torch import load_model as load_model
 
     from .api.archive import torch_save as torch_save
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from .api.asynchronous import save_torch_model_async as save_torch_model_async
     from .api.asynchronous import save_torch_state_dict_async as save_torch_state_dict_async
     from .api.asynchronous import torch_save_async as torch_save_async
+    from .api.checked import load_file as load_file
     from .api.hub import save_torch_model as save_torch_model
     from .api.hub import save_torch_state_dict as save_torch_state_dict
     from .api.prepared import PreparedSave as PreparedSave
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from .integrations.report import Status as Status
     from .integrations.report import status as status
     from .tools.dcp_folders import convert_dcp as convert_dcp
+    from .tools.describe import write_manifest as write_manifest
     from .tools.diff import diff_checkpoints as diff_checkpoints
     from .tools.reshard import merge_checkpoint as merge_checkpoint
     from .tools.reshard import reshard_checkpoint as reshard_checkpoint
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
     from .tools.run_folder import latest_checkpoint as latest_checkpoint
     from .tools.run_folder import list_checkpoints as list_checkpoints
     from .tools.run_folder import prune_checkpoints as prune_checkpoints
+    from .tools.verify import Report as Report
+    from .tools.verify import verify as verify
 
 __version__ = "0.1.0"
 
@@ -67,6 +70,7 @@ _HOMES = {
     "Engine": "fastshard.engine.engine",
     "Options": "fastshard.engine.options",
     "PreparedSave": "fastshard.api.prepared",
+    "Report": "fastshard.tools.verify",
     "SaveError": "fastshard.errors",
     "SaveFuture": "fastshard.engine.engine",
     "Stats": "fastshard.engine.options",
@@ -80,7 +84,7 @@ _HOMES = {
     "list_checkpoints": "fastshard.tools.run_folder",
     "load": "safetensors.torch",
     "load_distributed": "fastshard.distributed.rank_load",
-    "load_file": "safetensors.torch",
+    "load_file": "fastshard.api.checked",
     "load_model": "safetensors.torch",
     "load_sharded_state": "fastshard.api.sharded_load",
     "merge_checkpoint": "fastshard.tools.reshard",
@@ -108,7 +112,9 @@ _HOMES = {
     "torch_save": "fastshard.api.archive",
     "torch_save_async": "fastshard.api.asynchronous",
     "uninstall": "fastshard.integrations.patching",
+    "verify": "fastshard.tools.verify",
     "wait_all": "fastshard.engine.background",
+    "write_manifest": "fastshard.tools.describe",
 }
 
 __all__ = list(_HOMES)

@@ -18,11 +18,12 @@ import fastshard
 ROOT = Path(__file__).parent.parent
 
 NAMES = """
-ArchiveError Engine Options PreparedSave SaveError SaveFuture Stats Status asynchronous convert_dcp diff_checkpoints install installed latest_checkpoint list_checkpoints load
-load_distributed load_file load_model load_sharded_state merge_checkpoint prepare prune_checkpoints reshard_checkpoint safe_open save save_distributed
-save_file save_file_async save_files save_files_async save_model save_model_async save_sharded_state save_sharded_state_async save_torch_model
-save_torch_model_async save_torch_state_dict save_torch_state_dict_async shard_checkpoint stats status torch_save
-torch_save_async uninstall wait_all
+ArchiveError Engine Options PreparedSave Report SaveError SaveFuture Stats Status asynchronous convert_dcp
+diff_checkpoints install installed latest_checkpoint list_checkpoints load load_distributed load_file load_model
+load_sharded_state merge_checkpoint prepare prune_checkpoints reshard_checkpoint safe_open save save_distributed
+save_file save_file_async save_files save_files_async save_model save_model_async save_sharded_state
+save_sharded_state_async save_torch_model save_torch_model_async save_torch_state_dict save_torch_state_dict_async
+shard_checkpoint stats status torch_save torch_save_async uninstall verify wait_all write_manifest
 """.split()
 """Of the package itself."""
 

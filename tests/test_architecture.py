@@ -56,19 +56,19 @@ PYTHON_LAYERS = {
     """,
     "publish": "hidden_names folder attributes staging change record linking exchanging switching directory messages in_place manifests checkpoint incremental staged",
     "api": """
-        saving holders sources prepared archive_errors archive_skeleton archive_by_torch archive hub sharded_state
+        checked saving holders sources prepared archive_errors archive_skeleton archive_by_torch archive hub sharded_state
         sharded_save sharded_load asynchronous
     """,
     "distributed": """
         group boxes rank_plan rank_files rank_own_files rank_save stored slices rank_load unseen_files stock final_files writer reader distcp file_system
         gathering staged stager
     """,
-    "tools": "completeness run_folder usage tensors_of values diff convert tp_plan model_plan parts rank_folders outputs reshard stored_boxes dcp_source dcp_folders",
+    "tools": "structure verify describe completeness run_folder usage tensors_of values diff convert tp_plan model_plan parts rank_folders outputs reshard stored_boxes dcp_source dcp_folders",
     "integrations": """
         patch_entry patch_groups import_hook calls switches patching overrides report offload transformers_distributed transformers trainer accelerate accelerate_state lightning torch_checkpointing adapters dcp vllm_states vllm
         sglang vllm_save
     """,
-    "cli": "text files checkpoints run_folders diff run command __init__",
+    "cli": "text files checkpoints verify run_folders diff run command __init__",
     " public": "auto mapped offload dcp vllm sglang lightning torch_checkpointing __init__ __main__",
 }
 """fastshard/, folder by folder, in reading order. A module may import only what stands before it."""
@@ -128,12 +128,17 @@ WITHOUT_TORCH = {
     "tools/tensors_of": set(),
     "tools/values": set(),
     "tools/diff": set(),
+    "api/checked": {"safetensors"},
     "tools/tp_plan": set(),
+    "tools/structure": set(),
+    "tools/verify": set(),
+    "tools/describe": set(),
     "cli/text": {"safetensors", "tqdm"},
     "cli/files": set(),
     "cli/checkpoints": set(),
     "cli/run_folders": set(),
     "cli/diff": set(),
+    "cli/verify": set(),
     "cli/run": set(),
     "cli/command": set(),
     "auto": set(),
@@ -413,7 +418,7 @@ PRIVATE = {
     "_getframe": {"api/archive_skeleton", "api/asynchronous", "base/loading", "engine/background"},
     "_initializing": {"base/loading", "integrations/patching"},
     "_run_exitfuncs": {"engine/background"},
-    "_SubParsersAction": {"cli/checkpoints", "cli/diff", "cli/files", "cli/run_folders"},
+    "_SubParsersAction": {"cli/checkpoints", "cli/diff", "cli/files", "cli/run_folders", "cli/verify"},
 }
 """What others do not make public -> who uses it: one module for each, which says what is done where it is missing."""
 

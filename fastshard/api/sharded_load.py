@@ -19,9 +19,10 @@ from ..engine import tensors as _tensors
 from ..engine.reading import Piece, read_into
 from ..engine.sharing import overlapping
 from ..formats.manifest import Alias, RankManifest, read_rank_manifest
-from ..formats.naming import Names, Ranks, is_manifest
+from ..formats.naming import SUMS_NAME, Names, Ranks, is_manifest
 from ..formats.safetensors import read_header
 from ..publish.linking import is_placeholder
+from .checked import Check, read_known, why_unsound
 from .sharded_state import State, has_memory, is_flat, nbytes_of, state_of, without_subtensors
 
 _FAULTS_SHOWN: Final = 10
@@ -43,6 +44,7 @@ def load_sharded_state(
     reader: tuple[str, str] | None = None,
     quantization: str | None = None,
     post_processed: bool | None = None,
+    verify: bool = False,
 ) -> RankManifest | None:
     """Loads one rank's shards into the parameters that are there: vLLM's, SGLang's, or :func:`fastshard.save_sharded_state`'s.
 
@@ -63,6 +65,8 @@ def load_sharded_state(
         quantization: name of the method the parameters are for; ``None``: it is not compared.
         post_processed: whether the parameters are as after ``process_weights_after_loading``, so that the engine does
             not call it after this; ``None``: it is not compared.
+        verify: compare all bytes of the files with the CRC-32 in the manifest, or with ``SHA256SUMS``, before anything
+            is changed. They are read once more for that.
 
     Returns:
         The manifest; ``None`` where there is none, as beside files of vLLM's or SGLang's own: nothing is known of the
@@ -71,7 +75,8 @@ def load_sharded_state(
     Raises:
         ValueError: nothing is there to load, tensors are missing, unexpected, stored twice or of other dtypes or shapes,
             the files are not those of the manifest, or they were saved for other ranks or in another state.
-        SafetensorError: a file is not in safetensors format.
+        SafetensorError: a file is not in safetensors format, or is damaged, which ``verify`` finds; with it, files of
+            which no digest is known are a ``ValueError``.
         OSError: a file cannot be read. If that happens while tensors are read, some parameters have changed.
     """
     ranks = Ranks(
@@ -102,6 +107,8 @@ def load_sharded_state(
         if manifest is not None:
             _check_files(manifest, described, files, stored)
         sources = _sources(wanted, covered, tensors, stored, manifest.aliases if manifest else {})
+        if verify:
+            _verify(directory, manifest, names.manifest, files)
         _fill(sources)
     return manifest
 
@@ -254,6 +261,19 @@ def _check_files(
                     f"{path!r} does not describe the files beside it: {name!r} is {expected.get(name)!r} there and "
                     f"{actual.get(name)!r} here"
                 )
+
+
+def _verify(directory: str, manifest: RankManifest | None, described: str, files: Iterable[BinaryIO]) -> None:
+    """Raises ``SafetensorError`` if bytes of the files are others than were saved."""
+    sums = read_known(directory, [SUMS_NAME]).sums
+    checks = []
+    for file in files:
+        name = os.path.basename(file.name)
+        known = None if manifest is None else (manifest.files[name], described)
+        checks.append(Check(file.name, known, sums.get(name), file=file, by_crc32=True))
+    error = why_unsound(checks)
+    if error is not None:
+        raise error
 
 
 def _sources(

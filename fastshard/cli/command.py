@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fastshard env [PATH]``, ``run COMMAND``, ``bench``, ``vllm-save``, and the commands of files.py,
-checkpoints.py, run_folders.py and diff.py."""
+checkpoints.py, verify.py, run_folders.py and diff.py."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from . import diff as cli_diff
 from . import files as cli_files
 from . import run as cli_run
 from . import run_folders as cli_run_folders
+from . import verify as cli_verify
 from .text import fail, guarded, needs_torch, size
 
 
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     cli_files.add_parsers(commands)
+    cli_verify.add_parsers(commands)
     env = commands.add_parser(
         "env", help="what this machine and the filesystem of a path offer a save, what is replaced"
     )
@@ -62,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return cli_run_folders.run(given)
     if given.command in cli_diff.COMMANDS:
         return cli_diff.run(given)
+    if given.command in cli_verify.COMMANDS:
+        return cli_verify.run(given)
     return guarded(lambda: _env(given.path), given.path)
 
 

@@ -73,7 +73,7 @@ def find_tensor(read: Read, nbytes: int) -> SavedTensor:
     Raises ``ValueError`` if the archive is damaged, or holds anything but one plain tensor.
     """
     try:
-        records = {record.name: record for record in records_of(_Edges(read, nbytes), _MOST_RECORDS)}
+        records = {record.name: record for record in records_of(Edges(read, nbytes), _MOST_RECORDS)}
     except UnknownLayout as error:
         raise ValueError(str(error)) from None
     order = records.get("byteorder")
@@ -138,7 +138,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
-class _Edges:
+class Edges:
     """An archive of which only the beginning and the end are read at once. It is asked as
     :func:`fastshard.formats.torch_archive.records_of` asks."""
 

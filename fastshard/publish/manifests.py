@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from ..engine.checksums import Sums, take
+from ..engine.checksums import Passed, Sums, take
 from ..formats.hf_index import read_stored
 from ..formats.manifest import FileEntry, TensorEntry, read_manifest
 from ..formats.naming import MANIFEST_NAME, RECORDS, SUMS_NAME, WEIGHTS_SUFFIX
@@ -66,11 +66,12 @@ def record_of(
     *,
     names: Iterable[str] | None = None,
     keep_cached: bool = True,
+    passed: Passed | None = None,
 ) -> Record:
     """Returns the record of these files in a folder, or of all in it and in the folders in it.
 
     What is known of a file is not read again. With ``keep_cached=False``, nothing of what is read stays in the page
-    cache.
+    cache. ``passed`` is told of bytes that were read.
     """
     entries: dict[str, FileEntry] = {}
     sums: dict[str, str] = {}
@@ -84,7 +85,7 @@ def record_of(
             hashed = False
         if hashed or name not in known:
             wanted[name] = _sums(os.path.join(folder, name), name not in known, hashed)
-    take(wanted.values(), direct=not keep_cached)
+    take(wanted.values(), direct=not keep_cached, passed=passed)
     for name, found in wanted.items():
         if found.error is not None:
             raise found.error
