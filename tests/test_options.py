@@ -93,7 +93,7 @@ LEFT_OUT: dict[str, dict[str, str]] = {
 
 NOT_SAVING = {
     "wait_all", "install", "installed", "uninstall", "load", "load_file", "load_model", "load_sharded_state", "load_distributed", "stats", "status",
-    "list_checkpoints", "prune_checkpoints", "latest_checkpoint", "diff_checkpoints",
+    "list_checkpoints", "prune_checkpoints", "latest_checkpoint", "diff_checkpoints", "verify", "write_manifest",
 }  # fmt: skip
 
 
