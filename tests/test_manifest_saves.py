@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -402,6 +403,22 @@ def test_an_asynchronous_save_describes_what_it_has_written(tmp_path: Path) -> N
     check(tmp_path, "sha256")
     (shard,) = (n for n in files_of(tmp_path) if b'"a"' in (tmp_path / n).read_bytes()[:200] and "00" in n)
     assert (tmp_path / shard).read_bytes()[-4:] == torch.tensor(2.0).numpy().tobytes()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("saver", ["save_file", "torch_save of much", "save_torch_state_dict"])
+def test_a_save_behind_one_with_a_manifest(saver: str, asynchronous: bool, tmp_path: Path) -> None:
+    """That may not have appeared when the later one begins."""
+    name = "x.pt" if saver.startswith("torch") else WEIGHTS
+    for _ in range(3):
+        with fastshard.asynchronous():
+            fastshard.save_files(
+                {tmp_path / n: {"a": filled((1 << 20,))} for n in OTHERS[:1] + [name]}, manifest=True
+            )
+        with fastshard.asynchronous() if asynchronous else contextlib.nullcontext():
+            SAVERS[saver](tmp_path)
+        fastshard.wait_all()
+        assert described(tmp_path) == {OTHERS[0]}
 
 
 def test_many_tensors(tmp_path: Path) -> None:

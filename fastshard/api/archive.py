@@ -144,10 +144,18 @@ def _save(original: Callable[..., None], pickling: Pickling, f: Any, how: How, i
         _describe(path, how)
 
 
-def _describe(path: str, how: How, _: object = None) -> None:
-    """Adds the file to the manifest of the folder that it is in. It may be a step of a save."""
+def _describe(path: str, how: How) -> None:
+    """Adds the file to the manifest of the folder that it is in."""
     with archive_errors(path):
         add(os.path.realpath(path), how.manifest, durable=how.durable, keep_cached=how.keep_cached)
+
+
+def _tell(path: str, how: How, _: object) -> None:
+    """Lets the manifest say of the file what it is to say. It is a step of an asynchronous save."""
+    if how.manifest:
+        _describe(path, how)
+    else:
+        forget([os.path.realpath(path)], durable=how.durable)
 
 
 def _save_path(
@@ -265,7 +273,7 @@ def _write(path: str, skeleton: Skeleton, planned: Plan, how: How, began: float)
             amend=planned.amend,
             steps=[
                 functools.partial(note_made, path),
-                *([functools.partial(_describe, path, how)] if how.manifest and scope is not None else ()),
+                *([functools.partial(_tell, path, how)] if scope is not None else ()),
                 counted(_CALL, path),
             ],
             explain=functools.partial(_explained, path, skeleton.nbytes),

@@ -12,6 +12,7 @@ import torch
 
 from ..base.activity import one_save
 from ..base.loading import load
+from ..engine import background
 from ..engine import tensors as _tensors
 from ..engine.engine import Engine, Options
 from ..engine.pipeline import (
@@ -244,8 +245,11 @@ def _save(
     if files and (how.manifest or how.base is not None):
         return _save_in_stage(files, metadata, how, call)
     plans = {filename: plan_file(tensors, filename, metadata, how) for filename, tensors in files.items()}
+    background.make_way(*files, wait=background.current() is None)
     forget(files, durable=how.durable)
-    write_files(plans, how, began)
+    # An asynchronous save may have to come behind one with a manifest.
+    later = [lambda _: forget(files, durable=how.durable)] if background.current() is not None else []
+    write_files(plans, how, began, steps=later)
 
 
 def _save_in_stage(

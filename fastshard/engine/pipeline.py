@@ -161,14 +161,18 @@ def plan_file(
 
 
 def write_files(
-    plans: Mapping[PathLike, PlannedFile], how: How, began: float, description: str | None = None
+    plans: Mapping[PathLike, PlannedFile],
+    how: How,
+    began: float,
+    description: str | None = None,
+    steps: Sequence[Step] = (),
 ) -> None:
-    """Writes these files and waits. ``began`` is when planning did, by ``time.perf_counter``."""
+    """Writes these files and waits. ``began`` and ``steps`` are those of :func:`start`."""
     if description is None:
         one = os.path.basename(os.fspath(next(iter(plans)))) if len(plans) == 1 else None
         description = f"{len(plans)} files" if one is None else one
     background.make_way(*plans, wait=background.current() is None)
-    finish(start(plans, how, began), how.progress, description)
+    finish(start(plans, how, began, steps=steps), how.progress, description)
 
 
 def start(

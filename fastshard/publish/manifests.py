@@ -164,7 +164,8 @@ def forget(paths: Iterable[str | os.PathLike[str]], *, durable: bool = False) ->
         folder, name = os.path.split(os.fsdecode(path))
         folders.setdefault(folder or os.curdir, set()).add(name)
     for folder, names in folders.items():
-        if _names_any(folder, names):
+        # There is none, mostly, which is to cost a microsecond.
+        if os.access(os.path.join(folder, MANIFEST_NAME), os.F_OK) and _names_any(folder, names):
             try:
                 _say(folder, Record({}, {}, frozenset(names)), durable)
             except OSError as error:  # it is the new file that counts
