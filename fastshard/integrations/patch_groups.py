@@ -91,6 +91,13 @@ TABLE: tuple[Entry, ...] = (
         "state_dict save_directory",
     ),
     Entry(
+        "huggingface_hub.lfs",
+        "UploadInfo.from_path",
+        "fastshard.integrations.hub_uploads:from_path",
+        "cls path",
+        since="2.4",  # older ones read the file here
+    ),
+    Entry(
         "transformers.modeling_utils",
         "PreTrainedModel.save_pretrained",
         "fastshard.integrations.transformers:save_pretrained",
