@@ -219,8 +219,8 @@ class Engine:
         """Starts filling the next generation of a prepared save. Whoever waits serves it.
 
         A save of it that this call has interrupted is cancelled. If what is bound has another tag, nothing is
-        done and ``None`` is returned. ``paths`` are given for a save whose caller goes on. ``changed``: find out
-        what differs from the generation before. The other arguments are those of :meth:`submit`.
+        done and ``None`` is returned. ``paths`` are given for a save whose caller goes on; ``changed`` to find out what
+        differs from the generation before. The others are those of :meth:`submit`.
         """
         behind = None if paths is None else Background("written", paths=paths)
         asked = SaveOptions(dict(streams), durable=durable, checksums=checksums, tells_read=paths is not None)

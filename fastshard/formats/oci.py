@@ -14,8 +14,6 @@ from typing import Final, NamedTuple
 from .digests import Known
 from .naming import WEIGHTS_SUFFIX, goes_with_weights
 
-_MANIFEST: Final = "application/vnd.oci.image.manifest.v1+json"
-_INDEX: Final = "application/vnd.oci.image.index.v1+json"
 _MODEL: Final = "application/vnd.cncf.model"
 _FILE_PATH: Final = "org.cncf.model.filepath"
 _TITLE: Final = "org.opencontainers.image.title"
@@ -61,10 +59,10 @@ def pack(name: str, files: Mapping[str, Known]) -> Packed:
         },
     )
     manifest = _blob(
-        _MANIFEST,
+        _image("manifest"),
         {
             "schemaVersion": 2,
-            "mediaType": _MANIFEST,
+            "mediaType": _image("manifest"),
             "artifactType": f"{_MODEL}.manifest.v1+json",
             "config": config.descriptor,
             "layers": layers,
@@ -77,7 +75,7 @@ def pack(name: str, files: Mapping[str, Known]) -> Packed:
 def index(packed: Packed, tag: str) -> str:
     """Returns the ``index.json`` of an image layout that has this artifact only."""
     entry = {**packed.manifest.descriptor, "annotations": {_TAG: tag}}
-    return _json({"schemaVersion": 2, "mediaType": _INDEX, "manifests": [entry]})
+    return _json({"schemaVersion": 2, "mediaType": _image("index"), "manifests": [entry]})
 
 
 def _layer(file: str, known: Known) -> dict[str, object]:
@@ -97,6 +95,10 @@ def _kind(file: str) -> str:
     if name.lower().endswith(_DOCUMENTS) or name.upper().startswith(("LICENSE", "NOTICE", "README")):
         return "doc"
     return "code" if name.endswith(_CODE) else "weight.config"
+
+
+def _image(what: str) -> str:
+    return f"application/vnd.oci.image.{what}.v1+json"
 
 
 def _blob(media_type: str, content: object) -> Blob:
