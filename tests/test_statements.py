@@ -8,9 +8,10 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,20 @@ def blob(layout: Path, descriptor: dict[str, Any]) -> bytes:
     return content
 
 
+def test_skopeo_copies_the_layout_and_checks_it(checkpoint: Path, tmp_path: Path) -> None:
+    skopeo = shutil.which("skopeo")
+    if skopeo is None:
+        pytest.skip("no skopeo here")
+    statement_of(checkpoint, "oci", layout=tmp_path / "layout")
+    call = [skopeo, "--insecure-policy", "copy", f"oci:{tmp_path}/layout:a-model"]
+    subprocess.run([*call, f"dir:{tmp_path}/sound"], check=True, capture_output=True)
+    manifest = json.loads((tmp_path / "sound" / "manifest.json").read_text())
+    assert manifest == json.loads(statement_of(checkpoint, "oci"))
+    with weights_unreadable(checkpoint):
+        found = subprocess.run([*call, f"dir:{tmp_path}/damaged"], capture_output=True, text=True)
+    assert found.returncode != 0 and "igest did not match" in found.stderr
+
+
 def test_arguments(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="in-toto, oci"):
         statement_of(checkpoint, "spdx")  # type: ignore[arg-type]
@@ -319,10 +334,10 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def push(folder: Path, hub: Hub) -> None:
+def push(folder: Path, hub: Hub, names: Iterable[str] = WEIGHTS) -> None:
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    operations = [CommitOperationAdd(name, folder / name) for name in WEIGHTS]
+    operations = [CommitOperationAdd(name, folder / name) for name in names]
     HfApi(endpoint=hub.endpoint, token="hf_x").create_commit("o/r", operations, commit_message="weights")  # noqa: S106
 
 
@@ -344,6 +359,26 @@ def test_an_upload_hashes_no_file_whose_digest_is_known(
         assert hub.committed == {name: digest(checkpoint / name) for name in WEIGHTS} != expected
     push(checkpoint, hub)
     assert sorted(hashed[1:]) == [*WEIGHTS]
+
+
+def test_what_was_just_saved_is_known(
+    tmp_path: Path, hub: Hub, hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However the folder changes: new, other files, the same files."""
+    import huggingface_hub
+    from huggingface_hub import _commit_api
+
+    monkeypatch.setattr(_commit_api, "is_xet_available", lambda: False)
+    for shard_size in ("5GB", "6KB", "6KB"):
+        tensors = {f"t{i}": torch.rand(1000) for i in range(3)}
+        with fastshard.installed(manifest="sha256"):
+            huggingface_hub.save_torch_state_dict(tensors, tmp_path, max_shard_size=shard_size)
+            names = sorted(path.name for path in tmp_path.glob("model*"))
+            hub.committed.clear()
+            push(tmp_path, hub, names)
+        assert hub.committed == {name: digest(tmp_path / name) for name in names}
+        assert len(names) == (1 if shard_size == "5GB" else 4)
+    assert hashed == []
 
 
 def test_xet_is_told_the_digest(

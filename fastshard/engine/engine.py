@@ -218,9 +218,8 @@ class Engine:
     ) -> SaveFuture | None:
         """Starts filling the next generation of a prepared save. Whoever waits serves it.
 
-        A save of it that this call has interrupted is cancelled. If what is bound has another tag, nothing is
-        done and ``None`` is returned. ``paths`` are given for a save whose caller goes on; ``changed`` to find out what
-        differs from the generation before. The others are those of :meth:`submit`.
+        A save of it that this call has interrupted is cancelled. With another tag than that of what is bound nothing is
+        done, and ``None`` returned. ``paths``: its caller goes on. For the others see :meth:`submit` and ``prepare``.
         """
         behind = None if paths is None else Background("written", paths=paths)
         asked = SaveOptions(dict(streams), durable=durable, checksums=checksums, tells_read=paths is not None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
@@ -22,6 +23,9 @@ _TAG: Final = "org.opencontainers.image.ref.name"
 _DOCUMENTS: Final = (".md", ".rst", ".pdf")
 _CODE: Final = ".py"
 _JSON: Final = ".json"
+
+_NOT_IN_TAGS: Final = re.compile(r"[^A-Za-z0-9._]+")
+_MOST_OF_A_TAG: Final = 128
 
 LAYOUT_NAME: Final = "oci-layout"
 LAYOUT: Final = '{"imageLayoutVersion": "1.0.0"}'
@@ -72,8 +76,10 @@ def pack(name: str, files: Mapping[str, Known]) -> Packed:
     return Packed(manifest, config, {f"sha256:{known.sha256}": file for file, known in files.items()})
 
 
-def index(packed: Packed, tag: str) -> str:
-    """Returns the ``index.json`` of an image layout that has this artifact only."""
+def index(packed: Packed, name: str) -> str:
+    """Returns the ``index.json`` of an image layout that has this artifact only. Its tag is the name, as far as tags
+    can be that."""
+    tag = _NOT_IN_TAGS.sub("-", name).strip("-.")[:_MOST_OF_A_TAG] or "model"
     entry = {**packed.manifest.descriptor, "annotations": {_TAG: tag}}
     return _json({"schemaVersion": 2, "mediaType": _image("index"), "manifests": [entry]})
 

@@ -46,7 +46,7 @@ def statement_of(
 
 
 def _write_layout(
-    packed: oci.Packed, folder: str | os.PathLike[str], layout: str | os.PathLike[str], tag: str
+    packed: oci.Packed, folder: str | os.PathLike[str], layout: str | os.PathLike[str], name: str
 ) -> None:
     """Writes the layout, its index last."""
     os.mkdir(layout)
@@ -57,7 +57,7 @@ def _write_layout(
     for blob in (packed.config, packed.manifest):
         _write(os.path.join(blobs, _hex(str(blob.descriptor["digest"]))), blob.text)
     _write(os.path.join(layout, oci.LAYOUT_NAME), oci.LAYOUT)
-    _write(os.path.join(layout, oci.INDEX_NAME), oci.index(packed, tag))
+    _write(os.path.join(layout, oci.INDEX_NAME), oci.index(packed, name))
 
 
 def _hex(digest: str) -> str:
