@@ -66,6 +66,18 @@ _ALL = (
         copies=1.5,
     ),
     Case(
+        "prepared-changed",
+        "64 MiB tensors in one file on tmpfs, prepared once; nothing changes, so all of it is compared",
+        blocks,
+        ("prepared-changed", "prepared", "safetensors"),
+        host_nbytes=2 * GIB,
+        place=SHM,
+        modes=(RETURN,),
+        default_on=(),
+        bound=("memcpy-all", "memmove-all", "link", "link-whole"),
+        copies=5.0,
+    ),
+    Case(
         "prepared-small",
         "20,000 tensors of 16 KiB in one file on tmpfs, prepared once",
         small,

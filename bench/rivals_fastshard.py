@@ -94,20 +94,26 @@ def _fastshard_described(manifest: bool | str) -> Prepare:
 class _Standing:
     """A save that is prepared once and called once in each round."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, **asked: Any) -> None:
         import fastshard
 
         require("prepare")
+        self._asked = accepts(fastshard.PreparedSave.save, **asked)
         (path,), (tensors,) = job.paths, job.shards
         cast = {} if job.dtype is None else {"dtype": job.dtype}
         keywords = accepts(fastshard.prepare, allow_strided=job.strided, **cast)
         self._prepared = fastshard.prepare(tensors, path, **keywords)
 
     def __call__(self) -> None:
-        self._prepared.save()
+        self._prepared.save(**self._asked)
 
     def close(self) -> None:
         self._prepared.close()
+
+
+def _detail_of_changes() -> dict[str, Any]:
+    found = detail()
+    return {**found, "changed": found["changed"].nbytes}
 
 
 FASTSHARD = (
@@ -121,6 +127,16 @@ FASTSHARD = (
         stands=True,
         footprint=0.0,
         detail=detail,
+    ),
+    Rival(
+        "prepared-changed",
+        "the same, which says what has changed since the round before",
+        lambda job: _Standing(job, changed=True),
+        modes=(RETURN,),
+        one_file_only=True,
+        stands=True,
+        footprint=0.0,
+        detail=_detail_of_changes,
     ),
     variant("fastshard-buffered", 'write_path="buffered"', _fastshard_with(write_path="buffered")),
     variant("fastshard-mapped", 'write_path="mapped"', _fastshard_with(write_path="mapped")),

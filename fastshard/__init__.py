@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .engine.engine import Engine as Engine
     from .engine.engine import SaveFuture as SaveFuture
     from .engine.figures import stats as stats
+    from .engine.options import Changed as Changed
     from .engine.options import Options as Options
     from .engine.options import Stats as Stats
     from .errors import ArchiveError as ArchiveError
@@ -67,6 +68,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ArchiveError": "fastshard.errors",
+    "Changed": "fastshard.engine.options",
     "Engine": "fastshard.engine.engine",
     "Options": "fastshard.engine.options",
     "PreparedSave": "fastshard.api.prepared",

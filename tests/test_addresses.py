@@ -18,7 +18,7 @@ import fastshard
 ROOT = Path(__file__).parent.parent
 
 NAMES = """
-ArchiveError Engine Options PreparedSave Report SaveError SaveFuture Stats Status asynchronous convert_dcp
+ArchiveError Changed Engine Options PreparedSave Report SaveError SaveFuture Stats Status asynchronous convert_dcp
 diff_checkpoints install installed latest_checkpoint list_checkpoints load load_distributed load_file load_model
 load_sharded_state merge_checkpoint prepare prune_checkpoints reshard_checkpoint safe_open save save_distributed
 save_file save_file_async save_files save_files_async save_model save_model_async save_sharded_state

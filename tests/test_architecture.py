@@ -31,7 +31,7 @@ NATIVE_LAYERS = {
         file_runs.h file_runs.cc
     """,
     "save": """
-        crc32.h crc32.cc file_crc32.h file_crc32.cc runs.h writer.h source_pages.h source_pages.cc chunk_writer.h chunk_writer.cc page_cache_writer.h
+        crc32.h crc32.cc file_crc32.h file_crc32.cc changes.h changes.cc runs.h writer.h source_pages.h source_pages.cc chunk_writer.h chunk_writer.cc page_cache_writer.h
         page_cache_writer.cc placed_writer.h placed_writer.cc direct_writer.h direct_writer.cc into_memory.h snapshot_writer.h snapshot_writer.cc
         memory_writer.h memory_writer.cc writer.cc targets.h targets.cc forked_child.h forked_child.cc forked.h forked.cc
         save.h save.cc save_report.cc save_snapshot.cc
@@ -48,7 +48,7 @@ PYTHON_LAYERS = {
     "": "errors",
     "base": "settings living loading activity originals",
     "formats": """
-        json_text naming safetensors torch_archive manifest hf_index sha256sums file_kinds inert_pickle torch_items dcp_metadata
+        json_text naming safetensors torch_archive manifest hf_index sha256sums digests in_toto oci file_kinds inert_pickle torch_items dcp_metadata
     """,
     "engine": """
         options plan limits borrowed mapped sharing tensors planning staged_event parts serving future progress arena background copies
@@ -63,9 +63,9 @@ PYTHON_LAYERS = {
         group boxes rank_plan rank_files rank_own_files rank_save stored slices rank_load unseen_files stock final_files writer reader distcp file_system
         gathering staged stager
     """,
-    "tools": "structure verify describe completeness run_folder usage tensors_of values diff convert tp_plan model_plan parts rank_folders outputs reshard stored_boxes dcp_source dcp_folders",
+    "tools": "structure verify describe completeness run_folder usage tensors_of values diff convert tp_plan model_plan parts rank_folders outputs reshard stored_boxes dcp_source dcp_folders statements",
     "integrations": """
-        patch_entry patch_groups import_hook calls switches patching overrides report offload transformers_distributed transformers trainer accelerate accelerate_state lightning torch_checkpointing adapters dcp vllm_states vllm
+        patch_entry patch_groups import_hook calls switches patching overrides report offload transformers_distributed transformers trainer accelerate accelerate_state hub_uploads lightning torch_checkpointing adapters dcp vllm_states vllm
         sglang vllm_save
     """,
     "cli": "text files checkpoints verify run_folders diff run command __init__",

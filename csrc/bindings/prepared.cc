@@ -41,7 +41,8 @@ struct PreparedHandle {
   }
 
   // Null unless what is bound has this tag.
-  std::unique_ptr<SaveHandle> submit(const py::object& options, const py::object& tag, const py::object& kept) {
+  std::unique_ptr<SaveHandle> submit(const py::object& options, const py::object& tag, const py::object& kept,
+                                     bool changed) {
     if (standing == nullptr) throw std::runtime_error("the prepared save is closed");
     if (!tag.is(bound_tag)) return nullptr;
     const SaveOptions asked = options_from(options);
@@ -55,9 +56,15 @@ struct PreparedHandle {
       before->settle();
     }
     const size_t generation = standing->next();
-    plans[generation]->files[0].target = standing->target(generation);
+    FilePlan& file = plans[generation]->files[0];
+    StandingMapping target = standing->target(generation);
+    const auto changes =
+        changed ? std::make_shared<Changes>(standing->newest(), file.nbytes, file.items.size()) : nullptr;
+    target.changes = changes.get();
+    submitted->changes = changes;
+    file.target = std::move(target);
     read_from_files(*plans[generation]);
-    const auto commit = [target = standing, generation, durable = asked.intent.durable] {
+    const auto commit = [target = standing, changes, generation, durable = asked.intent.durable] {
       return target->publish(generation, durable);
     };
     auto save = engine->submit(plans[generation], asked.streams, asked.intent, commit);
@@ -83,7 +90,7 @@ struct PreparedHandle {
 
 void bind_prepared(py::module_& module, py::class_<EngineHandle>& engine) {
   py::class_<PreparedHandle>(module, "Prepared")
-      .def("submit", &PreparedHandle::submit, "options"_a, "tag"_a, "kept"_a)
+      .def("submit", &PreparedHandle::submit, "options"_a, "tag"_a, "kept"_a, "changed"_a = false)
       .def(
           "bind",
           [](PreparedHandle& handle, const py::object& file, py::object tag) {

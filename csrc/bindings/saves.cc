@@ -83,6 +83,22 @@ std::optional<std::tuple<uint64_t, uint32_t, uint32_t, uint64_t, uint64_t, uintp
                     reinterpret_cast<uintptr_t>(request->out));
 }
 
+// Whether there was a file to compare with, the changed items in Python's numbering, and the changed ranges; None if
+// that was not asked for. They are complete when the save is finished.
+py::object changes(const SaveHandle& handle) {
+  if (handle.changes == nullptr) return py::none();
+  std::vector<uint32_t> items;
+  std::vector<std::pair<uint64_t, uint64_t>> ranges;
+  {
+    const GilReleased released;
+    items = handle.changes->items();
+    ranges = handle.changes->ranges();
+  }
+  std::erase(items, uint32_t{0});  // the header, which is always the same
+  for (uint32_t& item : items) item -= 1;
+  return py::make_tuple(handle.changes->compares(), items, ranges);
+}
+
 void amend(SaveHandle& handle, const std::vector<std::tuple<uint32_t, uint64_t, py::bytes>>& given) {
   std::vector<Amendment> amendments;
   amendments.reserve(given.size());
@@ -138,6 +154,7 @@ void bind_save(py::module_& module) {
                                                      forked->fork_seconds());
                              })
       .def("checksums", [](const SaveHandle& handle) { return handle.save->checksums(); })
+      .def("changes", &changes)
       .def("stats", [](const SaveHandle& handle) { return to_dict(handle.save->stats()); });
 }
 

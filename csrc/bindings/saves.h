@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "bindings/python.h"
+#include "save/changes.h"
 #include "save/engine.h"
 
 namespace fastshard {
@@ -35,6 +36,7 @@ struct SaveHandle {
 
   const py::object kept;
   std::shared_ptr<Save> save;
+  std::shared_ptr<const Changes> changes;  // null unless they were asked for
 };
 
 void bind_prepared(py::module_& module, py::class_<EngineHandle>& engine);

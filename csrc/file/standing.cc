@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "file/standing.h"
 
+#include <sys/stat.h>
+
 #include <algorithm>
 #include <exception>
 #include <mutex>
@@ -92,6 +94,13 @@ StandingMapping Standing::target(size_t generation) const {
                      .locked_begin = locked != nullptr ? bytes : nullptr,
                      .locked_part_nbytes = locked != nullptr ? locked->part_nbytes() : 0},
           .populate = chosen.file.has_writeback()};
+}
+
+std::span<const std::byte> Standing::newest() const {
+  struct stat info;
+  if (published_ == nullptr || fstat(published_->file.descriptor(), &info) != 0) return {};
+  if (static_cast<uint64_t>(info.st_size) < nbytes_) return {};
+  return published_->mapping->bytes().first(nbytes_);
 }
 
 std::vector<std::string> Standing::publish(size_t generation, bool durable) {

@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <set>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -29,6 +30,8 @@ class Standing {
   // replaced its file meanwhile.
   size_t next();
   StandingMapping target(size_t generation) const;
+  // The bytes that were published last. Empty if there are none, or if somebody has cut that file since.
+  std::span<const std::byte> newest() const;
   // Puts a filled generation in place of whatever stands under the path, and returns what the filesystem or the driver
   // has refused until now. When it throws an IoError, the path is as it was, unless the error says that the new file
   // stands.

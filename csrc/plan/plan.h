@@ -111,11 +111,14 @@ struct Memory {
   bool page_locked() const { return locked_begin != nullptr; }
 };
 
+class Changes;  // save/changes.h
+
 // The memory of a file that a prepared save fills and publishes. Its pages are there.
 struct StandingMapping {
   std::string path;
   Memory memory;
   bool populate = false;  // a disk's page cache: pages must be made writable again before each store
+  Changes* changes = nullptr;  // told of all bytes, if it is to be known what differs from the file before
 };
 
 // A file that somebody else has made and will publish, of which others may write other parts meanwhile. The items are

@@ -24,17 +24,22 @@ class IntoMemoryWriter : public InTurnWriter {
       const Timer timer(progress_.copy_ns);
       const SourcePages::Held sources(sources_, chunk);
       Staging staging{.bytes = target, .scratch = {}, .streaming = streaming};
-      host_->pack(schedule_.ops_of(chunk), staging);
+      gather(chunk, staging);
     }
     add_checksums(chunk, target);
     wrote(chunk);
   }
+
+  // Has the CPU pack the chunk into its part of the target.
+  virtual void gather(const Chunk& chunk, Staging& staging) { host_->pack(schedule_.ops_of(chunk), staging); }
 
  private:
   // Packs the chunk into its part of the target.
   virtual void pack_into_target(const Chunk& chunk) = 0;
   // The chunk's part of the target, which make_target() has made ready. It stays there as long as `staged`.
   virtual std::span<std::byte> target_of(StagedChunk& staged) = 0;
+  // The bytes of a chunk with device memory are there, and about to be stored into the target unless they lie in it.
+  virtual void arrived(const Chunk&, std::span<const std::byte>) {}
   virtual void wrote(const Chunk& chunk) { count(chunk); }
 
   bool write_unstaged(const Chunk& chunk, End) override {
@@ -46,6 +51,7 @@ class IntoMemoryWriter : public InTurnWriter {
   void write_staged(StagedChunk& staged, End) override {
     staged.wait();
     add_checksums(staged.chunk, staged.bytes);
+    arrived(staged.chunk, staged.bytes);
     if (!staged.in_target) {
       const std::span<std::byte> target = target_of(staged);
       const Timer timer(progress_.write_ns);

@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "save/changes.h"
 #include "save/into_memory.h"
 #include "save/snapshot_writer.h"
 
@@ -22,6 +23,8 @@ constexpr uint64_t kMemoryChunkNbytes = 4 << 20;
 // Chunks that devices copy straight into the target, in slots with their scratch: 16 MiB, unless the budget is small.
 // The gaps between copies count there.
 constexpr uint64_t kBlocksInTarget = 4;
+// What is compared with the generation before at a time, and then copied: a part of the second cache.
+constexpr uint64_t kComparedNbytes = 64 << 10;
 
 ScheduleLimits limits_of(const WriterParts& parts, uint64_t packed_nbytes) {
   ScheduleLimits limits;
@@ -48,6 +51,40 @@ class StandingWriter final : public MemoryWriter {
     const Timer timer(progress_.write_ns);
     populate(bytes, standing_.path);
   }
+
+  void gather(const Chunk& chunk, Staging& staging) override {
+    if (!compares()) return MemoryWriter::gather(chunk, staging);
+    for (const CopyOp& op : schedule_.ops_of(chunk)) {
+      std::span<std::byte> target = staging.bytes.subspan(op.chunk_offset, op.nbytes);
+      uint64_t offset = chunk.file_offset + op.chunk_offset;
+      if (!op.source->contiguous() || op.source->cast()) {
+        host_->pack({&op, 1}, staging);
+        standing_.changes->compare(op.item, offset, target);
+        continue;
+      }
+      // In pieces that stay in a cache between the comparison and the copy.
+      std::span source(op.source->data + op.first_byte, op.nbytes);
+      while (!source.empty()) {
+        const uint64_t nbytes = std::min<uint64_t>(source.size(), kComparedNbytes - offset % kComparedNbytes);
+        standing_.changes->compare(op.item, offset, source.first(nbytes));
+        copy_streaming(target.data(), source.data(), nbytes);
+        offset += nbytes;
+        source = source.subspan(nbytes);
+        target = target.subspan(nbytes);
+      }
+    }
+  }
+
+  void arrived(const Chunk& chunk, std::span<const std::byte> bytes) override {
+    if (!compares()) return;
+    const Timer timer(progress_.copy_ns);
+    for (const CopyOp& op : schedule_.ops_of(chunk)) {
+      standing_.changes->compare(op.item, chunk.file_offset + op.chunk_offset,
+                                 bytes.subspan(op.chunk_offset, op.nbytes));
+    }
+  }
+
+  bool compares() const { return standing_.changes != nullptr && standing_.changes->compares(); }
 
   const StandingMapping& standing_ = std::get<StandingMapping>(plan_.target);
 };

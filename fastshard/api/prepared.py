@@ -141,27 +141,35 @@ class PreparedSave:
         made = f"{self._saves} save" if self._saves == 1 else f"{self._saves} saves"
         return f"<PreparedSave of {os.fspath(self.filename)!r}: {len(self._specs)} tensors, {buffers}, {made} made>"
 
-    def save(self, tensors: Given | None = None, *, progress: bool | None = None) -> Stats:
+    def save(
+        self, tensors: Given | None = None, *, progress: bool | None = None, changed: bool = False
+    ) -> Stats:
         """Saves the tensors as they are now and returns when the file stands under its name.
 
         What was enqueued on their devices' current streams before the call is in the file. Other ``tensors``
         are bound first (:meth:`bind`). After an exception the file is as it was, and the next save may be
         tried.
 
+        With ``changed=True`` every byte is compared with the save before while it is copied, and ``changed`` of the
+        figures that are returned says which tensors differ, and which ranges of the file, in blocks of 4 KiB. The
+        published file must not be cut meanwhile, as it is read.
+
         Raises ``ValueError``, naming the tensor, for a name, shape or dtype that has changed, and
         ``RuntimeError`` in a signal handler that has interrupted a save of tensors whose bytes Python brings.
         """
-        return self._save(tensors, progress, None).stats
+        return self._save(tensors, progress, None, changed).stats
 
-    def save_async(self, tensors: Given | None = None) -> SaveFuture:
+    def save_async(self, tensors: Given | None = None, *, changed: bool = False) -> SaveFuture:
         """Does the same, but returns when the tensors may be changed: all is in the new file, which is then synced
         if that is wanted, and appears. The next save waits for it.
 
         An error after that is raised by ``result()`` of the future, or as :func:`fastshard.save_file_async` says.
         """
-        return self._save(tensors, False, asynchronous())
+        return self._save(tensors, False, asynchronous(), changed)
 
-    def _save(self, tensors: Given | None, progress: bool | None, scope: asynchronous | None) -> SaveFuture:
+    def _save(
+        self, tensors: Given | None, progress: bool | None, scope: asynchronous | None, changed: bool
+    ) -> SaveFuture:
         self._open()
         given = None if tensors is None else source_of(tensors)
         with self._lock:
@@ -171,7 +179,7 @@ class PreparedSave:
             source.check()
             future = None
             while future is None:
-                future = self._attempt(source, progress, scope)
+                future = self._attempt(source, progress, scope, changed)
             self._saves += 1
             return future
 
@@ -212,7 +220,7 @@ class PreparedSave:
         return native
 
     def _attempt(
-        self, source: Source, progress: bool | None, scope: asynchronous | None
+        self, source: Source, progress: bool | None, scope: asynchronous | None, changed: bool
     ) -> SaveFuture | None:
         """Makes one save. Returns ``None`` if a signal handler has used this object meanwhile.
 
@@ -240,8 +248,9 @@ class PreparedSave:
             streams=_tensors.current_streams(bound.devices),
             durable=self._how.durable,
             checksums=self._how.checksums,
+            changed=changed,
             fetch=_fetcher(ordered, self._dtype),
-            tensor_names={filename: bound.names} if self._how.checksums else None,
+            tensor_names={filename: bound.names} if self._how.checksums or changed else None,
             tag=bound,
             steps=[counted("PreparedSave.save", filename)],
             paths=None if scope is None else frozenset([place_of(filename)]),

@@ -209,6 +209,7 @@ class Engine:
         streams: Mapping[int, int],
         durable: bool,
         checksums: bool = False,
+        changed: bool = False,
         fetch: Fetch | None,
         tensor_names: Mapping[str, Sequence[str]] | None = None,
         steps: Sequence[Step] = (),
@@ -217,16 +218,15 @@ class Engine:
     ) -> SaveFuture | None:
         """Starts filling the next generation of a prepared save. Whoever waits serves it.
 
-        A save of it that this call has interrupted is cancelled. If what is bound has another tag, nothing is
-        done and ``None`` is returned. ``paths`` are given for a save whose caller goes on. The other arguments are
-        those of :meth:`submit`.
+        A save of it that this call has interrupted is cancelled. With another tag than that of what is bound nothing is
+        done, and ``None`` returned. ``paths``: its caller goes on. For the others see :meth:`submit` and ``prepare``.
         """
         behind = None if paths is None else Background("written", paths=paths)
         asked = SaveOptions(dict(streams), durable=durable, checksums=checksums, tells_read=paths is not None)
 
         def start(native: _native.Engine) -> SaveFuture | None:
             kept = [keep_alive, prepared, self, native]
-            save = prepared.submit(asked, tag, kept)
+            save = prepared.submit(asked, tag, kept, changed)
             if save is None:
                 return None
             served = Served(fetch=fetch, steps=steps, tensor_names=tensor_names)

@@ -127,6 +127,24 @@ def _integer(option: str, number: object, more: str = "") -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Changed:
+    """What of a prepared save's file is not as it was in the save before, byte for byte."""
+
+    first: bool
+    """There is no save before to compare with, so all of it counts as changed."""
+    tensors: tuple[str, ...]
+    """Names of the tensors, in the order of the file."""
+    ranges: tuple[tuple[int, int], ...]
+    """Offset in the file and size of each stretch of changed blocks of 4 KiB; the last may end with the file.
+    Where these are copied over the same places of the file before, the file is the new one."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the ranges."""
+        return sum(nbytes for _, nbytes in self.ranges)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stats:
     """Figures of one save. The ``*_seconds`` of the stages are thread-seconds: they add up over the writers."""
 
@@ -173,3 +191,5 @@ class Stats:
     checksums: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """By file and tensor, the CRC-32 of the tensor's bytes in the file, as ``zlib.crc32`` computes it; empty
     unless asked for."""
+    changed: Changed | None = None
+    """Of a prepared save that was asked for it, what differs from the save before."""

@@ -25,7 +25,7 @@ from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import SaveError, rewritten
-from .options import Stats
+from .options import Changed, Stats
 from .parts import Background, Served
 
 if TYPE_CHECKING:
@@ -168,6 +168,14 @@ class ServedSave:
         """
         return [values[1:] for values in self._native.checksums()]  # the first is the header's
 
+    def _changed(self) -> Changed | None:
+        found = self._native.changes()
+        if found is None:
+            return None
+        compared, items, ranges = found
+        names = next(iter(self._names.values()))  # a prepared save has one file
+        return Changed(first=not compared, tensors=tuple(names[item] for item in items), ranges=tuple(ranges))
+
     @property
     def stats(self) -> Stats:
         """Figures of the save. They are final once it is done."""
@@ -193,6 +201,7 @@ class ServedSave:
         if self._linked is not None:
             figures["linked_files"], figures["linked_nbytes"], refused = self._linked
             figures["fallbacks"] += refused
+        figures["changed"] = self._changed() if ended else None
         stats = Stats(plan_seconds=self._plan_seconds, checksums=checksums, **figures)
         if ended:
             self._final = stats

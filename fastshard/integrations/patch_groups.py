@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of what fastshard replaces, and whether that fits the installed libraries.
 
-To add a replacement, add a row to :data:`TABLE`, or to :data:`ASYNCHRONOUS` for what is replaced only on
-request, and write its implementation. A row names the module that
-*defines* the function, the attribute in it (``"save_file"``; ``"PreTrainedModel.save_pretrained"`` for what a
-class holds, static and class methods included), and the implementation, which is imported by the first call.
-Rows that work only together have a group, which is replaced whole or not at all. Each row without one is its
-own group.
+To add a replacement, add a row to :data:`TABLE`, or to :data:`ASYNCHRONOUS` for what is replaced only on request,
+and write its implementation. A row names the module that *defines* the function, the attribute in it
+(``"save_file"``; ``"PreTrainedModel.save_pretrained"`` for what a class holds, static and class methods included),
+and the implementation, which is imported by the first call. Rows that work only together have a group, which is
+replaced whole or not at all. Each row without one is its own group.
 
 :func:`examine` examines the installed library before anything is replaced. The functions must exist, be the
 library's own, and take the parameters that the implementation knows by their positions, and what the
@@ -26,6 +25,7 @@ from ..base.originals import Function as Function
 from ..base.originals import is_own, namespace
 from .patch_entry import Entry as Entry
 
+_ADAPTERS: Final = "fastshard.integrations.adapters"
 _PRETRAINED: Final = "transformers: save_pretrained"
 _ACCELERATOR: Final = "accelerate: save_model"
 _STATE: Final = "accelerate: save_state"
@@ -71,17 +71,12 @@ TABLE: tuple[Entry, ...] = (
         "fastshard.integrations.adapters:torch_save",
         "obj f pickle_module pickle_protocol _use_new_zipfile_serialization _disable_byteorder_record",
     ),
-    Entry(
-        "safetensors.torch",
-        "save_file",
-        "fastshard.integrations.adapters:save_file",
-        "tensors filename metadata",
-    ),
-    Entry("safetensors.torch", "save", "fastshard.integrations.adapters:save", "tensors metadata"),
+    Entry("safetensors.torch", "save_file", f"{_ADAPTERS}:save_file", "tensors filename metadata"),
+    Entry("safetensors.torch", "save", f"{_ADAPTERS}:save", "tensors metadata"),
     Entry(
         "safetensors.torch",
         "save_model",
-        "fastshard.integrations.adapters:save_model",
+        f"{_ADAPTERS}:save_model",
         "model filename metadata force_contiguous",
     ),
     Entry(
@@ -89,6 +84,13 @@ TABLE: tuple[Entry, ...] = (
         "save_torch_state_dict",
         "fastshard.integrations.adapters:save_torch_state_dict",
         "state_dict save_directory",
+    ),
+    Entry(
+        "huggingface_hub.lfs",
+        "UploadInfo.from_path",
+        "fastshard.integrations.hub_uploads:from_path",
+        "cls path",
+        since="2.4",  # older ones read the file here
     ),
     Entry(
         "transformers.modeling_utils",
