@@ -94,7 +94,6 @@ def _newest_before(run: str, step: int) -> str | None:
 def _save_checkpoint(
     original: Callable[..., Any], trainer: Any, directory: str, args: Any, kwargs: dict[str, Any]
 ) -> Any:
-    began = time.time_ns()
     asynchronous = patching.is_asynchronous()
     run = os.path.dirname(directory)
     reason = next(_reasons(trainer, directory), None) if asynchronous else None
