@@ -60,7 +60,7 @@ PYTHON_LAYERS = {
         sharded_save sharded_load asynchronous
     """,
     "distributed": """
-        group boxes rank_plan rank_files rank_own_files rank_save stored slices rank_load unseen_files stock final_files writer reader distcp file_system
+        group processors boxes rank_plan rank_files rank_own_files rank_save stored slices rank_load unseen_files stock final_files writer reader distcp file_system
         gathering staged stager
     """,
     "tools": "structure verify describe completeness run_folder usage tensors_of values diff convert tp_plan model_plan parts rank_folders outputs reshard stored_boxes dcp_source dcp_folders statements",

@@ -39,6 +39,10 @@ def varied_tensors() -> dict[str, torch.Tensor]:
         "short runs": wide[:, 2000:2007],
         "transposed": filled((300, 500), torch.float16, 3).t(),
         **{f"small.{i}": filled((i,), torch.uint8, i) for i in range(1, 70)},
+        **{
+            f"folded.{i}": filled((i,), torch.uint8, i)
+            for i in (255, 256, 271, 272, 319, 511, 513, 1040, 4099)
+        },
     }
 
 

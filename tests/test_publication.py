@@ -239,6 +239,33 @@ def test_failed_writeback_behind_the_writers_fails_a_durable_save(
     assert written(tmp_path) == {"m": OLD} and hidden(tmp_path) == []
 
 
+@pytest.mark.parametrize("durable", [True, False])
+def test_the_disk_is_asked_early_only_where_somebody_waits_for_it(
+    tmp_path: Path, preloaded: Path, durable: bool
+) -> None:
+    counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    dirty = int(counts["nr_dirty"]) + int(counts["nr_writeback"])
+    if dirty > int(counts["nr_dirty_background_threshold"]) // 2:
+        pytest.skip("others have made so many dirty pages that the kernel is about to write them")
+    script = f"""
+    import ctypes, time
+    from fastshard.engine.engine import Options
+    refused = ctypes.c_int.in_dll(ctypes.CDLL(None), "refused_calls")
+    def fetch(file, item, first, nbytes, address):
+        if item == 19:  # 16 are written
+            ends = time.monotonic() + {10 if durable else 0.2}
+            while refused.value == 0 and time.monotonic() < ends:
+                time.sleep(0.01)
+    plan = FilePlan(os.fsencode(sys.argv[1]), b"new", [TensorView(0, 1 << 20, FETCHED)] * 20)
+    engine = Engine(Options(write_path="buffered", threads=1, memory_budget=1 << 20))
+    engine.submit([plan], keep_alive=None, fetch=fetch, durable={durable}).result()
+    print(refused.value)
+    """
+    # EOPNOTSUPP: the call is counted, and the save goes on.
+    done = run_engine(script, tmp_path / "m", env=preload(preloaded, "range:95"))
+    assert (int(done.stdout) > 0) is durable, done.stderr
+
+
 def test_without_that_call_fsync_tells(tmp_path: Path, preloaded: Path) -> None:
     for refuse in ("range", "range:38", "range:1"):
         found = attempt(preloaded, refuse, tmp_path / "m", durable=True, keep_cached=False)

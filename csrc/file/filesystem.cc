@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstdio>
+#include <fstream>
 #include <iterator>
 #include <string_view>
 
@@ -99,6 +100,18 @@ FileSystem filesystem_of(int fd, const std::string& path) {
   return described(info);
 }
 
+bool page_cache_takes(uint64_t nbytes) {
+  constexpr uint64_t kUnasked = 16 << 20;
+  if (nbytes < kUnasked) return true;
+  std::ifstream counters("/proc/vmstat");
+  uint64_t waiting = nbytes / static_cast<uint64_t>(sysconf(_SC_PAGESIZE)), count = 0;
+  for (std::string name; counters >> name >> count;) {
+    if (name == "nr_dirty" || name == "nr_writeback") waiting += count;
+    if (name == "nr_dirty_background_threshold") return waiting < count;  // it comes after the others
+  }
+  return false;
+}
+
 namespace {
 
 Choice choose(const FileSystem& filesystem, const Intent& intent) {
@@ -112,7 +125,7 @@ Choice choose(const FileSystem& filesystem, const Intent& intent) {
     return {WritePath::direct, "waits for the disk anyway, and is staged anyway: past the page cache"};
   }
   return {WritePath::buffered,
-          "new file: preallocated, one writer of large pwrites, helped by idle threads, writeback behind it"};
+          "new file: preallocated, one writer of large pwrites, helped by idle threads"};
 }
 
 }  // namespace

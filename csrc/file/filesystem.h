@@ -69,8 +69,13 @@ struct Intent {
   bool gaps = false;          // some bytes of the file are not written
   bool gives_way = false;     // its writers get a processor when the job does not want it
   bool follow_links = false;  // the file that a symbolic link leads to is replaced, not the link itself
+  bool sent_behind = true;    // the disk is asked for what is written while the rest is
   uint64_t nbytes = 0;        // of all its files together
 };
+
+// Returns whether the kernel lets so many more bytes wait in the page cache before it has them written to disks by
+// itself. False where it does not tell.
+bool page_cache_takes(uint64_t nbytes);
 
 struct Choice {
   WritePath path;

@@ -62,7 +62,8 @@ OutputFile::OutputFile(const std::string& path, uint64_t nbytes, const Intent& i
       save_nbytes_(std::max(nbytes, intent.nbytes)),
       memory_backed_(filesystem.memory_backed),
       one_machine_(filesystem.one_machine),
-      keep_cached_(intent.keep_cached || filesystem.memory_backed) {
+      keep_cached_(intent.keep_cached || filesystem.memory_backed),
+      sent_behind_(intent.sent_behind) {
 }  // the files of a filesystem in memory are its cache
 
 void OutputFile::check_kind() {

@@ -82,6 +82,8 @@ class OutputFile {
   // file is published.
   void start_writeback(uint64_t offset, uint64_t nbytes) noexcept;
   bool has_writeback() const { return !memory_backed_ && write_path_ != WritePath::direct && !suspended_; }
+  // Whether that is to be done while other ranges are written.
+  bool sent_behind() const { return sent_behind_ && has_writeback(); }
   // For a single writer, with keep_cached == false: starts writeback of a written range, and takes out of the page
   // cache what was written some ranges before it. So neither dirty nor clean pages pile up.
   void evict_behind(uint64_t offset, uint64_t nbytes);
@@ -137,6 +139,7 @@ class OutputFile {
   bool memory_backed_;
   bool one_machine_;
   bool keep_cached_;
+  const bool sent_behind_;
   std::string reopened_by_;  // the name of a file that was opened by its name
   // Of a file that was suspended: which one it is, under which name and how it is opened again.
   std::optional<struct stat> suspended_;

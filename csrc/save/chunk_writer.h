@@ -76,8 +76,6 @@ class ChunkWriter : public FileWriter {
 
   // Claims the next chunk from one end for the calling thread; null when there is none left.
   const Chunk* claim(End end = End::front);
-  // The number of chunks that were claimed at the front: the first ones.
-  size_t claimed_in_front() const { return front_; }
   // A slot for the chunk, near the device that it comes from. A thread blocks for one only while it holds none, so that
   // one slot is enough to finish; else there may be none, or the device's link may have enough to do.
   std::optional<Slot> slot_for(const Chunk& chunk, bool holds_none);

@@ -306,7 +306,7 @@ void ForkedSave::write_back(const std::vector<size_t>& order, WriteBehind& write
     try {
       if (!file.output->keep_cached()) {
         file.output->evict_behind(chunk.file_offset, chunk.nbytes);
-      } else if (file.output->has_writeback()) {
+      } else if (file.output->sent_behind()) {
         write_behind.post(file.output, chunk.file_offset, chunk.nbytes);
       }
     } catch (const std::exception&) {

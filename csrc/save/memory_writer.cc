@@ -114,7 +114,7 @@ class MappedWriter : public IntoMemoryWriter {
 
   void wrote(const Chunk& chunk) override {
     count(chunk);
-    if (file_->has_writeback()) resources_.write_behind.post(file_, chunk.file_offset, chunk.nbytes);
+    if (file_->sent_behind()) resources_.write_behind.post(file_, chunk.file_offset, chunk.nbytes);
   }
 
   const std::shared_ptr<OutputFile> file_;

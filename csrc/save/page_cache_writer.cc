@@ -18,6 +18,9 @@ namespace {
 constexpr uint64_t kMinSharedNbytes = 16 << 20;
 // Pieces of a file that several threads write: they end within one of each other.
 constexpr uint64_t kSharedNbytes = 4 << 20;
+// What is checked before it is written: it is in the processor's caches then, so that it is read from memory once.
+constexpr uint64_t kCheckedNbytes = 512 << 10;
+
 bool only_python_has_some(const FilePlan& plan) {
   return std::ranges::any_of(plan.items, [](const WriteItem& item) { return item.source.device == kFetched; });
 }
@@ -29,7 +32,7 @@ bool shared(const WriterParts& parts, const OutputFile& file) {
 
 size_t writers_of(const WriterParts& parts, bool shared) {
   const size_t threads = parts.resources.workers.threads();
-  return shared ? threads : parts.checksums ? std::min<size_t>(threads, 2) : 1;
+  return shared ? threads : 1;
 }
 
 ScheduleLimits limits_of(const WriterParts& parts, bool shared) {
@@ -44,8 +47,7 @@ ScheduleLimits limits_of(const WriterParts& parts, bool shared) {
 }
 
 // One thread writes from the front of the file: the kernel lets nobody else write to it meanwhile. Others store from
-// the back, through mappings, until they meet. Checksums of what the first one writes are the others' first business,
-// as it would have to read these bytes once more.
+// the back, through mappings, until they meet.
 class PageCacheWriter final : public InTurnWriter {
  public:
   PageCacheWriter(WriterParts parts, const ScheduleLimits& limits, size_t writers, bool shared,
@@ -55,7 +57,6 @@ class PageCacheWriter final : public InTurnWriter {
   void write_chunks() override {
     const End end = has_writer_.exchange(true) ? End::back : End::front;
     write_in_turn(end);
-    check_written_in_place(end);
   }
 
  private:
@@ -64,7 +65,6 @@ class PageCacheWriter final : public InTurnWriter {
 
   const Chunk* next(End end) override {
     if (end == End::front) return claim(end);
-    check_written_in_place(end);
     return shared_ && progress_.may_map() && !leaves(end) ? claim(end) : nullptr;
   }
 
@@ -90,39 +90,48 @@ class PageCacheWriter final : public InTurnWriter {
   // Host memory in long runs: the kernel reads it from where it lies.
   void write_in_place(const Chunk& chunk, End end) {
     const SourcePages::Held sources(sources_, chunk);
-    if (end == End::back || !checked_by_others()) check_in_place(chunk);
+    if (end == End::front && !checksums_.empty()) return write_checked(chunk);
     std::vector<iovec> parts;
     parts.reserve(chunk.op_count);
-    for (const CopyOp& op : schedule_.ops_of(chunk)) {
-      for_each_run(op, [&](uint64_t, std::span<const std::byte> run) {
-        parts.push_back({const_cast<std::byte*>(run.data()), run.size()});
-      });
-    }
+    for_each_piece(chunk, chunk.nbytes, [&](std::span<const std::byte> piece) { append(parts, piece); });
     write(chunk, parts, end);
   }
 
-  // Tensors that lie in files are there only while they are written, so that the one who writes them checks them, too.
-  bool checked_by_others() const { return !sources_.any(); }
+  void write_checked(const Chunk& chunk) {
+    std::vector<iovec> parts;
+    uint64_t written = 0, checked = 0;
+    for_each_piece(chunk, kCheckedNbytes, [&](std::span<const std::byte> piece) {
+      append(parts, piece);
+      checked += piece.size();
+      if (checked - written < kCheckedNbytes && checked != chunk.nbytes) return;
+      const Timer timer(progress_.write_ns);
+      file_->write(parts, chunk.file_offset + written);
+      written = checked;
+      parts.clear();
+    });
+    wrote(chunk);
+  }
 
-  // Checks the chunks of the front, until there is none left or this thread leaves.
-  void check_written_in_place(End end) {
-    if (checksums_.empty() || !checked_by_others()) return;
-    size_t index = next_checked_;
-    while (index < (shared_ ? claimed_in_front() : schedule_.chunks.size()) && !leaves(end)) {
-      if (!next_checked_.compare_exchange_weak(index, index + 1)) continue;
-      check_stop();
-      const Chunk& chunk = schedule_.chunks[index];
-      if (chunk.route == Route::in_place) check_in_place(chunk);
-      index = next_checked_;
+  // Visits the pieces of a chunk, at most so long and checked if that is wanted.
+  template <typename Visit>
+  void for_each_piece(const Chunk& chunk, uint64_t most_nbytes, Visit visit) {
+    for (const CopyOp& op : schedule_.ops_of(chunk)) {
+      for_each_run(op, [&](uint64_t first, std::span<const std::byte> run) {
+        for (std::span<const std::byte> piece; !run.empty(); run = run.subspan(piece.size())) {
+          piece = run.first(std::min<uint64_t>(run.size(), most_nbytes));
+          if (!checksums_.empty()) {
+            const Timer timer(progress_.copy_ns);
+            checksums_[op.item].add(first, piece);
+          }
+          first += piece.size();
+          visit(piece);
+        }
+      });
     }
   }
 
-  void check_in_place(const Chunk& chunk) {
-    if (checksums_.empty()) return;
-    const Timer timer(progress_.copy_ns);
-    for (const CopyOp& op : schedule_.ops_of(chunk)) {
-      for_each_run(op, [&](uint64_t first, std::span<const std::byte> run) { checksums_[op.item].add(first, run); });
-    }
+  static void append(std::vector<iovec>& parts, std::span<const std::byte> piece) {
+    parts.push_back({const_cast<std::byte*>(piece.data()), piece.size()});
   }
 
   void write(const Chunk& chunk, std::span<iovec> parts, End end, const std::optional<Mapping>& target = std::nullopt) {
@@ -130,9 +139,13 @@ class PageCacheWriter final : public InTurnWriter {
       const Timer timer(progress_.write_ns);
       if (end == End::front || !store(chunk, parts, target)) file_->write(parts, chunk.file_offset);
     }
+    wrote(chunk);
+  }
+
+  void wrote(const Chunk& chunk) {
     count(chunk);
     if (!file_->keep_cached()) return file_->evict_behind(chunk.file_offset, chunk.nbytes);
-    if (file_->has_writeback()) resources_.write_behind.post(file_, chunk.file_offset, chunk.nbytes);
+    if (file_->sent_behind()) resources_.write_behind.post(file_, chunk.file_offset, chunk.nbytes);
   }
 
   // Returns false where that is refused, for all of the save.
@@ -153,7 +166,6 @@ class PageCacheWriter final : public InTurnWriter {
   const std::shared_ptr<OutputFile> file_;
   const bool shared_;
   std::atomic<bool> has_writer_ = false;
-  std::atomic<size_t> next_checked_ = 0;
 };
 
 }  // namespace

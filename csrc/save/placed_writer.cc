@@ -233,7 +233,7 @@ class PlacedWriter final : public InTurnWriter {
         left -= bytes.size();
       }
       file_->write(parts, run.file_offset);
-      if (run.nbytes >= kSentRunNbytes && file_->has_writeback() && file_->keep_cached()) {
+      if (run.nbytes >= kSentRunNbytes && file_->sent_behind() && file_->keep_cached()) {
         resources_.write_behind.post(file_, run.file_offset, run.nbytes);
       }
     }

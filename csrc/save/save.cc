@@ -32,6 +32,7 @@ Save::Save(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>&
   }
   for (const FilePlan& file : plan_->files) nbytes_ += file.written_nbytes();
   intent_.nbytes = nbytes_;
+  intent_.sent_behind = intent_.durable || !page_cache_takes(nbytes_);
   intent_.from_device = !resources_.devices.empty();
   fetches_bytes_ = std::ranges::any_of(plan_->files, [](const FilePlan& file) {
     return std::ranges::any_of(file.items, [](const WriteItem& item) { return item.source.device == kFetched; });

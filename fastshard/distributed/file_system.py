@@ -40,6 +40,7 @@ from ..formats.naming import (
     rank_of_distcp,
 )
 from .distcp import Archives, amender, fetcher
+from .processors import shared_by_ranks
 from .stock import metadata_version, resolved
 from .unseen_files import UnseenFiles
 from .writer import CALL, Scope, is_of_rank, made_by_ranks, result_of, write_index, write_tensors
@@ -122,7 +123,7 @@ def _write_archives(unseen: UnseenFiles, planner: SavePlanner, files: Queue, how
         return results
     amend = amender(contents)
     with background.synchronous(), one_save(CALL, unseen.directory):
-        future = engine_for(how.engine).submit(
+        future = engine_for(shared_by_ranks(how).engine).submit(
             plans,
             keep_alive=contents,
             streams=current_streams({view.device for file in contents for view in file.items}),

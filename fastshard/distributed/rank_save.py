@@ -21,6 +21,7 @@ from ..publish.directory import Replacement
 from ..publish.manifests import check_wanted, recorder
 from .boxes import Boxes
 from .group import Group
+from .processors import shared_by_ranks
 from .rank_files import RankFiles, explain, planned
 from .rank_own_files import OwnFiles, owned, write_own_files
 from .rank_plan import File, Piece, Plan, Told, plan_of, told_of
@@ -240,7 +241,7 @@ class _Save:
                     plans[path] = planned(path, file.nbytes, pieces, self._boxes, self._how)
             if plans:
                 with background.synchronous():
-                    future = start(plans, self._how, began, call="save_distributed")
+                    future = start(plans, shared_by_ranks(self._how), began, call="save_distributed")
                     finish(future, self._how.progress, f"Saving {len(plans)} files")
         except BaseException as error:
             explain(error, self._folder)

@@ -37,6 +37,7 @@ from ..formats.naming import (
     number_of_dcp_shard,
 )
 from .final_files import state_of
+from .processors import shared_by_ranks
 from .rank_save import save_distributed
 from .stock import InFolder, StorageInfo, resolved
 from .unseen_files import Made, UnseenFiles
@@ -298,7 +299,7 @@ def write_tensors(
         results += (result_of(item, name, 0, nbytes[item.index.fqn], made) for item in file.items)
     if planned:
         with background.synchronous(), one_save(CALL, unseen.directory):
-            future = start(planned, how, began, call=CALL, explain=unseen.explain)
+            future = start(planned, shared_by_ranks(how), began, call=CALL, explain=unseen.explain)
             finish(future, how.progress, os.path.basename(unseen.directory))
     return results
 
