@@ -391,6 +391,7 @@ PRIVATE = {
     "_init_from_local_shards_and_global_metadata": {"distributed/stock"},
     "_process_group": {"distributed/stock"},
     "_get_process_group_store": {"distributed/group"},
+    "_config": {"integrations/dcp"},
     "_torch": {"api/hub"},
     "_base": {"api/hub"},
     "_C": {"api/archive_skeleton", "engine/borrowed"},

@@ -2,6 +2,7 @@
 """Our stager for ``dcp.async_save``: what it copies, where to, and when that memory is used again."""
 
 import collections
+import copy
 import dataclasses
 import multiprocessing
 import pickle
@@ -448,6 +449,55 @@ def test_a_stock_writer_and_the_other_kind_of_stager(tmp_path: Path, kind: str) 
     """A stager that is made for the other way of saving serves this one all the same."""
     ranks.run(2, save_stock, tmp_path, kind)
     assert holds(tmp_path, 5)
+
+
+class OwnStaging(dcp.FileSystemWriter):
+    def stage(self, state_dict: Any) -> Any:
+        return copy.deepcopy(state_dict)
+
+
+def save_installed(folder: Path, kind: str) -> list[int]:
+    """Returns how often our stager has been asked, after each of some saves."""
+    import fastshard
+
+    asked: list[int] = []
+    counts: list[int] = []
+    original = FastshardStager.stage
+
+    def stage(self: FastshardStager, state_dict: Any, **more: Any) -> Any:
+        asked.append(1)
+        return original(self, state_dict, **more)
+
+    FastshardStager.stage = stage  # type: ignore[method-assign]
+    options = of_kind(kind)
+    ours = FastshardStager(process=kind == "process")
+    with fastshard.installed():
+        for count, more in enumerate(
+            (
+                {},
+                {"storage_writer": dcp.FileSystemWriter(folder / "1")},
+                {"storage_writer": FastshardWriter(folder / "2")},
+                {"storage_writer": OwnStaging(folder / "3")},
+                {"async_stager": ours},
+            )
+        ):
+            place = {} if "storage_writer" in more else {"checkpoint_id": folder / str(count)}
+            saved = distributed_state(count)
+            answer = dcp.async_save(saved, **place, **more, **options)
+            change(saved)
+            answer.result(60)
+            counts.append(len(asked))
+    ours.close()
+    return counts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_installed_it_is_the_stager_of_those_who_have_none(tmp_path: Path, kind: str) -> None:
+    for counts in ranks.run(2, save_installed, tmp_path, kind):
+        assert counts == [1, 2, 3, 3, 4]
+    for count in (0, 1, 3, 4):
+        assert holds(tmp_path / str(count), count)
+    assert holds(tmp_path / "2", 2, reader(tmp_path / "2"))
 
 
 def stage_sharded(process: bool) -> None:

@@ -9,6 +9,7 @@ save is left to the original.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any, Final
@@ -122,6 +123,29 @@ def consolidate(
             shape_in_file=[*tensor.shape], dtype_size=itemsize, dtype_str=tensor.code
         )
     return described
+
+
+def stage_blocking(original: Callable[..., Any], /, self: Any, state_dict: Any) -> Any:
+    """Stages, for ``async_save``, with a stager of ours what a writer of torch's would copy into new memory."""
+    if self.cache_staged_state_dict:  # which somebody has asked for, to have one copy only
+        return original(self, state_dict)
+    return _stager().stage(state_dict)
+
+
+def stage_by_default(original: Callable[..., Any], /, self: Any, state_dict: Any, **kwargs: Any) -> Any:
+    """As :func:`stage_blocking`, for ``async_save`` without a writer that stages: that has a stager without options."""
+    config = getattr(self, "_config", None)
+    if config is None or any(vars(config).values()):
+        return original(self, state_dict, **kwargs)
+    return _stager().stage(state_dict)
+
+
+@functools.cache
+def _stager() -> Any:
+    """Returns the stager of this process. It keeps its memory for the next save."""
+    from ..distributed.stager import FastshardStager
+
+    return FastshardStager()
 
 
 def _why_not(writer: Any) -> str:

@@ -49,6 +49,8 @@ _DISTRIBUTED: Final = tuple(
         (_WRITER + "set_up_storage_writer", "set_up_storage_writer", "self is_coordinator", _DCP),
         (_WRITER + "_write_data", "_write_data", "self planner file_queue", _DCP),
         (_WRITER + "finish", "finish", "self metadata results", _DCP),
+        ("staging:BlockingAsyncStager.stage", "stage_blocking", "self state_dict", ""),
+        ("staging:DefaultStager.stage", "stage_by_default", "self state_dict", ""),
         (
             "_async_process_executor:_ProcessBasedAsyncCheckpointExecutor.execute_save",
             "execute_save",
