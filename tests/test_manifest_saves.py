@@ -270,6 +270,13 @@ def test_a_prepared_save_is_described_by_nobody(standing: Path) -> None:
     assert described(standing) == files_of(standing) - {WEIGHTS}
 
 
+@pytest.mark.parametrize("wanted", WANTED)
+def test_one_that_is_made_anew_is_not_made_of_the_old_one(wanted: Any, standing: Path) -> None:
+    (standing / OTHERS[1]).write_text("changed by others")
+    fastshard.write_manifest(standing, sha256=wanted == "sha256", force=True)
+    check(standing, wanted)
+
+
 def test_sums_of_others_are_left_alone_where_there_is_no_manifest(tmp_path: Path) -> None:
     (tmp_path / SUMS).write_text("what somebody has written")
     fastshard.save_file(tensors(), tmp_path / WEIGHTS)
