@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import fastshard
+from fastshard import cli
 from fastshard.formats.digests import known_digest, known_digests
 from fastshard.formats.manifest import FileEntry, Manifest
 from fastshard.formats.naming import MANIFEST_NAME, SUMS_NAME
@@ -247,6 +248,20 @@ def test_skopeo_copies_the_layout_and_checks_it(checkpoint: Path, tmp_path: Path
     with weights_unreadable(checkpoint):
         found = subprocess.run([*call, f"dir:{tmp_path}/damaged"], capture_output=True, text=True)
     assert found.returncode != 0 and "igest did not match" in found.stderr
+
+
+def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = str(tmp_path / "layout")
+    for given in (["in-toto"], ["oci"], ["oci", "--layout", layout]):
+        assert cli.main(["manifest", str(checkpoint), "--format", *given]) == 0
+        assert capsys.readouterr().out == statement_of(checkpoint, given[0])  # type: ignore[arg-type]
+    assert os.path.exists(os.path.join(layout, "index.json"))
+    for given in (["--layout", layout], ["--format", "oci", "--sha256"], [layout, "--format", "oci"]):
+        assert cli.main(["manifest", str(checkpoint), *given]) == 1
+        assert "--format" in capsys.readouterr().err
+    rewritten(checkpoint / WEIGHTS[0])
+    assert cli.main(["manifest", str(checkpoint), "--format", "oci"]) == 1
+    assert "was changed after SHA256SUMS" in capsys.readouterr().err
 
 
 def test_arguments(checkpoint: Path) -> None:

@@ -60,6 +60,17 @@ def add_parsers(commands: Commands) -> None:
     manifest.add_argument("paths", metavar="PATH", nargs="+", help="a folder with one checkpoint")
     manifest.add_argument("--sha256", action="store_true", help=f"also write {SUMS_NAME}, for sha256sum -c")
     manifest.add_argument("--force", action="store_true", help="replace those that are there")
+    manifest.add_argument(
+        "--format",
+        choices=("in-toto", "oci"),
+        help=f"print what {SUMS_NAME} says, and write no manifest: the statement that model_signing signs, or the manifest"
+        " of an OCI artifact as CNCF's ModelPack describes it; no weights are read",
+    )
+    manifest.add_argument(
+        "--layout",
+        metavar="FOLDER",
+        help="with --format oci, make an OCI image layout of links in this new folder, to be pushed from there",
+    )
     manifest.add_argument("--quiet", action="store_true", help="no progress, and nothing where all is well")
 
 
@@ -133,6 +144,10 @@ def _line(problem: Problem) -> str:
 
 
 def _manifest(given: argparse.Namespace) -> int:
+    if given.format is None and given.layout is not None:
+        return fail("--layout is of --format oci")
+    if given.format is not None and (given.sha256 or given.force or len(given.paths) > 1):
+        return fail("--format is for one folder that has its digests, without --sha256 and --force")
     status = 0
     for path in given.paths:
         try:
@@ -143,6 +158,11 @@ def _manifest(given: argparse.Namespace) -> int:
 
 
 def _describe(path: str, given: argparse.Namespace) -> None:
+    if given.format is not None:
+        from ..tools.statements import statement_of
+
+        print(statement_of(path, given.format, layout=given.layout), end="")
+        return
     from ..tools.describe import write_manifest
 
     made = write_manifest(path, sha256=given.sha256, force=given.force, progress=_shown(given) or None)
