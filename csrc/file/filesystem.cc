@@ -124,8 +124,7 @@ Choice choose(const FileSystem& filesystem, const Intent& intent) {
   if (intent.durable && large && filesystem.direct_io && intent.from_device && kDirectFromDevice) {
     return {WritePath::direct, "waits for the disk anyway, and is staged anyway: past the page cache"};
   }
-  return {WritePath::buffered,
-          "new file: preallocated, one writer of large pwrites, helped by idle threads"};
+  return {WritePath::buffered, "new file: preallocated, one writer of large pwrites, helped by idle threads"};
 }
 
 }  // namespace

@@ -63,8 +63,7 @@ OutputFile::OutputFile(const std::string& path, uint64_t nbytes, const Intent& i
       memory_backed_(filesystem.memory_backed),
       one_machine_(filesystem.one_machine),
       keep_cached_(intent.keep_cached || filesystem.memory_backed),
-      sent_behind_(intent.sent_behind) {
-}  // the files of a filesystem in memory are its cache
+      sent_behind_(intent.sent_behind) {}  // the files of a filesystem in memory are its cache
 
 void OutputFile::check_kind() {
   struct stat info;
