@@ -6,7 +6,7 @@ In reading order: ``grow`` (memory that is there once it is used), ``samples`` (
 statistics), ``machine`` (where), ``models`` (what transformers makes of tensors), ``job`` (one save, and
 one way to do it), ``builders`` (the tensors that are saved), ``training_steps`` (a job that
 goes on while its state is saved), ``rivals_fastshard``, ``rivals_torch``, ``rivals_dcp``, ``rivals_sharded``,
-``rivals_hub``, ``rivals_async`` and ``rivals_training`` (who saves), ``rivals`` (all of them), ``ceilings``
+``rivals_hub``, ``rivals_async`` and ``rivals_training`` (who saves), ``rivals_verify`` (who reads what was saved), ``rivals`` (all of them), ``ceilings``
 (what the hardware allows), ``case`` and ``cases`` (what is saved by whom), ``rank_cases`` (by the ranks of a group), ``goals`` (what
 fastshard must show),
 ``fitting`` (how to measure, and what fits), ``verify`` (are the bytes right), ``memory`` (peak in a fresh

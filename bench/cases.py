@@ -174,6 +174,18 @@ _ALL = (
         writer="pwrite-n",
     ),
     Case(
+        "verify",
+        "64 MiB tensors in four files in the page cache, compared with their digests; nothing is saved",
+        lambda nbytes, device: blocks(nbytes, device, files=4),
+        ("fastshard-verify", "fastshard-verify-crc32", "read-threads"),
+        base="read-threads",
+        modes=(RETURN,),
+        default_on=(CPU,),
+        bound=("sha256sum-2",),
+        copies=2.0,  # sha256sum has files of its own
+        writer="pwrite-n",
+    ),
+    Case(
         "sharded-state",
         "a rank's sharded state in four parts",
         lambda nbytes, device: blocks(nbytes, device, files=4),

@@ -52,6 +52,8 @@ _HOST = (
     Goal("sharded-state", 1.6, against="vllm-sharded", by="fastshard-sharded"),
     Goal("manifest", 1 / 1.05, against="fastshard", by="fastshard-manifest"),
     Goal("manifest", 1 / 1.1, against="sha256sum-2", by="fastshard-sha256"),
+    Goal("verify", 0.9, against="sha256sum-2", by="fastshard-verify"),
+    Goal("verify", 0.8, against="read-threads", by="fastshard-verify-crc32"),
     Goal("one-file", 1.4),
     Goal("one-file", 0.95, against="pwrite-1"),
     Goal("one-file", 1.4, mode=DURABLE),

@@ -14,6 +14,18 @@ from .rivals_hub import HUB, TRANSFORMERS
 from .rivals_sharded import SHARDED_STATE, TENSOR_PARALLEL
 from .rivals_torch import TORCH
 from .rivals_training import TRAINING
+from .rivals_verify import VERIFIERS
 
-_ALL = (*FASTSHARD, *SHARDED_STATE, *TORCH, *DCP, *HUB, *TENSOR_PARALLEL, *TRANSFORMERS, *ASYNC, *TRAINING)
+_ALL = (
+    *FASTSHARD,
+    *SHARDED_STATE,
+    *TORCH,
+    *DCP,
+    *HUB,
+    *TENSOR_PARALLEL,
+    *TRANSFORMERS,
+    *ASYNC,
+    *TRAINING,
+    *VERIFIERS,
+)
 RIVALS: dict[str, Rival] = {rival.name: rival for rival in _ALL}
