@@ -354,6 +354,21 @@ _ALL = (
         writer="pwrite-n",
         without="training-no-save",
     ),
+    Case(
+        "incremental",
+        "a fine-tuning with AdamW of a Llama in fp32, 90 % frozen: the checkpoints after the first of ten",
+        training,
+        ("frozen-incremental", "frozen-installed", "frozen-unpatched", "frozen-no-save"),
+        base="frozen-installed",
+        needs=LIBRARIES,
+        natural_nbytes=GIB,
+        modes=(STALL,),
+        default_on=(CPU,),
+        bound=("memcpy-n",),
+        copies=5.0,  # ten checkpoints stand, each of them four tenths of weights and moments
+        writer="pwrite-n",
+        without="frozen-no-save",
+    ),
 )
 CASES: dict[str, Case] = {case.name: case for case in _ALL}
 """In the order of a run: where its time is short, the last ones are left out."""

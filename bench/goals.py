@@ -82,6 +82,8 @@ _HOST = (
     Goal("async", 10.0, mode=STALL, against="fastshard", by="async-fork"),
     Goal("async", 3.0, mode=STALL, against="dcp-async", by="async-copy"),
     Goal("async", 4, mode=STALL, against=OVER_BUDGET, by="async-copy"),
+    # At most 0.2 of the time of a save.
+    Goal("incremental", 5.0, mode=STALL, against="frozen-installed", by="frozen-incremental"),
     Goal("async-trainer", 1 / 0.35, mode=LOST, against="training-unpatched", by="training-async"),
 )
 

@@ -99,9 +99,19 @@ def trainer(weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], 
     return made
 
 
-def in_training(weights: dict[str, torch.Tensor], out: Path, steps: int, every: int | None) -> Any:
+def freeze(model: Any, share: float) -> None:
+    """Freezes so much of a model, from its first parameters on."""
+    left = share * sum(parameter.nbytes for parameter in model.parameters())
+    for parameter in model.parameters():
+        left -= parameter.nbytes
+        parameter.requires_grad_(left < 0)
+
+
+def in_training(
+    weights: dict[str, torch.Tensor], out: Path, steps: int, every: int | None, frozen: float = 0.0
+) -> Any:
     """A Trainer before its first step: a copy of the weights' Llama, and a data set of random tokens. It saves to ``out``
-    every so many steps, and keeps two checkpoints.
+    every so many steps, and keeps two checkpoints, or all of them if a share of the weights is ``frozen``.
 
     After the last step it does not save, as transformers would: what is saved there nobody could do anything
     beside, and a job has one of those.
@@ -113,6 +123,7 @@ def in_training(weights: dict[str, torch.Tensor], out: Path, steps: int, every: 
             control.should_save &= state.global_step < steps
 
     model = llama({name: tensor.clone() for name, tensor in weights.items()})
+    freeze(model, frozen)
     arguments = TrainingArguments(
         output_dir=str(out),
         report_to="none",
@@ -123,7 +134,7 @@ def in_training(weights: dict[str, torch.Tensor], out: Path, steps: int, every: 
         logging_strategy="no",
         save_strategy="no" if every is None else "steps",
         save_steps=every or steps,
-        save_total_limit=2,
+        save_total_limit=None if frozen else 2,
     )
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, model.config.vocab_size, (steps, TOKENS), generator=generator)

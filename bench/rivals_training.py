@@ -7,6 +7,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from . import models
@@ -56,11 +57,13 @@ class _Clock:
 
         self.callback = Callback()
 
-    def stall(self) -> float:
-        """Mean seconds from the end of a step to the beginning of the next one, where a checkpoint comes in between."""
+    def stall(self, first: int = 0) -> float:
+        """Mean seconds from the end of a step to the beginning of the next one, where a checkpoint comes in between.
+        The ``first`` ones are left out."""
         every = self._every
         return statistics.mean(
-            self._begun[step] - self._ended[step - 1] for step in range(every, len(self._begun), every)
+            self._begun[step] - self._ended[step - 1]
+            for step in range(every * (first + 1), len(self._begun), every)
         )
 
     def lost(self, end: float) -> float | None:
@@ -132,7 +135,86 @@ def _rival(name: str, about: str, prepare: Prepare, **fields: Any) -> Rival:
     )
 
 
+FROZEN = 0.9
+"""The share of the weights that is frozen in a fine-tuning."""
+FROZEN_CHECKPOINTS = 10
+
+
+def _fine_tuning(saves: bool) -> Prepare:
+    def prepare(job: Job) -> Callable[[], JobSample]:
+        def train() -> JobSample:
+            steps = FROZEN_CHECKPOINTS + 1
+            trainer = models.in_training(job.shards[0], job.out, steps, 1 if saves else None, FROZEN)
+            clock = _Clock(1)
+            trainer.add_callback(clock.callback)
+            cpu, began = time.process_time(), time.perf_counter()
+            trainer.train()
+            seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+            _occupied["files"] = _of_checkpoints(job.out)
+            return JobSample(clock.stall(1), seconds, cpu=cpu)
+
+        return train
+
+    return prepare
+
+
+_occupied: dict[str, dict[str, int]] = {}
+"""Of the newest run."""
+
+
+def _of_checkpoints(run: Path) -> dict[str, int]:
+    """Bytes that files take: of all checkpoints, and of the first one. A linked file counts once."""
+    found = {
+        name: {(one.st_dev, one.st_ino): one.st_blocks * 512 for one in map(Path.stat, files)}
+        for name, files in (
+            ("all", [path for path in run.rglob("*") if path.is_file()]),
+            ("first", [path for path in (run / "checkpoint-1").rglob("*") if path.is_file()]),
+            ("weights", list(run.rglob("*.safetensors"))),
+            ("first weights", list((run / "checkpoint-1").rglob("*.safetensors"))),
+        )
+    }
+    return {name: sum(sizes.values()) for name, sizes in found.items()}
+
+
+def _fine_tuned(name: str, about: str, saves: bool = True, **fields: Any) -> Rival:
+    def prepare(job: Job) -> Callable[[], JobSample]:
+        if name == "incremental":
+            import fastshard
+
+            require("install")
+            accepts(fastshard.install, incremental=True)
+        return _fine_tuning(saves)(job)
+
+    return Rival(
+        f"frozen-{name}",
+        f"a Trainer, 90 % frozen, ten checkpoints, {about}",
+        prepare,
+        modes=(STALL,),
+        own=True,
+        trains=True,
+        footprint=4.0,
+        detail=lambda: dict(_occupied),
+        **{"writes": "frozen", **fields},
+    )
+
+
+@contextlib.contextmanager
+def _installed_incrementally() -> Iterator[None]:
+    import fastshard
+
+    with models.quiet(), fastshard.installed(incremental=True):  # type: ignore[call-arg,unused-ignore]
+        yield
+
+
+FINE_TUNING = (
+    _fine_tuned("incremental", "install(incremental=True)", within=_installed_incrementally),
+    _fine_tuned("installed", "install()", within=installed),
+    _fine_tuned("unpatched", "as it comes", within=models.quiet),
+    _fine_tuned("no-save", "without checkpoints", False, within=models.quiet, writes=None),
+)
+
 TRAINING = (
+    *FINE_TUNING,
     _rival(
         "async",
         "install(asynchronous=True)",

@@ -186,6 +186,22 @@ def _verified(job: Job) -> None:
             raise Mismatch(f"a damaged byte: {report.problems}")
 
 
+def _load_frozen(job: Job) -> None:
+    from safetensors.torch import load_file
+
+    weights = job.shards[0]
+    first = next(iter(weights))  # it is frozen
+    checkpoints = list(job.out.glob("checkpoint-*"))
+    if not checkpoints:
+        raise Mismatch("there is no checkpoint")
+    for checkpoint in checkpoints:
+        loaded = {name: t for path in checkpoint.glob("*.safetensors") for name, t in load_file(path).items()}
+        if loaded.keys() != weights.keys():
+            raise Mismatch(f"{checkpoint.name} holds other names")
+        if not torch.equal(loaded[first].view(torch.uint8), weights[first].view(torch.uint8)):
+            raise Mismatch(f"{first!r} is different in {checkpoint.name}")
+
+
 def _load_ranks(job: Job) -> None:
     for rank in range(TP):
         with safe_open(job.out / f"rank-{rank}" / "model.safetensors", "pt") as file:
@@ -214,6 +230,7 @@ _LOADERS = {
     "described": _load_described,
     "verified": _verified,
     "ranks": _load_ranks,
+    "frozen": _load_frozen,
     "copy": _load_copy,
     "torch": _load_torch,
     "dcp": _load_dcp,

@@ -3,9 +3,8 @@
 
 To add a replacement, add a row to :data:`TABLE`, or to :data:`ASYNCHRONOUS` for what is replaced only on request,
 and write its implementation. A row names the module that *defines* the function, the attribute in it
-(``"save_file"``; ``"PreTrainedModel.save_pretrained"`` for what a class holds, static and class methods included),
-and the implementation, which is imported by the first call. Rows that work only together have a group, which is
-replaced whole or not at all.
+(``"save_file"``; ``"PreTrainedModel.save_pretrained"`` for what a class holds), and the implementation, which is
+imported by the first call. Rows that work only together have a group, which is replaced whole or not at all.
 
 :func:`examine` examines the installed library before anything is replaced. The functions must exist, be the
 library's own, and take the parameters that the implementation knows by their positions, and what the

@@ -122,7 +122,7 @@ class Base:
         for candidate in self._candidates(nbytes):
             try:
                 with _opened(candidate) as fd:
-                    served = self._made(fd, planned, path)
+                    served = self._made(fd, planned, tensors, path)
             except OSError as error:  # it cannot be read, or is gone: as if there was none
                 self._refuse(f"reading files of {self.path!r} refused: {error.strerror}")
                 continue
@@ -168,7 +168,7 @@ class Base:
                         self._found.setdefault(found.st_size, []).append(path)
         return self._found.get(nbytes, [])
 
-    def _made(self, fd: int, planned: PlannedFile, path: str) -> bool:
+    def _made(self, fd: int, planned: PlannedFile, tensors: Mapping[str, Seen], path: str) -> bool:
         """Makes the file at ``path`` if the open one is what is planned. Returns whether it did."""
         head, found = planned.file.header, _identity(os.fstat(fd))
         if found.nbytes != planned.file.nbytes or os.pread(fd, len(head), 0) != head:
@@ -185,7 +185,7 @@ class Base:
         try:
             before = _identity(os.fstat(fd))
             served = (
-                self._is_the_same(fd, found, planned)
+                self._is_the_same(fd, found, planned, tensors)
                 and _identity(os.fstat(fd)) == before
                 and found[:4] == before[:4]
                 and os.stat(path).st_size == found.nbytes
@@ -202,17 +202,19 @@ class Base:
         if text not in self.refused:
             self.refused.append(text)
 
-    def _is_the_same(self, fd: int, identity: Identity, planned: PlannedFile) -> bool:
+    def _is_the_same(
+        self, fd: int, identity: Identity, planned: PlannedFile, tensors: Mapping[str, Seen]
+    ) -> bool:
         """Returns whether an open file has the bytes of the tensors that are planned."""
         note = _notes.get(identity[:2])
         head = planned.file.header
         known = note.tensors if note and note.head == head and note.identity.is_still(identity) else {}
-        believed: list[tuple[Seen, Entry]] = []
+        believed: list[tuple[Seen, Seen]] = []
         compared: list[tuple[int, Entry]] = []
         placed = _placed(planned)
         for offset, entry in placed:
-            if entry.name in known and is_in(self.frozen, entry.tensor):
-                believed.append((known[entry.name], entry))
+            if entry.name in known and entry.name in tensors:
+                believed.append((known[entry.name], tensors[entry.name]))
             else:
                 compared.append((offset, entry))
         # What torch counts as a change may have left the bytes as they were.
