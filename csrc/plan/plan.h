@@ -117,7 +117,7 @@ class Changes;  // save/changes.h
 struct StandingMapping {
   std::string path;
   Memory memory;
-  bool populate = false;  // a disk's page cache: pages must be made writable again before each store
+  bool populate = false;       // a disk's page cache: pages must be made writable again before each store
   Changes* changes = nullptr;  // told of all bytes, if it is to be known what differs from the file before
 };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// CRC-32 as in zip, gzip and zlib.crc32 (reflected polynomial 0xEDB88320), at 50 GiB/s a thread with AVX-512 (13 without), and of pieces in any
-// order, so that writers can compute it of a tensor while its bytes pass.
+// CRC-32 as in zip, gzip and zlib.crc32 (reflected polynomial 0xEDB88320), at 50 GiB/s a thread with AVX-512 (13
+// without), and of pieces in any order, so that writers can compute it of a tensor while its bytes pass.
 #pragma once
 
 #include <atomic>
