@@ -424,7 +424,7 @@ def test_model_is_left_as_it_was(tmp_path):
 
 def test_loaders_are_those_of_safetensors():
     assert fastshard.safe_open is safetensors.safe_open
-    for name in ("load", "load_file", "load_model"):
+    for name in ("load", "load_model"):  # load_file can compare digests first
         assert getattr(fastshard, name) is getattr(reference, name)
 
 

@@ -172,7 +172,7 @@ def after_renames(count: int) -> None:
     """The first rank dies when it has changed so many names for the publication."""
     publish = rank_files.RankFiles.publish
 
-    def publishing(self: rank_files.RankFiles) -> None:
+    def publishing(self: rank_files.RankFiles, *args: Any) -> None:
         left = count
 
         def counted(call: Callable[..., None]) -> Callable[..., None]:
@@ -187,7 +187,7 @@ def after_renames(count: int) -> None:
 
         for name in ("rename", "link", "symlink", "unlink", "rmdir"):
             setattr(os, name, counted(getattr(os, name)))
-        publish(self)
+        publish(self, *args)
         (Path(os.environ["COMPLETE"])).touch()
 
     rank_files.RankFiles.publish = publishing  # type: ignore[method-assign]

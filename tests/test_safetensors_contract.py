@@ -694,6 +694,8 @@ def test_public_names():
                 "save_sharded_state_async",
                 "torch_save_async",
             ),
+            *("verify", "Report", "write_manifest", "Changed"),
+            *("diff_checkpoints", "list_checkpoints", "latest_checkpoint", "prune_checkpoints"),
         }
     )
     assert all(getattr(fastshard, name) is value for name, value in star.items())

@@ -250,7 +250,7 @@ def test_an_engine_starts_whatever_goes_wrong_in_a_hook(
 def test_what_could_not_be_compared_is_refused(
     fake: fake_vllm.Vllm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fails(tensor: object) -> None:
+    def fails(tensor: object, most: int) -> None:
         raise RuntimeError("not implemented for this type")
 
     monkeypatch.setattr(vllm_states, "some_elements", fails)

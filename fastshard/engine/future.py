@@ -159,6 +159,9 @@ class _Nothing:
     def checksums(self) -> list[list[int]]:
         return []
 
+    def changes(self) -> None:
+        return None
+
     def stats(self) -> dict[str, Any]:
         return _NO_FIGURES.copy()
 
