@@ -66,7 +66,8 @@ std::optional<std::vector<uint32_t>> crc32_of_ranges(int fd, const std::string& 
                                                      std::span<const uint64_t> sizes, bool direct) {
   uint64_t end = offset;
   for (const uint64_t size : sizes) {
-    if (size > INT64_MAX || (end += size) > INT64_MAX) throw std::invalid_argument("ranges that no file can have");
+    if (size > INT64_MAX || end > INT64_MAX - size) throw std::invalid_argument("ranges that no file can have");
+    end += size;
   }
   const size_t block = direct ? kDirectBlockNbytes : kBlockNbytes;
   const std::unique_ptr<std::byte, Freed> buffer(static_cast<std::byte*>(std::aligned_alloc(kAlignment, block)));
