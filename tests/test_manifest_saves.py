@@ -154,7 +154,9 @@ SAVERS: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("wanted", WANTED)
 @pytest.mark.parametrize("saver", SAVERS)
 def test_every_file_of_a_save_is_described(saver: str, wanted: Any, tmp_path: Path) -> None:
-    if saver.startswith(("save_distributed", "convert_dcp")):  # older ones have no public DTensor and no no_dist
+    if saver.startswith(
+        ("save_distributed", "convert_dcp")
+    ):  # older ones have no public DTensor and no no_dist
         pytest.importorskip("torch", minversion="2.6")
     folder = tmp_path / "saved"
     folder.mkdir()
