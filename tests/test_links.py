@@ -165,3 +165,19 @@ def test_own_links_in_sticky_folders_are_followed(sticky: Path, tmp_path: Path) 
     for name in ("there", "missing"):
         follow(sticky / name)
         assert (tmp_path / name).read_bytes() == b"new contents"
+
+
+@pytest.mark.parametrize("decided", [".old", ".new"])
+def test_a_link_of_a_folder_that_is_being_changed_stands_for_a_file(tmp_path: Path, decided: str) -> None:
+    """What is written through it would go with the hidden folder that it leads into."""
+    hidden = tmp_path / ".fastshard-0123456789abcdef.staging"
+    for inner in (".old", ".new"):
+        (hidden / inner).mkdir(parents=True)
+        (hidden / inner / "m").write_bytes(b"of another save")
+    (hidden / ".now").symlink_to(decided)
+    path = tmp_path / "m"
+    path.symlink_to(f"{hidden.name}/.now/m")
+    follow(path)
+    assert path.read_bytes() == b"new contents" and not path.is_symlink()
+    assert [(hidden / inner / "m").read_bytes() for inner in (".old", ".new")] == [b"of another save"] * 2
+    assert names(tmp_path) == sorted([hidden.name, "m"])

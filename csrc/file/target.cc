@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <string_view>
 
 #include "file/filesystem.h"
 
@@ -77,12 +78,23 @@ std::string follow(const std::string& path) {
   return place;
 }
 
+// While the files of a folder change all at once, their names are links into a hidden folder for a moment
+// (fastshard/publish/linking.py). Each of them stands for the file that it is about to be.
+bool stands_for_file(const std::string& link) {
+  char text[PATH_MAX];
+  const ssize_t length = readlink(link.c_str(), text, sizeof text);
+  if (length < 0) return false;  // the kernel will say why
+  const std::string_view to(text, static_cast<size_t>(length));
+  const size_t hidden = to.find(".fastshard-");
+  return hidden != std::string_view::npos && to.find(".staging/.now/", hidden) != std::string_view::npos;
+}
+
 }  // namespace
 
 Target find_target(const std::string& path, bool follow_links) {
   std::optional<struct stat> there = status_of(path, path);
   std::string place = path;
-  if (follow_links && there && S_ISLNK(there->st_mode)) {
+  if (follow_links && there && S_ISLNK(there->st_mode) && !stands_for_file(path)) {
     place = follow(path);
     there = status_of(place, path);
   }

@@ -30,6 +30,7 @@ from ..engine.figures import counted, keep_stats
 from ..engine.pipeline import How, encoded_path, finish, wanted
 from ..engine.plan import FilePlan
 from ..publish.in_place import LATE, note_made, why_in_place
+from ..publish.linking import place_of
 from ..publish.manifests import add, check_wanted, forget
 from .archive_by_torch import can_replace, new_file, replace_by_torch, sync_folder
 from .archive_errors import NO_SPACE, archive_error, archive_errors, as_archive_error, no_space
@@ -147,7 +148,7 @@ def _save(original: Callable[..., None], pickling: Pickling, f: Any, how: How, i
 def _describe(path: str, how: How) -> None:
     """Adds the file to the manifest of the folder that it is in."""
     with archive_errors(path):
-        add(os.path.realpath(path), how.manifest, durable=how.durable, keep_cached=how.keep_cached)
+        add(place_of(path), how.manifest, durable=how.durable, keep_cached=how.keep_cached)
 
 
 def _tell(path: str, how: How, _: object) -> None:
@@ -155,7 +156,7 @@ def _tell(path: str, how: How, _: object) -> None:
     if how.manifest:
         _describe(path, how)
     else:
-        forget([os.path.realpath(path)], durable=how.durable)
+        forget([place_of(path)], durable=how.durable)
 
 
 def _save_path(
@@ -170,7 +171,7 @@ def _save_path(
         except (FileNotFoundError, NotADirectoryError):
             _check_folder(path)
             reason = None
-        forget({path, os.path.realpath(path)} if os.path.islink(path) else {path}, durable=how.durable)
+        forget({path, place_of(path)} if os.path.islink(path) else {path}, durable=how.durable)
     if in_place:
         reason = reason or "in_place=True"
     if reason:

@@ -214,6 +214,20 @@ def settle_left(hidden: Hidden, folder: Folder) -> None:
         places.close()
 
 
+def place_of(path: str) -> str:
+    """Returns the real place of a file, through links; but a link that stands for a file only while its folder is being
+    changed is that file."""
+    try:
+        text = os.readlink(path)
+    except OSError:
+        text = ""
+    found = STAGING.search(text)
+    if found is None or not text.startswith(f"/{NOW}/", found.end()):
+        return os.path.realpath(path)
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), name)
+
+
 def is_placeholder(path: str) -> bool:
     """Returns whether a name has no contents of its own and exists only until the next save settles what a
     killed one has left."""
