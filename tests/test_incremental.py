@@ -454,24 +454,11 @@ def test_a_base_must_be_a_path(tmp_path: Path) -> None:
 
 
 def trainer_of(folder: Path, **options: Any) -> Any:
-    import transformers
-    from test_async_trainer import DATA, Model
+    import test_async_trainer
 
-    arguments = transformers.TrainingArguments(
-        str(folder),
-        per_device_train_batch_size=2,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=0,
-        max_steps=5,
-        save_steps=1,
-        save_strategy="steps",
-        **options,
-    )
-    trained = Model()
-    trained.inner.requires_grad_(False)
-    return transformers.Trainer(trained, arguments, train_dataset=DATA)
+    trainer = test_async_trainer.trainer_of(folder, **{"max_steps": 5, "save_steps": 1, **options})
+    trainer.model.inner.requires_grad_(False)
+    return trainer
 
 
 @pytest.fixture
