@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
-from ..formats.dcp_metadata import read_metadata
+from ..api.checked import MISSING
 from ..formats.file_kinds import TORCH, what_is
 from ..formats.hf_index import StoredFile, open_file, read_object, read_stored, read_text, weight_map
 from ..formats.manifest import read_manifest
@@ -32,6 +32,7 @@ from ..formats.naming import (
     place_in_set,
 )
 from ..formats.sha256sums import read_sums
+from .structure import of_dcp
 
 TRAINER_STATE: Final = "trainer_state.json"
 """What ``Trainer`` writes last."""
@@ -105,7 +106,8 @@ class _Folder:
                     said += self._missing(read_sums(self._place(name)), name)
             yield from said
         yield from self._of_sets()
-        yield from self._of_dcp()
+        for found in of_dcp(self.path):
+            yield f"{os.path.relpath(found.path, self.path)}{' ' if found.kind == MISSING else ': '}{found.text}"
         yield from self._of_trainer()
         for name in self.inner:
             yield from (f"{name}/{problem}" for problem in _Folder(self._place(name)).problems())
@@ -185,26 +187,6 @@ class _Folder:
                 yield f"{lost} of {count} shards are missing, and their index"
             elif count > 1:
                 yield f"the index of {count} shards is missing"
-
-    def _of_dcp(self) -> Iterator[str]:
-        metadata = any(map(is_dcp_metadata, self.names))
-        if not metadata:
-            if any(name.endswith(DISTCP_SUFFIX) for name in self.names):
-                yield f".metadata is missing beside {DISTCP_SUFFIX} files"
-            return
-        with self._said(".metadata") as said:
-            found = read_metadata(self.path)
-            ends: dict[str, int] = {}
-            for tensor in found.tensors.values() if found is not None else ():
-                for chunk in tensor.chunks:
-                    ends[chunk.path] = max(ends.get(chunk.path, 0), chunk.begin + chunk.nbytes)
-            for path, end in sorted(ends.items()):
-                name = os.path.basename(path)
-                if name not in self.names:
-                    said.append(f"{name} is missing, and .metadata names it")
-                elif os.stat(path).st_size < end:
-                    said.append(f"{name} has {os.stat(path).st_size} bytes, and {end} are needed")
-        yield from said
 
     def _of_trainer(self) -> Iterator[str]:
         if TRAINER_STATE not in self.files:
