@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
+from typing import Any
 
 import archives
 import forked
@@ -27,6 +28,7 @@ from hypothesis import strategies as st
 
 import fastshard
 from fastshard import Engine, Options, SaveError, SaveFuture
+from fastshard.api import archive
 
 MIB = 1 << 20
 SNAPSHOTS = ("copy", "fork", "none")
@@ -179,6 +181,32 @@ def test_a_kill_at_any_time(tmp_path: Path, saver: str, snapshot: str) -> None:
         assert hidden(tmp_path) == []
         said.close()
         path.unlink(missing_ok=True)
+
+
+def test_a_file_that_an_earlier_save_has_just_put_there_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process may still hold it open, as it does files that have to be written over: a kill would leave a part."""
+    path, note_made, why, go_on = (
+        tmp_path / "m.pt",
+        archive.note_made,
+        archive.why_in_place,
+        threading.Event(),
+    )
+
+    def noted_late(*args: Any) -> None:
+        go_on.wait()
+        note_made(*args)
+
+    monkeypatch.setattr(archive, "note_made", noted_late)
+    first = fastshard.torch_save_async(tensors(1, 4 * MIB), path)
+    until(path.exists)
+    made = path.stat()
+    monkeypatch.setattr(archive, "why_in_place", lambda p: why(p) if first.done() else "held by this process")
+    threading.Timer(0.2, go_on.set).start()
+    fastshard.torch_save_async(tensors(2, 4 * MIB), path).result()
+    assert value_of(path) == 2
+    assert path.stat().st_ino != made.st_ino  # the new one was made while the old one was there
 
 
 # A full disk ---------------------------------------------------------------------------------------------

@@ -168,6 +168,10 @@ def _save_path(
         encoded_path(path)
         try:
             reason = why_in_place(path)
+            if reason is not None and background.current() is not None:
+                # An earlier save may just have put the file there, and hold it for a moment.
+                background.make_way(path)
+                reason = why_in_place(path)
         except (FileNotFoundError, NotADirectoryError):
             _check_folder(path)
             reason = None
