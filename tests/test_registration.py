@@ -265,3 +265,18 @@ def test_no_device_address(sim: SimCuda, new_engine: NewEngine, path: Path) -> N
     (text,) = save(new_engine(), {path: varied(sim)}).fallbacks
     assert "device address" in text
     assert sim.count("cuLaunchKernel") == 0
+
+
+@needs_kernel
+@pytest.mark.parametrize("nth", [1, 2, 3])
+@pytest.mark.parametrize("result", LOST, ids=lambda result: result.name)
+def test_a_context_lost_before_addresses_are_asked_for_is_named(
+    sim: SimCuda, new_engine: NewEngine, path: Path, result: Result, nth: int
+) -> None:
+    """A copy of another chunk may have failed by then: the save says so, and gathers nothing in another way."""
+    path.write_bytes(b"old")
+    sim.fail("cuMemHostGetDevicePointer", result, nth)
+    with pytest.raises(RuntimeError, match=f"^cuMemHostGetDevicePointer failed: CUDA_ERROR_{result.name}"):
+        save(new_engine(), {path: [source for i in range(3) for source in varied(sim, seed=i)]})
+    assert os.listdir(path.parent) == [path.name]
+    assert path.read_bytes() == b"old"

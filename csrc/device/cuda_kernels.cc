@@ -46,8 +46,11 @@ void CudaKernels::load(const std::shared_ptr<Context>& context) {
 CUdeviceptr device_address(const Context& context, const std::byte* address, const std::byte* base) {
   if (base == nullptr) return 0;
   CUdeviceptr found = 0;
-  const CUresult result = context.driver().cuMemHostGetDevicePointer(&found, const_cast<std::byte*>(base), 0);
-  return result == CUDA_SUCCESS ? found + static_cast<uint64_t>(address - base) : 0;
+  const CudaDriver& driver = context.driver();
+  const CUresult result = driver.cuMemHostGetDevicePointer(&found, const_cast<std::byte*>(base), 0);
+  if (result == CUDA_SUCCESS) return found + static_cast<uint64_t>(address - base);
+  describe_refusal(driver, result, "cuMemHostGetDevicePointer");  // throws what earlier work has met
+  return 0;
 }
 
 void launch_pack(const Context& context, CUfunction kernel, CUstream stream, const PackTable& table, CUdeviceptr out,

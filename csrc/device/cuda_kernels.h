@@ -37,7 +37,8 @@ class CudaKernels {
 };
 
 // Where the context's device sees `address`, which lies in page-locked memory that begins at `base`
-// (Registration::base_of); 0 if the driver does not tell, or for pageable memory, whose base is null.
+// (Registration::base_of); 0 if the driver does not tell, or for pageable memory, whose base is null. Throws CudaError
+// if the context is lost.
 CUdeviceptr device_address(const Context& context, const std::byte* address, const std::byte* base);
 
 // Launches the pack kernel on `stream`, with at most `max_blocks` blocks. The table goes into the staging scratch, of
