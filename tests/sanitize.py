@@ -34,6 +34,7 @@ TESTS = (
     "test_schedule.py",
     "test_casts.py",
     "test_checksums.py",
+    "test_changed.py",
     "test_shared_writes.py",
     "test_placed_items.py",
     "test_fork_snapshot.py",
