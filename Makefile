@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 LINT := build/lint
 TOOLS := $(LINT)/tools/bin
 
-.PHONY: demo lint test sanitize test-versions faults bench torch
+.PHONY: demo lint test sanitize test-versions faults bench docs torch
 
 demo: torch
 	$(BIN)/pip install -q .
@@ -66,3 +66,11 @@ torch: $(BIN)/pip
 # fastshard works with; SETS="oldest" picks. Half an hour on two cores, and 7 GB of disk at a time.
 test-versions:
 	$(PYTHON) tests/versions.py $(SETS)
+
+DOCS := build/docs/tools/bin
+
+# The pages, in build/site. A link that leads nowhere, within the pages and their sections, ends the build, and so does a
+# page that the navigation does not reach.
+docs: $(DOCS)/pip
+	$(DOCS)/pip install -q --group docs
+	PATH="$(CURDIR)/$(DOCS):$$PATH" NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict

@@ -17,12 +17,13 @@ PARTS = (
     "LICENSE",
     "MANIFEST.in",
     "Makefile",
+    "mkdocs.yml",
     "README.md",
     "DESIGN.md",
     "pyproject.toml",
     "setup.py",
 )
-FOLDERS = ("bench", "csrc", "examples", "fastshard", "tests")
+FOLDERS = ("bench", "csrc", "docs", "examples", "fastshard", "tests")
 MADE = shutil.ignore_patterns("__pycache__", "*.so", "out", "build", ".*_cache", ".hypothesis")
 
 

@@ -250,6 +250,14 @@ def test_skopeo_copies_the_layout_and_checks_it(checkpoint: Path, tmp_path: Path
     assert found.returncode != 0 and "igest did not match" in found.stderr
 
 
+def test_digests_that_are_written_again_are_believed(tmp_path: Path) -> None:
+    """The manifest is there already, to the byte, and only gets a new time: not a later one than ``SHA256SUMS`` has."""
+    fastshard.save_file({"a": torch.zeros(1000)}, tmp_path / "model.safetensors")
+    for _ in range(3):
+        fastshard.write_manifest(tmp_path, sha256=True, force=True)
+        assert set(known_digests(str(tmp_path))) == {"model.safetensors", MANIFEST_NAME, SUMS_NAME}
+
+
 def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layout = str(tmp_path / "layout")
     for given in (["in-toto"], ["oci"], ["oci", "--layout", layout]):

@@ -165,10 +165,14 @@ class Change:
             return False
 
     def touch(self, name: str) -> None:
-        """Gives a file that is there already the present time, as if it had been replaced."""
+        """Gives a file that is there already the new file's times, as if it had been replaced: a manifest must not be
+        newer than the digests beside it, which were made after it."""
         folder, base = self.places.of(name)
-        with contextlib.suppress(OSError):
-            os.utime(base, dir_fd=folder.fd, follow_symlinks=False)
+        new = self.new.stat(name)
+        if new is not None:
+            with contextlib.suppress(OSError):
+                times = (new.st_atime_ns, new.st_mtime_ns)
+                os.utime(base, ns=times, dir_fd=folder.fd, follow_symlinks=False)
 
     def present(self) -> list[tuple[str, str, bool]]:
         """Returns for each entry the folder's path, its name, and whether it is a folder."""
