@@ -61,30 +61,61 @@ def _parser() -> argparse.ArgumentParser:
     prog = "bench/save.py" if __package__ == "bench" else "fastshard bench"
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help="smaller and fewer: under two minutes")
-    add("--dir", type=Path, help="directory to save into (default: the system's temporary one)")
-    add("--shm", type=Path, metavar="DIR", help=f"the same on a memory-backed filesystem (default {SHM})")
+    add("--quick", action="store_true", help="measure smaller and fewer cases, in under two minutes")
+    add("--dir", type=Path, help="the directory to save into (default: the system's temporary one)")
+    add("--shm", type=Path, metavar="DIR", help=f"the directory on a filesystem in memory (default: {SHM})")
     add(
         "--gib",
         type=float,
         metavar="N",
-        help="largest size of a case in GiB (default 4; quick: 0.5)",
+        help="the largest size of a case in GiB (default: 4; with --quick: 0.5)",
     )
-    add("--mib", type=float, metavar="N", help="the same in MiB; 1 runs everything as a test")
-    add("--rounds", type=int, metavar="N", help="interleaved rounds (default 6; quick: 3)")
-    add("--slow-rounds", type=int, metavar="N", help="of which slow rivals run (default 3; quick: 1)")
+    add(
+        "--mib",
+        type=float,
+        metavar="N",
+        help="the largest size of a case in MiB; 1 runs everything as a test",
+    )
+    add(
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="the number of interleaved rounds (default: 6; with --quick: 3)",
+    )
+    add(
+        "--slow-rounds",
+        type=int,
+        metavar="N",
+        help="the number of rounds in which slow rivals take part (default: 3; with --quick: 1)",
+    )
     add("--fit", action="store_true", help="make cases smaller where there is too little room or memory")
-    add("--budget", type=float, metavar="SECONDS", help="end within this time, the last cases left out")
-    add("--cases", type=_names(ALL_CASES), metavar="A,B", help="see --list (default: those of the device)")
-    add("--rivals", type=_names(ALL_RIVALS), metavar="A,B", help="in every case (default: as each case says)")
-    add("--modes", type=_names(MODES), default=list(MODES), metavar="A,B", help=", ".join(MODES))
+    add("--budget", type=float, metavar="SECONDS", help="end within this time, and leave out the last cases")
+    add(
+        "--cases",
+        type=_names(ALL_CASES),
+        metavar="A,B",
+        help="the cases, as --list shows them (default: those of the device)",
+    )
+    add(
+        "--rivals",
+        type=_names(ALL_RIVALS),
+        metavar="A,B",
+        help="the rivals of every case (default: as each case says)",
+    )
+    add(
+        "--modes",
+        type=_names(MODES),
+        default=list(MODES),
+        metavar="A,B",
+        help=f"what is measured: {', '.join(MODES)}",
+    )
     add("--device", default="cpu", help="where the tensors are: cpu (default), cuda, cuda:1")
     add("--no-verify", action="store_true", help="do not compare the bytes written")
     add("--no-memory", action="store_true", help="do not measure memory in fresh processes")
     add("--no-disturbance", action="store_true", help="do not watch a job that runs beside a save")
-    add("--json", type=Path, metavar="OUT", help="write every sample here")
-    add("--plot", type=Path, metavar="OUT.png", help="draw it (needs matplotlib)")
-    add("--list", action="store_true", help="cases, rivals, ceilings and goals; then stop")
+    add("--json", type=Path, metavar="OUT", help="write every sample into this file")
+    add("--plot", type=Path, metavar="OUT.png", help="draw the result into this file (needs matplotlib)")
+    add("--list", action="store_true", help="print the cases, rivals, ceilings and goals, and stop")
     add("--probe", help=argparse.SUPPRESS)
     add("--rank", help=argparse.SUPPRESS)
     return parser

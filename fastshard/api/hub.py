@@ -116,7 +116,7 @@ def save_torch_state_dict(
 
     Raises:
         FileNotFoundError: ``save_directory`` is missing.
-        What :func:`fastshard.save_file` raises.
+        Exception: what :func:`fastshard.save_file` raises.
     """
     from huggingface_hub.serialization import _torch as theirs
 

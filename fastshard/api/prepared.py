@@ -80,9 +80,10 @@ def prepare(
         generations: the number of buffers, at least two.
 
     Raises:
-        What :func:`fastshard.save_file` raises. A filesystem without space for all buffers is ``SaveError`` with
-        ``errno.ENOSPC`` here, and never later. A filesystem in memory that has the space, while the memory limit of
-        a container (control group) leaves less, is ``SaveError`` with ``errno.ENOMEM``.
+        SaveError: with ``errno.ENOSPC`` if the filesystem has no space for all buffers: here, and never later; with
+            ``errno.ENOMEM`` if a filesystem in memory has the space, but the memory limit of a container (control group)
+            leaves less.
+        Exception: what :func:`fastshard.save_file` raises.
     """
     how = How(durable=durable, allow_strided=allow_strided, dtype=dtype, checksums=checksums, engine=engine)
     return PreparedSave(tensors, filename, metadata, generations, how)

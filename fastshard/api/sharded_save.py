@@ -87,7 +87,7 @@ def save_sharded_state(
     Raises:
         ValueError: for ranks, a pattern or a size that cannot be, among them data-parallel ranks that would
             overwrite each other's files.
-        What :func:`fastshard.save_file` raises for tensors and failed system calls.
+        Exception: what :func:`fastshard.save_file` raises for tensors and failed system calls.
     """
     ranks = Ranks(
         tp_rank=tp_rank,

@@ -26,8 +26,8 @@ def add_parsers(commands: Commands) -> None:
     )
     merge = commands.add_parser(
         "merge",
-        help="put the parts together again: the files that were cut, to the byte",
-        description="Makes the checkpoint again that `fastshard shard` was given.",
+        help="put the parts of ranks together again, into the files that were cut, to the byte",
+        description="Makes the checkpoint again that `fastshard shard` was given, byte for byte.",
     )
     reshard = commands.add_parser(
         "reshard",
@@ -41,24 +41,31 @@ def add_parsers(commands: Commands) -> None:
     ):
         parser.add_argument("src", metavar="SRC", help=what)
         parser.add_argument("-o", "--output", metavar="OUT", required=True, help="a new or empty folder")
-    shard.add_argument("--tp", metavar="N", type=int, required=True, help="number of ranks")
+    shard.add_argument("--tp", metavar="N", type=int, required=True, help="the number of ranks")
     shard.add_argument(
         "--plan",
         metavar="FILE",
-        help='JSON, names of tensors or modules to styles, as {"model.layers.*.mlp.up_proj": "colwise"}'
-        " (default: the plan transformers has for the model)",
+        help='a JSON file that gives names of tensors or modules a style, such as {"model.layers.*.mlp.up_proj": "colwise"}'
+        " (default: the plan that transformers has for the model)",
     )
     for parser, required, default in (
         (shard, False, "default: the source's files, each in parts"),
         (reshard, True, "a larger tensor has a file to itself"),
     ):
         parser.add_argument(
-            "--max-shard-size", metavar="SIZE", required=required, help=f"of a file, as 5GB (10^9); {default}"
+            "--max-shard-size",
+            metavar="SIZE",
+            required=required,
+            help=f"the size of a file, such as 5GB (5 * 10^9 bytes); {default}",
         )
     for parser in (shard, merge, reshard):
         parser.add_argument("--force", action="store_true", help="replace the checkpoint that is in OUT")
-        parser.add_argument("--durable", action="store_true", help="return when all is on stable storage")
-        parser.add_argument("--quiet", action="store_true", help="no progress, and nothing where all is well")
+        parser.add_argument(
+            "--durable", action="store_true", help="return when everything is on stable storage"
+        )
+        parser.add_argument(
+            "--quiet", action="store_true", help="show no progress, and print nothing where all is well"
+        )
 
 
 def run(given: argparse.Namespace) -> int:

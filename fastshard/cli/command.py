@@ -32,30 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return cli_run.run(arguments[1:])
     if arguments[:1] == ["vllm-save"]:  # with vLLM's arguments
         return _vllm_save(arguments[1:])
-    parser = argparse.ArgumentParser(prog="fastshard", description="Fast, safe safetensors files.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    cli_files.add_parsers(commands)
-    cli_verify.add_parsers(commands)
-    env = commands.add_parser(
-        "env", help="what this machine and the filesystem of a path offer a save, what is replaced"
-    )
-    env.add_argument(
-        "path", nargs="?", default=".", help="an existing directory, or a file in one (default: .)"
-    )
-    cli_checkpoints.add_parsers(commands)
-    cli_run_folders.add_parsers(commands)
-    cli_diff.add_parsers(commands)
-    commands.add_parser(
-        "run", help="a command whose Pythons all start with fastshard (run torchrun train.py)"
-    )
-    commands.add_parser(
-        "bench", help="measure against safetensors, torch.save and DCP (--help for its options)"
-    )
-    commands.add_parser(
-        "vllm-save", help="a model folder with the weights as the ranks of vLLM want them (needs vLLM)"
-    )
-    given = parser.parse_args(arguments)
+    given = make_parser().parse_args(arguments)
     if given.command in cli_files.COMMANDS:
         return cli_files.run(given)
     if given.command in cli_checkpoints.COMMANDS:
@@ -67,6 +44,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.command in cli_verify.COMMANDS:
         return cli_verify.run(given)
     return guarded(lambda: _env(given.path), given.path)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="fastshard", description="Saves, checks, compares and converts PyTorch weights."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    cli_files.add_parsers(commands)
+    cli_verify.add_parsers(commands)
+    env = commands.add_parser(
+        "env",
+        help="show what this machine and the filesystem of a path offer a save, and which functions are replaced",
+    )
+    env.add_argument(
+        "path",
+        nargs="?",
+        default=".",
+        help="an existing directory, or a file in one (default: the current directory)",
+    )
+    cli_checkpoints.add_parsers(commands)
+    cli_run_folders.add_parsers(commands)
+    cli_diff.add_parsers(commands)
+    commands.add_parser(
+        "run",
+        help="run a command, every Python of which starts with fastshard: fastshard run torchrun train.py",
+    )
+    commands.add_parser(
+        "bench", help="measure fastshard beside safetensors, torch.save and torch.distributed.checkpoint"
+    )
+    commands.add_parser(
+        "vllm-save", help="make a model folder with the weights as the ranks of vLLM load them (needs vLLM)"
+    )
+    return parser
 
 
 def _env(path: str) -> None:

@@ -21,10 +21,10 @@ _TROUBLE: Final = 2
 def add_parsers(commands: Commands) -> None:
     diff = commands.add_parser(
         "diff",
-        help="which tensors of two checkpoints differ",
+        help="tell which tensors of two checkpoints differ",
         description="Compares two checkpoints tensor by tensor, however they are cut into files, and the other files of"
-        " two folders byte by byte. Tensors whose CRC-32 stands in the manifests of both sides are not read, nor are"
-        " those in the same file, or in files of the same SHA-256 in SHA256SUMS.",
+        " two folders byte by byte. Tensors whose CRC-32 is in the manifests of both sides are not read, nor are"
+        " those in the same file, or in files that have the same SHA-256 in SHA256SUMS.",
         epilog="Exit status: 0 if both are the same, 1 if something differs, 2 for trouble.",
     )
     for name in ("a", "b"):
@@ -32,12 +32,14 @@ def add_parsers(commands: Commands) -> None:
     diff.add_argument(
         "--max-abs",
         action="store_true",
-        help="how many elements differ and by how much at most, also between dtypes (needs torch, reads more)",
+        help="tell how many elements differ and by how much at most, also between dtypes; this needs torch and reads more",
     )
-    diff.add_argument("--bytes", action="store_true", help="compare bytes also where CRC-32 are the same")
-    diff.add_argument("--weights", action="store_true", help="only tensors, no other files")
-    diff.add_argument("--json", action="store_true", help="as JSON")
-    diff.add_argument("--quiet", action="store_true", help="no output but errors: only the exit status")
+    diff.add_argument("--bytes", action="store_true", help="compare bytes also where the CRC-32 are the same")
+    diff.add_argument("--weights", action="store_true", help="compare only tensors, no other files")
+    diff.add_argument("--json", action="store_true", help="print the result as JSON")
+    diff.add_argument(
+        "--quiet", action="store_true", help="print nothing but errors; the exit status tells the result"
+    )
 
 
 def run(given: argparse.Namespace) -> int:

@@ -24,37 +24,43 @@ _MOST_NAMED: Final = 5
 
 
 def add_parsers(commands: Commands) -> None:
-    inspect = commands.add_parser("inspect", help="header, tensors and sizes of safetensors files")
-    inspect.add_argument(
-        "files", metavar="PATH", nargs="+", help="a safetensors file, an index, or a folder of such"
+    inspect = commands.add_parser(
+        "inspect", help="show the header, the tensors and the sizes of safetensors files"
     )
-    inspect.add_argument("--json", action="store_true", help="as JSON; of several files a list")
+    inspect.add_argument(
+        "files", metavar="PATH", nargs="+", help="a safetensors file, an index, or a folder of such files"
+    )
+    inspect.add_argument(
+        "--json", action="store_true", help="print JSON: an object, or a list of several files"
+    )
     convert = commands.add_parser(
         "convert",
-        help="a checkpoint of torch.save or torch.distributed.checkpoint to safetensors, or one of torch.save back",
-        description="What SRC is, its contents say; what DST becomes, its name: an archive of torch.save if it ends in"
-        f" {', '.join(TORCH_SUFFIXES)}, else a safetensors file, or a folder of shards. A checkpoint of"
+        help="make safetensors files of a checkpoint of torch.save or torch.distributed.checkpoint, or an archive of torch.save of safetensors files",
+        description="The contents of SRC say what it is. The name of DST says what it becomes: an archive of torch.save if it"
+        f" ends in {', '.join(TORCH_SUFFIXES)}, otherwise a safetensors file, or a folder of shards. A checkpoint of"
         " torch.distributed.checkpoint is put together from what its ranks have written, in constant memory.",
     )
     convert.add_argument(
         "file",
         metavar="SRC",
-        help="a file of torch.save (a dict of tensors) or of safetensors; a folder of such, or of .distcp files",
+        help="a file of torch.save (a dict of tensors) or of safetensors, or a folder of such files or of .distcp files",
     )
-    convert.add_argument("destination", metavar="DST", help="the file, or the folder")
-    convert.add_argument("--key", help="the tensors are those of this entry (model, state_dict, ...)")
+    convert.add_argument("destination", metavar="DST", help="the file or the folder to be made")
+    convert.add_argument("--key", help="take the tensors of this entry (model, state_dict, ...)")
     names = ", ".join(f"{name} ({others[0]})" for name, others in CAST_NAMES.items())
     convert.add_argument("--dtype", help=f"cast floating-point tensors to this: {names}")
     convert.add_argument(
-        "--max-shard-size", metavar="SIZE", help="make DST a folder of shards of this size, as 5GB"
+        "--max-shard-size", metavar="SIZE", help="make DST a folder of shards of this size, such as 5GB"
     )
     convert.add_argument(
         "--verify",
         action="store_true",
-        help="compare the checksums in a checkpoint of torch.distributed.checkpoint first",
+        help="compare the checksums in a checkpoint of torch.distributed.checkpoint before anything is converted",
     )
     convert.add_argument("--force", action="store_true", help="replace DST if it exists")
-    convert.add_argument("--quiet", action="store_true", help="no progress, and nothing where all is well")
+    convert.add_argument(
+        "--quiet", action="store_true", help="show no progress, and print nothing where all is well"
+    )
 
 
 def run(given: argparse.Namespace) -> int:

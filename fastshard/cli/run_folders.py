@@ -29,38 +29,40 @@ COMMANDS: Final = ("checkpoints", "du")
 def add_parsers(commands: Commands) -> None:
     checkpoints = commands.add_parser(
         "checkpoints",
-        help="which checkpoints of a run are complete, and which are to be kept",
-        description="Lists the checkpoints of a run, oldest first. Complete means: indices and all their shards, headers"
-        " that fit the sizes, what a manifest names, and what Trainer needs to go on. No tensors are read (fastshard"
-        " verify reads them).",
-        epilog="Exit status: 0; 1 if --latest or --complete finds none, or if the run cannot be read or changed; 2 if"
+        help="list the checkpoints of a run and whether they are complete, and delete those that need not be kept",
+        description="Lists the checkpoints of a run, the oldest first. A complete one has its indices and all their shards, headers"
+        " that fit the sizes, all that a manifest names, and what Trainer needs to go on. No tensors are read; `fastshard"
+        " verify` reads them.",
+        epilog="Exit status: 0 if all is well, 1 if --latest or --complete finds none or the run cannot be read or changed, 2 if"
         " the arguments are wrong.",
     )
     du = commands.add_parser(
         "du",
-        help="what the checkpoints of a run really occupy, and what deleting one would free",
-        description="Files with several names (hard links) and blocks in several files (reflinks) count once. SIZE is that of"
-        " the files; USED, of all blocks that a checkpoint uses; FREES, of those that nothing else uses.",
-        epilog="Exit status: 0; 1 if something cannot be read; 2 if the arguments are wrong.",
+        help="show what the checkpoints of a run really occupy, and what deleting one would free",
+        description="Files with several names (hard links) and blocks in several files (reflinks) count once. SIZE adds up"
+        " the sizes of the files, USED all blocks that a checkpoint uses, and FREES those that nothing else uses.",
+        epilog="Exit status: 0 if all is well, 1 if something cannot be read, 2 if the arguments are wrong.",
     )
     du.add_argument(
         "paths", metavar="PATH", nargs="+", help="the folder of a run, or any other folder or file"
     )
-    du.add_argument("--json", action="store_true", help="as JSON, in bytes")
+    du.add_argument("--json", action="store_true", help="print the result as JSON, in bytes")
     for parser in (checkpoints, du):
         parser.add_argument(
             "--prefix",
             default=CHECKPOINT_PREFIX,
-            help=f"what checkpoints' names have before the number (default: {CHECKPOINT_PREFIX})",
+            help=f"what the names of checkpoints have before the number (default: {CHECKPOINT_PREFIX})",
         )
     checkpoints.add_argument("run", metavar="RUN", help="the folder of a run")
     checkpoints.add_argument(
-        "--complete", action="store_true", help="only complete ones: a path in each line"
+        "--complete", action="store_true", help="print only the paths of complete ones, one in each line"
     )
-    checkpoints.add_argument("--latest", action="store_true", help="only the path of the newest complete one")
-    checkpoints.add_argument("--json", action="store_true", help="as JSON")
+    checkpoints.add_argument(
+        "--latest", action="store_true", help="print only the path of the newest complete one"
+    )
+    checkpoints.add_argument("--json", action="store_true", help="print the list as JSON")
     keep = checkpoints.add_argument_group(
-        "retention: says what it would delete, and deletes it with --delete"
+        "retention (without --delete the command only says what it would delete)"
     )
     keep.add_argument("--keep-last", metavar="N", type=int, help="keep the N newest complete ones")
     keep.add_argument("--keep-every", metavar="M", type=int, help="keep those whose step is a multiple of M")
@@ -68,10 +70,12 @@ def add_parsers(commands: Commands) -> None:
     keep.add_argument(
         "--incomplete",
         action="store_true",
-        help="delete also incomplete ones older than the newest complete one",
+        help="also delete incomplete ones that are older than the newest complete one",
     )
-    keep.add_argument("--durable", action="store_true", help="not before the last ones are on stable storage")
-    keep.add_argument("--delete", action="store_true", help="delete all that is not kept")
+    keep.add_argument(
+        "--durable", action="store_true", help="delete nothing before the newest ones are on stable storage"
+    )
+    keep.add_argument("--delete", action="store_true", help="delete all that are not kept")
 
 
 def run(given: argparse.Namespace) -> int:

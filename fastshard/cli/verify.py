@@ -25,8 +25,8 @@ _MOST_NAMED: Final = 40
 def add_parsers(commands: Commands) -> None:
     verify = commands.add_parser(
         "verify",
-        help="is a checkpoint what was saved? names damaged files and tensors",
-        description="Compares the bytes of files with manifest, SHA256SUMS and the checksums in archives, and headers,"
+        help="tell whether a checkpoint is still what was saved, and name damaged files and tensors",
+        description="Compares the bytes of files with a manifest, SHA256SUMS and the checksums in archives, and headers,"
         " sizes, indices and configurations with each other. Exit status: 0 if all is well, 1 if something is damaged,"
         " missing or cannot be read, 2 if the arguments are wrong.",
     )
@@ -34,44 +34,50 @@ def add_parsers(commands: Commands) -> None:
         "paths",
         metavar="PATH",
         nargs="+",
-        help="a file, an index, a folder, or one with such folders in it, as a run",
+        help="a file, an index, a folder, or a run: a folder with such folders in it",
     )
-    verify.add_argument("--json", action="store_true", help="the report as JSON; of several paths a list")
     verify.add_argument(
-        "--quick", action="store_true", help="read no tensors: sizes, headers and indices only"
+        "--json", action="store_true", help="print the report as JSON; a list if there are several paths"
+    )
+    verify.add_argument(
+        "--quick", action="store_true", help="read no tensors, and compare only sizes, headers and indices"
     )
     verify.add_argument(
         "--crc32",
         action="store_true",
-        help="the tensors' CRC-32 where both are known, which is faster than SHA-256",
+        help="compare CRC-32 and not SHA-256 where both are known, which is faster",
     )
     verify.add_argument(
         "--direct", action="store_true", help="read from the disk itself, past the page cache"
     )
     verify.add_argument(
-        "--strict", action="store_true", help="files of weights that no digest is known of are a failure, too"
+        "--strict", action="store_true", help="also fail if no digest is known of a file of weights"
     )
-    verify.add_argument("--quiet", action="store_true", help="no progress, and nothing where all is well")
+    verify.add_argument(
+        "--quiet", action="store_true", help="show no progress, and print nothing where all is well"
+    )
     manifest = commands.add_parser(
         "manifest",
-        help="note what a checkpoint holds, for verify",
-        description=f"Writes {MANIFEST_NAME}, with the CRC-32 of every tensor, into a folder that was saved without.",
+        help="write down what a checkpoint holds now, for verify",
+        description=f"Writes {MANIFEST_NAME}, with the CRC-32 of every tensor, into a folder that was saved without one.",
     )
     manifest.add_argument("paths", metavar="PATH", nargs="+", help="a folder with one checkpoint")
     manifest.add_argument("--sha256", action="store_true", help=f"also write {SUMS_NAME}, for sha256sum -c")
-    manifest.add_argument("--force", action="store_true", help="replace those that are there")
+    manifest.add_argument("--force", action="store_true", help="replace the files that are there")
     manifest.add_argument(
         "--format",
         choices=("in-toto", "oci"),
-        help=f"print what {SUMS_NAME} says, and write no manifest: the statement that model_signing signs, or the manifest"
+        help=f"write no manifest, and print what {SUMS_NAME} says as the statement that model_signing signs, or as the manifest"
         " of an OCI artifact as CNCF's ModelPack describes it; no weights are read",
     )
     manifest.add_argument(
         "--layout",
         metavar="FOLDER",
-        help="with --format oci, make an OCI image layout of links in this new folder, to be pushed from there",
+        help="with --format oci, make an OCI image layout of links in this new folder, from which it can be pushed",
     )
-    manifest.add_argument("--quiet", action="store_true", help="no progress, and nothing where all is well")
+    manifest.add_argument(
+        "--quiet", action="store_true", help="show no progress, and print nothing where all is well"
+    )
 
 
 def run(given: argparse.Namespace) -> int:

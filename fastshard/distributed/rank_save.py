@@ -78,7 +78,7 @@ def save_distributed(
         ValueError: a tensor is not complete, or differs between ranks, or has a placement that is not supported
             (``Partial``).
         RuntimeError: another rank has failed.
-        What :func:`fastshard.save_torch_state_dict` raises.
+        Exception: what :func:`fastshard.save_torch_state_dict` raises.
     """
     check_wanted(manifest)
     with Group(process_group, timeout=timeout) as group, one_save("save_distributed", folder):

@@ -60,17 +60,20 @@ def main(arguments: Sequence[str]) -> int:
 def add_arguments(parser: Any) -> None:
     """Adds the arguments that are not the engine's."""
     group = parser.add_argument_group("sharded state")
-    group.add_argument("--output", "-o", required=True, help="the folder to be made or replaced in")
     group.add_argument(
-        "--file-pattern", help="of the weights' names, with {rank} (or {tp_rank}), {pp_rank} and {part}"
+        "--output", "-o", required=True, help="the folder that is made, or in which files are replaced"
+    )
+    group.add_argument(
+        "--file-pattern",
+        help="the pattern of the names of weights, with {rank} (or {tp_rank}), {pp_rank} and {part}",
     )
     group.add_argument(
         "--max-file-size",
         type=parse_size,
         default=DEFAULT_MAX_FILE_SIZE,
-        help="of a part: bytes, or as 5GB or 5GiB (default: 5GiB)",
+        help="the size of a part, in bytes or such as 5GB or 5GiB (default: 5GiB)",
     )
-    group.add_argument("--durable", action="store_true", help="return when all of it is on stable storage")
+    group.add_argument("--durable", action="store_true", help="return when everything is on stable storage")
 
 
 def check_engine(engine: Any) -> None:
