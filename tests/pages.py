@@ -66,11 +66,7 @@ def run(path: Path) -> None:
             document.add(region)
     document.namespace["__name__"] = "__main__"
     for example in document.examples():
-        try:
-            example.evaluate()
-        except BaseException as error:
-            error.add_note(f"{path.name}, line {example.line}") if hasattr(error, "add_note") else None
-            raise
+        example.evaluate()
 
 
 def _hidden(document: Document) -> Iterator[Region]:

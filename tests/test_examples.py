@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -15,16 +14,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from helpers import names
 from safetensors.torch import load_file
 
-import fastshard
-
 ROOT = Path(__file__).resolve().parents[1]
 SHARDED = ROOT / "examples" / "fsdp2_checkpoint.py"
 TRAINING = ROOT / "examples" / "async_training.py"
+FINETUNING = ROOT / "examples" / "finetune_trainer.py"
+SERVING = ROOT / "examples" / "save_for_serving.py"
 STEPS = 60
 
 
@@ -80,23 +80,6 @@ def test_a_training_that_is_killed_again_and_again_ends_with_the_same_bits(
     # The newest save may have been in flight; before it began the former one had ended.
     assert int(first.removeprefix("begins after step ")) in (30, 40)
     assert weights == uninterrupted
-
-
-def test_the_lines_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def train() -> None:
-        with torch.no_grad():
-            model.weight.add_(1)
-
-    text = (ROOT / "README.md").read_text()
-    (lines,) = re.findall(r"## Without stopping the job\n\n```python\n(.*?)```", text, re.S)
-    model = torch.nn.Linear(512, 512)
-    before = model.weight.detach().clone()
-    optimizer = torch.optim.AdamW(model.parameters())
-    monkeypatch.chdir(tmp_path)
-    exec(lines, {"st": fastshard, "model": model, "optimizer": optimizer, "train": train})
-    saved = torch.load("step-10.pt", weights_only=True)
-    assert torch.equal(saved["model"]["weight"], before) and not torch.equal(model.weight, before)
-    assert saved["optimizer"] == optimizer.state_dict()
 
 
 def test_a_save_that_fails_ends_the_training(tmp_path: Path) -> None:
@@ -159,3 +142,35 @@ def test_ranks_that_are_killed_go_on_and_end_with_the_same_bits(tmp_path: Path) 
     model, told = transformers.AutoModelForCausalLM.from_pretrained(whole / "final", output_loading_info=True)
     assert not any(told.values()), told
     assert model.num_parameters() == sum(t.numel() for t in saved.values())
+
+
+def test_a_trainer_links_what_is_frozen_and_every_checkpoint_is_sound(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers", minversion="5")
+    script = "import gc, runpy, sys; gc.unfreeze(); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    arguments = (FINETUNING, "--dir", tmp_path, "--steps", "6", "--every", "2")
+    done = forked.run(script, *arguments, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    first, *rest = [line for line in done.stdout.splitlines() if not line.startswith("{")]
+    assert first == "begins with the first step"
+    assert rest == [
+        *(f"checkpoint-{step}: sound, 11 files, 1 linked" for step in (2, 4, 6)),
+        "not made by fastshard: nothing",
+    ]
+    shards = [sorted((tmp_path / f"checkpoint-{step}").glob("model-*.safetensors")) for step in (2, 4, 6)]
+    same = [[one.samefile(other) for one, other in zip(shards[0], later)] for later in shards[1:]]
+    assert [sorted(pair) for pair in same] == [[False, True]] * 2
+
+
+def test_parts_for_serving_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    command = [sys.executable, str(SERVING), "--dir", str(tmp_path / "work"), "--width", "64"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+    *ranks, last = done.stdout.splitlines()
+    held = 4 * (64 + 2 * 4 * 4 * 64 * 64 // 2)  # bytes: the norm whole, half of each matrix
+    assert sorted(ranks) == [f"rank {rank}: 9 tensors, {held:,} bytes" for rank in range(2)]
+    assert last.startswith("put together again: ") and last.endswith(" files, all the same")
+    assert names(tmp_path / "work" / "served") == [
+        *(f"fastshard-model-rank-{rank}.json" for rank in range(2)),
+        *(f"model-rank-{rank}-part-0.safetensors" for rank in range(2)),
+    ]

@@ -20,6 +20,8 @@ PARTS = (
     "mkdocs.yml",
     "README.md",
     "DESIGN.md",
+    "CONTRIBUTING.md",
+    "CITATION.cff",
     "pyproject.toml",
     "setup.py",
 )
