@@ -26,7 +26,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-os.environ["OMP_NUM_THREADS"] = "1"
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import calls  # noqa: E402
 import places  # noqa: E402
@@ -64,6 +65,8 @@ class Found(NamedTuple):
 
     @property
     def wrong(self) -> str:
+        if self.ended == "hung":
+            return "hung"
         if self.ended == "died":
             return f"killed by a signal ({self.stands} files)"
         if self.stands not in ("old", "new"):
@@ -71,9 +74,7 @@ class Found(NamedTuple):
         if self.ended == "returned" and self.stands != "new":
             return "returned, and the old files stand"
         if self.ended == "raised" and (self.stands == "new") != self.told:
-            return f"raised, and the {self.stands} files stand unsaid"
-        if self.ended == "hung":
-            return "hung"
+            return f"raised, and does not say that the {self.stands} files stand"
         return "temporary files stay for good" if self.left else ""
 
 
@@ -193,23 +194,29 @@ class Trial:
         return report.log
 
 
-def _hit(call: Call, wanted: Call) -> bool:
-    return (call.name, call.nth) == (wanted.name, wanted.nth)
+def at(wanted: Call, answer: Callable[[], int | None]) -> Callable[[Call], int | None]:
+    """What becomes of the wanted call is what ``answer`` returns; all others go on."""
+    return lambda call: answer() if (call.name, call.nth) == (wanted.name, wanted.nth) else None
+
+
+def _answering(number: int) -> Callable[[], int]:
+    return lambda: number
+
+
+def _changing(log: list[Call]) -> list[Call]:
+    return [call for call in log if calls.CALLS[call.name].changes or call.name == "mmap"]
 
 
 def failing(trial: Trial, log: list[Call]) -> Iterator[Found]:
     for wanted in log:
-        number = calls.CALLS[wanted.name].errors[0]
-        report = trial.run(act=lambda call: number if _hit(call, wanted) else None)
+        report = trial.run(act=at(wanted, _answering(calls.CALLS[wanted.name].errors[0])))
         if report.hit is not None:
             yield trial.found(report)
 
 
 def killed(trial: Trial, log: list[Call]) -> Iterator[Found]:
-    for wanted in log:
-        if not calls.CALLS[wanted.name].changes and wanted.name != "mmap":
-            continue
-        report = trial.run(act=lambda call: KILL if _hit(call, wanted) else None)
+    for wanted in _changing(log):
+        report = trial.run(act=at(wanted, _answering(KILL)))
         if report.outcome == "killed":
             yield trial.found(report)
 
@@ -217,10 +224,8 @@ def killed(trial: Trial, log: list[Call]) -> Iterator[Found]:
 def filled(trial: Trial, log: list[Call]) -> Iterator[Found]:
     """There is room when the save begins, and none from some call on."""
     ballast = trial.folder.parent / "ballast"
-    for wanted in log:
-        if not calls.CALLS[wanted.name].changes and wanted.name != "mmap":
-            continue
-        report = trial.run(act=lambda call: take_room(ballast, 0) if _hit(call, wanted) else None)
+    for wanted in _changing(log):
+        report = trial.run(act=at(wanted, functools.partial(take_room, ballast, 0)))
         ballast.unlink(missing_ok=True)
         yield trial.found(report)
 
