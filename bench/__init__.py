@@ -5,7 +5,7 @@ machine with a GPU with ``python bench/gpu.py --out DIR --part 1``, then 2.
 In reading order: ``grow`` (memory that is there once it is used), ``samples`` (what was measured,
 statistics), ``machine`` (where), ``models`` (what transformers makes of tensors), ``job`` (one save, and
 one way to do it), ``builders`` (the tensors that are saved), ``training_steps`` (a job that
-goes on while its state is saved), ``rivals_fastshard``, ``rivals_torch``, ``rivals_dcp``, ``rivals_sharded``,
+goes on while its state is saved), ``rivals_fastshard``, ``rivals_torch``, ``rivals_fastsafetensors``, ``rivals_dcp``, ``rivals_sharded``,
 ``rivals_hub``, ``rivals_async`` and ``rivals_training`` (who saves), ``rivals_verify`` (who reads what was saved), ``rivals`` (all of them), ``ceilings``
 (what the hardware allows), ``case`` and ``cases`` (what is saved by whom), ``rank_cases`` (by the ranks of a group), ``goals`` (what
 fastshard must show),

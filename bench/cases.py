@@ -35,6 +35,7 @@ from .samples import GIB, RETURN, STALL
 
 _ONE = ("fastshard", "safetensors")
 _MANY = ("fastshard", "safetensors", "safetensors-threads")
+_RIVALS = (*_MANY, "parallel-saver")
 _PINNED = ("torch.save-d2h", "torch.save-pinned")
 _OTHERS = ("torch.save", "torch.save-nocrc", *_PINNED, "dcp-fs", "dcp-fs-nosync", "dcp-hf")
 
@@ -93,7 +94,7 @@ _ALL = (
         "tmpfs-eight",
         "first save to tmpfs, eight files",
         lambda nbytes, device: blocks(nbytes, device, files=8),
-        (*_MANY, "fastshard-registered", "fastshard-buffered"),
+        (*_RIVALS, "fastshard-registered", "fastshard-buffered"),
         host_nbytes=2 * GIB,
         place=SHM,
         modes=(RETURN,),
@@ -102,10 +103,21 @@ _ALL = (
         disturbs=True,
     ),
     Case(
+        "tmpfs-four",
+        "the same, four files",
+        lambda nbytes, device: blocks(nbytes, device, files=4),
+        _RIVALS,
+        host_nbytes=2 * GIB,
+        place=SHM,
+        modes=(RETURN,),
+        default_on=(),
+        writer="pwrite-n",
+    ),
+    Case(
         "eight-files",
         "64 MiB tensors in eight files",
         lambda nbytes, device: blocks(nbytes, device, files=8),
-        (*_MANY, "fastshard-direct"),
+        (*_RIVALS, "fastshard-direct"),
         default_on=(CUDA,),
         writer="pwrite-n",
     ),
@@ -157,7 +169,7 @@ _ALL = (
         "four-files",
         "the same bytes in four files",
         lambda nbytes, device: blocks(nbytes, device, files=4),
-        _MANY,
+        _RIVALS,
         default_on=(CPU,),
         quick=True,
         writer="pwrite-n",

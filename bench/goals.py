@@ -49,6 +49,10 @@ _HOST = (
     Goal("four-files", 1.7),
     Goal("four-files", 0.97, against="safetensors-threads"),  # level: equals differ by 3 %
     Goal("four-files", 1.4, mode=DURABLE),
+    Goal("four-files", 3.0, against="parallel-saver"),
+    Goal("four-files", 1.8, mode=DURABLE, against="parallel-saver"),
+    Goal("tmpfs-four", 1.6, against="parallel-saver"),
+    Goal("tmpfs-eight", 1.6, against="parallel-saver"),
     Goal("sharded-state", 1.6, against="vllm-sharded", by="fastshard-sharded"),
     Goal("manifest", 1 / 1.05, against="fastshard", by="fastshard-manifest"),
     Goal("manifest", 1 / 1.1, against="sha256sum-2", by="fastshard-sha256"),

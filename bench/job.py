@@ -108,7 +108,8 @@ class Rival:
     about: str
     prepare: Prepare
     writes: str | None = "safetensors"
-    """What the output is, for ``verify``: safetensors, torch, dcp, dcp-hf."""
+    """What the output is, for ``verify``: safetensors (the same files as the base), files (other safetensors
+    files), torch, dcp, dcp-hf."""
     modes: tuple[str, ...] = WRITTEN
     slow: bool = False
     """Takes part in the first rounds only: more would double the length of the whole bench."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from .job import Rival
 from .rivals_async import ASYNC
 from .rivals_dcp import DCP
+from .rivals_fastsafetensors import FASTSAFETENSORS
 from .rivals_fastshard import FASTSHARD
 from .rivals_hub import HUB, TRANSFORMERS
 from .rivals_sharded import SHARDED_STATE, TENSOR_PARALLEL
@@ -20,6 +21,7 @@ _ALL = (
     *FASTSHARD,
     *SHARDED_STATE,
     *TORCH,
+    *FASTSAFETENSORS,
     *DCP,
     *HUB,
     *TENSOR_PARALLEL,

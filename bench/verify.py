@@ -130,6 +130,18 @@ def _load_dcp(job: Job) -> None:
     _expect(job, tensors, loaded)
 
 
+def _load_files(job: Job) -> None:
+    from safetensors.torch import load_file
+
+    loaded: Shard = {}
+    for path in job.out.glob("*.safetensors"):
+        loaded |= load_file(path)
+    if loaded.keys() != job.merged().keys():
+        raise Mismatch("the files hold other names")
+    for tensors in job.shards:
+        _expect(job, tensors, loaded)
+
+
 def _load_dcp_hf(job: Job) -> None:
     tensors = {name: t for shard in job.shards for name, t in shard.items()}
     loaded: Shard = {}
@@ -226,6 +238,7 @@ def _load_copy(job: Job) -> None:
 
 
 _LOADERS = {
+    "files": _load_files,
     "sharded": _load_sharded,
     "described": _load_described,
     "verified": _verified,

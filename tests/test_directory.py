@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 from helpers import names, snapshot
 
+from fastshard import _native
 from fastshard.publish import directory as directories
 from fastshard.publish.directory import creating, replacing
+from fastshard.publish.folder import Folder
 
 OPERATIONS = ("chmod", "link", "mkdir", "rename", "rmdir", "symlink", "unlink")
 
@@ -476,7 +478,53 @@ def test_what_was_replaced_is_freed_soon(tmp_path: Path) -> None:
     save(tmp_path, checkpoint("other", 2))
     for going in directories._freeing:
         going.closing.wait()
+    _native.wait_for_closing()
     assert not [path for path in open_files() if str(tmp_path) in path]
+
+
+@pytest.mark.parametrize("count", (3, 2))
+def test_nothing_that_takes_room_loses_its_last_name_before_it_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """The kernel would free it in that call, and wait for a busy disk: 3 shards replace as many, 2 make one go."""
+    if not os.major(tmp_path.stat().st_dev):
+        pytest.skip("in memory there is no disk to wait for")
+    losing: list[tuple[str, bool]] = []
+
+    def lose(folder: Folder, name: str) -> None:
+        found = folder.stat(name)
+        if found is None or found.st_nlink > 1 or not found.st_blocks or stat.S_ISDIR(found.st_mode):
+            return
+        descriptors = map(int, os.listdir("/proc/self/fd"))
+        losing.append((name, (found.st_dev, found.st_ino) in set(filter(None, map(_identity, descriptors)))))
+
+    rename, unlink = Folder.rename, Folder.unlink
+
+    def watched_rename(self: Folder, name: str, to: Folder, new: str) -> None:
+        lose(to, new)
+        rename(self, name, to, new)
+
+    def watched_unlink(self: Folder, name: str) -> None:
+        lose(self, name)
+        unlink(self, name)
+
+    write(
+        tmp_path,
+        {f"model-{i:05}-of-a-long-name.safetensors": f"old {i}" for i in range(3)} | {"a.json": "{}"},
+    )
+    monkeypatch.setattr(Folder, "rename", watched_rename)
+    monkeypatch.setattr(Folder, "unlink", watched_unlink)
+    new = {f"model-{i:05}-of-a-long-name.safetensors": f"new {i}" for i in range(count)} | {"a.json": "[]"}
+    save(tmp_path, new)
+    assert snapshot(tmp_path) == {name: text.encode() for name, text in new.items()}
+    assert len(losing) >= count and all(held for _, held in losing), losing
+
+
+def _identity(descriptor: int) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        found = os.fstat(descriptor)
+        return found.st_dev, found.st_ino
+    return None
 
 
 def test_a_forked_process_does_not_hold_what_its_parent_is_killed_over(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ NOT_RUN = {
     "examples.md": 4,
     "performance.md": 3,
     "quickstart.md": 2,
+    "rivals.md": 2,
     "runs.md": 1,
     "sglang.md": 1,
     "torch-distributed-checkpoint.md": 1,

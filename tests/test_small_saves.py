@@ -87,6 +87,12 @@ def _counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
 def _traced(save: str, place: Path, log: Path) -> tuple[list[str], int]:
     """System calls of the thread that saves, in its third save to a place; and descriptors that are open."""
+    calls, saving, descriptors = _traced_threads(save, place, log)
+    return [call for thread, call in calls if thread == saving], descriptors
+
+
+def _traced_threads(save: str, place: Path, log: Path) -> tuple[list[tuple[str, str]], str, int]:
+    """System calls of all threads, in the order in which they ended; which thread saves; and open descriptors."""
     if shutil.which("strace") is None:
         pytest.skip("no strace here")
     script = f"""
@@ -102,15 +108,19 @@ with installed():
 """
     done = run_bare(PRELUDE + script, place, traced=["strace", "-f", "-o", log])
     assert done.returncode == 0, done.stderr
-    lines = [line.split(None, 1) for line in log.read_text().splitlines()]
-    saving = next(thread for thread, call in lines if "/before/2" in call)
-    calls = [call for thread, call in lines if thread == saving]
+    calls: list[tuple[str, str]] = []
+    begun: dict[str, str] = {}
+    for thread, call in (line.split(None, 1) for line in log.read_text().splitlines()):
+        if call.endswith("<unfinished ...>"):
+            begun[thread] = call.removesuffix("<unfinished ...>")
+        elif call.startswith("<..."):
+            calls.append((thread, begun.pop(thread) + call.partition("resumed>")[2]))
+        elif call.partition("(")[0].isidentifier():
+            calls.append((thread, call))
     begin, end = (
-        next(i for i, call in enumerate(calls) if mark in call) for mark in ("/before/2", "/before/end")
+        next(i for i, (_, call) in enumerate(calls) if mark in call) for mark in ("/before/2", "/before/end")
     )
-    return [call for call in calls[begin + 1 : end] if call.partition("(")[0].isidentifier()], int(
-        done.stdout
-    )
+    return calls[begin + 1 : end], calls[begin][0], int(done.stdout)
 
 
 def _kinds(calls: list[str]) -> Counter[str]:
@@ -133,6 +143,29 @@ def test_torch_save_takes_few_system_calls(tmp_path: Path) -> None:
     assert kinds["rename"] == 1 and kinds["linkat"] == kinds["memfd_create"] == 0
     assert kinds.total() - kinds["futex"] - descriptors <= 44, kinds
     assert _holds_the_old_file(calls, folder)
+
+
+@pytest.mark.parametrize("files", (1, 3))
+def test_large_old_files_are_freed_by_another_thread(tmp_path: Path, files: int) -> None:
+    """Each is held when it loses its last name, and the thread that saves closes none of them."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save = f"""
+large = {{"a": torch.ones(1 << 20)}}
+fastshard.save_files({{f"{{place}}/{{i}}.safetensors": large for i in range({files})}})
+"""
+    calls, saving, _ = _traced_threads(save.strip().replace("\n", "; "), folder, tmp_path / "log")
+    loses = "rename(" if files == 1 else "unlink("
+    lost = [index for index, (_, call) in enumerate(calls) if call.startswith(loses) and "fastshard" in call]
+    held = [(index, call.rpartition("= ")[2]) for index, (_, call) in enumerate(calls) if "O_PATH" in call]
+    assert len(lost) == files
+    if not os.major(folder.stat().st_dev):
+        assert not held  # memory is not held back
+        return
+    assert len(held) == files and all(opened < gone for (opened, _), gone in zip(held, lost))
+    closes = {f"close({fd})" for _, fd in held}
+    closing = {thread for thread, call in calls[held[0][0] :] if call.partition(" ")[0] in closes}
+    assert not closing & {saving, *(calls[index][0] for index in lost)}
 
 
 def _save_checkpoint(folder: Path, config: str, weights: str) -> None:

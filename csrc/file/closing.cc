@@ -7,6 +7,7 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <cstdint>
 #include <deque>
 #include <mutex>
 #include <optional>
@@ -21,13 +22,14 @@ struct File {
   int descriptor;
   dev_t device;
   ino_t inode;
+  uint64_t nbytes;
 
   static std::optional<File> of(int descriptor) {
     struct stat info;
     if (fstat(descriptor, &info) != 0) return std::nullopt;
-    return File{descriptor, info.st_dev, info.st_ino};
+    return File{descriptor, info.st_dev, info.st_ino, static_cast<uint64_t>(info.st_blocks) * 512};
   }
-  bool operator==(const File&) const = default;
+  bool is(const File& other) const { return device == other.device && inode == other.inode; }
 };
 
 }  // namespace
@@ -44,14 +46,17 @@ namespace {
 
 // When so many wait, whoever brings another one closes it: saves in a row then wait for the disk instead of piling up.
 constexpr size_t kMostWaiting = 32;
+// So much room may the files of earlier saves still take when a save is about to replace others.
+constexpr uint64_t kMostNbytes = 32 << 20;
 // So long the thread stays idle before it ends. Thousands of saves in a row then start it only once.
 constexpr std::chrono::seconds kIdle(1);
 
 // What close_soon() was given, the one that is being closed first.
 struct Queue {
   std::deque<File> files;
+  uint64_t nbytes = 0;  // that they take
   bool served = false;  // by a thread
-  std::condition_variable posted, empty;
+  std::condition_variable posted, closed;
 };
 
 // What is being closed now. The mutex guards what the states hold; it is never held while a descriptor is closed, so
@@ -74,18 +79,23 @@ struct Registry {
 // NOLINTNEXTLINE(bugprone-throwing-static-initialization): without memory for this nothing can be imported
 Registry* const registry = new Registry;
 
+bool leads_to(const File& file) {
+  const auto found = File::of(file.descriptor);
+  return found && found->is(file);
+}
+
 // The closing thread exists in the parent only. Whether it had closed the first descriptor already is told by the file
 // that the descriptor leads to, as its number may have been given to another file since.
 void close_in_child() {
   for (size_t index = 0; index < registry->queue->files.size(); ++index) {
     const File& file = registry->queue->files[index];
-    if (index > 0 || File::of(file.descriptor) == file) close(file.descriptor);
+    if (index > 0 || leads_to(file)) close(file.descriptor);
   }
   registry->queue = new Queue;  // the other one may be waited on, by threads that are not here
   for (Closing::State* state = registry->first; state != nullptr; state = state->next) {
     for (size_t index = state->closed; index < state->files.size(); ++index) {
       const File& file = state->files[index];
-      if (index > state->closed || File::of(file.descriptor) == file) close(file.descriptor);
+      if (index > state->closed || leads_to(file)) close(file.descriptor);
     }
     state->done = true;
   }
@@ -115,12 +125,13 @@ void serve(Queue& queue) {
   step_back();
   std::unique_lock lock(registry->mutex);
   while (queue.posted.wait_for(lock, kIdle, [&] { return !queue.files.empty(); })) {
-    const int descriptor = queue.files.front().descriptor;
+    const File file = queue.files.front();
     lock.unlock();
-    close(descriptor);
+    close(file.descriptor);
     lock.lock();
     queue.files.pop_front();
-    if (queue.files.empty()) queue.empty.notify_all();
+    queue.nbytes -= file.nbytes;
+    queue.closed.notify_all();
   }
   queue.served = false;
 }
@@ -140,6 +151,7 @@ bool posted(const File& file) {
     }
     queue.served = true;
   }
+  queue.nbytes += file.nbytes;
   queue.posted.notify_one();
   return true;
 }
@@ -155,11 +167,17 @@ void close_soon(int descriptor) noexcept {
   close(descriptor);
 }
 
+void wait_for_room() noexcept {
+  std::unique_lock lock(registry->mutex);
+  Queue& queue = *registry->queue;
+  queue.closed.wait(lock, [&] { return queue.nbytes <= kMostNbytes; });
+}
+
 bool wait_for_closing() noexcept {
   std::unique_lock lock(registry->mutex);
   Queue& queue = *registry->queue;
   if (queue.files.empty()) return false;
-  queue.empty.wait(lock, [&] { return queue.files.empty(); });
+  queue.closed.wait(lock, [&] { return queue.files.empty(); });
   return true;
 }
 

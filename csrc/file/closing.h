@@ -25,9 +25,13 @@ class Closing {
   std::shared_ptr<State> state_;  // null: nothing is left to be closed
 };
 
-// Closes the last descriptor of a small file on a thread, which stays for a while to close the next ones. When many
-// wait already, or no thread can be started, the caller closes it at once.
+// Closes the last descriptor of a file on a thread, which stays for a while to close the next ones. When many wait
+// already, or no thread can be started, the caller closes it at once.
 void close_soon(int descriptor) noexcept;
+
+// Waits while files given to close_soon() still take much room: of saves in a row, one leaves its old files to be freed
+// beside the next.
+void wait_for_room() noexcept;
 
 // Waits until all descriptors given to close_soon() are closed. Returns whether there were any.
 bool wait_for_closing() noexcept;

@@ -15,10 +15,6 @@
 namespace fastshard {
 namespace {
 
-// Old files of at most this size are freed later, on a thread. Larger ones are freed by the rename, as nobody should
-// wait for them when the disk turns out to be full.
-constexpr uint64_t kMaxHeldNbytes = 1 << 20;
-
 // Filesystems without hard links say EPERM.
 bool without_links(int error) { return is_unsupported(error) || error == EPERM || error == EMLINK || error == EXDEV; }
 
@@ -124,16 +120,16 @@ bool Placement::keep_old_by_link() {
   return true;
 }
 
-// Holds the old file open if it is small, so that the rename does not free it, which waits for the disk while the file
-// is still being written back. Filesystems of other machines would keep its name for as long as it is open.
-Descriptor Placement::held_old() const {
-  const bool small = target_.replaced && static_cast<uint64_t>(target_.replaced->st_blocks) * 512 <= kMaxHeldNbytes;
-  if (!small || file_.memory_backed() || !file_.one_machine()) return Descriptor(-1);
-  return Descriptor(open(target_.path.c_str(), O_PATH | O_NOFOLLOW | O_CLOEXEC));
+// Holds the old file, which has this name, open, so that it is not freed by losing the name: that waits for a busy disk,
+// and frees the pages of a large file. Memory is not held back, as whoever needs it may not wait for it. Filesystems of
+// other machines would keep the name for as long as the file is open.
+Descriptor Placement::held_old(const std::string& name) const {
+  if (!target_.replaced || file_.memory_backed() || !file_.one_machine()) return Descriptor(-1);
+  return Descriptor(open(name.c_str(), O_PATH | O_NOFOLLOW | O_CLOEXEC));
 }
 
 void Placement::rename_to_target() {
-  Descriptor old = held_old();
+  Descriptor old = held_old(target_.path);
   if (rename(hidden_.c_str(), target_.path.c_str()) != 0) {
     const int error = errno;
     if (!is_unsupported(error) || target_.replaced) file_.fail("rename", error);
@@ -190,10 +186,12 @@ int Placement::put_back() noexcept {
 }
 
 int Placement::remove_old() noexcept {
+  Descriptor old = hidden_.empty() ? Descriptor(-1) : held_old(hidden_);
   const bool failed = !hidden_.empty() && unlink(hidden_.c_str()) != 0 && errno != ENOENT;
   const int error = failed ? errno : 0;
   hidden_.clear();
   settle();
+  if (old) close_soon(old.release());
   return error;
 }
 

@@ -66,7 +66,7 @@ class Placement {
  private:
   bool exchange_with_target();
   bool keep_old_by_link();
-  Descriptor held_old() const;
+  Descriptor held_old(const std::string& name) const;
   void rename_to_target();
   void copy_to_target();
   int link_as(const std::string& name) const;

@@ -9,6 +9,7 @@
 #include <set>
 #include <string>
 
+#include "file/closing.h"
 #include "file/hidden_names.h"
 
 namespace fastshard {
@@ -58,6 +59,7 @@ class Publication {
   void publish_all() {
     const bool keep_old = files_.size() > 1;
     int unsynced = 0;
+    wait_for_room();
     try {
       for (PlacedFile* file : files_) file->put_in_place(keep_old);
       const bool can_be_undone = keep_old && std::ranges::none_of(files_, is_irrevocable);

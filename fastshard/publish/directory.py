@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import os
 import stat
@@ -362,24 +363,22 @@ _freeing: list[_Freeing] = []
 
 
 def let_go(descriptors: list[int]) -> None:
-    """Closes descriptors of files that have lost their names.
+    """Closes descriptors of files and folders that have lost their names.
 
     With the last descriptor the kernel frees the file. That takes time for a large one, which is closed on a
-    thread of its own. For a small file it takes time only while that is being written back. A folder is
-    closed at once, as that releases its lock.
+    thread of its own. For a small one and for a folder it takes time only while the disk is busy. A folder's lock
+    is released at once.
     """
-    nbytes, files = 0, set()
+    nbytes = 0
     for fd in descriptors:
         with contextlib.suppress(OSError):
             found = os.fstat(fd)
             nbytes += found.st_blocks * 512
-            if not stat.S_ISDIR(found.st_mode):
-                files.add(fd)
+            if stat.S_ISDIR(found.st_mode):
+                fcntl.flock(fd, fcntl.LOCK_UN)
     if nbytes <= SMALL_NBYTES:
         while descriptors:
-            fd = descriptors.pop()
-            with contextlib.suppress(OSError):  # it is closed all the same
-                close_soon(fd) if fd in files else os.close(fd)
+            close_soon(descriptors.pop())
         return
     _freeing[:] = [going for going in _freeing if not going.closing.done()]
     _freeing.append(_Freeing(close_later(descriptors), nbytes))

@@ -18,8 +18,8 @@ from .hidden_names import final_places
 
 OPEN_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 SMALL_NBYTES: Final = 1 << 20
-"""Files up to this size are freed by the thread that saves, as starting another thread takes longer."""
-_MOST_HELD: Final = 256
+"""For files that are no larger together, no thread is started: a thread that closes the small ones of all saves does it."""
+MOST_HELD: Final = 256
 
 Identity = tuple[int, int]
 Scan: TypeAlias = "os._ScandirIterator[str]"
@@ -133,16 +133,19 @@ class Folder:
             raise
 
     def held(self, name: str) -> list[int]:
-        """Returns a descriptor of the file that a rename is about to replace, so the rename does not free it.
+        """Returns a descriptor of what a rename is about to replace, so the rename does not free it.
 
-        Freeing a file can mean waiting until it is written back. Only on disks of this machine, as other
-        filesystems keep a name for an open file.
+        Freeing means waiting for a busy disk, even for a symbolic link if its text has a block of its own (on ext4
+        from 60 bytes on). Only on disks of this machine, as other filesystems keep a name for an open file.
         """
         identity = self.identity()
         with contextlib.suppress(OSError):
             if identity is not None and os.major(identity[0]):
-                return [os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)]
+                return [self._hold(name)]
         return []
+
+    def _hold(self, name: str) -> int:
+        return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
 
     def mkdir(self, name: str, mode: int = 0o777) -> None:
         with Named(name, self):
@@ -212,8 +215,7 @@ class Folder:
     def clear(self, held: list[int]) -> None:
         """Removes everything in it.
 
-        Descriptors of folders and large files that have lost their last name are added to ``held``, as
-        freeing these takes time.
+        Descriptors of what has lost its last name are added to ``held``, as freeing it takes time.
         """
         for name, is_folder in self.entries():
             if is_folder:
@@ -224,11 +226,9 @@ class Folder:
                 finally:
                     held.append(inner.fd)
             else:
-                if len(held) < _MOST_HELD:
+                if len(held) < MOST_HELD:
                     with contextlib.suppress(OSError):  # then it is freed at once
-                        if os.lstat(name, dir_fd=self.fd).st_blocks * 512 > SMALL_NBYTES:
-                            flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-                            held.append(os.open(name, flags, dir_fd=self.fd))
+                        held.append(self._hold(name))
                 self.unlink(name)
 
 

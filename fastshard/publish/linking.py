@@ -35,7 +35,7 @@ from typing import Final
 from ..formats.naming import is_numbered
 from .attributes import let_pass
 from .change import REFUSED, Change, Places
-from .folder import Folder, Named
+from .folder import MOST_HELD, Folder, Named
 from .hidden_names import NEW, NOW, OLD, STAGING
 from .staging import Hidden
 
@@ -128,7 +128,7 @@ class Linking:
                 if change.published and change.durable and not last:
                     self._hidden.sync()
                 side = change.new if change.published else self._old
-                settle(self._hidden, change.places, self.names, side, change.published)
+                settle(self._hidden, change.places, self.names, side, change.published, change.held)
                 break
             except OSError as error:
                 if last:
@@ -179,12 +179,17 @@ class Linking:
                 os.close(fd)
 
 
-def settle(hidden: Hidden, places: Places, names: Iterable[str], side: Folder, forward: bool) -> None:
-    """Replaces the links that lead here by the files of ``.new`` (``forward``) or ``.old``."""
+def settle(
+    hidden: Hidden, places: Places, names: Iterable[str], side: Folder, forward: bool, held: list[int]
+) -> None:
+    """Replaces the links that lead here by the files of ``.new`` (``forward``) or ``.old``. ``held`` gets descriptors
+    of the links."""
     for name in names:
         folder, base = places.find(os.path.dirname(name)), os.path.basename(name)
         if folder is None or folder.readlink(base) != _target(hidden, name):
             continue
+        if len(held) < MOST_HELD:
+            held += folder.held(base)
         found = side.stat(name)
         text = side.readlink(name) if found is not None and stat.S_ISLNK(found.st_mode) else None
         if found is None or text == _up(name) + _BLANK:
@@ -197,7 +202,7 @@ def settle(hidden: Hidden, places: Places, names: Iterable[str], side: Folder, f
         _remove_made(hidden, places, side)
 
 
-def settle_left(hidden: Hidden, folder: Folder) -> None:
+def settle_left(hidden: Hidden, folder: Folder, held: list[int]) -> None:
     """Does what :func:`settle` does for a save that was killed."""
     decided = hidden.readlink(NOW)
     if decided is None:
@@ -209,7 +214,7 @@ def settle_left(hidden: Hidden, folder: Folder) -> None:
             with hidden.open(side) as opened:
                 names.update(opened.tree()[0])
         with hidden.open(NEW if decided == NEW else OLD) as opened:
-            settle(hidden, places, sorted(names), opened, decided == NEW)
+            settle(hidden, places, sorted(names), opened, decided == NEW, held)
     finally:
         places.close()
 

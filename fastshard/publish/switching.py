@@ -209,7 +209,7 @@ def recover(hidden: Hidden, held: list[int]) -> None:
     """Completes what a killed save has begun, or removes what it has left."""
     try:
         if hidden.name in turn_names(hidden.parent):
-            settle_left(hidden, hidden.parent)
+            settle_left(hidden, hidden.parent, held)
         hidden.remove(held)
     finally:
         hidden.close()

@@ -159,3 +159,43 @@ def test_whoever_waits_for_ever_hangs(watched: None) -> None:
 def test_whoever_crashes_is_told_from_whoever_raises(watched: None) -> None:
     report = calls.run(lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert report.outcome == "died"
+
+
+def test_what_is_left_of_a_save_is_told_for_other_savers_too(watched: None) -> None:
+    """The two that take no time: half of the room, and half of a file."""
+    if os.getuid():
+        without_mounts("filesystems of a known size need root")
+    command = [
+        sys.executable,
+        str(HERE / "rivals.py"),
+        "--saver",
+        "fastshard.save_files",
+        "--disturbance",
+        "half",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=HERE)
+    if done.returncode == 77:
+        without_mounts(done.stdout.strip())
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
+    assert [row[1:] for row in rows[2:]] == [
+        [disk, "fastshard.save_files", "1", "1", ""] for _ in range(2) for disk in ("ext4", "tmpfs")
+    ], done.stdout
+
+
+def test_a_mixture_and_a_lie_are_wrong() -> None:
+    import rivals
+
+    assert not rivals.Found("raised", "old", False, 0).wrong
+    assert not rivals.Found("raised", "new", True, 0).wrong
+    assert not rivals.Found("killed", "old", False, 0).wrong
+    for found in (
+        ("returned", "old", False, 0),
+        ("raised", "new", False, 0),
+        ("raised", "old", True, 0),
+        ("killed", "files of two saves, mixed", False, 0),
+        ("killed", "new", False, 1),
+        ("died", "old", False, 0),
+        ("hung", "old", False, 0),
+    ):
+        assert rivals.Found(*found).wrong, found
