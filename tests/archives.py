@@ -52,7 +52,7 @@ def held(times: int = -1) -> Iterator[threading.Event]:
     event = threading.Event()
 
     def wait() -> None:
-        if not event.wait(30):
+        if not event.wait(300):
             raise TimeoutError("nobody has let the archive go on")
 
     with amended(wait, times):

@@ -42,7 +42,7 @@ BUDGET = 1 << 20
 """Staging memory of ``new_engine``: two slots."""
 SLOT = 256 << 10
 """Their size."""
-HANG_SECONDS = int(os.environ.get("FASTSHARD_HANG_SECONDS", "60"))
+HANG_SECONDS = int(os.environ.get("FASTSHARD_HANG_SECONDS", "300"))
 PROTECTED = Path("/proc/sys/fs/protected_symlinks")
 _LEAKS = ("streams", "events", "modules", "registrations", "contexts", "registered_bytes")
 _stderr: list[int] = []  # a copy made before pytest captures it

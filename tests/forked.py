@@ -121,7 +121,7 @@ class Started:
         if self.returncode is None:
             os.kill(self.pid, number)
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 300) -> int:
         if self.returncode is None:
             if not select.select([self._server], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired("a forked script", timeout)
@@ -146,7 +146,7 @@ def started(script: str, *arguments: object, **options: object) -> Iterator[tupl
 
 
 def run(
-    script: str, *arguments: object, timeout: float = 120, **options: object
+    script: str, *arguments: object, timeout: float = 300, **options: object
 ) -> subprocess.CompletedProcess[str]:
     """As ``subprocess.run`` of ``python -c``, with its output captured as text."""
     with (

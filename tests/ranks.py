@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "torch.distributed.tensor"])
-GROUP_SECONDS = 60
+GROUP_SECONDS = 300
 """After which a collective fails whose other ranks do not come."""
 
 
@@ -49,7 +49,7 @@ def outcomes(
     size: int,
     function: Callable[..., Any],
     *arguments: Any,
-    timeout: float = 90,
+    timeout: float = 300,
     environment: dict[str, str] | None = None,
     hangs: int | None = None,
 ) -> list[Ended]:

@@ -104,7 +104,7 @@ def arena() -> Iterator[Block]:
 
 
 def event_of(future: SaveFuture) -> StagedEvent:
-    return StagedEvent([future._native], future.done, lambda: future.wait(20))
+    return StagedEvent([future._native], future.done, lambda: future.wait(300))
 
 
 def stream_like(handle: int, device: int = 0) -> Any:
@@ -579,7 +579,7 @@ def test_the_host_waits_where_streams_cannot(
     sim.set_delay(0, 200)
     future = block.save(sources, {0: producer})
     notes: list[str] = []
-    event = StagedEvent([future._native], future.done, lambda: future.wait(20), notes.append)
+    event = StagedEvent([future._native], future.done, lambda: future.wait(300), notes.append)
     event.wait(stream_like(producer))
     assert event.query()
     assert len(notes) == 1 and text in notes[0] and notes[0].startswith("the host waits")
@@ -741,7 +741,7 @@ def test_a_forked_child_touches_none_of_it(sim: SimCuda, tmp_path: Path) -> None
     variables = {**os.environ, DRIVER_VARIABLE: str(sim.path)}
     command = [sys.executable, "-c", textwrap.dedent(IN_A_CHILD), str(HERE), str(sim.path)]
     done = subprocess.run(
-        command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=50, check=False
+        command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300, check=False
     )
     assert (done.stdout, done.returncode) == ("both\n", 0), done.stderr
 
@@ -950,7 +950,7 @@ def test_a_forked_child_has_an_arena_of_its_own(sim: SimCuda, tmp_path: Path) ->
     variables = {**os.environ, DRIVER_VARIABLE: str(sim.path)}
     command = [sys.executable, "-c", textwrap.dedent(IN_A_CHILD_OF_AN_ENGINE), str(HERE), str(sim.path)]
     done = subprocess.run(
-        command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=50, check=False
+        command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=300, check=False
     )
     assert (done.stdout, done.returncode) == ("both\n", 0), done.stderr
 

@@ -71,7 +71,7 @@ class Hold:
 
             def wait(figures: Any) -> None:
                 self.reached.release()
-                assert self.open.wait(30)
+                assert self.open.wait(300)
                 step(figures)
 
             return wait
@@ -154,7 +154,7 @@ def test_files_hold_what_the_tensors_were(
         future = save("_async", folder, tensors, {"engine": engine, "snapshot": snapshot})
         assert future is not None and future.staged()
         spoil(tensors)
-        figures = future.result(30)
+        figures = future.result(300)
         assert files(folder) == files(expected)
         assert figures.snapshot == snapshot
         assert not any("snapshot" in text for text in figures.fallbacks)
@@ -221,7 +221,7 @@ def test_a_block_makes_every_saver_asynchronous(tmp_path: Path, hold: Hold) -> N
         spoil(tensors)
         assert len(saves.futures) == 2 and not saves.done()
     hold.open.set()
-    saves.wait(30)
+    saves.wait(300)
     assert (
         saves.done() and same(tmp_path / "a", state()) and same(tmp_path / "b", {"scalar": state()["scalar"]})
     )
@@ -289,7 +289,7 @@ def test_over_the_budget_it_is_written_before_the_call_returns(saver: str, folde
         future = SAVERS[saver]("_async", folder, tensors, {"engine": engine})
         assert future is not None and future.staged()
         spoil(tensors)
-        figures = future.result(30)
+        figures = future.result(300)
         assert (
             figures.snapshot == "written" and "more than the snapshot_budget of 65536" in figures.fallbacks[0]
         )
@@ -448,12 +448,12 @@ def test_a_cancelled_save_is_no_surprise(tmp_path: Path, hold: Hold) -> None:
     (tmp_path / "a").write_bytes(b"old")
     first = fastshard.save_file_async(state(), tmp_path / "a")
     second = fastshard.save_file_async(state(1), tmp_path / "a")  # held, until the first has ended
-    assert hold.reached.acquire(timeout=30)
+    assert hold.reached.acquire(timeout=300)
     assert second.cancel()
     hold.open.set()
     first.result()
     assert (
-        second.wait(30) and second.cancelled() and same(tmp_path / "a", state()) and names(tmp_path) == ["a"]
+        second.wait(300) and second.cancelled() and same(tmp_path / "a", state()) and names(tmp_path) == ["a"]
     )
 
 
@@ -466,7 +466,7 @@ def test_saves_of_one_path_are_ordered(tmp_path: Path, hold: Hold) -> None:
         for n in range(3):
             futures.append(fastshard.save_file_async(state(n), tmp_path / "a", engine=engine))
             if n == 0:
-                assert hold.reached.acquire(timeout=30)
+                assert hold.reached.acquire(timeout=300)
         assert all(future.staged() and not future.done() for future in futures)
         assert same(tmp_path / "a", state(0))  # the others are held
         hold.open.set()
@@ -477,7 +477,7 @@ def test_saves_of_one_path_are_ordered(tmp_path: Path, hold: Hold) -> None:
 @pytest.mark.parametrize("kind", ["none", "written"])
 def test_without_a_snapshot_an_earlier_save_is_waited_for(tmp_path: Path, hold: Hold, kind: str) -> None:
     first = fastshard.save_file_async(state(0), tmp_path / "a")
-    assert hold.reached.acquire(timeout=30)
+    assert hold.reached.acquire(timeout=300)
     threading.Timer(0.2, hold.open.set).start()
     budget = Options(snapshot_budget=0)
     snapshot = "none" if kind == "none" else "copy"
@@ -490,7 +490,7 @@ def test_without_a_snapshot_an_earlier_save_is_waited_for(tmp_path: Path, hold: 
 def test_a_save_waits_for_an_asynchronous_one_of_its_path(tmp_path: Path, hold: Hold) -> None:
     future = fastshard.torch_save_async(nested(state()), tmp_path / "a.pt")
     more = fastshard.save_file_async(state(), tmp_path / "a")
-    assert hold.reached.acquire(timeout=30)
+    assert hold.reached.acquire(timeout=300)
     threading.Timer(0.2, hold.open.set).start()
     fastshard.save_file(state(1), tmp_path / "a")
     assert more.done() and same(tmp_path / "a", state(1))
@@ -502,7 +502,7 @@ def test_no_more_are_in_flight_than_allowed(tmp_path: Path, hold: Hold) -> None:
         first = fastshard.save_file_async(state(0), tmp_path / "0", engine=engine)
         second = fastshard.save_file_async(state(1), tmp_path / "1", engine=engine)
         for _ in range(2):
-            assert hold.reached.acquire(timeout=30)
+            assert hold.reached.acquire(timeout=300)
         threading.Timer(0.2, hold.open.set).start()
         third = fastshard.save_file_async(state(2), tmp_path / "2", engine=engine)
         assert first.done() and third.staged()
@@ -514,7 +514,7 @@ def test_snapshots_wait_for_memory(tmp_path: Path, hold: Hold) -> None:
     with Engine(Options(max_in_flight=8, snapshot_budget="4MiB")) as engine:
         big = {"a": torch.ones(3 * MIB, dtype=torch.uint8)}
         first = fastshard.save_file_async(big, tmp_path / "0", engine=engine)
-        assert hold.reached.acquire(timeout=30)
+        assert hold.reached.acquire(timeout=300)
         threading.Timer(0.2, hold.open.set).start()
         second = fastshard.save_file_async(big, tmp_path / "1", engine=engine)
         assert first.done()
@@ -527,7 +527,7 @@ def test_snapshots_wait_for_what_a_fork_has_copied_first(tmp_path: Path, hold: H
     with Engine(Options(max_in_flight=8, snapshot_budget="4MiB")) as engine:
         big = {"a": torch.ones(3 * MIB, dtype=torch.uint8).share_memory_()}
         first = fastshard.save_file_async(big, tmp_path / "0", snapshot="fork", engine=engine)
-        assert hold.reached.acquire(timeout=30) and engine.arena.nbytes == 4 * MIB
+        assert hold.reached.acquire(timeout=300) and engine.arena.nbytes == 4 * MIB
         threading.Timer(0.2, hold.open.set).start()
         second = fastshard.save_file_async(big, tmp_path / "1", engine=engine)
         assert first.done() and second.result().snapshot == "copy"
@@ -608,7 +608,7 @@ def test_it_is_counted_under_its_own_name(tmp_path: Path) -> None:
 
 def test_a_forked_child_knows_none_of_them(tmp_path: Path, hold: Hold) -> None:
     future = fastshard.save_file_async(state(), tmp_path / "a")
-    assert hold.reached.acquire(timeout=30)
+    assert hold.reached.acquire(timeout=300)
     child = os.fork()
     if child == 0:
         try:

@@ -124,7 +124,7 @@ def test_a_prepared_save_keeps_what_it_reads_from(path: Path, new_engine: NewEng
     save = prepared.submit(SaveOptions({}), "tag", [kept])
     del kept
     assert save is not None
-    save.wait(10)
+    save.wait(300)
     gc.collect()
     assert seen() is not None
     del save

@@ -151,7 +151,7 @@ def save(engine: Engine, files: Mapping[Path, list[Source]], **options: object) 
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline, "nothing happens"
         time.sleep(0.001)
@@ -683,7 +683,7 @@ def test_no_driver(path: Path, library: str, reason: str) -> None:
     environment = {**os.environ, DRIVER_VARIABLE: library}
     command = [sys.executable, "-c", WITHOUT_DRIVER, str(path)]
     done = subprocess.run(
-        command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=50, check=False
+        command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(reason)

@@ -133,8 +133,8 @@ def test_what_is_asked_for_later(stager: FastshardStager, process: bool) -> None
     later = FastshardStager(process=process, asynchronous=True)
     future = later.stage({"w": values(100_000), "n": 3})
     later.synchronize_staging()
-    assert torch.equal(future.result(10)["w"], values(100_000))
-    assert later.stage({"n": 3}).result(10) == {"n": 3}
+    assert torch.equal(future.result(300)["w"], values(100_000))
+    assert later.stage({"n": 3}).result(300) == {"n": 3}
     later.close()
 
 
@@ -351,8 +351,8 @@ def finish(stager: FastshardStager, futures: list[Any], gates: list[str]) -> Non
     for gate in gates:
         Path(gate).touch()
     while futures:
-        futures.pop().result(60)
-    deadline = time.monotonic() + 30
+        futures.pop().result(300)
+    deadline = time.monotonic() + 300
     while any(not block.idle for block in stager._arena._blocks) and time.monotonic() < deadline:
         time.sleep(0.01)
 
@@ -375,7 +375,7 @@ def save_while_changing(folder: Path, kind: str, asynchronous: bool) -> tuple[in
             tensors = distributed_state(100 * lap + count)
             answer = dcp.async_save(tensors, storage_writer=writer, async_stager=stager, **options)
             if asynchronous:
-                answer.staging_completion.result(30)
+                answer.staging_completion.result(300)
             change(tensors)
             answers.append(upload_of(answer))
             del answer
@@ -440,7 +440,7 @@ def save_stock(folder: Path, kind: str) -> None:
         async_stager=made,
         **of_kind(kind),
     )
-    answer.result(60)
+    answer.result(300)
     made.close()
 
 
@@ -485,7 +485,7 @@ def save_installed(folder: Path, kind: str) -> list[int]:
             saved = distributed_state(count)
             answer = dcp.async_save(saved, **place, **more, **options)
             change(saved)
-            answer.result(60)
+            answer.result(300)
             counts.append(len(asked))
     ours.close()
     return counts

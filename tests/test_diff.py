@@ -306,4 +306,4 @@ assert main(["diff", {str(one)!r}, {str(one)!r}]) == 0
 assert main(["checkpoints", {str(tmp_path)!r}]) == 0
 assert main(["diff", "--max-abs", {str(one)!r}, {str(one)!r}]) == 2
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, cwd=tmp_path, capture_output=True)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300, cwd=tmp_path, capture_output=True)

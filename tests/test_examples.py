@@ -44,7 +44,7 @@ def training(directory: Path, **options: Any) -> Iterator[subprocess.Popen[str]]
 def trained(directory: Path) -> tuple[str, bytes]:
     """Trains to the end: the first line that was printed, and the weights' file."""
     with training(directory) as process:
-        printed, _ = process.communicate(timeout=120)
+        printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0
     return printed.splitlines()[0], (directory / "model.safetensors").read_bytes()
 
@@ -55,7 +55,7 @@ def kill_at(directory: Path, line: str) -> None:
         assert process.stdout
         assert any(printed.startswith(line) for printed in process.stdout), "it ended before"
         os.kill(process.pid, signal.SIGKILL)
-        assert process.wait(timeout=60) == -signal.SIGKILL
+        assert process.wait(timeout=300) == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_a_save_that_fails_ends_the_training(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 
     with training(tmp_path, preexec_fn=limit, stderr=subprocess.PIPE) as process:
-        printed, told = process.communicate(timeout=120)
+        printed, told = process.communicate(timeout=300)
     assert process.returncode == 1
     assert printed.splitlines()[-1].startswith(("step 10:", "step 20:"))
     assert os.strerror(errno.EFBIG) in told.splitlines()[-1]
@@ -118,7 +118,7 @@ def sharded_training(directory: Path) -> Iterator[subprocess.Popen[str]]:
 
 def sharded_trained(directory: Path) -> tuple[str, bytes]:
     with sharded_training(directory) as process:
-        printed, _ = process.communicate(timeout=120)
+        printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0
     return printed.splitlines()[0], (directory / "final" / "model.safetensors").read_bytes()
 

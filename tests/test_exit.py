@@ -75,7 +75,7 @@ def test_the_last_save(tmp_path: Path, hook: str, first: str, installed: str) ->
     if hook == "__del__" and (first == "none" or installed == "installed"):
         pytest.skip("when objects of modules go, nothing can be imported any more, by the original neither")
     script = SCRIPT.format(hook=HOOKS[hook])
-    found = forked.run(script, tmp_path, first, installed, hook, timeout=60)
+    found = forked.run(script, tmp_path, first, installed, hook, timeout=300)
     assert found.returncode == (1 if hook == "excepthook" else 0), found.stderr
     assert found.stdout == "saved\n", found.stderr
     import torch
@@ -109,7 +109,7 @@ assert "torch" not in sys.modules  # whose own calls end the process so now and 
 def test_a_daemon_thread_that_saves_for_ever_does_not_keep_the_process(tmp_path: Path) -> None:
     for _ in range(20):
         found = subprocess.run(
-            [sys.executable, "-c", DAEMON, tmp_path / "weights"], capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", DAEMON, tmp_path / "weights"], capture_output=True, text=True, timeout=300
         )
         assert (found.returncode, found.stderr) == (0, "")
         assert (tmp_path / "weights").stat().st_size == 1_200_004
@@ -129,6 +129,6 @@ atexit.register(last)
 fastshard.save({"a": torch.ones(3)})
 engine.close()
 """
-    found = forked.run(script, tmp_path / "file", timeout=60)
+    found = forked.run(script, tmp_path / "file", timeout=300)
     assert found.stdout == "the engine is closed\n", found.stderr
     assert not (tmp_path / "file").exists()

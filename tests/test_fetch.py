@@ -290,7 +290,7 @@ def test_cancelled_by_another_thread_while_a_piece_is_brought(new_engine: NewEng
     future = submit(engine, {path.with_name("cancelled"): [fetched(data)]}, slow_fetch)
     waiting = threading.Thread(target=wait)
     waiting.start()
-    assert bringing.wait(10)
+    assert bringing.wait(300)
     future.cancel()
     submit(engine, {path: [fetched(other)]}, fetch_beside).result()
     assert_same(path.read_bytes(), HEADER + other)

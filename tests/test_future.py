@@ -101,7 +101,7 @@ def test_nobody_waits(new_engine: NewEngine, path: Path) -> None:
 def test_nobody_holds_it(new_engine: NewEngine, path: Path) -> None:
     ended = threading.Event()
     start(new_engine(), path, steps=[lambda _: ended.set()])
-    assert ended.wait(30) and path.read_bytes() == HEADER + DATA
+    assert ended.wait(300) and path.read_bytes() == HEADER + DATA
 
 
 @pytest.mark.parametrize("serve", [False, True])
@@ -171,7 +171,7 @@ def test_a_time_limit(new_engine: NewEngine, path: Path, gate: Gate) -> None:
             wait(timeout=0.01)
     assert not future.wait(0) and future.running() and not future.cancelled()
     gate.open.set()
-    assert future.result(timeout=30).files == 1
+    assert future.result(timeout=300).files == 1
 
 
 def test_progress(new_engine: NewEngine, path: Path, gate: Gate) -> None:

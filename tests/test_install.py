@@ -538,7 +538,7 @@ def test_an_import_under_way_on_another_thread_is_awaited(library, no_hang):
         """
         import sys
         sys.fs_begun.set()
-        assert sys.fs_go_on.wait(30)
+        assert sys.fs_go_on.wait(300)
         def save(): return 1
         """,
         "save",
@@ -547,7 +547,7 @@ def test_an_import_under_way_on_another_thread_is_awaited(library, no_hang):
     try:
         importer = threading.Thread(target=importlib.import_module, args=["fs_library"])
         importer.start()
-        assert sys.fs_begun.wait(30)
+        assert sys.fs_begun.wait(300)
         installer = threading.Thread(target=fastshard.install)
         installer.start()
         installer.join(0.05)

@@ -132,7 +132,7 @@ while_writing(sys.argv[1], wait)
         assert hidden(tmp_path) == [used] and same(path, TENSORS)
     child.stdin.write(b"\n")
     child.stdin.close()
-    assert child.wait(timeout=60) == 0
+    assert child.wait(timeout=300) == 0
     child.stdout.close()
     assert hidden(tmp_path) == [] and path.read_bytes().startswith(NEW)
 

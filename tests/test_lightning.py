@@ -92,7 +92,7 @@ def gate() -> Iterator[threading.Event]:
 
 
 def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.002)

@@ -216,7 +216,7 @@ def test_a_process_in_a_small_group_lives(memory: Path, limited: Path, saver: st
         [sys.executable, "-c", textwrap.dedent(script), limited, memory / "m", saver],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         cwd=Path(__file__).parent,
     )
     lines = done.stdout.splitlines()

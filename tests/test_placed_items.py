@@ -386,7 +386,7 @@ def test_processes_write_columns_of_one_file_at_once(folder: Path, rows: int, wi
             assert child.stdout is not None
             assert child.stdout.readline() == "written\n"
         assert_same(path.read_bytes(), bytes(13) + whole.tobytes() + bytes(5))
-    assert [(child.communicate(timeout=60), child.returncode)[1] for child in children] == [0, 0]
+    assert [(child.communicate(timeout=300), child.returncode)[1] for child in children] == [0, 0]
 
 
 # What the kernel refuses.

@@ -353,7 +353,7 @@ KILLED = """
 def test_a_kill_leaves_no_checkpoint_in_part_and_the_next_call_goes_on(run: Path, tmp_path: Path) -> None:
     def prune(folder: Path, number: int) -> int:
         command = [sys.executable, "-c", textwrap.dedent(KILLED), str(folder), str(number)]
-        return subprocess.run(command, timeout=100, cwd=Path(__file__).parent).returncode
+        return subprocess.run(command, timeout=300, cwd=Path(__file__).parent).returncode
 
     for number in (2, 5):
         folder = tmp_path / f"killed at {number}"

@@ -637,7 +637,7 @@ def python(script: str, *arguments: object) -> str:
     command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
     # Not from the checkout's top: its package would come before the installed one.
     here = Path(__file__).parent
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=here)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=here)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -50,7 +50,7 @@ def python(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-S", "-c", textwrap.dedent(script)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         cwd=Path(__file__).parent,
         env={**kept, **variables},
     )
@@ -148,7 +148,7 @@ def run_command(*arguments: object, path: Path, **variables: str) -> subprocess.
         [sys.executable, "-c", script, "run", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         cwd=Path(__file__).parent,
         env={**kept, "PYTHONPATH": str(path), **variables},
     )

@@ -105,7 +105,7 @@ def test_save_and_load(tmp_path: Path, asynchronous: bool, durable: bool) -> Non
     made, saved = manager(asynchronous, FastshardStorageConfig(durable=durable)), state()
     future = made.save(str(tmp_path / "c"), saved)
     if future is not None:
-        future.result(120)
+        future.result(300)
     found = made.load(str(tmp_path / "c"), zeros(saved))
     made.close()
     assert same(saved, dict(found))

@@ -343,7 +343,7 @@ def test_ranks_of_a_live_engine_save_together_or_not_at_all(tmp_path: Path) -> N
         )
         for rank in range(2)
     ]
-    shown = [process.communicate(timeout=100) for process in ranks]
+    shown = [process.communicate(timeout=300) for process in ranks]
     first, second = ([line for line in output.splitlines() if line] for output, _ in shown)
     assert first[0].startswith(
         "changed RuntimeError rank 1 could not save its part: the model has changed"

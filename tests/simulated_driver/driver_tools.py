@@ -136,7 +136,7 @@ def register(sim: SimCuda, memory: mmap.mmap, flags: int = PORTABLE) -> int:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline, "nothing happens"
         time.sleep(0.001)

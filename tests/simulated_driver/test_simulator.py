@@ -306,7 +306,7 @@ def run_python(library: Path, body: str) -> subprocess.CompletedProcess[str]:
         f"import ctypes, os, sys; sys.path.insert(0, {str(simcuda_build.SOURCES.parent)!r}); import simcuda\n"
     )
     command = [sys.executable, "-c", begin + body, str(library)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.parametrize("kind", ["allocation", "registration"])
