@@ -101,6 +101,15 @@ def test_soon_is_closed_by_a_thread_that_stays(no_hang: None) -> None:
         assert not _native.wait_for_closing()
 
 
+def test_whoever_needs_the_space_waits_for_all_of_them(no_hang: None) -> None:
+    descriptors = [*_open(100), *_open(100)]
+    closing = _native.close_later(descriptors[:100])
+    for descriptor in descriptors[100:]:
+        _native.close_soon(descriptor)
+    _native.wait_for_closing()
+    assert closing.done() and not any(map(_is_open, descriptors))
+
+
 def test_a_forked_child_keeps_none_that_are_to_be_closed_soon(no_hang: None) -> None:
     for _ in range(50):
         reader, writer = os.pipe()

@@ -119,6 +119,7 @@ void close_all(const std::shared_ptr<Closing::State>& state) {
   registry->remove(*state);
   state->done = true;
   state->changed.notify_all();
+  registry->queue->closed.notify_all();
 }
 
 void serve(Queue& queue) {
@@ -176,8 +177,9 @@ void wait_for_room() noexcept {
 bool wait_for_closing() noexcept {
   std::unique_lock lock(registry->mutex);
   Queue& queue = *registry->queue;
-  if (queue.files.empty()) return false;
-  queue.closed.wait(lock, [&] { return queue.files.empty(); });
+  const auto all_closed = [&] { return queue.files.empty() && registry->first == nullptr; };
+  if (all_closed()) return false;
+  queue.closed.wait(lock, all_closed);
   return true;
 }
 

@@ -33,7 +33,7 @@ void close_soon(int descriptor) noexcept;
 // beside the next.
 void wait_for_room() noexcept;
 
-// Waits until all descriptors given to close_soon() are closed. Returns whether there were any.
+// Waits until all descriptors given to close_soon() or to a Closing are closed. Returns whether there were any.
 bool wait_for_closing() noexcept;
 
 }  // namespace fastshard

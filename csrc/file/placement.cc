@@ -120,9 +120,9 @@ bool Placement::keep_old_by_link() {
   return true;
 }
 
-// Holds the old file, which has this name, open, so that it is not freed by losing the name: that waits for a busy disk,
-// and frees the pages of a large file. Memory is not held back, as whoever needs it may not wait for it. Filesystems of
-// other machines would keep the name for as long as the file is open.
+// Holds the old file, which has this name, open, so that it is not freed by losing the name: that waits for a busy
+// disk, and frees the pages of a large file. Memory is not held back, as whoever needs it may not wait for it.
+// Filesystems of other machines would keep the name for as long as the file is open.
 Descriptor Placement::held_old(const std::string& name) const {
   if (!target_.replaced || file_.memory_backed() || !file_.one_machine()) return Descriptor(-1);
   return Descriptor(open(name.c_str(), O_PATH | O_NOFOLLOW | O_CLOEXEC));
