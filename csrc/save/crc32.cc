@@ -135,12 +135,20 @@ FASTSHARD_BY_64 inline __m512i keys_64() {
   return _mm512_set_epi64(high, low, high, low, high, low, high, low);
 }
 
+// Processors read ahead of a loop only to the end of a page whose successor's address they have not translated yet. So
+// the next one is asked for, once for each page: 25 GiB/s from memory instead of 18. It may be nobody's.
+inline void ask_for_next_page(const std::byte* bytes) {
+  constexpr uintptr_t kPageNbytes = 4096;
+  if (reinterpret_cast<uintptr_t>(bytes) % kPageNbytes < 256) __builtin_prefetch(bytes + kPageNbytes);
+}
+
 // The same with registers four times as long. `nbytes`: at least 256, a multiple of 16.
 FASTSHARD_BY_64 uint32_t by_long_clmul(const std::byte* bytes, size_t nbytes) {
   const __m512i by256 = keys_64<256>(), by64 = keys_64<64>();
   __m512i a = _mm512_loadu_si512(bytes), b = _mm512_loadu_si512(bytes + 64);
   __m512i c = _mm512_loadu_si512(bytes + 128), d = _mm512_loadu_si512(bytes + 192);
   for (bytes += 256, nbytes -= 256; nbytes >= 256; bytes += 256, nbytes -= 256) {
+    ask_for_next_page(bytes);
     a = fold_64(a, by256, _mm512_loadu_si512(bytes));
     b = fold_64(b, by256, _mm512_loadu_si512(bytes + 64));
     c = fold_64(c, by256, _mm512_loadu_si512(bytes + 128));

@@ -18,8 +18,9 @@ namespace {
 constexpr uint64_t kMinSharedNbytes = 16 << 20;
 // Pieces of a file that several threads write: they end within one of each other.
 constexpr uint64_t kSharedNbytes = 4 << 20;
-// What is checked before it is written: it is in the processor's caches then, so that it is read from memory once.
-constexpr uint64_t kCheckedNbytes = 512 << 10;
+// Checked before it is written, and written up to a multiple of this in the file: few enough bytes for the processor's
+// caches to have them when the kernel copies them, and enough for it to put them into its largest pages.
+constexpr uint64_t kCheckedNbytes = 2 << 20;
 
 bool only_python_has_some(const FilePlan& plan) {
   return std::ranges::any_of(plan.items, [](const WriteItem& item) { return item.source.device == kFetched; });
@@ -93,32 +94,34 @@ class PageCacheWriter final : public InTurnWriter {
     if (end == End::front && !checksums_.empty()) return write_checked(chunk);
     std::vector<iovec> parts;
     parts.reserve(chunk.op_count);
-    for_each_piece(chunk, chunk.nbytes, [&](std::span<const std::byte> piece) { append(parts, piece); });
+    for_each_piece(chunk, UINT64_MAX, [&](std::span<const std::byte> piece) { append(parts, piece); });
     write(chunk, parts, end);
   }
 
   void write_checked(const Chunk& chunk) {
     std::vector<iovec> parts;
-    uint64_t written = 0, checked = 0;
+    uint64_t written = chunk.file_offset, checked = written;
     for_each_piece(chunk, kCheckedNbytes, [&](std::span<const std::byte> piece) {
       append(parts, piece);
       checked += piece.size();
-      if (checked - written < kCheckedNbytes && checked != chunk.nbytes) return;
+      if (checked % kCheckedNbytes != 0 && checked != chunk.file_offset + chunk.nbytes) return;
       const Timer timer(progress_.write_ns);
-      file_->write(parts, chunk.file_offset + written);
+      file_->write(parts, written);
       written = checked;
       parts.clear();
     });
     wrote(chunk);
   }
 
-  // Visits the pieces of a chunk, at most so long and checked if that is wanted.
+  // Visits the pieces of a chunk, checked if that is wanted. None of them reaches across a multiple of `boundary` in
+  // the file.
   template <typename Visit>
-  void for_each_piece(const Chunk& chunk, uint64_t most_nbytes, Visit visit) {
+  void for_each_piece(const Chunk& chunk, uint64_t boundary, Visit visit) {
     for (const CopyOp& op : schedule_.ops_of(chunk)) {
       for_each_run(op, [&](uint64_t first, std::span<const std::byte> run) {
         for (std::span<const std::byte> piece; !run.empty(); run = run.subspan(piece.size())) {
-          piece = run.first(std::min<uint64_t>(run.size(), most_nbytes));
+          const uint64_t at = chunk.file_offset + op.chunk_offset + (first - op.first_byte);
+          piece = run.first(std::min<uint64_t>(run.size(), boundary - at % boundary));
           if (!checksums_.empty()) {
             const Timer timer(progress_.copy_ns);
             checksums_[op.item].add(first, piece);
