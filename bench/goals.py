@@ -51,7 +51,6 @@ _HOST = (
     Goal("four-files", 1.4, mode=DURABLE),
     Goal("four-files", 3.0, against="parallel-saver"),
     Goal("four-files", 1.8, mode=DURABLE, against="parallel-saver"),
-    Goal("tmpfs-four", 1.6, against="parallel-saver"),
     Goal("tmpfs-eight", 1.6, against="parallel-saver"),
     Goal("sharded-state", 1.6, against="vllm-sharded", by="fastshard-sharded"),
     Goal("manifest", 1 / 1.05, against="fastshard", by="fastshard-manifest"),
