@@ -64,6 +64,8 @@ class Request(NamedTuple):
     pattern: str | None
     max_size: int | None
     durable: bool
+    manifest: bool
+    """Whether checksums are noted, for ``fastshard verify``."""
 
 
 class Outcome(NamedTuple):
@@ -283,6 +285,7 @@ def _save(model: torch.nn.Module, loaded: _Loaded, request: Request) -> tuple[st
         quantization=config.model_config.quantization,
         post_processed=False,
         durable=request.durable,
+        manifest=request.manifest,
     )
     if manifest.tensors.keys() != loaded.expected.keys():  # of tensors with memory in common others were kept
         differing = ", ".join(sorted(manifest.tensors.keys() ^ loaded.expected.keys()))
@@ -343,7 +346,7 @@ def save_model(
                 staging = stack.enter_context(replacing(os.fspath(path), stale_parts(pattern)))
         staging = world.broadcast(staging)
         with world.agreed():
-            _save(model, loaded, Request(staging, pattern, max_size, durable=False))
+            _save(model, loaded, Request(staging, pattern, max_size, durable=False, manifest=False))
         with world.agreed():
             stack.close()
 
