@@ -7,7 +7,7 @@
 ``VENV`` has what the image has: vLLM and what it needs, here its CPU build (tests/integration/serving.py makes one). A
 copy of it would be large, so the wheel goes into a folder beside it that is put on ``PYTHONPATH``. Every step runs
 in a mount namespace of its own, where all of the file system is read-only but one volume and ``/tmp``, ``/dev/shm``
-has 64 MiB, and compilers cannot be run; as user 65534, without privileges, under a seccomp filter that refuses io_uring as
+has 64 MiB (more where vLLM's own workers run, which need it), and compilers cannot be run; as user 65534, without privileges, under a seccomp filter that refuses io_uring as
 docker's default profile does. Ends with status 77 where this machine cannot do that.
 """
 
@@ -33,8 +33,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 USER = 65534
 SHM_MIB = 64
-SMALL_QUEUES = {"VLLM_MQ_MAX_CHUNK_BYTES_MB": "4"}
-"""The queues of vLLM's own workers take ten times this of ``/dev/shm``; with its default, 16, that is 160 MiB."""
+VLLM_SHM_MIB = 512
+"""For the steps in which vLLM's workers run: the queues of its CPU build alone take 400 MiB, and it refuses less."""
 PORT = 18017
 PROMPT = [5, 6, 7, 8]
 NEW_TOKENS = 8
@@ -115,8 +115,8 @@ class Image:
         for path in (self.volume, *self.volume.rglob("*")):
             os.chown(path, USER, USER)
 
-    def command(self, *arguments: object, writable: bool) -> list[str]:
-        enter = ENTER.format(shm=SHM_MIB, compilers=" ".join(COMPILERS), reach=self.reach)
+    def command(self, *arguments: object, writable: bool, shm: int = SHM_MIB) -> list[str]:
+        enter = ENTER.format(shm=shm, compilers=" ".join(COMPILERS), reach=self.reach)
         mode = "rw" if writable else "ro"
         begin = ["unshare", "--mount", "bash", "-c", enter, "enter", str(self.volume), mode]
         inner = [str(self.work / "nothing"), str(self.python), __file__, "--confined", *map(str, arguments)]
@@ -132,12 +132,11 @@ class Image:
             **own,
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CACHE_ROOT": f"{tmp}/vllm",
-            **SMALL_QUEUES,
         }
 
-    def run(self, *arguments: object, writable: bool) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: object, writable: bool, shm: int = SHM_MIB) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(*arguments, writable=writable),
+            self.command(*arguments, writable=writable, shm=shm),
             env=self.environment(),
             text=True,
             stdout=subprocess.PIPE,
@@ -190,7 +189,7 @@ def serving(image: Image, *arguments: object) -> Iterator[subprocess.Popen[str]]
     with (
         open(image.work / "serve.log", "w") as log,
         subprocess.Popen(
-            image.command(*arguments, writable=False),
+            image.command(*arguments, writable=False, shm=VLLM_SHM_MIB),
             env=image.environment(),
             text=True,
             stdout=log,
@@ -246,7 +245,7 @@ def check(image: Image) -> None:
 
     engine = ("--dtype", "float32", "--max-model-len", "64")
     save = image.fastshard("vllm-save", "--model", model, "--output", parts, "--sha256", *engine)
-    done = image.run(*save, writable=True)
+    done = image.run(*save, writable=True, shm=VLLM_SHM_MIB)
     assert done.returncode == 0, done.stdout
     subprocess.run(["sha256sum", "--quiet", "--check", "SHA256SUMS"], cwd=parts, check=True)
     said("image or volume build: fastshard vllm-save")
