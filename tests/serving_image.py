@@ -277,7 +277,7 @@ def check(image: Image) -> None:
     done = image.run(*serve, writable=False)
     assert done.returncode == 1 and "the server is not started" in done.stdout, done.stdout
     assert f"{part}: tensor" in done.stdout
-    said("a damaged shard: " + done.stdout.splitlines()[0])
+    said("a damaged shard: the server is not started, and the tensor is named")
 
 
 def needs(python: Path) -> str | None:
