@@ -5,7 +5,9 @@ was saved, is for ``tests/integration/serving.py`` to show."""
 
 from __future__ import annotations
 
+import abc
 import argparse
+import dataclasses
 import sys
 import types
 from collections.abc import Callable
@@ -14,9 +16,10 @@ from typing import Any
 import torch
 
 NAMES = """
-vllm vllm.distributed vllm.engine vllm.engine.arg_utils vllm.model_executor vllm.model_executor.model_loader
+vllm vllm.distributed vllm.distributed.weight_transfer vllm.distributed.weight_transfer.base
+vllm.distributed.weight_transfer.factory vllm.engine vllm.engine.arg_utils vllm.model_executor vllm.model_executor.model_loader
 vllm.model_executor.model_loader.base_loader vllm.model_executor.model_loader.sharded_state_loader
-vllm.model_executor.model_loader.weight_tying vllm.usage vllm.usage.usage_lib vllm.utils vllm.utils.argparse_utils
+vllm.model_executor.model_loader.reload vllm.model_executor.model_loader.weight_tying vllm.usage vllm.usage.usage_lib vllm.utils vllm.utils.argparse_utils
 vllm.v1 vllm.v1.executor
 """.split()
 
@@ -108,6 +111,13 @@ class Vllm:
         self.loader = ShardedStateLoader
         self["vllm.model_executor.model_loader.sharded_state_loader"].ShardedStateLoader = ShardedStateLoader
         self["vllm.model_executor.model_loader.weight_tying"].maybe_retie_word_embeddings = retie
+        self.reloads: list[str] = []
+        """What an engine of weight transfer has called for the model's layers."""
+        reload = self["vllm.model_executor.model_loader.reload"]
+        reload.initialize_layerwise_reload = lambda model: self.reloads.append("begin")
+        reload.finalize_layerwise_reload = lambda model, model_config: self.reloads.append("end")
+        for module in ("base", "factory"):
+            self[f"vllm.distributed.weight_transfer.{module}"].__dict__.update(weight_transfer())
         self["vllm.usage.usage_lib"].UsageContext = types.SimpleNamespace(LLM_CLASS="LLM_CLASS")
         self["vllm.v1.executor"].Executor = types.SimpleNamespace(get_class=lambda config: self.executor)
         self["vllm.utils.argparse_utils"].FlexibleArgumentParser = argparse.ArgumentParser
@@ -137,6 +147,78 @@ class Vllm:
 def retie(model: Any, model_config: Any) -> None:
     if torch.equal(model.lm_head.weight, model.embed.weight):
         model.lm_head.weight = model.embed.weight
+
+
+def weight_transfer() -> dict[str, Any]:
+    """The classes of ``vllm.distributed.weight_transfer``, as far as a backend meets them."""
+
+    class WeightTransferEngine(abc.ABC):
+        def __init__(self, config: Any, vllm_config: Any, device: Any, model: Any) -> None:
+            self.model, self.model_config = model, vllm_config.model_config
+
+        def parse_init_info(self, init_dict: dict[str, Any]) -> Any:
+            return self.init_info_cls(**init_dict)  # type: ignore[attr-defined]
+
+        def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
+            return self.update_info_cls(**update_dict)  # type: ignore[attr-defined]
+
+        @abc.abstractmethod
+        def init_transfer_engine(self, init_info: Any) -> None: ...
+
+        @abc.abstractmethod
+        def start_weight_update(self) -> None: ...
+
+        @abc.abstractmethod
+        def receive_weights(self, update_info: Any) -> None: ...
+
+        @abc.abstractmethod
+        def finish_weight_update(self) -> None: ...
+
+        @abc.abstractmethod
+        def shutdown(self) -> None: ...
+
+    class TrainerWeightTransferEngine(abc.ABC):
+        def __init__(self, *, client: Any, source: Any = None, is_sender: bool = True) -> None:
+            self.client, self.source, self.is_sender = client, source, is_sender
+
+        @classmethod
+        @abc.abstractmethod
+        def trainer_init(cls, init_info: Any, *, client: Any, source: Any = None) -> Any: ...
+
+        @abc.abstractmethod
+        def send_weights(self) -> None: ...
+
+    @dataclasses.dataclass
+    class TrainerInitInfo:
+        rank: int = dataclasses.field(kw_only=True)
+
+        @property
+        def is_sender(self) -> bool:
+            return self.rank == 0
+
+    def registry() -> Any:
+        class Factory:
+            registered: dict[str, tuple[object, object]] = {}
+
+            @classmethod
+            def register_engine(
+                cls, name: str, module_path_or_cls: object, class_name: str | None = None
+            ) -> None:
+                if name in cls.registered:
+                    raise ValueError(f"Weight transfer engine '{name}' is already registered.")
+                cls.registered[name] = module_path_or_cls, class_name
+
+        return Factory
+
+    return {
+        "WeightTransferEngine": WeightTransferEngine,
+        "WeightTransferInitInfo": type("WeightTransferInitInfo", (), {}),
+        "WeightTransferUpdateInfo": type("WeightTransferUpdateInfo", (), {}),
+        "TrainerWeightTransferEngine": TrainerWeightTransferEngine,
+        "TrainerInitInfo": TrainerInitInfo,
+        "WeightTransferEngineFactory": registry(),
+        "WeightTransferTrainerFactory": registry(),
+    }
 
 
 class EngineArgs:

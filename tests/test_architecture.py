@@ -65,11 +65,11 @@ PYTHON_LAYERS = {
     """,
     "tools": "structure verify describe completeness run_folder usage tensors_of values diff convert tp_plan model_plan parts rank_folders outputs reshard stored_boxes dcp_source dcp_folders statements",
     "integrations": """
-        patch_entry patch_groups import_hook calls switches patching overrides report offload transformers_distributed transformers trainer accelerate accelerate_state hub_uploads lightning torch_checkpointing adapters dcp vllm_states vllm
-        sglang vllm_save
+        patch_entry patch_groups import_hook calls switches patching overrides report offload transformers_distributed transformers trainer accelerate accelerate_state hub_uploads lightning torch_checkpointing adapters dcp vllm_states vllm_probe vllm
+        vllm_transfer sglang vllm_save
     """,
-    "cli": "text files checkpoints verify run_folders diff run command __init__",
-    " public": "auto mapped offload dcp vllm sglang lightning torch_checkpointing __init__ __main__",
+    "cli": "text files checkpoints verify run_folders diff run serve command __init__",
+    " public": "auto mapped offload dcp vllm vllm_transfer sglang lightning torch_checkpointing __init__ __main__",
 }
 """fastshard/, folder by folder, in reading order. A module may import only what stands before it."""
 
@@ -140,6 +140,8 @@ WITHOUT_TORCH = {
     "cli/diff": set(),
     "cli/verify": set(),
     "cli/run": set(),
+    "cli/serve": set(),
+    "integrations/vllm_probe": set(),
     "cli/command": set(),
     "auto": set(),
     **{name: set() for name in PYTHON if name.startswith(("base/", "formats/"))},
@@ -430,6 +432,10 @@ DCP = {
     for name in ("", ".default_planner", ".filesystem", ".metadata", ".planner", ".storage")
 }
 DEEPER = {
+    "integrations/vllm_transfer": {  # vLLM imports it, when it is asked for the backend
+        "vllm.distributed.weight_transfer.base",
+        "vllm.model_executor.model_loader.reload",
+    },
     "distributed/stock": DCP,
     "distributed/final_files": DCP,
     "distributed/writer": DCP,

@@ -25,6 +25,7 @@ SHARDED = ROOT / "examples" / "fsdp2_checkpoint.py"
 TRAINING = ROOT / "examples" / "async_training.py"
 FINETUNING = ROOT / "examples" / "finetune_trainer.py"
 SERVING = ROOT / "examples" / "save_for_serving.py"
+SYNC = ROOT / "examples" / "weight_sync.py"
 STEPS = 60
 
 
@@ -173,4 +174,38 @@ def test_parts_for_serving_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     assert names(tmp_path / "work" / "served") == [
         *(f"fastshard-model-rank-{rank}.json" for rank in range(2)),
         *(f"model-rank-{rank}-part-0.safetensors" for rank in range(2)),
+    ]
+
+
+def synced(directory: Path, *arguments: str) -> list[str]:
+    """What the example prints. It compares the server's answers with the trainer's, and ends with an error if they
+    differ."""
+    command = [sys.executable, str(SYNC), "--dir", str(directory), *arguments]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert names(directory) == []
+    return [line for line in done.stdout.splitlines() if line.startswith("round ")]
+
+
+def test_a_server_gets_the_weights_of_each_round(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", minversion="4.50")
+    rounds = synced(tmp_path, "--server", "transformers", "--rounds", "2")
+    assert rounds == [
+        f"round {number}: prepare, transformers answers as the trainer does" for number in (1, 2)
+    ]
+
+
+def test_vllm_gets_the_weights_of_each_round(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    rounds = synced(tmp_path, "--server", "vllm", "--rounds", "6", "--compare")
+    ways = ("prepare", "save_file", "transfer") * 2
+    assert rounds == [
+        f"round {number}: {way}, vllm answers as the trainer does" for number, way in enumerate(ways, 1)
     ]

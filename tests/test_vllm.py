@@ -19,6 +19,7 @@ import torch
 from helpers import names, run, same, snapshot
 from safetensors.torch import load_file, save_file
 
+import fastshard
 from fastshard.base import settings
 from fastshard.cli import command as cli
 from fastshard.formats.manifest import read_manifest
@@ -27,6 +28,7 @@ from fastshard.integrations.vllm_save import check_engine, copy_metadata
 
 PART = "model-rank-0-part-0.safetensors"
 MANIFEST = "fastshard-model-rank-0.json"
+RECORD = "fastshard.manifest.json"
 
 
 @pytest.fixture
@@ -405,7 +407,7 @@ def test_vllm_save(
     fake.process = empty_the_linear_layer  # too late to matter
     output = tmp_path / "some" / "where"
     assert saved(folder, output) == 0
-    assert names(output) == sorted([*COPIED, MANIFEST, PART])
+    assert names(output) == sorted([*COPIED, MANIFEST, RECORD, PART])
     assert same(output / PART, expected(fake_vllm.Model()))
     assert 'load_format="sharded_state"' in capsys.readouterr().out
     first = snapshot(output)
@@ -413,11 +415,28 @@ def test_vllm_save(
     (output / "notes.txt").write_text("mine")
     assert saved(folder, output, "--max-file-size", "0.1KB") == 0  # again
     assert names(output) == sorted(
-        [*COPIED, MANIFEST, "notes.txt", PART, *(PART.replace("part-0", f"part-{i}") for i in (1, 2))]
+        [*COPIED, MANIFEST, RECORD, "notes.txt", PART, *(PART.replace("part-0", f"part-{i}") for i in (1, 2))]
     )
     assert saved(folder, output, "--file-pattern", "m-{rank}-{part}.safetensors") == 0
-    assert names(output) == sorted([*COPIED, "fastshard-m-0.json", "m-0-0.safetensors", "notes.txt"])
+    assert names(output) == sorted([*COPIED, "fastshard-m-0.json", RECORD, "m-0-0.safetensors", "notes.txt"])
     assert snapshot(output)["config.json"] == first["config.json"]
+
+
+@pytest.mark.parametrize("digests", [[], ["--sha256"]])
+def test_vllm_save_notes_what_verify_compares(
+    fake: fake_vllm.Vllm, folder: Path, tmp_path: Path, digests: list[str]
+) -> None:
+    output = tmp_path / "out"
+    save_file({"dense.weight": torch.ones(3)}, folder / "1_Pooling" / "model.safetensors")
+    for _ in range(2):  # the second one replaces the record of the first
+        assert saved(folder, output, *digests) == 0
+        report = fastshard.verify(output)
+        assert report.ok and report.without_digests == []
+        assert report.files == len([*COPIED, MANIFEST, PART, *digests]) and report.compared == report.nbytes
+    assert (output / "SHA256SUMS").exists() == bool(digests)
+    (output / "tokenizer.json").write_text("[]")
+    found = {problem.path for problem in fastshard.verify(output).problems}
+    assert found == {str(output / "tokenizer.json")}
 
 
 @pytest.mark.parametrize(
@@ -446,13 +465,13 @@ def test_a_vllm_save_that_fails_leaves_the_old_folder(
     spoil(fake)
     assert saved(folder, output) == 1
     assert reason in capsys.readouterr().err
-    assert snapshot(output) == before and names(output) == sorted([*COPIED, MANIFEST, PART])
+    assert snapshot(output) == before and names(output) == sorted([*COPIED, MANIFEST, RECORD, PART])
     assert saved(folder, tmp_path / "new") == 1 and not (tmp_path / "new").exists()
 
 
 def test_a_worker_whose_command_is_gone_leaves_nothing(fake: fake_vllm.Vllm, tmp_path: Path) -> None:
     gone = tmp_path / "out" / "staging" / "new"
-    request = vllm.Request(str(gone), None, None, durable=False)
+    request = vllm.Request(str(gone), None, None, durable=False, manifest=True)
     executor = fake.executor(fake_vllm.config({vllm.REQUEST: request._asdict()}))
     (said,) = executor.collective_rpc(vllm.outcome)
     assert said.files == () and said.error == f"[Errno 2] No such file or directory: '{gone}'"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fastshard env [PATH]``, ``run COMMAND``, ``bench``, ``vllm-save``, and the commands of files.py,
+"""``fastshard env [PATH]``, ``run COMMAND``, ``bench``, ``vllm-save``, ``serve``, and the commands of files.py,
 checkpoints.py, verify.py, run_folders.py and diff.py."""
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from . import diff as cli_diff
 from . import files as cli_files
 from . import run as cli_run
 from . import run_folders as cli_run_folders
+from . import serve as cli_serve
 from . import verify as cli_verify
 from .text import fail, guarded, needs_torch, size
 
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _bench(arguments[1:])
     if arguments[:1] == ["run"]:  # with another command's arguments
         return cli_run.run(arguments[1:])
+    if arguments[:1] == ["serve"]:  # with a server's arguments
+        return cli_serve.run(arguments[1:])
     if arguments[:1] == ["vllm-save"]:  # with vLLM's arguments
         return _vllm_save(arguments[1:])
     given = make_parser().parse_args(arguments)
@@ -77,6 +80,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     commands.add_parser(
         "vllm-save", help="make a model folder with the weights as the ranks of vLLM load them (needs vLLM)"
+    )
+    commands.add_parser(
+        "serve", help="start vLLM or SGLang on such a folder, if it is what was saved (for containers)"
     )
     return parser
 

@@ -109,7 +109,8 @@ def _verify(given: argparse.Namespace) -> int:
         if not report.ok or (given.strict and report.without_digests):
             status = 1
         if not given.json:
-            _show(report, given, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            show(report, seconds, quick=given.quick, strict=given.strict, quiet=given.quiet)
     if given.json and reports:
         told = [report.as_dict() for report in reports]
         print(json.dumps(told if len(given.paths) > 1 else told[0], indent=2))
@@ -120,22 +121,25 @@ def _shown(given: argparse.Namespace) -> bool:
     return sys.stderr.isatty() and not given.quiet
 
 
-def _show(report: Report, given: argparse.Namespace, seconds: float) -> None:
+def show(
+    report: Report, seconds: float, *, quick: bool = False, strict: bool = False, quiet: bool = False
+) -> None:
+    """Prints what was found, as ``fastshard verify`` does."""
     for problem in report.problems[:_MOST_NAMED]:
         print(_line(problem))
     if len(report.problems) > _MOST_NAMED:
         print(f"... and {len(report.problems) - _MOST_NAMED} more (--json names all)")
     unknown = report.without_digests
-    if given.strict:
+    if strict:
         for path in unknown[:_MOST_NAMED]:
             print(f"{printable(path)}: no digest of it is known")
-    if given.quiet and report.ok and not (given.strict and unknown):
+    if quiet and report.ok and not (strict and unknown):
         return
     count = len(report.problems)
     verdict = "sound" if not count else f"{count} problem{'s' if count > 1 else ''}"
     files = f"{report.files} file{'s' if report.files != 1 else ''}, {size(report.nbytes)}"
     print(f"{printable(report.path)}: {verdict} ({files}, {seconds:.1f} s)", end="")
-    if given.quick:
+    if quick:
         print("; only sizes, headers and indices were looked at")
     elif unknown:
         print(f"; of {len(unknown)} files of weights no digest is known: only header and size were compared")

@@ -13,13 +13,13 @@ back. So :func:`register` watches two functions that vLLM's ``BaseModelLoader.lo
 
 ``ShardedStateLoader.save_model`` is replaced by :func:`save_model`, which saves the state of a live engine if these
 comparisons have shown that it can be loaded, and refuses otherwise. :class:`WorkerExtension` does the same by name.
+vLLM's registries of weight transfer get a backend of ours (:func:`vllm_probe.register_transfer`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import logging
 import os
 import sys
@@ -37,6 +37,7 @@ from ..formats.naming import stale_parts
 from ..publish.directory import replacing
 from . import import_hook
 from .patching import DISABLE_VARIABLE
+from .vllm_probe import check_parameters, register_transfer
 from .vllm_states import (
     Form,
     Sampled,
@@ -63,6 +64,8 @@ class Request(NamedTuple):
     pattern: str | None
     max_size: int | None
     durable: bool
+    manifest: bool
+    """Whether checksums are noted, for ``fastshard verify``."""
 
 
 class Outcome(NamedTuple):
@@ -123,8 +126,8 @@ def _never_raising(hook: Callable[[Any], None]) -> Callable[[Any], None]:
 
 @_never_raising
 def _watch_loading(base_loader: Any) -> None:
-    _check_parameters(base_loader.initialize_model, "vllm_config")
-    _check_parameters(base_loader.process_weights_after_loading, "model", "model_config")
+    check_parameters(base_loader.initialize_model, "vllm_config")
+    check_parameters(base_loader.process_weights_after_loading, "model", "model_config")
     if not hasattr(base_loader.initialize_model, "_fastshard"):
         base_loader.initialize_model = _watching_initialize(base_loader.initialize_model)
         base_loader.process_weights_after_loading = _watching_process(
@@ -135,27 +138,20 @@ def _watch_loading(base_loader: Any) -> None:
 @_never_raising
 def _replace_saver(sharded_state_loader: Any) -> None:
     loader = sharded_state_loader.ShardedStateLoader
-    _check_parameters(filter_of(loader), "tensors")
+    check_parameters(filter_of(loader), "tensors")
     if loader.save_model is not save_model:
-        _check_parameters(loader.save_model, "model", "path", "pattern", "max_size")
+        check_parameters(loader.save_model, "model", "path", "pattern", "max_size")
         loader.save_model = staticmethod(save_model)
 
 
 _HOOKS: Final = {
+    "vllm.distributed.weight_transfer.factory": _never_raising(register_transfer),
     "vllm.model_executor.model_loader.base_loader": _watch_loading,
     "vllm.model_executor.model_loader.sharded_state_loader": _replace_saver,
 }
 
 
 _finder: Final = import_hook.Hook(_HOOKS.__contains__, _imported)
-
-
-def _check_parameters(function: Callable[..., object], *names: str) -> None:
-    found = tuple(inspect.signature(function).parameters)
-    if found[: len(names)] != names:
-        raise TypeError(
-            f"{function.__module__}.{function.__qualname__} has the parameters {found}, not {names}"
-        )
 
 
 def _watching_initialize(initialize: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
@@ -289,6 +285,7 @@ def _save(model: torch.nn.Module, loaded: _Loaded, request: Request) -> tuple[st
         quantization=config.model_config.quantization,
         post_processed=False,
         durable=request.durable,
+        manifest=request.manifest,
     )
     if manifest.tensors.keys() != loaded.expected.keys():  # of tensors with memory in common others were kept
         differing = ", ".join(sorted(manifest.tensors.keys() ^ loaded.expected.keys()))
@@ -349,7 +346,7 @@ def save_model(
                 staging = stack.enter_context(replacing(os.fspath(path), stale_parts(pattern)))
         staging = world.broadcast(staging)
         with world.agreed():
-            _save(model, loaded, Request(staging, pattern, max_size, durable=False))
+            _save(model, loaded, Request(staging, pattern, max_size, durable=False, manifest=False))
         with world.agreed():
             stack.close()
 

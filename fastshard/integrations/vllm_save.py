@@ -21,8 +21,11 @@ from typing import Any, Final
 
 from ..base.settings import parse_size
 from ..distributed.group import described
-from ..formats.naming import is_served, stale_parts
+from ..formats.manifest import read_manifest
+from ..formats.naming import MANIFEST_NAME, SUMS_NAME, is_served, stale_parts
 from ..publish.directory import replacing
+from ..publish.manifests import Wanted, record_of
+from ..publish.record import Record
 from .vllm import REQUEST, Outcome, Request, outcome
 
 PLUGIN: Final = "fastshard"
@@ -48,7 +51,15 @@ def main(arguments: Sequence[str]) -> int:
     try:
         engine = EngineArgs.from_cli_args(given)
         check_engine(engine)
-        nbytes = save(engine, given.output, given.file_pattern, given.max_file_size, durable=given.durable)
+        manifest = "sha256" if given.sha256 else True
+        nbytes = save(
+            engine,
+            given.output,
+            given.file_pattern,
+            given.max_file_size,
+            durable=given.durable,
+            manifest=manifest,
+        )
     except Exception as error:
         # Of workers that have failed vLLM has shown more than the error has here.
         print(f"fastshard: {described(error)}", file=sys.stderr)
@@ -72,6 +83,11 @@ def add_arguments(parser: Any) -> None:
         type=parse_size,
         default=DEFAULT_MAX_FILE_SIZE,
         help="the size of a part, in bytes or such as 5GB or 5GiB (default: 5GiB)",
+    )
+    group.add_argument(
+        "--sha256",
+        action="store_true",
+        help=f"also write {SUMS_NAME}, for sha256sum -c; it takes reading all once",
     )
     group.add_argument("--durable", action="store_true", help="return when everything is on stable storage")
 
@@ -104,6 +120,7 @@ def save(
     max_size: int | None = DEFAULT_MAX_FILE_SIZE,
     *,
     durable: bool = False,
+    manifest: Wanted = True,
 ) -> int:
     """Does what the command does. Returns the bytes of weights. ``engine`` is vLLM's ``EngineArgs``.
 
@@ -113,14 +130,29 @@ def save(
     model = os.path.realpath(engine.model)
     if os.path.realpath(output) == model:
         raise ValueError(f"the output is the model's own folder {engine.model!r}")
-    with replacing(os.path.abspath(output), stale_parts(pattern), create=True, durable=durable) as staging:
+    change = replacing(
+        os.path.abspath(output),
+        stale_parts(pattern),
+        create=True,
+        durable=durable,
+        record=lambda folder: _record(folder, manifest),
+    )
+    with change as staging:
         copy_metadata(model, staging, leave_out=os.path.realpath(output))
-        request = Request(staging, pattern, max_size, durable)
+        request = Request(staging, pattern, max_size, durable, manifest=True)
         outcomes = _load_and_save(engine, request)
         files = _checked(outcomes, staging)
         if any(said is not None and said.untied for said in outcomes):
             _untie(os.path.join(staging, "config.json"))
         return sum(os.path.getsize(os.path.join(staging, name)) for name in files)
+
+
+def _record(staging: str, manifest: Wanted) -> Record:
+    """Returns what is known of all files. The checksums of the weights were taken when the workers wrote them."""
+    of_weights = os.path.join(staging, MANIFEST_NAME)
+    known = read_manifest(of_weights).files
+    os.unlink(of_weights)  # the folder's manifest takes its place
+    return record_of(staging, manifest, known)
 
 
 def _load_and_save(engine: Any, request: Request) -> list[Outcome | None]:
