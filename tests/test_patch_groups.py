@@ -20,7 +20,7 @@ from helpers import run_bare
 
 import fastshard
 from fastshard.base import activity
-from fastshard.integrations import calls, patch_groups, patching
+from fastshard.integrations import calls, patch_groups, patch_table, patching
 from fastshard.integrations.patching import Entry
 from fastshard.integrations.report import NOT_YET
 
@@ -262,9 +262,9 @@ def test_the_binder_takes_what_the_function_takes(signature):
 
 def expected_of_the_installed() -> list[Entry]:
     """The rows of the table that the installed versions should have, imported."""
-    for row in patch_groups.TABLE:
+    for row in patch_table.TABLE:
         importlib.import_module(row.library)
-    rows = patch_groups.expected(patch_groups.TABLE)
+    rows = patch_groups.expected(patch_table.TABLE)
     for row in rows:
         importlib.import_module(row.module)
     return rows
@@ -301,7 +301,7 @@ def test_the_installed_libraries_fit(caplog):
 )
 def test_a_version_without_one_part_is_left_as_it_is(monkeypatch, caplog, module, name, method):
     rows = expected_of_the_installed()
-    if any((row.module, row.attribute) == (module, name) for row in set(patch_groups.TABLE) - set(rows)):
+    if any((row.module, row.attribute) == (module, name) for row in set(patch_table.TABLE) - set(rows)):
         pytest.skip(f"the installed version has no {name} yet")
     import accelerate
     import huggingface_hub.serialization._torch as hub
