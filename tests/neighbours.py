@@ -163,7 +163,9 @@ def lightning(folder: Path) -> None:
             return torch.optim.Adam(self.parameters())
 
     ours = sys.modules.get("fastshard")
-    if ours is not None:  # torch.save into memory, which Lightning does by itself, cannot go through the engine
+    if (
+        ours is not None
+    ):  # torch.save into memory, which Lightning does by itself, cannot go through the engine
         from fastshard.lightning import FastshardCheckpointIO
     trainer = library.Trainer(
         plugins=[FastshardCheckpointIO()] if ours is not None else [],
