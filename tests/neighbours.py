@@ -124,7 +124,9 @@ def _trl(folder: Path, dpo: bool) -> None:
         "bf16": False,
         "gradient_checkpointing": False,
     }
+    more: dict[str, Any] = {}
     if dpo:
+        more["ref_model"] = llama()
         rows = {"prompt": ["a b"] * 4, "chosen": ["c"] * 4, "rejected": ["d"] * 4}
         arguments, kind = trl.DPOConfig(**common), trl.DPOTrainer
     else:
@@ -134,6 +136,7 @@ def _trl(folder: Path, dpo: bool) -> None:
         args=arguments,
         train_dataset=datasets.Dataset.from_dict(rows),
         processing_class=tokenizer(folder),
+        **more,
     )
     trainer.train()
     trainer.save_model(str(folder / "final"))
