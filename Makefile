@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 LINT := build/lint
 TOOLS := $(LINT)/tools/bin
 
-.PHONY: demo lint test sanitize test-versions faults bench docs torch
+.PHONY: demo lint test sanitize test-versions neighbours faults bench docs torch
 
 demo: torch
 	$(BIN)/pip install -q .
@@ -74,3 +74,8 @@ DOCS := build/docs/tools/bin
 docs: $(DOCS)/pip
 	$(DOCS)/pip install -q --group docs
 	PATH="$(CURDIR)/$(DOCS):$$PATH" NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
+
+# What goes through the engine in the libraries that stand beside it, each saved with for real; NAMES="peft timm" picks.
+neighbours: torch
+	$(BIN)/pip install -q '.[test]' sentence-transformers timm trl datasets
+	$(BIN)/python tests/neighbours.py $(NAMES)

@@ -65,7 +65,7 @@ PYTHON_LAYERS = {
     """,
     "tools": "structure verify describe completeness run_folder usage tensors_of values diff convert tp_plan model_plan parts rank_folders outputs reshard stored_boxes dcp_source dcp_folders statements",
     "integrations": """
-        patch_entry patch_groups import_hook calls switches patching overrides report offload transformers_distributed transformers trainer accelerate accelerate_state hub_uploads lightning torch_checkpointing adapters dcp vllm_states vllm_probe vllm
+        patch_entry patch_table patch_groups import_hook calls switches patching overrides report offload transformers_distributed transformers trainer diffusers accelerate accelerate_state hub_uploads lightning torch_checkpointing adapters dcp vllm_states vllm_probe vllm
         vllm_transfer sglang vllm_save
     """,
     "cli": "text files checkpoints verify run_folders diff run serve command __init__",

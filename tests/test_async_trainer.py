@@ -701,7 +701,8 @@ def test_without_the_switch_nothing_changes(tmp_path):
 
 def test_the_installed_transformers_fits():
     with fastshard.installed(asynchronous=True):
-        assert [r for r in fastshard.status().replacements if not r.replaced and r.why_not != NOT_YET] == []
+        rest = [r for r in fastshard.status().replacements if not r.replaced and r.why_not != NOT_YET]
+        assert {r.library for r in rest if not r.why_not.endswith("is not imported")} == set()
         assert any("Trainer._save_checkpoint" in r.functions for r in fastshard.status().replacements)
 
 

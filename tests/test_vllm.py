@@ -572,7 +572,7 @@ def parallel(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
         "sglang.srt.runtime_context": {"get_parallel": lambda: parallel},
         "sglang.srt.plugins": {},
         "sglang.srt.plugins.hook_registry": {
-            "HookType": types.SimpleNamespace(REPLACE="replace"),
+            "HookType": types.SimpleNamespace(REPLACE="replace", AFTER="after"),
             "HookRegistry": types.SimpleNamespace(register=lambda *hook: registered.append(hook)),
         },
     }
@@ -586,7 +586,56 @@ def parallel(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
 def test_sglang_registers_its_hook(parallel: types.SimpleNamespace) -> None:
     sglang.register()
-    assert parallel.registered == [(sglang.TARGET, sglang.save_model, "replace")]
+    loaded = [(target, sglang.loaded, "after") for target in sglang.LOADED]
+    assert parallel.registered == [(sglang.TARGET, sglang.save_model, "replace"), *loaded]
+
+
+class Attention(torch.nn.Module):
+    """As SGLang's MLA attention: its first forward registers a weight once more, under a smaller name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn_mha = torch.nn.Module()
+        self.kv_b_proj = torch.nn.Linear(3, 2, bias=False)
+
+    def run(self) -> None:
+        self.attn_mha.kv_b_proj = self.kv_b_proj
+
+
+def test_sglang_saves_what_a_new_model_has(parallel: types.SimpleNamespace, tmp_path: Path) -> None:
+    model = Attention()
+    assert sglang.loaded(model, "config", device="cpu") is None
+    before = dict(model.state_dict())
+    model.run()
+    assert len(model.state_dict()) == 2
+    sglang.save_model(model, str(tmp_path))
+    assert same(tmp_path / "model-rank-1-part-0.safetensors", before) and list(before) == ["kv_b_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda model: delattr(model, "kv_b_proj"), "kv_b_proj.weight is missing"),
+        (lambda model: model.half(), "kv_b_proj.weight has another shape or dtype"),
+        (lambda model: model.register_buffer("scale", torch.ones(2)), "scale is not expected"),
+    ],
+)
+def test_sglang_refuses_what_a_new_model_would_not_load(
+    parallel: types.SimpleNamespace, tmp_path: Path, change: Any, text: str
+) -> None:
+    model = Attention()
+    sglang.loaded(model)
+    change(model)
+    with pytest.raises(ValueError, match=f"changed since it was loaded: {text}"):
+        sglang.save_model(model, str(tmp_path))
+    assert os.listdir(tmp_path) == []
+
+
+def test_sglang_says_that_it_did_not_see_a_model_loaded(
+    parallel: types.SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sglang.save_model(Attention(), str(tmp_path))
+    assert "did not see how SGLang loaded this model" in caplog.text
 
 
 def test_sglang_saves_a_rank_and_leaves_others_alone(parallel: types.SimpleNamespace, tmp_path: Path) -> None:

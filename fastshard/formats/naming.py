@@ -111,16 +111,16 @@ def is_served(name: str) -> bool:
     return name.endswith((*_SERVED_WEIGHTS, INDEX_SUFFIX, f"{PICKLED_SUFFIX}{_INDEX_ENDING}"))
 
 
-def are_of_the_same_weights(names: Iterable[str], name: str) -> bool:
+def are_of_the_same_weights(names: Iterable[str], name: str, *, in_any_container: bool = False) -> bool:
     """Returns whether a file belongs to the same weights as one of ``names``: as a shard, the only file, or
-    an index."""
-    found = _WEIGHTS.fullmatch(name)
-    stem = found and found["stem"]
+    an index. ``in_any_container``: also as a shard or an index in the other container."""
+    found = _WEIGHTS.fullmatch(name) or _INDEX.fullmatch(name)
     if found is None:
-        found = _INDEX.fullmatch(name)
-        stem = found and found["stem"] + (found["variant"] or "")
-    return found is not None and any(
-        match["stem"] == stem and match["suffix"] == found["suffix"]
+        return False
+    stem = found["stem"] + (found.groupdict().get("variant") or "")
+    also = in_any_container and (found.re is _INDEX or found[2] is not None)
+    return any(
+        match["stem"] == stem and (also or match["suffix"] == found["suffix"])
         for match in map(_WEIGHTS.fullmatch, names)
         if match
     )

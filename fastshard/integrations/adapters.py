@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The implementations of replaced functions that are public functions of the same name.
 
-:data:`fastshard.integrations.patch_groups.TABLE` says which function each one replaces. They are called as
+:data:`fastshard.integrations.patch_table.TABLE` says which function each one replaces. They are called as
 ``implementation(original, *args, **kwargs)``. They take the original's parameters and no others, so that
 nobody comes to depend on fastshard's own arguments through another library's function.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A row of the table of what fastshard replaces (:mod:`fastshard.integrations.patch_groups`)."""
+"""A row of the table of what fastshard replaces (:mod:`fastshard.integrations.patch_table`)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replaces the savers of other libraries, and puts them back.
 
-``patch_groups.py`` lists what is replaced by what. An implementation is called as ``implementation(original,
+``patch_table.py`` lists what is replaced by what. An implementation is called as ``implementation(original,
 *args, **kwargs)`` with the caller's arguments, ``self`` first for a method; ``adapters.py`` makes it of a
 public function of the same name. Three kinds of calls go to the original:
 
@@ -38,10 +38,10 @@ from ..base.originals import Function, is_ours, namespace
 from . import import_hook, patch_groups
 from .calls import load as _load  # noqa: F401
 from .calls import refused, replacement_of
-from .patch_groups import ASYNCHRONOUS as ASYNCHRONOUS
-from .patch_groups import TABLE as TABLE
 from .patch_groups import Entry as Entry
 from .patch_groups import Found, Target, bring, examine, groups
+from .patch_table import ASYNCHRONOUS as ASYNCHRONOUS
+from .patch_table import TABLE as TABLE
 from .switches import Manifest, State, check_manifest
 
 _INFO: Final = 20  # logging's, which takes a while to import
@@ -86,7 +86,7 @@ os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_i
 
 
 def install(*, asynchronous: bool = False, manifest: Manifest = False, incremental: bool = False) -> None:
-    """Replaces the functions in :data:`patch_groups.TABLE` with fastshard's, until :func:`uninstall`.
+    """Replaces the functions in :data:`patch_table.TABLE` with fastshard's, until :func:`uninstall`.
 
     No library is imported: those that are not loaded yet are patched when they are imported. A second call
     does nothing, except that it reaches modules that have bound an original in the meantime. Do not call it

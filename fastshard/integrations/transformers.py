@@ -69,7 +69,7 @@ def save_pretrained(original: Callable[..., Any], model: Any, *args: Any, **kwar
     if os.path.isfile(directory):
         return original(model, *args, **kwargs)
     directory = os.fspath(directory)
-    reason = _why_on_the_spot(model)
+    reason = why_on_the_spot(model)
     with contextlib.nullcontext() if reason is None else on_the_spot(_CALL, reason):
         return _save(original, model, directory, arguments, args, kwargs)
 
@@ -85,14 +85,14 @@ def _save(
     from transformers.utils import logging
 
     how = How(progress=logging.is_progress_bar_enabled(), manifest=patching.manifest(), base=current_base())
-    stale = None if is_main(arguments) else _nothing
+    stale = None if is_main(arguments) else nothing
     with staged(directory, stale, how, call=_CALL, create=True, loggers=_LOGGERS) as stage:
         state_dict = arguments.get("state_dict")
         if stage.base is not None:
             stage.base.frozen = frozen_storages(model.parameters())
         stage.at_once = _changes_between_shards(model, state_dict)
         given_apart = _storages(state_dict.values()) if state_dict and not stage.at_once else set()
-        stage.lasting = functools.partial(_lasting, model, given_apart)
+        stage.lasting = functools.partial(lasting, model, given_apart)
         if "save_directory" in kwargs:
             kwargs["save_directory"] = stage.path
         else:  # always the first
@@ -143,13 +143,18 @@ def _why_left(original: Callable[..., Any], model: Any, arguments: Mapping[str, 
     return f"{own} is not transformers' own" if own else None
 
 
-def _why_on_the_spot(model: Any) -> str | None:
+def why_on_the_spot(model: Any) -> str | None:
     """Returns why a save has to be complete when its call returns; ``None`` if it may be asynchronous."""
     if hasattr(model, "hf_device_map") and is_offloaded(model):
         return "weights are offloaded"  # and may be read from the files that are being replaced
     own = overridden(model, "save_pretrained")
     if own is not None:
         return f"{own} may look at what was saved"
+    return several_processes()
+
+
+def several_processes() -> str | None:
+    """Returns that several processes save, if they do."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         return "several processes save together"
@@ -177,7 +182,8 @@ def _changes_between_shards(model: Any, state_dict: object) -> bool:
     )
 
 
-def _nothing(name: str) -> bool:
+def nothing(name: str) -> bool:
+    """Says of every file that it stays."""
     return False
 
 
@@ -210,11 +216,11 @@ def progress_bar(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     return logging.EmptyTqdm(*args[1:], **kwargs)
 
 
-def _lasting(model: Any, besides: set[int]) -> set[int]:
+def lasting(model: Any, besides: Iterable[int] = ()) -> set[int]:
     """Returns the storages that outlive the save: the model's own, and those that hooks of accelerate hold
     for it."""
     held = held_in_memory(model) if hasattr(model, "hf_device_map") else ()
-    return besides | _storages(model.parameters(), model.buffers(), held)
+    return {*besides} | _storages(model.parameters(), model.buffers(), held)
 
 
 def _storages(*groups: Iterable[object]) -> set[int]:

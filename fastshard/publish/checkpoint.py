@@ -13,6 +13,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from ..base.activity import one_save
 from ..engine import background
@@ -44,7 +45,8 @@ class Checkpoint:
         """After the block: ends when the folder stands under its name, or everything is undone."""
         self.messages = Messages(directory)
         """What other libraries say of its files."""
-        self.change = Replacement(directory, create=True, durable=durable, beside=True)
+        self._stale: dict[str, Callable[[str], bool]] = {}
+        self.change = Replacement(directory, self._is_stale, create=True, durable=durable, beside=True)
         self.path = self.change.path
         """The hidden folder to write to, of the same name as :attr:`directory`."""
         self.thread = threading.get_ident()
@@ -63,12 +65,26 @@ class Checkpoint:
         found = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
         return isinstance(found, str) and f"{found}{os.sep}".startswith(self.path + os.sep)
 
-    def part(self, directory: str, manifest: Wanted = False) -> Part:
-        """Returns what stands for the change of names of a save that fills this folder, or one in it. If that wants a
-        manifest, the whole has one."""
+    def part(self, directory: str, stale: Callable[[str], bool], manifest: Wanted = False) -> Part:
+        """Returns what stands for the change of names of a save that fills this folder, or one in it. What is ``stale``
+        in the same folder of an earlier checkpoint goes when the whole appears. If the save wants a manifest, the whole
+        has one."""
         os.makedirs(directory, exist_ok=True)
+        self._stale[os.path.normpath(os.path.relpath(directory, self.path))] = stale
         self.manifest = self.manifest or manifest
         return Part(self, directory)
+
+    def _is_stale(self, path: str) -> bool:
+        stale = self._stale.get(os.path.dirname(path) or os.curdir)
+        return stale is not None and stale(os.path.basename(path))
+
+    def publish_now(self, count: Callable[[], None]) -> None:
+        """Lets the folder appear, as nothing in it is being written any more."""
+        self._record()
+        self.change.publish()
+        self.change.close()
+        self._run_steps()
+        count()
 
     def publish(self, count: Callable[[], None]) -> None:
         """Lets the folder appear when the saves in it have ended."""
@@ -101,11 +117,11 @@ class Checkpoint:
         for future in self.saves:
             future.result()
 
-    def _record(self, _: Stats) -> None:
+    def _record(self, _: object = None) -> None:
         if self.manifest:
             self.change.record = record_of(self.path, self.manifest, self.entries, self.sums)
 
-    def _run_steps(self, figures: Stats) -> None:
+    def _run_steps(self, figures: object = None) -> None:
         for step in self._steps:
             step()
         self.messages.tell(figures)
@@ -153,33 +169,40 @@ def checkpoint(
     loggers: tuple[str, ...] = (),
     durable: bool = False,
     manifest: Wanted = False,
+    waited: bool = False,
 ) -> Iterator[Checkpoint]:
     """A context manager that gives a hidden folder for the checkpoint ``directory``.
 
     In the block this thread's saves are asynchronous. At its end all snapshots are complete, and the folder
     appears when everything is written: see :attr:`Checkpoint.future`, which also belongs to the block of
-    :func:`fastshard.asynchronous` around this one. If ``directory`` is there already, files of the same names
-    are replaced then, all at once, and others stay. After an exception in the block everything is as it was.
+    :func:`fastshard.asynchronous` around this one. With ``waited`` the saves end with their calls, and the folder
+    stands when the block has ended. If ``directory`` is there already, files of the same names
+    are replaced then, all at once, and others stay, except what the saves in the block know to be stale. After an
+    exception in the block everything is as it was.
 
     ``manifest`` is what the folder is to say of all files in it, as for :func:`fastshard.save_file`. All saves in it
     count as one of the public function ``call``. Messages of ``loggers`` about its files are
     held back until these stand, and name the final places.
     """
     outer, around = current_checkpoint(), background.current()
+    if waited:
+        background.make_way(directory)
+        saves: Any = background.synchronous()
+    else:
+        saves = background.asynchronous(snapshot=around.snapshot if around else "auto")
     with one_save(call, directory) as counted:
         made = Checkpoint(directory, durable, manifest)
         try:
             _running.checkpoint = made
             try:
-                with (
-                    background.asynchronous(snapshot=around.snapshot if around else "auto") as saves,
-                    made.messages.held_back(loggers, made.path),
-                ):
-                    made.saves = saves.futures
+                with saves, made.messages.held_back(loggers, made.path):
+                    if not waited:
+                        made.saves = saves.futures
                     yield made
             finally:
                 _running.checkpoint = outer
-            made.publish(counted.expect())
+            publish = made.publish_now if waited else made.publish
+            publish(counted.expect())
         except BaseException as error:
             made.change.explain(error)
             made.close()

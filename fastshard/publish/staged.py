@@ -197,7 +197,9 @@ def staged(
     names: set[str] = set()
     obsolete = stale or (lambda name: are_of_the_same_weights(names, name))
     made = current_checkpoint()
-    part = made.part(directory, how.manifest) if made is not None and made.holds(directory) else None
+    part = (
+        made.part(directory, obsolete, how.manifest) if made is not None and made.holds(directory) else None
+    )
     messages = Messages(directory) if part is None else part.messages
     if part is None:
         background.make_way(directory)
