@@ -22,6 +22,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = {
     "README.md": 2,
     "examples.md": 4,
+    "lightning.md": 1,
     "performance.md": 3,
     "quickstart.md": 2,
     "rivals.md": 2,
