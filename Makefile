@@ -19,8 +19,8 @@ demo: torch
 # What can be said of the code without running it. A compiler's warning is an error here.
 lint: torch $(TOOLS)/pip
 	$(TOOLS)/pip install -q --group lint
-	$(TOOLS)/ruff check fastshard tests bench examples docs setup.py
-	$(TOOLS)/ruff format --check fastshard tests bench examples docs setup.py
+	$(TOOLS)/ruff check fastshard tests bench examples docs/docstrings.py setup.py
+	$(TOOLS)/ruff format --check fastshard tests bench examples docs/docstrings.py setup.py
 	$(TOOLS)/clang-format --dry-run --Werror $$(find csrc tests -name '*.c' -o -name '*.cc' -o -name '*.h' -o -name '*.cu*')
 	CMAKE_ARGS="$$CMAKE_ARGS -DCMAKE_COMPILE_WARNING_AS_ERROR=ON" $(BIN)/pip install -q '.[test]'
 # Laid out as it is installed, and with the libraries that the tests have.

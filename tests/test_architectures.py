@@ -36,7 +36,7 @@ SAMPLE = {
 }
 REFUSED = {
     "diffusion_gemma": "lm_head.weight and model.decoder.embed_tokens.weight are the same tensor, but ",
-    "shieldgemma2": "embed_tokens.weight is no parameter of Gemma3ForConditionalGeneration",
+    "shieldgemma2": "embed_tokens.weight is not a parameter of Gemma3ForConditionalGeneration",
 }
 """What has no right answer: the plan splits the encoder and not the decoder, though all their weights are tied; the class
 that the configuration leads to does not load what it saves, in transformers either."""

@@ -110,12 +110,12 @@ def test_a_dict_inside(tmp_path: Path) -> None:
 
 def test_what_is_no_dict_of_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = refused(tmp_path, capsys, {"epoch": 5, "model": STATE, "w": torch.ones(1)})
-    assert text == "not only tensors in it: 'epoch', 'model'; --key model takes the tensors in there"
+    assert text == "it holds not only tensors: 'epoch', 'model'; --key model takes the tensors in there"
     text = refused(tmp_path, capsys, {str(i): i for i in range(9)})
-    assert text == "not only tensors in it: '0', '1', '2', '3', '4' and 4 more"
-    assert refused(tmp_path, capsys, {"a": STATE}, "--key", "b") == "no 'b' in it, but 'a'"
-    assert refused(tmp_path, capsys, torch.ones(3)) == "a dict of tensors is wanted, not Tensor"
-    assert refused(tmp_path, capsys, [1], "--key", "b") == "no 'b' in it"
+    assert text == "it holds not only tensors: '0', '1', '2', '3', '4' and 4 more"
+    assert refused(tmp_path, capsys, {"a": STATE}, "--key", "b") == "it has no entry 'b', but 'a'"
+    assert refused(tmp_path, capsys, torch.ones(3)) == "it must hold a dict of tensors, not Tensor"
+    assert refused(tmp_path, capsys, [1], "--key", "b") == "it has no entry 'b'"
     assert refused(tmp_path, capsys, {3: torch.ones(1)}) == "names of tensors must be strings: 3"
     state = {"good": torch.ones(1), "bad": torch.ones(1, dtype=torch.complex128)}
     assert refused(tmp_path, capsys, state) == "safetensors has no torch.complex128: 'bad'"
@@ -153,7 +153,8 @@ def test_an_existing_file_is_replaced_only_by_force(
     capsys.readouterr()
     assert cli.main(arguments) == 1
     assert (
-        capsys.readouterr().err == f"fastshard: {tmp_path / 'm.safetensors'}: exists; --force replaces it\n"
+        capsys.readouterr().err
+        == f"fastshard: {tmp_path / 'm.safetensors'}: it exists already; --force replaces it\n"
     )
     assert (tmp_path / "m.safetensors").read_bytes() == before
     assert cli.main([*arguments, "--force"]) == 0
@@ -305,7 +306,9 @@ def test_archives_that_unfold(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(["convert", str(tmp_path / "m.pt"), str(tmp_path / "out")]) == 1
     assert "its records are compressed" in capsys.readouterr().err
     text = refused(tmp_path / "two", capsys, {"a": torch.zeros(1).expand(1 << 40)})
-    assert text == f"'a' has 4 bytes, which it repeats to {1 << 42}: a bomb?"
+    assert (
+        text == f"'a' has 4 bytes, which its strides repeat to {1 << 42}: a file that is made to fill a disk?"
+    )
 
 
 @pytest.mark.parametrize("what", ["", "pytorch_model.bin.index.json"])

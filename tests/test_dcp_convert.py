@@ -81,7 +81,7 @@ def test_every_dtype(tmp_path: Path) -> None:
 
 def test_dtypes_that_safetensors_does_not_have(tmp_path: Path) -> None:
     source = save({"a": torch.ones(3, dtype=torch.complex128)}, tmp_path / "dcp")
-    with pytest.raises(ValueError, match=r"safetensors has no torch\.complex128, which tensor 'a' is"):
+    with pytest.raises(ValueError, match=r"tensor 'a' is torch\.complex128, which safetensors does not have"):
         convert_dcp(source, tmp_path / "out")
     if FLOAT4 is not None and saved_by_torch(FLOAT4):
         source = save({"four": filled((4, 6), FLOAT4)}, tmp_path / "four")
@@ -124,7 +124,7 @@ def test_the_entry(tmp_path: Path, state: dict[str, Any], key: str | None, names
             None,
             "not clear; --key takes .*: 'app.one', 'app.two'",
         ),
-        ({"model": {"a": 1}}, "ema", "no 'ema' in it, but 'model'"),
+        ({"model": {"a": 1}}, "ema", "it has no entry 'ema', but 'model'"),
         ({"step": 7.5}, None, "no tensors in it"),
     ],
 )
@@ -278,7 +278,7 @@ def _hand_made(
 @pytest.mark.parametrize(
     ("offsets", "reason"),
     [
-        ([(0, 0)], "30 of its 60 elements are in no file"),
+        ([(0, 0)], "30 of its 60 elements are not in any file"),
         ([(0, 0), (0, 4)], r"the parts at \[0, 0\] and \[0, 4\] overlap"),
         ([(0, 0), (0, 6)], r"a part of \[6, 5\] at \[0, 6\] leaves \[6, 10\]"),
     ],
@@ -320,7 +320,7 @@ def test_boxes_of_any_kind(tmp_path_factory: pytest.TempPathFactory, data: st.Da
     found = complete(shape, random.Random(len(boxes)).sample([*boxes, boxes[0]], len(boxes) + 1))
     assert sorted(found) == sorted(boxes)
     if len(boxes) > 1:
-        with pytest.raises(ValueError, match="elements are in no file"):
+        with pytest.raises(ValueError, match="elements are not in any file"):
             complete(shape, boxes[1:])
     gathered = Gathered((0,) * len(shape), shape, found, Target(dtype, dtype, "F32"))
     expected = whole.view(-1).view(torch.uint8).numpy().tobytes()
@@ -512,7 +512,7 @@ def test_sharding_info_that_is_none(tmp_path: Path) -> None:
         ('{"a": {}}', "does not say where tensor 'a' lies"),
         ('{"a": {"saved_offsets": [-1]}}', "does not say where tensor 'a' lies"),
         ('{"a": {"saved_offsets": [0, 0]}}', r"tensor 'a' of shape \[3\] cannot lie at \[0, 0\]"),
-        ('{"a": {"saved_offsets": [4]}}', "tensor 'a': 4 of its 7 elements are in no file"),
+        ('{"a": {"saved_offsets": [4]}}', "tensor 'a': 4 of its 7 elements are not in any file"),
     ]:
         fastshard.save_file({"a": filled((3,))}, tmp_path / "shard.safetensors", {"DCP_SHARDING_INFO": text})
         with pytest.raises(ValueError, match=reason) as caught:
@@ -553,13 +553,16 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ]
     assert load_file(out / "model.safetensors")["a"].dtype == torch.bfloat16
     assert cli.main(["convert", source, str(out)]) == 1
-    assert capsys.readouterr().err == f"fastshard: {out / 'model.safetensors'}: exists; --force replaces it\n"
+    assert (
+        capsys.readouterr().err
+        == f"fastshard: {out / 'model.safetensors'}: it exists already; --force replaces it\n"
+    )
     assert cli.main(["convert", source, str(tmp_path / "m.pt")]) == 1
-    assert ".safetensors files are made" in capsys.readouterr().err
+    assert "can only become .safetensors files" in capsys.readouterr().err
     assert cli.main(["convert", str(tmp_path), str(out)]) == 1
     file = str(out / "model.safetensors")
     assert cli.main(["convert", file, str(tmp_path / "m.safetensors"), "--verify"]) == 1
-    assert "--verify is for checkpoints of torch.distributed.checkpoint" in capsys.readouterr().err
+    assert "--verify is only for checkpoints of torch.distributed.checkpoint" in capsys.readouterr().err
 
 
 def test_a_save_that_has_not_ended(tmp_path: Path) -> None:

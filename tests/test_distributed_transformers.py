@@ -117,7 +117,9 @@ def test_consolidation_that_fails(tmp_path: Path, installed: None) -> None:
     (tmp_path / "out" / "model-00001-of-00001.safetensors").write_bytes(b"old")
     lost = next((tmp_path / "parts").glob("shard-00002*"))
     lost.unlink()
-    with pytest.raises(ValueError, match=f"{tmp_path / 'parts'}: tensor '.*' is in no file|are in no file"):
+    with pytest.raises(
+        ValueError, match=f"{tmp_path / 'parts'}: tensor '.*' is not in any file|are not in any file"
+    ):
         theirs.consolidate_safetensors_files(
             str(tmp_path / "parts"), str(tmp_path / "out"), dict.fromkeys([*WHOLE, *OTHERS], 1)
         )

@@ -417,9 +417,9 @@ def test_a_long_list_of_texts_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text, words",
     [
-        ('{"a":1,"a":2}', "'a' stands there twice"),
-        ('{"a":NaN}', "NaN is no JSON"),
-        ('{"a":-Infinity}', "is no JSON"),
+        ('{"a":1,"a":2}', "'a' occurs twice"),
+        ('{"a":NaN}', "NaN is not JSON"),
+        ('{"a":-Infinity}', "is not JSON"),
         ('{"a":"\\ud800"}', "surrogates not allowed"),
         ('{"a":' + "1" * 50 + "}", "a number of 50 digits"),
         ("\ufeff{}", "BOM"),

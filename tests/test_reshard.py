@@ -261,15 +261,15 @@ def test_a_plan_file_may_replicate_key_and_value_heads(models: dict[str, Path], 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"quantization_config": {"quant_method": "fp8"}}, r"extra\.scale is no parameter .* quantized"),
-        ({}, r"extra\.scale is no parameter of LlamaForCausalLM"),
-        ({"num_hidden_layers": 1}, r"layers\.1\..* is no parameter"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"extra\.scale is not a parameter .* quantized"),
+        ({}, r"extra\.scale is not a parameter of LlamaForCausalLM"),
+        ({"num_hidden_layers": 1}, r"layers\.1\..* is not a parameter"),
         ({"hidden_size": 16}, r"has shape \[.*\], LlamaForCausalLM has"),
         ({"model_type": "nothing-known"}, "nothing-known"),
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "no tensor-parallel plan"),
         (
             {"architectures": ["BertModel", 3, "os", "__name__", "PreTrainedModel"]},
-            r"is no parameter of LlamaModel",
+            r"is not a parameter of LlamaModel",
         ),
     ],
     ids="quantized, extra tensor, missing layer, other width, unknown model, no plan, other classes".split(

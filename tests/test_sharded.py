@@ -102,11 +102,11 @@ def test_names(tmp_path: Path, world: dict[str, int], pattern: str | None, expec
         ("model-{part:03d}", {}, "once"),
         ("model-{rank:c}-{part}", {}, "other than a number"),
         ("model-{rank!r}-{part}", {}, "other than a number"),
-        ("model-{part", {}, "is none"),
+        ("model-{part", {}, "is not a pattern"),
         ("../model-{part}", {}, "has one of"),
         ("[ab]-{part}", {}, "has one of"),
-        ("", {}, "no name"),
-        ("..", {}, "no name"),
+        ("", {}, "is not the name of a file"),
+        ("..", {}, "is not the name of a file"),
         ("{part}.json", {}, "take 'fastshard-"),
     ],
 )
@@ -141,7 +141,7 @@ def test_a_pattern_without_parts_holds_one(tmp_path: Path) -> None:
 )
 def test_ranks_that_are_none(tmp_path: Path, world: dict[str, Any]) -> None:
     for call in (save_sharded_state, load_sharded_state):
-        with pytest.raises(ValueError, match="is no rank of"):
+        with pytest.raises(ValueError, match="is not a rank of"):
             call(layers(), tmp_path, **world)
     assert names(tmp_path) == []
 

@@ -125,5 +125,5 @@ def test_a_plan_for_another_checkpoint_is_refused():
 def test_what_is_no_plan(tmp_path, text):
     path = tmp_path / "plan.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"plan\.json.* is no plan"):
+    with pytest.raises(ValueError, match=r"plan\.json.* is not a plan"):
         read_plan(path)

@@ -446,7 +446,7 @@ def test_vllm_save_notes_what_verify_compares(
         (lambda fake: setattr(fake, "process", lambda model: 1 / 0), "ZeroDivisionError"),
         (
             lambda fake: setattr(fake, "load_model", lambda config: torch.nn.Module()),
-            "not at work in vLLM's workers",
+            "not active in vLLM's workers",
         ),
     ],
 )
@@ -557,7 +557,7 @@ def test_sizes(size: int | str, nbytes: int) -> None:
 
 @pytest.mark.parametrize("size", ["", "GB", "5 apples", "-1", "0", "0.1", "1e9", 0, -1, 1.5])
 def test_sizes_that_are_none(size: Any) -> None:
-    with pytest.raises(ValueError, match="is no size|less than a byte"):
+    with pytest.raises(ValueError, match="is not a size|less than a byte"):
         settings.parse_size(size)
 
 

@@ -92,7 +92,7 @@ def _inside(files: Mapping[str, Any]) -> dict[str, Any]:
     for name, told in files.items():
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if name.startswith("/") or ".." in parts or not parts or "\0" in name:
-            raise ValueError(f"{name!r} is no file in the folder")
+            raise ValueError(f"{name!r} is not a file in the folder")
         found["/".join(parts)] = told
     return found
 

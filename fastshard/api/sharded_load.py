@@ -230,7 +230,7 @@ def _stored(files: Iterable[BinaryIO]) -> dict[str, _Source]:
         try:
             header = read_header(file, os.fstat(file.fileno()).st_size)
         except ValueError as error:
-            raise SafetensorError(f"{file.name!r} is no safetensors file: {error}") from None
+            raise SafetensorError(f"{file.name!r} is not a safetensors file: {error}") from None
         for name, code, shape, begin, end in header.tensors:
             if name in stored:
                 raise ValueError(f"tensor {name!r} is in both {stored[name].file.name!r} and {file.name!r}")

@@ -45,7 +45,7 @@ def original_of(module: str, name: str) -> Function:
             (f for f in gc.get_referrers(home) if is_own(f, module) and f.__qualname__ == name), None
         )
         if known is None:
-            raise LookupError(f"{module}.{name} has been replaced, and nothing leads to what it was")
+            raise LookupError(f"{module}.{name} has been replaced, and the original cannot be found")
         _asked_for[module, name] = known
     return known
 

@@ -54,7 +54,9 @@ def parse_size(size: int | str) -> int:
     found = None if isinstance(size, bool) else re.fullmatch(r"\s*(\d+)(\.\d+)?\s*([a-zA-Z]*)\s*", str(size))
     unit = found and (1 if not found[3] and not found[2] else _UNITS.get(found[3].upper()))
     if not found or not unit:
-        raise ValueError(f"{size!r} is no size: a number of bytes, or one with a unit, as 5GB or 5GiB")
+        raise ValueError(
+            f"{size!r} is not a size: it must be a number of bytes, or a number with a unit such as 5GB or 5GiB"
+        )
     nbytes = int(found[1]) * unit + int(float(found[2] or 0) * unit)
     if nbytes < 1:
         raise ValueError(f"{size!r} is less than a byte")

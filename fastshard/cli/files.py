@@ -205,7 +205,7 @@ def _convert(given: argparse.Namespace) -> int:
     if is_dcp:
         return _convert_dcp(given, is_folder, how)
     if given.verify:
-        raise ValueError("--verify is for checkpoints of torch.distributed.checkpoint")
+        raise ValueError("--verify is only for checkpoints of torch.distributed.checkpoint")
     from ..tools.convert import convert, convert_folder
 
     if is_folder:
@@ -225,7 +225,7 @@ def _convert_dcp(given: argparse.Namespace, is_folder: bool, how: dict[str, Any]
     from ..tools.dcp_folders import convert_dcp
 
     if not is_folder and not given.destination.endswith(WEIGHTS_SUFFIX):
-        raise ValueError(f"{given.destination}: of such a checkpoint {WEIGHTS_SUFFIX} files are made")
+        raise ValueError(f"{given.destination}: such a checkpoint can only become {WEIGHTS_SUFFIX} files")
     done = convert_dcp(
         given.file,
         given.destination,
@@ -254,7 +254,7 @@ def _is_to_be_folder(given: argparse.Namespace) -> bool:
     if given.max_shard_size is not None:
         if has_suffix and not is_there:
             raise ValueError(
-                f"{destination}: with --max-shard-size DST is a folder, and this is the name of a file"
+                f"{destination}: this is the name of a file, and with --max-shard-size DST is a folder"
             )
         return True
     if is_there or destination.endswith("/"):

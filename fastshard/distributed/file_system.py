@@ -233,7 +233,9 @@ class FastshardFileSystemWriter(FileSystemWriter):
     ) -> None:
         super().__init__(path, *args, **kwargs)
         if not hasattr(FileSystemWriter, "_write_data"):
-            raise RuntimeError(f"FastshardFileSystemWriter needs a newer torch than {torch.__version__}")
+            raise RuntimeError(
+                f"FastshardFileSystemWriter needs a later version of torch than {torch.__version__}"
+            )
         self._options = options
         if self._is_ours():
             self.fs = _FILE_SYSTEM()

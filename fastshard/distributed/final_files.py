@@ -60,7 +60,7 @@ class _Parts:
     def _told(self) -> Any:
         (item, *_) = self.items
         if item.tensor_data is None:
-            raise ValueError(f"{item.index.fqn!r} is no tensor: the final files have no place for it")
+            raise ValueError(f"{item.index.fqn!r} is not a tensor, and final=True has no place for it")
         return item.tensor_data
 
 

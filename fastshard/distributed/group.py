@@ -349,6 +349,6 @@ def store_of(group: Any) -> Any:
     borrowed = getattr(distributed_c10d, "_get_process_group_store", None)
     if borrowed is None:
         raise RuntimeError(
-            "this version of torch does not give the store of a process group, by which ranks agree"
+            "this version of torch does not give access to the store of a process group, by which ranks agree"
         )
     return borrowed(group)

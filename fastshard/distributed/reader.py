@@ -151,7 +151,7 @@ def _files_of(folder: str) -> tuple[list[str], dict[str, object]]:
         return [*sorted(files_of_index(text, path)), *objects], noted if isinstance(noted, dict) else {}
     found = [name for name in names if name.endswith(WEIGHTS_SUFFIX)] + objects
     if not found:
-        raise FileNotFoundError(2, "no safetensors files", folder)
+        raise FileNotFoundError(2, "there are no safetensors files in the folder", folder)
     return found, {}
 
 
@@ -191,7 +191,7 @@ def _add_chunk(
         return
     if known.properties.dtype != dtype or len(known.size) != len(end):
         raise SafetensorError(
-            f"{name}: {fqn!r} has another dtype or number of dimensions than in other files"
+            f"{name}: {fqn!r} has a different dtype or number of dimensions in another file"
         )
     known.chunks.append(chunk)
     known.size = torch.Size(map(max, known.size, end))

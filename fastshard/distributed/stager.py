@@ -49,7 +49,9 @@ class FastshardStager(AsyncStager):
         engine: Engine | Options | None = None,
     ) -> None:
         if asynchronous and not hasattr(checkpoint.state_dict_saver, "AsyncSaveResponse"):
-            raise ImportError("asynchronous=True needs a later torch, whose async_save waits for stagers")
+            raise ImportError(
+                "asynchronous=True needs a later version of torch, whose async_save waits for stagers"
+            )
         self._process = process
         self._asynchronous = asynchronous
         self._engine = engine_for(engine)
@@ -115,7 +117,7 @@ class FastshardStager(AsyncStager):
         try:
             block.map()
         except OSError as error:
-            raise MemoryError(f"no memory for {nbytes} bytes of staged tensors: {error}") from error
+            raise MemoryError(f"there is no memory for {nbytes} bytes of staged tensors: {error}") from error
         return Lent(block, nbytes, Block.unmap)
 
     def _copy(self, gathered: Gathered, lent: Lent) -> SaveFuture:

@@ -147,7 +147,7 @@ def _weights_of(folder: str) -> tuple[str, list[str]]:
         index = os.path.join(folder, indices[0])
         return index, sorted(files_of_index(read_text(index), index))
     if not weights:
-        raise FileNotFoundError(2, f"no {WEIGHTS_SUFFIX} file in the folder", folder)
+        raise FileNotFoundError(2, f"there is no {WEIGHTS_SUFFIX} file in the folder", folder)
     if len(weights) > 1:
         raise ValueError(f"{folder!r} holds several files and no index: {', '.join(weights)}")
     return "", weights

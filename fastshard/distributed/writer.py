@@ -127,7 +127,9 @@ class FastshardWriter(InFolder, StorageWriter):
         self.save_distributed = save_distributed
         self.final = final
         if final and fqn_to_index_mapping is not None:
-            raise ValueError("final files are split by max_shard_size, not by fqn_to_index_mapping")
+            raise ValueError(
+                "with final=True files are split by max_shard_size, so fqn_to_index_mapping cannot be used"
+            )
         self._final_options = {
             "max_shard_size": max_shard_size,
             "process_group": process_group,
@@ -185,7 +187,9 @@ class FastshardWriter(InFolder, StorageWriter):
         if len(plans) == 1 and not scope.alone and not scope.rank:
             scope.rank, scope.alone = _among_others()
             if self.final and scope.alone:
-                raise ValueError("final files are saved by all ranks together: not with no_dist=True")
+                raise ValueError(
+                    "final=True is saved by all ranks together, so it cannot be used with no_dist=True"
+                )
         first = scope.rank + 1 if scope.alone else 1
         return [
             dataclasses.replace(plan, storage_data={_SHARD: shard} if self.save_distributed else {})
@@ -213,7 +217,7 @@ class FastshardWriter(InFolder, StorageWriter):
         if self.final:
             return  # which they have agreed on
         if files is None:
-            raise RuntimeError("finish() without a save that was set up")
+            raise RuntimeError("finish() was called without a save that was set up")
         found = made_by_ranks(results)
         if not self.save_distributed:
             found[INDEX_NAME] = write_index(files, results)

@@ -111,7 +111,7 @@ def _size(option: str, size: object) -> int:
         except ValueError as error:
             raise ValueError(f"{option}: {error}") from None
     else:
-        nbytes = _integer(option, size, " of bytes, or a text as '64MiB'")
+        nbytes = _integer(option, size, " of bytes, or a text such as '64MiB'")
     if not 0 <= nbytes <= _MOST_NBYTES:
         raise ValueError(f"{option} must not be negative, nor more than 2**63 - 1, not {nbytes}")
     return nbytes

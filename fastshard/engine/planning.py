@@ -174,7 +174,7 @@ class _Entries(Sequence[Entry]):
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
-            raise IndexError(f"there are {len(self)} tensors")
+            raise IndexError(f"there are only {len(self)} tensors")
         place, rank, name, code, shape, view = self._layout.entry(index % len(self))
         return Entry(rank, name, code, shape, TensorView(*view), self._tensors[place])
 

@@ -134,7 +134,7 @@ class ServedSave:
     def _wait_for(self, reached: Callable[[], bool], gate: _thread.LockType, timeout: float | None) -> None:
         self._check_process()
         if threading.get_ident() in self._serving:
-            raise RuntimeError("this save waits for the call that has been interrupted by this one")
+            raise RuntimeError("this save waits for a call that it has interrupted")
         end = None if timeout is None else time.monotonic() + timeout
         try:
             while not reached():

@@ -212,7 +212,7 @@ def _chunk(offsets: Numbers, sizes: Numbers, place: Inert, folder: str) -> Chunk
             f"it is stored as {place.state['transform_descriptors']!r:.80}, which only torch reads"
         )
     if any(type(number) is not int or number < 0 for number in (begin, nbytes)):
-        raise ValueError("its place is not said in numbers")
+        raise ValueError("its place is not given as numbers")
     return Chunk(offsets, sizes, os.path.join(folder, filename), begin, nbytes)
 
 
@@ -241,5 +241,5 @@ def _numbers(value: Any) -> Numbers:
     """Returns the numbers of a ``torch.Size``."""
     numbers = value.arguments[0] if isinstance(value, Inert) and value.name == "torch.Size" else value
     if not isinstance(numbers, (tuple, list)) or any(type(n) is not int or n < 0 for n in numbers):
-        raise ValueError("a size is not said in numbers")
+        raise ValueError("a size is not given as numbers")
     return tuple(numbers)

@@ -119,7 +119,7 @@ def format_of_name(path: str) -> str:
         return TORCH
     if suffix in _SUFFIXES:
         raise ValueError(
-            f"{path}: no {_SUFFIXES[suffix]} files are written, only {WEIGHTS_SUFFIX} and {', '.join(TORCH_SUFFIXES)}"
+            f"{path}: no {_SUFFIXES[suffix]} files can be written, only {WEIGHTS_SUFFIX} and {', '.join(TORCH_SUFFIXES)}"
         )
     return SAFETENSORS
 

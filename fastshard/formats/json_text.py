@@ -39,7 +39,7 @@ def unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
-                raise ValueError(f"{shown(name)} stands there twice")
+                raise ValueError(f"{shown(name)} occurs twice")
             seen.add(name)
     return found
 
@@ -58,12 +58,12 @@ def read_json(data: bytes | str) -> Any:
     """
     text = data if isinstance(data, str) else data.decode()
     if text.count("[") + text.count("{") > 10_000 + len(text) // 8:
-        raise ValueError("it is nothing but brackets")
+        raise ValueError("it has nothing but brackets in it")
     integer = _short_integer if _LONG_NUMBER.search(text) else None
     try:
         found = json.loads(text, object_pairs_hook=unique, parse_constant=_no_constant, parse_int=integer)
     except RecursionError:
-        raise ValueError("it is too deep") from None
+        raise ValueError("it is nested too deeply") from None
     if _SURROGATE.search(text):
         json.dumps(found, ensure_ascii=False).encode()
     return found
@@ -73,7 +73,7 @@ def read_json_object(data: bytes | str) -> dict[str, Any]:
     """Returns the object that a small JSON file holds. Raises as :func:`read_json`, and for any other value."""
     found = read_json(data)
     if not isinstance(found, dict):
-        raise ValueError("it holds no JSON object")
+        raise ValueError("it does not hold a JSON object")
     return found
 
 
@@ -84,7 +84,7 @@ def _short_integer(digits: str) -> int:
 
 
 def _no_constant(name: str) -> object:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 class Scanner:
@@ -199,7 +199,7 @@ class Scanner:
         ``most``."""
         first = self.peek()
         if self.at > most:
-            raise ValueError("too much in fields that the format does not have")
+            raise ValueError("there is too much in fields that the format does not have")
         if first == '"':
             self.string()
         elif first == "{":

@@ -175,7 +175,9 @@ def parse_manifest(data: bytes) -> Manifest:
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(f'no object with "format": "{FORMAT}"')
     if found.get("version") != VERSION:
-        raise ValueError(f"version {found.get('version')!r}; this fastshard reads version {VERSION}")
+        raise ValueError(
+            f"its version is {found.get('version')!r}, and this fastshard reads version {VERSION}"
+        )
     _only(found, "format", "version", "files", "aliases", "rank")
     files = {name: _file(name, entry) for name, entry in _get(found, "files", dict).items()}
     aliases = _get(found, "aliases", dict) if "aliases" in found else {}
@@ -219,7 +221,7 @@ def _of_rank(
 
 def _file(name: str, found: Any) -> FileEntry:
     if type(found) is not dict or os.path.isabs(name) or not name or ".." in name.split("/"):
-        raise ValueError(f"a file is {name!r}: {found!r:.100}")
+        raise ValueError(f"the entry of file {name!r} is {found!r:.100}")
     _only(found, "size", "crc32", "tensors")
     nbytes = _get(found, "size", int)
     tensors = None if "tensors" not in found else _get(found, "tensors", dict)
@@ -230,7 +232,7 @@ def _file(name: str, found: Any) -> FileEntry:
 
 def _tensor(name: str, found: Any, end: int) -> TensorEntry:
     if type(found) is not list or len(found) != 3 or type(found[0]) is not int or type(found[1]) is not int:
-        raise ValueError(f"tensor {name!r} is {found!r:.100}")
+        raise ValueError(f"the entry of tensor {name!r} is {found!r:.100}")
     if found[0] < 0 or found[1] < 0 or sum(found[:2]) > end:
         raise ValueError(f"tensor {name!r} lies at {found[:2]} of a file of {end} bytes")
     return TensorEntry(found[0], found[1], _crc32(found[2]))

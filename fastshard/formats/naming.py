@@ -295,7 +295,7 @@ class Ranks:
         for kind in ("tp", "pp", "dp", "ep"):
             rank, size = getattr(self, f"{kind}_rank"), getattr(self, f"{kind}_size")
             if type(rank) is not int or type(size) is not int or not 0 <= rank < size:
-                raise ValueError(f"{kind}_rank={rank!r} is no rank of {kind}_size={size!r}")
+                raise ValueError(f"{kind}_rank={rank!r} is not a rank of {kind}_size={size!r}")
 
 
 class Names:
@@ -323,7 +323,7 @@ class Names:
         stem = self._render("").removesuffix(WEIGHTS_SUFFIX).rstrip("-_.").removesuffix("-part")
         self.manifest = f"{_MANIFEST_PREFIX}{stem}{_MANIFEST_SUFFIX}"
         if self.glob in ("", ".", ".."):
-            raise self._wrong("is no name of a file")
+            raise self._wrong("is not the name of a file")
         if fnmatch.fnmatchcase(self.manifest, self.glob):
             raise ValueError(f"pattern {pattern!r} would make loaders take {self.manifest!r} for a shard")
 
@@ -359,7 +359,7 @@ class Names:
         try:
             parsed = list(string.Formatter().parse(self.pattern))
         except ValueError as error:
-            raise self._wrong(f"is none: {error}") from None
+            raise self._wrong(f"is not a pattern: {error}") from None
         merged: list[tuple[str, str | None, str | None, str | None]] = []
         for text, *rest in parsed:  # "{{" and "}}" come as texts of their own
             if merged and merged[-1][1] is None:

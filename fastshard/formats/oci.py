@@ -51,7 +51,7 @@ class Packed(NamedTuple):
 def pack(name: str, files: Mapping[str, Known]) -> Packed:
     """Returns the artifact of a model of this name. Raises ``ValueError`` if there is no file."""
     if not files:
-        raise ValueError("there is no file to be described")
+        raise ValueError("there are no files to describe")
     layers = [_layer(file, known) for file, known in sorted(files.items())]
     is_safetensors = any(file.endswith(WEIGHTS_SUFFIX) for file in files)
     config = _blob(

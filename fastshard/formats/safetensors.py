@@ -122,7 +122,9 @@ def header(
     encoded = f"{{{','.join(parts)}}}".encode()
     encoded += b" " * (-len(encoded) % 8)
     if len(encoded) > MAX_HEADER_NBYTES:
-        raise HeaderTooLarge(f"header of {len(encoded)} bytes; readers accept {MAX_HEADER_NBYTES}")
+        raise HeaderTooLarge(
+            f"the header would have {len(encoded)} bytes, and readers accept {MAX_HEADER_NBYTES}"
+        )
     return struct.pack("<Q", len(encoded)) + encoded
 
 
@@ -244,7 +246,7 @@ class _Entries(Scanner):
             if name != METADATA_KEY:
                 found[name] = self._named_tensor(name)
             elif has_metadata:
-                raise ValueError(f"{METADATA_KEY} stands there twice")
+                raise ValueError(f"{METADATA_KEY} occurs twice")
             else:
                 has_metadata = True
                 metadata = None if self.null() else self._texts()
@@ -303,7 +305,7 @@ class _Entries(Scanner):
                 elif number == 2:
                     offsets = self._offsets()
                 else:
-                    raise ValueError("more than three values")
+                    raise ValueError("it has more than three values")
         else:
             for key in self.members(2):
                 if key == "dtype" and code is None:
@@ -313,7 +315,7 @@ class _Entries(Scanner):
                 elif key == "data_offsets" and offsets is None:
                     offsets = self._offsets()
                 elif key in ("dtype", "shape", "data_offsets"):
-                    raise ValueError(f"{key} stands there twice")
+                    raise ValueError(f"{key} occurs twice")
                 else:
                     self._pass_over()
         if code is None or shape is None or offsets is None:
@@ -358,5 +360,5 @@ class _Entries(Scanner):
         most = self.at + _MAX_OTHER - self._other
         self.skip(3, most)
         if self.at > most:
-            raise ValueError("too much in fields that the format does not have")
+            raise ValueError("there is too much in fields that the format does not have")
         self._other += self.at - began

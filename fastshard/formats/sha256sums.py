@@ -37,7 +37,7 @@ def read_sums(path: str | os.PathLike[str]) -> dict[str, str]:
             raise ValueError(f"it is longer than {MAX_HEADER_NBYTES} bytes")
         return _parsed(os.fsdecode(data))
     except ValueError as error:
-        raise ValueError(f"{os.fspath(path)!r} is no list of SHA-256 digests: {error}") from None
+        raise ValueError(f"{os.fspath(path)!r} is not a list of SHA-256 digests: {error}") from None
 
 
 def _parsed(text: str) -> dict[str, str]:
@@ -58,4 +58,4 @@ def _unescaped(match: re.Match[str]) -> str:
     for character, escaped in _ESCAPES.items():
         if match[0] == escaped:
             return character
-    raise ValueError(f"{match[0]!r} means nothing")
+    raise ValueError(f"{match[0]!r} is not a known escape")

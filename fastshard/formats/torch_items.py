@@ -81,7 +81,7 @@ def find_tensor(read: Read, nbytes: int) -> SavedTensor:
         raise ValueError("its bytes are not in little-endian order")
     description = records.get("data.pkl")
     if description is None or description.nbytes > _MAX_PICKLE_NBYTES:
-        raise ValueError("no description of a tensor is in it")
+        raise ValueError("it has no description of a tensor")
     found = read_pickle(read(description.begin, description.nbytes), _KNOWN)
     try:
         return _tensor(found, records, nbytes)

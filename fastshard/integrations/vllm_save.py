@@ -99,15 +99,15 @@ def check_engine(engine: Any) -> None:
     """
     if getattr(engine, "enable_lora", False):
         raise ValueError(
-            "LoRA adapters cannot be saved as sharded state: leave --enable-lora out, and serve with it"
+            "LoRA adapters cannot be saved as sharded state: leave out --enable-lora here, and use it when you serve"
         )
     if getattr(engine, "speculative_config", None):
         raise ValueError(
-            "a draft model cannot be saved as sharded state: leave --speculative-config out, and serve with it"
+            "a draft model cannot be saved as sharded state: leave out --speculative-config here, and use it when you serve"
         )
     if getattr(engine, "data_parallel_size", 1) > 1:
         raise ValueError(
-            "the names of sharded state have no rank of data parallelism: its ranks would overwrite each other's files"
+            "the names of sharded state have no place for ranks of data parallelism, which would overwrite each other's files"
         )
     if not stat.S_ISDIR(_mode(engine.model)):
         raise ValueError(f"the model must be a local directory, which {engine.model!r} is not")
@@ -182,7 +182,7 @@ def _checked(outcomes: Sequence[Outcome | None], staging: str) -> list[str]:
             reason = "the weights were not loaded by vLLM's base loader, or fastshard's warnings say why"
             if allowed is not None and PLUGIN not in allowed.split(","):
                 reason = f"VLLM_PLUGINS={allowed!r} leaves {PLUGIN!r} out"
-            raise ValueError(f"fastshard was not at work in vLLM's workers: {reason}")
+            raise ValueError(f"fastshard was not active in vLLM's workers: {reason}")
         if said.error is not None:
             raise ValueError(f"{said.rank}: {said.error}")
     files = [name for said in outcomes if said is not None for name in said.files]

@@ -296,7 +296,7 @@ class _Staging:
             else:  # it was exchanged meanwhile
                 hidden.close()
                 folder.close()
-        raise OSError(errno.EBUSY, "others keep exchanging it", directory)
+        raise OSError(errno.EBUSY, "other saves keep replacing the folder", directory)
 
 
 def was_left(directory: str, names: Iterable[str]) -> bool:

@@ -79,7 +79,7 @@ def _note(note: _Note) -> None:
 def check_base(base: object) -> None:
     """Raises ``TypeError`` for what is not the path of a base."""
     if base is not None and not isinstance(os.fspath(base), str):  # type: ignore[call-overload]
-        raise TypeError(f"base must be a path as text, not {type(base).__name__}")
+        raise TypeError(f"base must be a str or a path, not {type(base).__name__}")
 
 
 class Base:

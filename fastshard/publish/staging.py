@@ -133,7 +133,9 @@ def make_hidden(parent: Folder, purpose: str, held: list[int]) -> Hidden:
                         found.close()
                         raise
                 return found
-    raise OSError(errno.EBUSY, "too many saves at once, or hidden folders of others", parent.path)
+    raise OSError(
+        errno.EBUSY, "too many saves are under way, or hidden folders of others are in the way", parent.path
+    )
 
 
 def adopt(parent: Folder, name: str, make: bool = False) -> Hidden | None:

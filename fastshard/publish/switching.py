@@ -123,7 +123,7 @@ class Switch:
     def _refuse(self) -> None:
         raise OSError(
             errno.EDEADLK,
-            "a save that is being put in place was interrupted by this one",
+            "this save has interrupted one that is being put in place",
             self.change.folder.path,
         )
 

@@ -91,7 +91,7 @@ def convert(
     target = check_dtype(dtype)
     kind = format_of_name(destination)
     if not force and exists(destination):
-        raise FileExistsError(errno.EEXIST, "exists; --force replaces it", destination)
+        raise FileExistsError(errno.EEXIST, "it exists already; --force replaces it", destination)
     tensors, metadata = _load_all(source, key, into=destination if kind == TORCH else None)
     if kind == TORCH:
         for name, kept in metadata.items():
@@ -136,7 +136,7 @@ def convert_folder(
         for name in sorted(os.listdir(destination)):
             if name.endswith((WEIGHTS_SUFFIX, INDEX_SUFFIX)):
                 path = os.path.join(destination, name)
-                raise FileExistsError(errno.EEXIST, "exists; --force replaces it", path)
+                raise FileExistsError(errno.EEXIST, "it exists already; --force replaces it", path)
     folder = source if is_folder(source) else None
     tensors, metadata = _load_all(source, key)
     dropped = _separate(tensors)
@@ -315,15 +315,17 @@ def _tensors_of(loaded: object, key: str | None) -> dict[str, torch.Tensor]:
     if key is not None:
         if not isinstance(found, Mapping) or key not in found:
             names = list(found) if isinstance(found, Mapping) else []
-            raise ValueError(f"no {key!r} in it, but {_listed(names)}" if names else f"no {key!r} in it")
+            raise ValueError(
+                f"it has no entry {key!r}, but {_listed(names)}" if names else f"it has no entry {key!r}"
+            )
         found = found[key]
     if not isinstance(found, Mapping):
-        raise ValueError(f"a dict of tensors is wanted, not {type(found).__name__}")
+        raise ValueError(f"it must hold a dict of tensors, not {type(found).__name__}")
     others = [name for name, value in found.items() if not isinstance(value, torch.Tensor)]
     if others:
         inner = [name for name in others if _is_state_dict(found[name])]
         hint = f"; --key {inner[0]} takes the tensors in there" if inner else ""
-        raise ValueError(f"not only tensors in it: {_listed(others)}{hint}")
+        raise ValueError(f"it holds not only tensors: {_listed(others)}{hint}")
     unnamed = [name for name in found if not isinstance(name, str)]
     if unnamed:
         raise ValueError(f"names of tensors must be strings: {_listed(unnamed)}")
@@ -331,7 +333,9 @@ def _tensors_of(loaded: object, key: str | None) -> dict[str, torch.Tensor]:
         if tensor.layout == torch.strided and tensor.nbytes > _EXPANDED_NBYTES:
             stored = tensor.untyped_storage().nbytes()
             if tensor.nbytes > 100 * stored:
-                raise ValueError(f"{name!r} has {stored} bytes, which it repeats to {tensor.nbytes}: a bomb?")
+                raise ValueError(
+                    f"{name!r} has {stored} bytes, which its strides repeat to {tensor.nbytes}: a file that is made to fill a disk?"
+                )
     return dict(found)
 
 

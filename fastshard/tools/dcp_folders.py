@@ -110,7 +110,7 @@ def consolidate(source: str, destination: str, files: Mapping[str, str]) -> dict
     by_file: dict[str, list[Tensor]] = {}
     for name, filename in files.items():
         if name not in found.tensors:
-            raise ValueError(f"{source}: tensor {name!r} is in no file")
+            raise ValueError(f"{source}: tensor {name!r} is not in any file")
         by_file.setdefault(filename, []).append(found.tensors[name])
     mapped = Mapped()
     outputs = (_output(filename, tensors, None, mapped) for filename, tensors in by_file.items())
@@ -125,7 +125,7 @@ def _refuse_present(target: str, in_one_file: bool) -> None:
         is_ours = names_of(HUB_PATTERN).fullmatch
         present = [os.path.join(target, name) for name in names if is_ours(name)]
     if present:
-        raise FileExistsError(errno.EEXIST, "exists; --force replaces it", present[0])
+        raise FileExistsError(errno.EEXIST, "it exists already; --force replaces it", present[0])
 
 
 def _nbytes(tensor: Tensor, dtype: torch.dtype | None) -> int:

@@ -70,9 +70,13 @@ def read_folder(folder: str, *, verify: bool = False, plain: bool = False) -> Fo
         for name, told in metadata.tensors.items():
             code = CODES.get(told.dtype)
             if code is None:
-                raise ValueError(f"{folder}: safetensors has no torch.{told.dtype}, which tensor {name!r} is")
+                raise ValueError(
+                    f"{folder}: tensor {name!r} is torch.{told.dtype}, which safetensors does not have"
+                )
             if code not in DTYPES:
-                raise ValueError(f"{folder}: this torch has no {told.dtype}, which tensor {name!r} is")
+                raise ValueError(
+                    f"{folder}: tensor {name!r} is {told.dtype}, which this version of torch does not have"
+                )
             boxes = [_box(name, told.dtype, chunk, files, verify) for chunk in told.chunks]
             tensors[name] = Tensor(name, code, told.shape, _complete(folder, name, told.shape, boxes))
     return Folder(tensors, metadata.paths, metadata.objects)
@@ -113,7 +117,7 @@ def _box(name: str, dtype: str, chunk: Chunk, files: _Files, verify: bool) -> Bo
         saved = find_tensor(read, chunk.nbytes)
         if (saved.dtype, saved.shape) != (dtype, chunk.sizes):
             raise ValueError(
-                f"{saved.dtype} {list(saved.shape)} is stored, {dtype} {list(chunk.sizes)} was announced"
+                f"{saved.dtype} {list(saved.shape)} is stored, and the metadata say {dtype} {list(chunk.sizes)}"
             )
         itemsize = BITS[CODES[dtype]] // 8 or 1
         wanted = max(saved.first + extent(saved.shape, saved.strides), math.prod(saved.shape))
@@ -222,7 +226,7 @@ def choose(found: Folder, key: str | None, folder: str) -> tuple[list[Tensor], d
         if path[: len(begin)] == begin and len(path) > len(begin) and (key or len(path) == len(begin) + 1):
             chosen.append(found.tensors[name]._replace(name=".".join(map(str, path[len(begin) :]))))
     if not chosen:
-        raise ValueError(f"{folder}: no tensors in it")
+        raise ValueError(f"{folder}: there are no tensors in it")
     names = [tensor.name for tensor in chosen]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -253,7 +257,7 @@ def _begin_of(paths: Mapping[str, tuple[str | int, ...]], key: str, folder: str)
     entries = {str(path[0]): None for path in paths.values() if len(path) > 1} or {
         str(path[0]): None for path in paths.values()
     }
-    raise ValueError(f"{folder}: no {key!r} in it, but {_listed([*entries])}")
+    raise ValueError(f"{folder}: it has no entry {key!r}, but {_listed([*entries])}")
 
 
 def _entry(

@@ -41,7 +41,9 @@ def write_manifest(
     names = _names_in(folder)
     there = [name for name in RECORDS if os.path.lexists(os.path.join(folder, name))]
     if there and not force:
-        raise FileExistsError(f"{os.path.join(folder, there[0])!r} is there already")
+        raise FileExistsError(
+            f"{os.path.join(folder, there[0])!r} is there already; force=True (--force) replaces it"
+        )
     before = {name: os.stat(os.path.join(folder, name)) for name in names}
     stored = {n: read_stored(os.path.join(folder, n)) for n in names if n.endswith(WEIGHTS_SUFFIX)}
     _compare_with_indices(folder, names, stored)
@@ -78,7 +80,7 @@ def _names_in(folder: str) -> list[str]:
         inner = ahead.pop()
         files, folders = entries_of(os.path.join(folder, inner) if inner else folder)
         if not inner and any(name.startswith(_RUN) for name in folders):
-            raise ValueError(f"{folder!r} holds several checkpoints: each is to have a manifest of its own")
+            raise ValueError(f"{folder!r} holds several checkpoints: give each of them a manifest of its own")
         found += [f"{inner}/{name}" if inner else name for name in files]
         ahead += [f"{inner}/{name}" if inner else name for name in folders]
     left = sorted({*found} - {*RECORDS})

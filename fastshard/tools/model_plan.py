@@ -64,7 +64,7 @@ class ModelPlan:
             from transformers.core_model_loading import WeightConverter, WeightRenaming
         except ImportError as error:
             raise ImportError(
-                "a model's own plan comes from transformers 5 or later: install it, or give a plan file"
+                "the plan of a model comes from transformers 5 or later: install it, or give a plan file"
             ) from error
         wanted = list(names)
         problem: ValueError | None = None
@@ -142,7 +142,9 @@ class ModelPlan:
                 return None
             quantized = getattr(self._model.config, "quantization_config", None) is not None
             hint = "quantized: " if quantized else ""
-            raise ValueError(f"{name} is no parameter of {self._name}: {hint}give a plan file that names it")
+            raise ValueError(
+                f"{name} is not a parameter of {self._name}: {hint}give a plan file that names it"
+            )
         if pattern is None:
             return _Place((parameter,), ())
         converter = next(c for c in self._converters if pattern in c.source_patterns)

@@ -107,14 +107,14 @@ def _read_root(folder: str) -> tuple[int, dict[str, StoredFile], Index | None]:
     source = found.get("source")
     headers = source.get("files") if isinstance(source, dict) else None
     if not isinstance(headers, dict):
-        raise ValueError(f"{path!r} does not tell of the source's files")
+        raise ValueError(f"{path!r} has no description of the files of the source")
     files = {}
     seen: dict[str, str] = {}
     for name, text in headers.items():
         if not is_plain(name) or not name.endswith(WEIGHTS_SUFFIX) or name.startswith("."):
-            raise ValueError(f"{path!r}: {name!r} is no name of a file")
+            raise ValueError(f"{path!r}: {name!r} is not the name of a file")
         if not isinstance(text, str):
-            raise ValueError(f"{path!r} does not tell the header of {name!r}")
+            raise ValueError(f"{path!r} does not have the header of {name!r}")
         try:
             raw = text.encode()
         except UnicodeEncodeError as error:
@@ -134,9 +134,9 @@ def _read_root(folder: str) -> tuple[int, dict[str, StoredFile], Index | None]:
         or not str(name).endswith(INDEX_SUFFIX)
         or str(name).startswith(".")
     ):
-        raise ValueError(f"{path!r} does not tell of the source's index")
+        raise ValueError(f"{path!r} has no description of the index of the source")
     for filename in files_of_index(text, f"{path}: {name}") - files.keys():
-        raise ValueError(f"{path!r}: the index names {filename!r}, of which nothing is told")
+        raise ValueError(f"{path!r}: the index names {filename!r}, which is not described")
     check_index(text, files, f"{path}: {name}")
     return found["ranks"], files, Index(str(name), text)
 
@@ -150,10 +150,10 @@ def _read_rank(folder: str, rank: int, ranks: int) -> tuple[Checkpoint, dict[str
     checkpoint = read_checkpoint(place)
     tensors = found.get("tensors")
     if not isinstance(tensors, dict):
-        raise ValueError(f"{path!r} tells of no tensors")
+        raise ValueError(f"{path!r} describes no tensors")
     for name in checkpoint.home():
         if not isinstance(tensors.get(name), dict):
-            raise ValueError(f"{path!r} does not tell of tensor {name!r}")
+            raise ValueError(f"{path!r} does not describe tensor {name!r}")
     return checkpoint, tensors
 
 
@@ -163,7 +163,7 @@ def _read_manifest(path: str) -> dict[str, Any]:
         raise ValueError(f"{path!r} is not a manifest of version {_VERSION}")
     ranks = found.get("ranks")
     if type(ranks) is not int or not 1 <= ranks <= MAX_RANKS:
-        raise ValueError(f"{path!r}: {ranks!r} is no number of ranks")
+        raise ValueError(f"{path!r}: {ranks!r} is not a number of ranks")
     return found
 
 

@@ -247,7 +247,9 @@ def _target(out: PathLike, src: str, force: bool, how: How, in_place: bool = Fal
         names = []
     present = [name for name in names if not name.startswith(PREFIX)]
     if present and not force:
-        raise FileExistsError(errno.EEXIST, "the target is not empty (force replaces it)", folder)
+        raise FileExistsError(
+            errno.EEXIST, "the target is not empty; force=True (--force) replaces what is in it", folder
+        )
     old = _checkpoint_in(folder) if present else []
     target = (
         replacing(folder, obsolete=old, create=True, durable=how.durable, record=record)

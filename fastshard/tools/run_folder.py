@@ -138,10 +138,10 @@ def prune_checkpoints(
     Raises ``ValueError`` for numbers below one, or if neither is given, and ``OSError`` for what cannot be deleted.
     """
     if keep_last is None and keep_every is None:
-        raise ValueError("keep_last or keep_every is needed: which checkpoints are to be kept?")
+        raise ValueError("keep_last or keep_every is needed, to say which checkpoints are to be kept")
     for name, value in (("keep_last", keep_last), ("keep_every", keep_every)):
         if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
+            raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
     folder = os.fspath(run)
     found = list_checkpoints(folder, prefix=prefix)
     complete = [checkpoint for checkpoint in found if checkpoint.complete]

@@ -32,9 +32,9 @@ def statement_of(
         ValueError: a file was changed later, ``SHA256SUMS`` cannot be read, or ``form`` is none of these.
     """
     if form not in FORMATS:
-        raise ValueError(f"the form is one of {', '.join(FORMATS)}, not {form!r}")
+        raise ValueError(f"the format must be one of {', '.join(FORMATS)}, not {form!r}")
     if layout is not None and form != "oci":
-        raise ValueError(f"there is no layout of {form}")
+        raise ValueError(f"only the format oci has a layout, not {form}")
     files = known_digests(folder)
     name = os.path.basename(os.path.realpath(folder)) or "model"
     if form == "in-toto":

@@ -100,7 +100,7 @@ def complete(shape: Numbers, boxes: Sequence[Box]) -> list[Box]:
         one, other = found[overlapping[0]], found[overlapping[1]]
         raise ValueError(f"the parts at {list(one.offsets)} and {list(other.offsets)} overlap")
     if missing:
-        raise ValueError(f"{missing} of its {math.prod(shape)} elements are in no file")
+        raise ValueError(f"{missing} of its {math.prod(shape)} elements are not in any file")
     return found
 
 

@@ -162,7 +162,7 @@ def of_configurations(folder: str, names: Iterable[str]) -> Iterator[Problem]:
             yield Problem(CONTENTS, path, f"it is not JSON: {said(error, path)}")
         else:
             if not isinstance(found, dict):
-                yield Problem(CONTENTS, path, "it holds no JSON object")
+                yield Problem(CONTENTS, path, "it does not hold a JSON object")
 
 
 def of_dcp(folder: str) -> Iterator[Problem]:

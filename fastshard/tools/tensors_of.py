@@ -71,7 +71,7 @@ def tensors_of(path: str | os.PathLike[str]) -> Contents:
     else:
         what = what_is(path)
         if what.kind != SAFETENSORS:
-            raise ValueError(f"{path}: {what.text} is no safetensors file, no index and no folder")
+            raise ValueError(f"{path}: {what.text} is neither a safetensors file nor an index nor a folder")
         names = [name]
     _add_files(found, "", {name: os.path.join(folder, name) for name in names}, _known(folder or "."))
     return found

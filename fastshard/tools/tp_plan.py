@@ -134,9 +134,9 @@ def read_plan(path: str | os.PathLike[str]) -> dict[str, str]:
     try:
         plan = read_json(text)
     except ValueError as error:
-        raise ValueError(f"{name!r} is no plan: {error}") from None
+        raise ValueError(f"{name!r} is not a plan: {error}") from None
     if not isinstance(plan, dict) or not all(isinstance(style, str) for style in plan.values()):
-        raise ValueError(f"{name!r} is no plan: it must be one object, name to style")
+        raise ValueError(f"{name!r} is not a plan: it must be one object that gives names a style")
     return plan
 
 
@@ -155,7 +155,7 @@ def splits_of(
         unused.discard(key or "")
         found[name] = split_of(name, shape, None if key is None else plan[key])
     if unused:
-        raise ValueError(f"the plan speaks of what is not in the checkpoint: {', '.join(sorted(unused))}")
+        raise ValueError(f"the plan has names that are not in the checkpoint: {', '.join(sorted(unused))}")
     return found
 
 
