@@ -51,7 +51,7 @@ PYTHON_LAYERS = {
         json_text naming safetensors torch_archive manifest hf_index sha256sums digests in_toto oci file_kinds inert_pickle torch_items dcp_metadata
     """,
     "engine": """
-        options plan limits borrowed mapped sharing tensors planning staged_event parts serving future progress arena background copies
+        options plan limits borrowed mapped sharing tensors planning staged_event parts relief serving future progress arena background copies
         snapshots figures engine pipeline reading checksums unchanged
     """,
     "publish": "hidden_names folder attributes staging change record linking exchanging switching directory messages in_place manifests checkpoint incremental staged",
@@ -93,6 +93,7 @@ WITHOUT_TORCH = {
     "engine/limits": set(),
     "engine/staged_event": set(),
     "engine/parts": set(),
+    "engine/relief": set(),
     "engine/serving": set(),
     "engine/future": set(),
     "engine/arena": set(),

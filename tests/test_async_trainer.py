@@ -127,6 +127,10 @@ class Gate:
 
     def __init__(self) -> None:
         self.go = threading.Event()
+        self.relief = self
+
+    def take_over(self, why: str) -> None:
+        """It has no writers that could be relieved."""
 
     @property
     def _settled(self) -> bool:

@@ -8,7 +8,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <exception>
+#include <system_error>
 
 namespace fastshard {
 
@@ -39,6 +41,22 @@ void give_way() noexcept {
   // On Linux this is the calling thread, and what is too much is the most that there is.
   setpriority(PRIO_PROCESS, 0, getpriority(PRIO_PROCESS, 0) + kNicer);
 }
+
+namespace {
+
+thread_local bool has_stepped_aside = false;
+
+}  // namespace
+
+int step_aside() noexcept {
+  has_stepped_aside = true;
+  const sched_param none = {};
+  const int refused = pthread_setschedparam(pthread_self(), SCHED_IDLE, &none);
+  if (refused != 0) give_way();
+  return refused;
+}
+
+bool stepped_aside() noexcept { return has_stepped_aside; }
 
 WorkerPool::~WorkerPool() {
   {
@@ -89,6 +107,7 @@ void WorkerPool::start_one_if_needed() {
 
 // Under the lock. The place in the list first: a thread that runs cannot be dropped any more.
 void WorkerPool::start_one() {
+  if (stepped_aside()) throw std::system_error(EAGAIN, std::generic_category());
   running_.emplace_back();
   try {
     running_.back() = start_thread("fastshard-write", [this] { run(); });
@@ -96,6 +115,21 @@ void WorkerPool::start_one() {
     running_.pop_back();
     throw;
   }
+}
+
+void WorkerPool::require_thread() noexcept {
+  try {
+    const std::lock_guard lock(mutex_);
+    if (running_.empty()) start_one();
+  } catch (const std::exception&) {
+    // Whoever posts does without.
+  }
+}
+
+void WorkerPool::hasten() noexcept {
+  const std::lock_guard lock(mutex_);
+  const sched_param none = {};
+  for (std::thread& thread : running_) pthread_setschedparam(thread.native_handle(), SCHED_OTHER, &none);
 }
 
 void WorkerPool::run_all(size_t count, const std::function<void(size_t)>& work) {
@@ -125,7 +159,7 @@ void WorkerPool::run_all(size_t count, const std::function<void(size_t)>& work) 
 }
 
 void WorkerPool::run() {
-  if (gives_way_) give_way();
+  int refused = 0;
   std::unique_lock lock(mutex_);
   for (;;) {
     ++idle_;
@@ -138,6 +172,7 @@ void WorkerPool::run() {
       queue.pop_front();
       waiting_ = tasks_.size();
       lock.unlock();
+      if (aside_ && refused == 0) aside_refused_ = refused = step_aside();
       task();
     }  // what it holds goes without the lock
     lock.lock();
@@ -179,10 +214,25 @@ WriteBehind::~WriteBehind() {
   if (thread_.joinable()) thread_.join();
 }
 
+void WriteBehind::require_thread() noexcept {
+  try {
+    const std::lock_guard lock(mutex_);
+    start_if_needed();
+  } catch (const std::exception&) {
+    // Hints are dropped.
+  }
+}
+
+// Under the lock.
+void WriteBehind::start_if_needed() {
+  if (!thread_.joinable() && !stepped_aside()) thread_ = start_thread("fastshard-flush", [this] { run(); });
+}
+
 void WriteBehind::post(std::shared_ptr<OutputFile> file, uint64_t offset, uint64_t nbytes) noexcept {
   try {
     const std::lock_guard lock(mutex_);
-    if (!thread_.joinable()) thread_ = start_thread("fastshard-flush", [this] { run(); });
+    start_if_needed();
+    if (!thread_.joinable()) return;
     ranges_.push_back({std::move(file), offset, nbytes});
   } catch (const std::exception&) {
     return;

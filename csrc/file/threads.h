@@ -26,13 +26,19 @@ void step_back() noexcept;
 // Called by a thread that works beside a job: wherever both want a processor, it gets a tenth of it. For good: without
 // privileges a thread cannot take that back.
 void give_way() noexcept;
+// The same for a thread that others can relieve: it gets a processor that nobody else wants, and hardly ever another one
+// (SCHED_IDLE). Such a thread must not hold what others wait for: a lock of the process's memory, of the interpreter or
+// of a driver. Returns 0, or the errno of what was refused; then it gives way.
+int step_aside() noexcept;
+// Returns whether the calling thread has stepped aside. Threads that it starts would be as it is.
+bool stepped_aside() noexcept;
 
 // Runs posted tasks on at most `threads` threads, first come first served; threads start when needed. What is offered
 // runs on threads for which nothing is posted. Tasks must not throw. Thread-safe.
 class WorkerPool {
  public:
-  // `gives_way`: the threads do (give_way()).
-  explicit WorkerPool(size_t threads, bool gives_way = false) : threads_(threads), gives_way_(gives_way) {}
+  // `aside`: the threads step aside.
+  explicit WorkerPool(size_t threads, bool aside = false) : threads_(threads), aside_(aside) {}
   ~WorkerPool();  // runs what was posted, then joins
 
   // Throws std::system_error or std::bad_alloc when no thread runs and none can be started, or when there is no memory
@@ -46,6 +52,13 @@ class WorkerPool {
   // be started. Returns when all calls have returned; `work` must not throw.
   void run_all(size_t count, const std::function<void(size_t)>& work);
   size_t threads() const { return threads_; }
+  // Sees to it that there is a thread if one can be started: threads that have stepped aside start none.
+  void require_thread() noexcept;
+  bool aside() const { return aside_; }
+  // What the threads are at they do as others do, where the process has the right to that; then they step aside again.
+  void hasten() noexcept;
+  // Why the threads could not step aside; 0 if they could, or have not tried yet.
+  int aside_refused() const { return aside_refused_; }
 
  private:
   void start_one();
@@ -53,7 +66,8 @@ class WorkerPool {
   void run();
 
   const size_t threads_;
-  const bool gives_way_;
+  const bool aside_;
+  std::atomic<int> aside_refused_ = 0;  // errno
   std::mutex mutex_;
   std::condition_variable posted_;
   std::deque<std::function<void()>> tasks_, offered_;
@@ -92,6 +106,8 @@ class WriteBehind {
  public:
   ~WriteBehind();  // drops what has not been started
 
+  // As WorkerPool's.
+  void require_thread() noexcept;
   // Posts a written range. It is a hint only, and dropped when there is no thread or no memory for it.
   void post(std::shared_ptr<OutputFile> file, uint64_t offset, uint64_t nbytes) noexcept;
   // Drops the hints for a finished file.
@@ -106,6 +122,7 @@ class WriteBehind {
     uint64_t offset;
     uint64_t nbytes;
   };
+  void start_if_needed();
   void run();
 
   std::mutex mutex_;

@@ -85,6 +85,7 @@ void ChunkWriter::check_stop() const {
 // The ends meet, as each claim counts: the chunks from both are as many as there are.
 const Chunk* ChunkWriter::claim(End end) {
   const size_t count = schedule_.chunks.size();
+  if (relieved_ && stepped_aside()) return nullptr;
   if (exhausted() || claimed_++ >= count) return nullptr;
   const size_t index = end == End::front ? front_++ : count - 1 - back_++;
   const size_t ahead = kChunksAhead * writers_;

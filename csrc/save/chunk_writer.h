@@ -67,6 +67,7 @@ enum class End { front, back };
 class ChunkWriter : public FileWriter {
  public:
   size_t writers() const final { return writers_; }
+  void relieve() final { relieved_ = true; }
   bool exhausted() const final { return claimed_ >= schedule_.chunks.size(); }
   std::vector<uint32_t> checksums() const final;
 
@@ -123,6 +124,7 @@ class ChunkWriter : public FileWriter {
   const size_t writers_;
   std::atomic<size_t> claimed_ = 0;  // at both ends together, and calls that found none left
   std::atomic<size_t> front_ = 0, back_ = 0;
+  std::atomic<bool> relieved_ = false;
 };
 
 // A writer whose threads write one chunk after the other, while further ones are copied into their slots.

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "file/shared_pages.h"
+#include "save/source_pages.h"
 
 namespace fastshard {
 namespace {
@@ -29,6 +30,15 @@ bool is_small(const Save& save, const Intent& intent) {
          !intent.amended;
 }
 
+// Whether its writers hold nothing that others wait for: locks of drivers, of the interpreter, of the process's memory.
+bool can_be_written_aside(const SavePlan& plan, WritePath path) {
+  if (path == WritePath::mapped || path == WritePath::registered) return false;
+  return std::ranges::all_of(plan.files, [](const FilePlan& file) {
+    const bool on_host = std::ranges::all_of(file.items, [](const WriteItem& i) { return i.source.device == kHost; });
+    return on_host && memory_of(file.target) == nullptr && !file.placed && !reads_files(file);
+  });
+}
+
 size_t checked_threads(const Options& options) {
   if (options.threads == 0) throw std::invalid_argument("threads must be at least 1");
   return options.threads;
@@ -40,6 +50,7 @@ Engine::Engine(const Options& options)
     : options_(options),
       ring_(slot_nbytes(options), options.memory_budget / (slot_nbytes(options) + kScratchNbytes)),
       workers_(checked_threads(options)),
+      relief_workers_(options.threads),
       background_workers_(options.threads, true) {
   watch_forks();
 }
@@ -47,8 +58,10 @@ Engine::Engine(const Options& options)
 std::shared_ptr<Save> Engine::submit(std::shared_ptr<const SavePlan> plan, const std::map<int, uintptr_t>& streams,
                                      Intent intent, std::function<std::vector<std::string>()> commit) {
   check(*plan);
-  WorkerPool& workers = intent.gives_way ? background_workers_ : workers_;
-  Resources resources{ring_, workers, write_behind_, lone_threads_, *host_, devices_of(*plan), io_uring_refused_};
+  const bool aside = intent.gives_way && can_be_written_aside(*plan, options_.write_path);
+  WorkerPool& workers = aside ? background_workers_ : workers_;
+  WorkerPool& relief = aside ? relief_workers_ : workers_;
+  Resources resources{ring_, workers, relief, write_behind_, lone_threads_, *host_, devices_of(*plan), io_uring_refused_};
   intent.wanted = options_.write_path;
   auto save = std::make_shared<Save>(std::move(plan), streams, intent, std::move(commit), std::move(resources));
   if (!intent.held) save->start(is_small(*save, intent));

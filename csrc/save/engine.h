@@ -55,7 +55,8 @@ class Engine {
   Ring ring_;
   WriteBehind write_behind_;
   WorkerPool workers_;
-  WorkerPool background_workers_;  // they give way to the job
+  WorkerPool relief_workers_;  // where the background workers leave off
+  WorkerPool background_workers_;  // they step aside for the job
   LoneThreads lone_threads_;
 };
 

@@ -18,6 +18,8 @@ namespace {
 constexpr uint64_t kMinSharedNbytes = 16 << 20;
 // Pieces of a file that several threads write: they end within one of each other.
 constexpr uint64_t kSharedNbytes = 4 << 20;
+// A piece that a thread writes which has stepped aside: what others may have to wait for.
+constexpr uint64_t kAsideNbytes = 1 << 20;
 // Checked before it is written, and written up to a multiple of this in the file: few enough bytes for the processor's
 // caches to have them when the kernel copies them, and enough for it to put them into its largest pages.
 constexpr uint64_t kCheckedNbytes = 2 << 20;
@@ -26,9 +28,10 @@ bool only_python_has_some(const FilePlan& plan) {
   return std::ranges::any_of(plan.items, [](const WriteItem& item) { return item.source.device == kFetched; });
 }
 
-// Whether several threads may write the file. What only Python brings, it brings to one.
+// Whether several threads may write the file. What only Python brings, it brings to one. Threads that have stepped aside
+// make no mappings: each of these takes the lock of the process's memory.
 bool shared(const WriterParts& parts, const OutputFile& file) {
-  return file.storable() && parts.plan.written_nbytes() >= kMinSharedNbytes && !only_python_has_some(parts.plan);
+  return file.storable() && !parts.resources.workers.aside() && parts.plan.written_nbytes() >= kMinSharedNbytes && !only_python_has_some(parts.plan);
 }
 
 size_t writers_of(const WriterParts& parts, bool shared) {
@@ -40,6 +43,7 @@ ScheduleLimits limits_of(const WriterParts& parts, bool shared) {
   ScheduleLimits limits;
   limits.slot_nbytes = parts.resources.ring.slot_nbytes();
   if (shared) limits.in_place_nbytes = std::min(limits.in_place_nbytes, kSharedNbytes);
+  if (parts.resources.workers.aside()) limits.in_place_nbytes = std::min(limits.in_place_nbytes, kAsideNbytes);
   if (reads_files(parts.plan)) {
     limits.in_place_nbytes = std::min(limits.in_place_nbytes, kFromFilesNbytes);
     limits.packed_nbytes = std::min(limits.packed_nbytes, kFromFilesNbytes);
@@ -56,7 +60,8 @@ class PageCacheWriter final : public InTurnWriter {
       : InTurnWriter(std::move(parts), limits, writers), file_(std::move(file)), shared_(shared) {}
 
   void write_chunks() override {
-    const End end = has_writer_.exchange(true) ? End::back : End::front;
+    // Beside another thread, unless it is to be relieved.
+    const End end = shared_ && has_writer_.exchange(true) ? End::back : End::front;
     write_in_turn(end);
   }
 

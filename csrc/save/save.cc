@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <stdexcept>
 #include <utility>
 
 #include "file/publish.h"
@@ -78,14 +79,16 @@ void Save::start(bool here) {
   most_shares.reserve(writers_.size());
   for (const auto& writer : writers_) most_shares.push_back(writer->writers());
   open_shares_ = std::vector<std::atomic<size_t>>(writers_.size());
+  begun_shares_ = std::vector<std::atomic<bool>>(writers_.size());
   for (auto& shares : open_shares_) shares = 1;
   unfinished_files_ = writers_.size();
   if (forked_ != nullptr) return begin_forked(std::move(order));
   const bool alone = here;
+  WorkerPool& workers = share_out();
   for (const size_t index : order) {
     if (!here) {
       try {
-        resources_.workers.post([self = shared_from_this(), index] { self->write_share(index); });
+        workers.post(task(&Save::write_certain_share, index));
         continue;
       } catch (const std::system_error& error) {
         // No thread: this one, unless it is the one that has to serve what it would wait for.
@@ -96,7 +99,7 @@ void Save::start(bool here) {
       }
       here = true;
     }
-    write_share(index);  // of a save that has failed: only counted
+    write_certain_share(index);  // of a save that has failed: only counted
   }
   if (alone) return;
   for (const size_t index : order) {
@@ -104,10 +107,47 @@ void Save::start(bool here) {
   }
 }
 
+std::function<void()> Save::task(void (Save::*step)(size_t), size_t index) {
+  return [self = shared_from_this(), step, index] { (*self.*step)(index); };
+}
+
+// From now on the save can be taken over. Returns who begins with it. What workers that step aside need of others is
+// there before they do.
+WorkerPool& Save::share_out() {
+  if (resources_.workers.aside()) {
+    resources_.relief.require_thread();
+    if (intent_.sent_behind) resources_.write_behind.require_thread();
+  }
+  const std::lock_guard lock(mutex_);
+  shared_out_ = true;
+  return taken_over_ ? resources_.relief : resources_.workers;
+}
+
+bool Save::take_over() {
+  {
+    const std::lock_guard lock(mutex_);
+    if (!resources_.workers.aside() || taken_over_ || ending_) return false;
+    taken_over_ = true;
+    if (!shared_out_) return true;
+  }
+  bool any = false;
+  for (size_t index = 0; index < writers_.size(); ++index) {
+    if (open_shares_[index] == 0) continue;
+    try {
+      resources_.relief.post(task(&Save::relieve_share, index));
+      any = true;
+    } catch (const std::exception&) {
+      // No thread, or no memory for the task: those at work do it all.
+    }
+  }
+  if (any) resources_.workers.hasten();
+  return any;
+}
+
 void Save::begin_forked(std::vector<size_t> order) {
   const auto written = [self = shared_from_this()](size_t index) {
     try {
-      self->resources_.workers.post([self, index] { self->write_share(index); });
+      self->resources_.workers.post(self->task(&Save::write_share, index));
     } catch (const std::exception&) {
       self->write_share(index);  // no thread to be had
     }
@@ -124,7 +164,7 @@ void Save::begin_forked(std::vector<size_t> order) {
 // A further thread for a file, when one has nothing else to do.
 void Save::offer_share(size_t index) noexcept {
   try {
-    resources_.workers.offer([self = shared_from_this(), index] { self->take_share(index); });
+    resources_.workers.offer(task(&Save::take_share, index));
   } catch (const std::exception&) {
     // No memory for the task: those at work do it all.
   }
@@ -150,6 +190,12 @@ void Save::attempt(const Step& step) {
   }
 }
 
+void Save::write_certain_share(size_t index) {
+  if (!begun_shares_[index].exchange(true)) write_share(index);
+}
+
+void Save::relieve_share(size_t index) { begun_shares_[index].exchange(true) ? take_share(index) : write_share(index); }
+
 // The last writer of a file syncs it; the last file's publishes them all.
 void Save::write_share(size_t index) {
   const std::shared_ptr<OutputFile>& file = files_[index];
@@ -157,17 +203,36 @@ void Save::write_share(size_t index) {
   const auto wake = [&] {
     if (bounded_ && file != nullptr && !awake) awake.emplace(*file);
   };
+  if (!stepped_aside()) writers_[index]->relieve();
   attempt([&] {
     wake();
     writers_[index]->write_chunks();
   });
-  if (!progress_.stop && !writers_[index]->exhausted() && progress_.may_map()) offer_share(index);
+  if (!progress_.stop && !resources_.workers.aside() && !writers_[index]->exhausted() && progress_.may_map()) offer_share(index);
   // Before another writer can come to the end of the save, and of the file.
   if (writers_[index]->writers() > 1) awake.reset();
   if (--open_shares_[index] != 0) return;
+  if (!stepped_aside()) return end_file(index, awake);
+  awake.reset();
+  try {
+    resources_.relief.post(task(&Save::end_file, index));
+  } catch (const std::exception&) {
+    end_file(index);  // no thread to be had
+  }
+}
+
+void Save::end_file(size_t index) {
+  std::optional<OutputFile::Awake> awake;
+  end_file(index, awake);
+}
+
+// Not by a thread that has stepped aside: it takes locks of folders and of the disk's journal.
+void Save::end_file(size_t index, std::optional<OutputFile::Awake>& awake) {
+  const std::shared_ptr<OutputFile>& file = files_[index];
   attempt([&] {
     if (file == nullptr) return;
-    wake();
+    if (!writers_[index]->exhausted()) throw std::logic_error("a file's writers have left before its end");
+    if (bounded_ && !awake) awake.emplace(*file);
     const Timer timer(progress_.sync_ns);
     file->end_writing();
     if (!stored_together(*file)) store(index);
@@ -249,7 +314,7 @@ void Save::amend(std::vector<Amendment> amendments) {
     self->finish();
   };
   try {
-    resources_.workers.post(end);
+    resources_.relief.post(end);
   } catch (const std::exception&) {
     end();  // no thread to be had
   }
@@ -357,6 +422,7 @@ bool Save::wait(double seconds) {
 }
 
 void Save::settle() {
+  take_over();
   std::unique_lock lock(mutex_);
   changed_.wait(lock, [&] { return finished_; });
 }

@@ -29,6 +29,7 @@ struct Stats {
   double write_seconds = 0;            // thread-seconds in pwrite (direct: waiting for writes; mapped: populating)
   double sync_seconds = 0;             // thread-seconds in fsync
   std::string write_path;              // name_of(WritePath), "standing", "memory" or "link"; joined by "+"
+  std::string priority;                // of the writers: "normal", "idle" (SCHED_IDLE) or "nice", where that is refused
   std::string staging;                 // "none", "in place" (devices copied into the target), "pageable", "pinned"
   uint64_t staging_nbytes = 0;         // peak of staged bytes held at once
   uint64_t mapped_nbytes = 0;          // stored into the file through mappings, beside the thread that writes it
@@ -67,6 +68,9 @@ class Save : public std::enable_shared_from_this<Save> {
   bool read() const;
   // Blocks until the save is finished, however it ends.
   void settle();
+  // Somebody waits for a save whose workers step aside: others write what is left. Returns whether there was any, the
+  // first time.
+  bool take_over();
   // Stops the save when the chunks under way are done. Returns false if it is too late, as all chunks are written.
   bool cancel();
   // What is enqueued later on `stream`, of a device that the save reads from, waits there until the devices have been
@@ -104,7 +108,13 @@ class Save : public std::enable_shared_from_this<Save> {
   using Clock = std::chrono::steady_clock;
 
   void enqueue();
+  WorkerPool& share_out();
+  std::function<void()> task(void (Save::*step)(size_t), size_t index);
+  void write_certain_share(size_t index);
+  void relieve_share(size_t index);
   void write_share(size_t index);
+  void end_file(size_t index);
+  void end_file(size_t index, std::optional<OutputFile::Awake>& awake);
   void begin_forked(std::vector<size_t> order);
   void offer_share(size_t index) noexcept;
   void take_share(size_t index);
@@ -143,7 +153,8 @@ class Save : public std::enable_shared_from_this<Save> {
   EarlyScratch early_scratch_;
   std::unique_ptr<ForkedSave> forked_;  // null unless Intent::forked
   std::vector<std::unique_ptr<FileWriter>> writers_;
-  std::vector<std::atomic<size_t>> open_shares_;  // of each file, that which is certain to be written included
+  std::vector<std::atomic<size_t>> open_shares_;      // of each file, that which is certain to be written included
+  std::vector<std::atomic<bool>> begun_shares_;       // of each file, that which is certain
   std::atomic<size_t> unfinished_files_ = 0;
   std::atomic<bool> begun_ = false;
 
@@ -151,6 +162,7 @@ class Save : public std::enable_shared_from_this<Save> {
   std::condition_variable changed_;
   std::exception_ptr error_;
   bool read_ = false, tell_read_ = false;
+  bool shared_out_ = false, taken_over_ = false;
   std::map<int, std::shared_ptr<const Mark>> marks_;  // by ordinal, if all copies out of devices are enqueued
   std::string not_enqueued_ = "the save has not begun, or it has failed";  // else why not
   enum class Amending { no, due, taken } amending_ = Amending::no;

@@ -26,6 +26,7 @@ namespace fastshard {
 struct Resources {
   Ring& ring;
   WorkerPool& workers;
+  WorkerPool& relief;  // what ends a save and takes it over, if the workers step aside; else the workers
   WriteBehind& write_behind;
   LoneThreads& lone_threads;
   Device& host;
@@ -110,6 +111,8 @@ class FileWriter {
   // One thread's share: claims chunks until none is left, or, beside another thread's share, until other work waits.
   // Throws Cancelled when the save has been stopped.
   virtual void write_chunks() = 0;
+  // From now on threads that have stepped aside claim no more chunks: one that has not does them all.
+  virtual void relieve() {}
   // Returns whether all chunks are claimed.
   virtual bool exhausted() const = 0;
   // The CRC-32 of each item, once all chunks are written, if they were asked for.

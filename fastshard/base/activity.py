@@ -33,6 +33,7 @@ _saved: dict[str, list[Saved]] = {}
 _left: dict[tuple[str, str], list[None]] = {}
 _on_the_spot: dict[tuple[str, str], list[None]] = {}
 _planned: dict[str, list[None]] = {}
+_taken_over: dict[str, list[None]] = {}
 _compacting = threading.Lock()
 """A thread only tries to take this lock and never waits for it."""
 
@@ -177,6 +178,17 @@ def count_planned(why_in_python: str) -> None:
         _LOGGER.info("a file is laid out in Python, which takes longer: %s", why_in_python)
 
 
+def count_taken_over(why: str) -> None:
+    """Counts an asynchronous save whose writers were relieved by others of normal priority. ``why`` is one of few
+    texts."""
+    _taken_over.setdefault(why, []).append(None)
+
+
+def taken_over() -> dict[str, int]:
+    """Returns how many asynchronous saves were taken over by writers of normal priority, by reason."""
+    return {why: len(seen) for why, seen in _taken_over.copy().items()}
+
+
 def planned() -> dict[str, int]:
     """Returns how many files were laid out natively (under the empty text), or in Python, by reason."""
     return {reason: len(seen) for reason, seen in _planned.copy().items()}
@@ -220,6 +232,7 @@ def _forget() -> None:
     _left.clear()
     _on_the_spot.clear()
     _planned.clear()
+    _taken_over.clear()
 
 
 os.register_at_fork(after_in_child=_forget)

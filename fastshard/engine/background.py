@@ -14,13 +14,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Final, NamedTuple
 
 from ..base.loading import load
 from ..base.settings import flag
 from .future import SaveFuture
+from .relief import WAITED_FOR
 
 SNAPSHOTS: Final = ("auto", "copy", "fork", "none")
 FAIL_VARIABLE: Final = "FASTSHARD_FAIL_AT_EXIT"
@@ -246,20 +247,24 @@ def wait_all(timeout: float | None = None) -> None:
     Raises the error of the first save that has failed and whose error nobody has seen; the errors of others stay for
     the next call. ``TimeoutError`` if a save has not ended after ``timeout`` seconds; it goes on.
     """
-    end = None if timeout is None else time.monotonic() + timeout
-    for future in in_flight():
-        if not future.wait(None if end is None else max(0.0, end - time.monotonic())):
-            raise TimeoutError(f"an asynchronous save has not ended after {timeout} seconds")
+    _await(in_flight(), timeout)
     for lost in _lost[:]:
         _give_out(lost)
 
 
-def _results(futures: Iterable[SaveFuture], timeout: float | None) -> None:
+def _await(futures: Sequence[SaveFuture], timeout: float | None) -> None:
     end = None if timeout is None else time.monotonic() + timeout
-    first: BaseException | None = None
-    for future in list(futures):
+    if timeout != 0:
+        for future in futures:
+            future.relief.take_over(WAITED_FOR)
+    for future in futures:
         if not future.wait(None if end is None else max(0.0, end - time.monotonic())):
             raise TimeoutError(f"an asynchronous save has not ended after {timeout} seconds")
+
+
+def _results(futures: Iterable[SaveFuture], timeout: float | None) -> None:
+    first: BaseException | None = None
+    _await(list(futures), timeout)
     for future in list(futures):
         try:
             future.result()

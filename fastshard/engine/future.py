@@ -156,6 +156,9 @@ class _Nothing:
     def cancel(self) -> bool:
         return False
 
+    def take_over(self) -> bool:
+        return False
+
     def checksums(self) -> list[list[int]]:
         return []
 

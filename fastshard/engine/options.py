@@ -164,6 +164,11 @@ class Stats:
     write_path: str
     """``"buffered"``, ``"direct"``, ``"mapped"``, ``"registered"``, ``"standing"`` (a prepared save),
     ``"memory"`` or ``"link"``."""
+    priority: str = "normal"
+    """That of the writers: ``"normal"``, or where nobody waited for them ``"idle"`` (``SCHED_IDLE``: they get processors
+    that nobody else wants), ``"nice"`` where the system refuses that."""
+    taken_over: str = ""
+    """Why writers of normal priority took over from such writers; empty if they did not."""
     staging: str
     """``"none"`` (written from the tensors' own memory), ``"in place"`` (devices copied into the target itself),
     ``"pageable"`` or ``"pinned"``."""

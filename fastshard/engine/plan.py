@@ -208,6 +208,7 @@ class SaveOptions(NamedTuple):
     """A forked process writes the files, through the page cache. When the save has begun, the tensors may
     change. Where that is not possible, ``NotForked`` is raised, and nothing has happened."""
     gives_way: bool = False
-    """Its writers get a processor when the threads of the job do not want it. So the caller's next steps are
-    disturbed less, and the save takes longer where all processors are busy."""
+    """Its writers step aside for the threads of the job, until ``Save.take_over()``. So the caller's next steps are
+    disturbed less, and the save takes longer where all processors are busy. Not where they would hold locks of a driver,
+    of the interpreter or of the process's memory."""
     follow_links: bool = False

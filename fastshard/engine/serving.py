@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ..errors import SaveError, rewritten
 from .options import Changed, Stats
 from .parts import Background, Served
+from .relief import WAITED_FOR, Relief
 
 if TYPE_CHECKING:
     from .. import _native
@@ -70,6 +71,7 @@ class ServedSave:
         self._only_native = not served.steps and served.undo is None and background is None
         self.background: Final = background
         """``None`` for a save that its caller waits for."""
+        self.relief: Final = Relief(native, background.after if background else ())
         self._packing = background.packing if background else None
         self._held = background is not None and (self._packing is not None or bool(background.after))
         self._notes: list[str] = []
@@ -128,6 +130,8 @@ class ServedSave:
         An exception that arrives meanwhile (Ctrl-C) stops the save, which leaves nothing behind. Raises
         ``RuntimeError`` in a forked child, and in a signal handler that has interrupted a step of this save.
         """
+        if timeout != 0:
+            self.relief.take_over(WAITED_FOR)
         self._wait_for(lambda: self._settled, self._gate, timeout)
         return self._settled
 
@@ -198,6 +202,7 @@ class ServedSave:
                     figures[name] = getattr(self._packed, name)
             figures["snapshot"] = background.kind
             figures["staged_seconds"] = self.staged_seconds
+            figures["taken_over"] = self.relief.why
         if self._linked is not None:
             figures["linked_files"], figures["linked_nbytes"], refused = self._linked
             figures["fallbacks"] += refused
@@ -228,8 +233,7 @@ class ServedSave:
             _log.warning("a save has to be waited for, as no thread is to be had to serve it: %s", error)
 
     def needs(self, thread: int) -> bool:
-        """Returns whether the save cannot end without that thread, which has started it and brings its
-        bytes."""
+        """Returns whether the save cannot end without that thread, which started it and brings its bytes."""
         packing = self._packing
         return (packing is not None and packing.needs(thread)) or (
             self._starter == thread
@@ -249,9 +253,7 @@ class ServedSave:
         """
         gate = gate or self._gate
         served = self._is_served
-        if (
-            not served and self._served_from is not None
-        ):  # the thread has had no memory for its first frame, perhaps
+        if not served and self._served_from is not None:  # perhaps it had no memory for its first frame
             served = time.monotonic() < self._served_from + _START_SECONDS
         if not served:
             self._advance(seconds)
@@ -280,6 +282,7 @@ class ServedSave:
         if self.background is not None and (written or self._native.read()):
             self._say_staged()
         if not written:
+            self.relief.take_over_if_overdue()
             return self._bring()
         try:
             self._end(error, seconds)
@@ -385,6 +388,7 @@ class ServedSave:
             packing._stop()
         self._native.cancel()
         self._native.disown_fetches()  # of this thread: an exception has ended what it was bringing
+        self.relief.take_over(WAITED_FOR)
         while not self._settled:
             with contextlib.suppress(BaseException):
                 self._pass(_POLL_SECONDS)

@@ -20,6 +20,7 @@ from .copies import Copy, copied, nbytes_of, part_of, with_part
 from .future import Amend, Background, SaveFuture, Served
 from .options import Options
 from .plan import FilePlan, SaveOptions, WriteItem
+from .relief import FOLLOWED
 
 if TYPE_CHECKING:
     from .. import _native
@@ -115,6 +116,8 @@ class _Parts(NamedTuple):
 def _by_copy(save: _Parts) -> SaveFuture:
     nbytes = nbytes_of(save.files)
     earlier = background.conflicting(save.wanted.paths)
+    for one in earlier:
+        one.relief.take_over(FOLLOWED)
     if nbytes == 0:
         held = save._replace(asked=save.asked._replace(held=bool(earlier)))
         return held.start(Background("copy", None, earlier))

@@ -58,6 +58,9 @@ class Status(NamedTuple):
     on_the_spot: dict[str, dict[str, int]] = {}
     """How many calls were finished on the spot though they were to be asynchronous, by function and
     reason."""
+    taken_over: dict[str, int] = {}
+    """How many asynchronous saves did not end with what the job left of the processors, but were taken over by writers of
+    normal priority, by reason."""
 
     def __str__(self) -> str:
         how = "installed, asynchronously" if self.asynchronous else "installed"
@@ -77,6 +80,9 @@ class Status(NamedTuple):
             lines += ["in flight:", *(f"  {place}" for place in self.in_flight)]
         if self.on_the_spot:
             lines += ["finished on the spot:", *_by_reason(self.on_the_spot)]
+        if self.taken_over:
+            lines += ["taken over by writers of normal priority:"]
+            lines += [f"  {count} asynchronous save(s): {why}" for why, count in self.taken_over.items()]
         lines += ["not seen here, if it happens:", *(f"  {text}" for text in UNSEEN)]
         return "\n".join(lines)
 
@@ -146,6 +152,7 @@ def status() -> Status:
         patching.is_incremental(),
         _in_flight(),
         activity.on_the_spot(),
+        activity.taken_over(),
     )
 
 
