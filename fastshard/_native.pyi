@@ -2,6 +2,7 @@
 """The native engine (csrc/bindings). Everything that can block releases the GIL."""
 
 from collections.abc import Callable, Sequence
+from mmap import mmap
 from typing import Any
 
 from .engine.plan import FilePlan, SaveOptions
@@ -126,7 +127,7 @@ def read_runs(
     streaming: bool,
 ) -> tuple[int, int] | None: ...
 def crc32_of_ranges(
-    fd: int, path: bytes, offset: int, sizes: Sequence[int], direct: bool
+    fd: int, path: bytes, offset: int, sizes: Sequence[int], direct: bool, block: bytearray | mmap
 ) -> list[int] | None: ...
 def crc32_joined(first: int, second: int, nbytes: int) -> int: ...
 def schedule(

@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -164,12 +165,15 @@ void bind_reading(py::module_& module) {
   // Nothing where the file ends before.
   module.def(
       "crc32_of_ranges",
-      [](int fd, const py::bytes& path, uint64_t offset, const std::vector<uint64_t>& sizes, bool direct) {
+      [](int fd, const py::bytes& path, uint64_t offset, const std::vector<uint64_t>& sizes, bool direct,
+         const py::buffer& block) {
         const auto name = path.cast<std::string>();
+        const py::buffer_info memory = block.request(/*writable=*/true);
+        const std::span bytes(static_cast<std::byte*>(memory.ptr), static_cast<size_t>(memory.size * memory.itemsize));
         const GilReleased released;
-        return crc32_of_ranges(fd, name, offset, sizes, direct);
+        return crc32_of_ranges(fd, name, offset, sizes, direct, bytes);
       },
-      "fd"_a, "path"_a, "offset"_a, "sizes"_a, "direct"_a);
+      "fd"_a, "path"_a, "offset"_a, "sizes"_a, "direct"_a, "block"_a);
   module.def("crc32_joined", &crc32_joined, "first"_a, "second"_a, "nbytes"_a);
 }
 

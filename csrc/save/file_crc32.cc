@@ -6,9 +6,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstddef>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <utility>
 
@@ -18,15 +15,7 @@
 namespace fastshard {
 namespace {
 
-// Larger ones cost fewer calls, and the kernel copies them faster.
-constexpr size_t kBlockNbytes = 1 << 20;
-// A disk is not busy while a block is looked at.
-constexpr size_t kDirectBlockNbytes = 4 << 20;
 constexpr uint64_t kAlignment = 4096;
-
-struct Freed {
-  void operator()(void* memory) const { std::free(memory); }
-};
 
 // The sums of consecutive ranges, whose bytes come in order.
 class Sums {
@@ -63,24 +52,25 @@ class Sums {
 }  // namespace
 
 std::optional<std::vector<uint32_t>> crc32_of_ranges(int fd, const std::string& path, uint64_t offset,
-                                                     std::span<const uint64_t> sizes, bool direct) {
+                                                     std::span<const uint64_t> sizes, bool direct,
+                                                     std::span<std::byte> block) {
   uint64_t end = offset;
   for (const uint64_t size : sizes) {
     if (size > INT64_MAX || end > INT64_MAX - size) throw std::invalid_argument("ranges that no file can have");
     end += size;
   }
-  const size_t block = direct ? kDirectBlockNbytes : kBlockNbytes;
-  const std::unique_ptr<std::byte, Freed> buffer(static_cast<std::byte*>(std::aligned_alloc(kAlignment, block)));
-  if (buffer == nullptr) throw std::bad_alloc();
+  if (block.empty() || (direct && (reinterpret_cast<uintptr_t>(block.data()) | block.size()) % kAlignment != 0)) {
+    throw std::invalid_argument("a block that cannot be read into");
+  }
   Sums sums(sizes);
   for (uint64_t at = direct ? offset / kAlignment * kAlignment : offset; at < end;) {
-    const size_t wanted = direct ? block : std::min<uint64_t>(block, end - at);
-    const ssize_t done = pread(fd, buffer.get(), wanted, static_cast<off_t>(at));
+    const size_t wanted = direct ? block.size() : std::min<uint64_t>(block.size(), end - at);
+    const ssize_t done = pread(fd, block.data(), wanted, static_cast<off_t>(at));
     if (done < 0 && errno == EINTR) continue;
     if (done < 0) throw IoError(errno, path, "pread");
     const uint64_t first = std::max(at, offset), reached = at + static_cast<uint64_t>(done);
     if (reached <= first) return std::nullopt;
-    sums.add({buffer.get() + (first - at), std::min(reached, end) - first});
+    sums.add(block.subspan(first - at, std::min(reached, end) - first));
     at = reached;
     // What is read past the page cache ends within a block only where the file ends.
     if (direct && at < end && at % kAlignment != 0) return std::nullopt;

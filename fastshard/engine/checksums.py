@@ -2,7 +2,7 @@
 """CRC-32 and SHA-256 of what lies in files, read once and in parallel, in little memory.
 
 The CRC-32 of a file is taken by as many threads as there are, as those of its parts can be put together; its
-SHA-256 by one. Blocks stay in the processor's cache between the read and the sum.
+SHA-256 by one. Blocks stay in the processor's cache between the read and the sum, in memory that each thread uses again.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ _STEP_NBYTES: Final = 64 << 20
 """Bytes between two moments at which all threads can stop."""
 _STRETCH_NBYTES: Final = 256 << 20
 """Bytes that one thread reads with a descriptor of its own, so that the kernel reads ahead for it."""
-_BLOCK_NBYTES: Final = 256 << 10
+_BLOCK_NBYTES: Final = 2 << 20
+"""The kernel copies larger blocks faster, and they stay in the processor's cache until they have been looked at."""
 _DIRECT_BLOCK_NBYTES: Final = 4 << 20
+"""A disk is not busy while a block is looked at."""
 _MAX_THREADS: Final = 16
 _DIRECT_THREADS: Final = 4
 """The least number of threads that read past the page cache, so that the disk has something to do meanwhile."""
@@ -93,6 +95,15 @@ class _How:
         self.direct = direct
         self._passed = passed
         self._lock = threading.RLock()
+        self._of_thread = threading.local()
+
+    def block(self) -> mmap.mmap:
+        """Returns the calling thread's memory for what it reads: aligned, as reading past the page cache needs it."""
+        found: mmap.mmap | None = getattr(self._of_thread, "block", None)
+        if found is None:
+            found = mmap.mmap(-1, _DIRECT_BLOCK_NBYTES if self.direct else _BLOCK_NBYTES)
+            self._of_thread.block = found
+        return found
 
     def tell(self, nbytes: int) -> None:
         if self._passed is not None:
@@ -163,7 +174,8 @@ class _Stretch(_Reader):
         offset, pieces = part
         sizes = [nbytes for _, nbytes in pieces]
         path = os.fsencode(self.sums.path)
-        found = _native.crc32_of_ranges(self._file.fileno(), path, offset, sizes, self._direct)
+        block = self.how.block()
+        found = _native.crc32_of_ranges(self._file.fileno(), path, offset, sizes, self._direct, block)
         if found is None:
             raise self._cut()
         self.found.append(found)
@@ -177,7 +189,6 @@ class _Whole(_Reader):
         super().__init__(sums, how)
         self.nbytes = sums.nbytes
         self._hash = hashlib.sha256(usedforsecurity=False)
-        self._buffer: mmap.mmap | None = None
 
     def steps(self) -> Iterator[Callable[[], None]]:
         return self._steps(self._take, range(0, max(1, self.nbytes), _STEP_NBYTES))
@@ -185,9 +196,7 @@ class _Whole(_Reader):
     def _take(self, offset: int) -> None:
         assert self._file is not None
         end = min(self.nbytes, offset + _STEP_NBYTES)
-        # Aligned, as reading past the page cache needs it.
-        self._buffer = self._buffer or mmap.mmap(-1, _DIRECT_BLOCK_NBYTES if self._direct else _BLOCK_NBYTES)
-        with memoryview(self._buffer) as buffer:
+        with memoryview(self.how.block()) as buffer:
             while offset < end:
                 done = os.preadv(self._file.fileno(), [buffer], offset)
                 if not done:
