@@ -53,6 +53,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # own process runs no test, and its workers take the paths they are given from where it is.
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
         os.chdir(Path(__file__).parent)
+    # Before torch is loaded: else its threads spin at each barrier, here and in what tests start, on the other workers'
+    # cores. A case of the bench takes three times the processor's time.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     _stderr.append(os.dup(2))
     # One build for everybody, the simulator's own tests included; git ignores build/.
     os.environ.setdefault(CACHE_VARIABLE, str(Path(__file__).resolve().parents[1] / "build" / "simcuda"))
