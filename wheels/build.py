@@ -31,7 +31,7 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 ARCHITECTURES = ("x86_64", "aarch64")
 GLIBC = "2.28"
 LARGEST = 2 << 20
-"""Bytes of a wheel, and of the module in it."""
+"""Bytes of a wheel."""
 
 
 @dataclass(frozen=True)
@@ -201,12 +201,12 @@ def finish(wheel: Wheel, base: Path, module: Path, out: Path) -> Path:
     shutil.copy2(module, folder / "fastshard" / module.name)
     (info,) = folder.glob("*.dist-info")
     about = info / "WHEEL"
-    about.write_text(re.sub(r"^Tag: .*$", f"Tag: {wheel.tag}", about.read_text("utf-8"), flags=re.MULTILINE), "utf-8")
+    tagged = re.sub(r"^Tag: .*$", f"Tag: {wheel.tag}", about.read_text("utf-8"), flags=re.MULTILINE)
+    about.write_text(tagged, "utf-8")
     names = "".join(f"License-File: {name}\n" for name in sbom.licenses(info / "licenses"))
     metadata = info / "METADATA"
-    metadata.write_text(
-        metadata.read_text("utf-8").replace("License-File: LICENSE\n", f"License-File: LICENSE\n{names}", 1)
-    )
+    ours = "License-File: LICENSE\n"
+    metadata.write_text(metadata.read_text("utf-8").replace(ours, ours + names, 1), "utf-8")
     version = info.name.removesuffix(".dist-info").rpartition("-")[2]
     (info / "sboms").mkdir()
     (info / "sboms" / "fastshard.cdx.json").write_text(sbom.document(version, wheel.architecture))
@@ -227,9 +227,8 @@ def check(wheel: Wheel, made: Path, module: Path) -> None:
     for place in (ROOT, WORK, Path.home()):
         if str(place).encode() + b"/" in content:
             raise SystemExit(f"{module.name} names a folder of this machine: {place}")
-    for path in (made, module):
-        if path.stat().st_size > LARGEST:
-            raise SystemExit(f"{path.name} has {path.stat().st_size} bytes, more than {LARGEST}")
+    if made.stat().st_size > LARGEST:
+        raise SystemExit(f"{made.name} has {made.stat().st_size} bytes, more than {LARGEST}")
 
 
 def table(out: Path) -> list[str]:
