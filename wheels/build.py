@@ -80,7 +80,9 @@ def main() -> None:
     }
     wheels = planned(options.python or PYTHONS, options.architecture or ARCHITECTURES)
 
-    import headers  # of this folder
+    # Of this folder, and of the dependency group.
+    import headers
+    import kernels
 
     include = {
         p: given.get(p) or headers.find(p, WORK / "headers") for p in dict.fromkeys(w.python for w in wheels)
@@ -89,7 +91,7 @@ def main() -> None:
     for old in (*options.out.glob("fastshard-*"), options.out / "SHA256SUMS"):
         old.unlink(missing_ok=True)
     source = source_distribution(options.out)
-    fatbin = kernels(WORK / "kernels")
+    fatbin = kernels.make(WORK / "kernels")
     base: Path | None = None
     for wheel in wheels:
         module = native(wheel, source, fatbin, include[wheel.python], options.jobs)
@@ -112,26 +114,6 @@ def source_distribution(out: Path) -> Path:
         files.extractall(target, filter="data")
     unpacked = target / archive.name.removesuffix(".tar.gz")
     return unpacked.rename(target / "fastshard")
-
-
-def kernels(folder: Path) -> Path:
-    """The fatbin of the CUDA kernels, which serves both architectures."""
-    from kernels import BINDER, COMPILERS, compiled
-    from kernels import fatbin as bound
-
-    folders = {requirement: folder / requirement for requirement in (*COMPILERS, BINDER)}
-    for requirement, place in folders.items():
-        if not place.exists():
-            run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", place, requirement)
-    codes = []
-    for architecture, code, log in compiled(folders):
-        registers = re.findall(r"Used (\d+) registers", log)
-        print(f"kernels for {architecture}: {len(code)} bytes, registers: {', '.join(registers) or '-'}")
-        codes.append((architecture, code))
-    made, content = folder / "pack.fatbin", bound(codes, folders[BINDER])
-    if not made.exists() or made.read_bytes() != content:
-        made.write_bytes(content)
-    return made
 
 
 def native(wheel: Wheel, source: Path, fatbin: Path, include: Path, jobs: str) -> Path:
@@ -220,9 +202,9 @@ def check(wheel: Wheel, made: Path, module: Path) -> None:
     said = subprocess.run(
         [sys.executable, "-m", "auditwheel", "show", made], check=True, capture_output=True, text=True
     ).stdout
-    verdict = " ".join(said.split())
-    if wheel.platform not in verdict:
-        raise SystemExit(f"{made.name}: auditwheel says {verdict}")
+    verdict = re.search(r'following platform tag: "(\w+)"', " ".join(said.split()))
+    if not verdict or verdict[1] != wheel.platform:
+        raise SystemExit(f"{made.name}: auditwheel says {said}")
     content = module.read_bytes()
     for place in (ROOT, WORK, Path.home()):
         if str(place).encode() + b"/" in content:

@@ -4,13 +4,18 @@
 Machine code of a newer toolkit may be refused by an older driver. So each architecture is compiled by the oldest NVRTC
 that knows it and what the kernels say of memory: 12.0 for those up to Hopper, 12.8 for Blackwell. Architectures to
 come are given PTX of 12.0.
+
+    python wheels/kernels.py      makes build/wheels/kernels/pack.fatbin, for either architecture of the host
 """
 
 from __future__ import annotations
 
 import ctypes
 import glob
-from collections.abc import Iterator, Sequence
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,9 +134,36 @@ def strings(texts: Sequence[bytes]) -> ctypes.Array[ctypes.c_char_p]:
     return (ctypes.c_char_p * len(texts))(*texts)
 
 
-def compiled(folders: dict[str, Path]) -> Iterator[tuple[str, bytes, str]]:
-    """Architecture, code and log, for each requirement of ``COMPILERS`` and the folder where it is installed."""
+def make(folder: Path) -> Path:
+    """The file of the fatbin in `folder`, into which the compilers are installed, too."""
+    folders = {requirement: folder / requirement for requirement in (*COMPILERS, BINDER)}
+    for requirement, place in folders.items():
+        if not place.exists():
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                "--target",
+                place,
+                requirement,
+            ]
+            subprocess.run(command, check=True)
+    codes = []
     for requirement, architectures in COMPILERS.items():
         compiler = Compiler(folders[requirement])
         for architecture in architectures:
-            yield (architecture, *compiler.compile(architecture))
+            code, log = compiler.compile(architecture)
+            registers = ", ".join(re.findall(r"Used (\d+) registers", log)) or "-"
+            print(f"kernels for {architecture}: {len(code)} bytes, registers: {registers}")
+            codes.append((architecture, code))
+    made, content = folder / "pack.fatbin", fatbin(codes, folders[BINDER])
+    if not made.exists() or made.read_bytes() != content:  # what was linked with it need not be linked again
+        made.write_bytes(content)
+    return made
+
+
+if __name__ == "__main__":
+    print(make(ROOT / "build" / "wheels" / "kernels"))
