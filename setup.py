@@ -2,6 +2,7 @@
 """Builds the native module with CMake and Ninja; everything else is in pyproject.toml."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,10 +23,17 @@ STARTUP = (
 
 
 class CMakeBuild(build_ext):
-    """Runs CMakeLists.txt once. ``CMAKE_ARGS`` in the environment is passed on (e.g. -DFASTSHARD_KERNELS=OFF)."""
+    """Runs CMakeLists.txt once. ``CMAKE_ARGS`` in the environment is passed on (e.g. -DFASTSHARD_KERNELS=OFF).
+
+    ``FASTSHARD_NATIVE_MODULE`` names a module that is built already (by wheels/build.py), and is taken as it is.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        if built := os.environ.get("FASTSHARD_NATIVE_MODULE"):
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(built, target)
+            return
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         # The cache of an earlier build names the tools of pip's environment of then, which is gone.

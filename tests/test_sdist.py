@@ -20,12 +20,14 @@ PARTS = (
     "mkdocs.yml",
     "README.md",
     "DESIGN.md",
+    "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "RELEASING.md",
     "CITATION.cff",
     "pyproject.toml",
     "setup.py",
 )
-FOLDERS = ("bench", "csrc", "docs", "examples", "fastshard", "tests")
+FOLDERS = ("bench", "csrc", "docs", "examples", "fastshard", "tests", "wheels")
 MADE = shutil.ignore_patterns("__pycache__", "*.so", "out", "build", ".*_cache", ".hypothesis")
 
 
