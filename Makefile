@@ -20,7 +20,7 @@ demo: torch
 lint: torch $(TOOLS)/pip
 	$(TOOLS)/pip install -q --group lint
 	$(TOOLS)/ruff check fastshard tests bench examples docs wheels setup.py
-	$(TOOLS)/ruff format --check fastshard tests bench examples docs wheels setup.py
+	$(TOOLS)/ruff format --check fastshard tests bench examples docs/docstrings.py wheels setup.py
 	$(TOOLS)/clang-format --dry-run --Werror $$(find csrc tests -name '*.c' -o -name '*.cc' -o -name '*.h' -o -name '*.cu*')
 	CMAKE_ARGS="$$CMAKE_ARGS -DCMAKE_COMPILE_WARNING_AS_ERROR=ON" $(BIN)/pip install -q '.[test]'
 # Laid out as it is installed, and with the libraries that the tests have.

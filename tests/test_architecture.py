@@ -34,7 +34,7 @@ NATIVE_LAYERS = {
         crc32.h crc32.cc file_crc32.h file_crc32.cc changes.h changes.cc runs.h writer.h source_pages.h source_pages.cc chunk_writer.h chunk_writer.cc page_cache_writer.h
         page_cache_writer.cc placed_writer.h placed_writer.cc direct_writer.h direct_writer.cc into_memory.h snapshot_writer.h snapshot_writer.cc
         memory_writer.h memory_writer.cc writer.cc targets.h targets.cc forked_child.h forked_child.cc forked.h forked.cc
-        save.h save.cc save_report.cc save_snapshot.cc
+        save.h save.cc save_amendments.cc save_report.cc save_snapshot.cc
         engine.h engine.cc
     """,
     "bindings": """

@@ -112,7 +112,8 @@ py::dict to_dict(const Stats& stats) {
                   "copy_seconds"_a = stats.copy_seconds, "write_seconds"_a = stats.write_seconds,
                   "sync_seconds"_a = stats.sync_seconds, "write_path"_a = stats.write_path, "staging"_a = stats.staging,
                   "staging_nbytes"_a = stats.staging_nbytes, "mapped_nbytes"_a = stats.mapped_nbytes,
-                  "written_runs"_a = stats.written_runs, "priority"_a = stats.priority, "device_scratch_nbytes"_a = stats.device_scratch_nbytes,
+                  "written_runs"_a = stats.written_runs, "priority"_a = stats.priority,
+                  "device_scratch_nbytes"_a = stats.device_scratch_nbytes,
                   "fallbacks"_a = py::tuple(py::cast(stats.fallbacks)));
 }
 

@@ -26,9 +26,9 @@ void step_back() noexcept;
 // Called by a thread that works beside a job: wherever both want a processor, it gets a tenth of it. For good: without
 // privileges a thread cannot take that back.
 void give_way() noexcept;
-// The same for a thread that others can relieve: it gets a processor that nobody else wants, and hardly ever another one
-// (SCHED_IDLE). Such a thread must not hold what others wait for: a lock of the process's memory, of the interpreter or
-// of a driver. Returns 0, or the errno of what was refused; then it gives way.
+// The same for a thread that others can relieve: it gets a processor that nobody else wants, and hardly ever another
+// one (SCHED_IDLE). Such a thread must not hold what others wait for: a lock of the process's memory, of the
+// interpreter or of a driver. Returns 0, or the errno of what was refused; then it gives way.
 int step_aside() noexcept;
 // Returns whether the calling thread has stepped aside. Threads that it starts would be as it is.
 bool stepped_aside() noexcept;

@@ -61,7 +61,8 @@ std::shared_ptr<Save> Engine::submit(std::shared_ptr<const SavePlan> plan, const
   const bool aside = intent.gives_way && can_be_written_aside(*plan, options_.write_path);
   WorkerPool& workers = aside ? background_workers_ : workers_;
   WorkerPool& relief = aside ? relief_workers_ : workers_;
-  Resources resources{ring_, workers, relief, write_behind_, lone_threads_, *host_, devices_of(*plan), io_uring_refused_};
+  Resources resources{ring_,  workers,           relief,           write_behind_, lone_threads_,
+                      *host_, devices_of(*plan), io_uring_refused_};
   intent.wanted = options_.write_path;
   auto save = std::make_shared<Save>(std::move(plan), streams, intent, std::move(commit), std::move(resources));
   if (!intent.held) save->start(is_small(*save, intent));

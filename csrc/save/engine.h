@@ -55,7 +55,7 @@ class Engine {
   Ring ring_;
   WriteBehind write_behind_;
   WorkerPool workers_;
-  WorkerPool relief_workers_;  // where the background workers leave off
+  WorkerPool relief_workers_;      // where the background workers leave off
   WorkerPool background_workers_;  // they step aside for the job
   LoneThreads lone_threads_;
 };

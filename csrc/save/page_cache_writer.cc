@@ -28,10 +28,11 @@ bool only_python_has_some(const FilePlan& plan) {
   return std::ranges::any_of(plan.items, [](const WriteItem& item) { return item.source.device == kFetched; });
 }
 
-// Whether several threads may write the file. What only Python brings, it brings to one. Threads that have stepped aside
-// make no mappings: each of these takes the lock of the process's memory.
+// Whether several threads may write the file. What only Python brings, it brings to one. Threads that have stepped
+// aside make no mappings: each of these takes the lock of the process's memory.
 bool shared(const WriterParts& parts, const OutputFile& file) {
-  return file.storable() && !parts.resources.workers.aside() && parts.plan.written_nbytes() >= kMinSharedNbytes && !only_python_has_some(parts.plan);
+  return file.storable() && !parts.resources.workers.aside() && parts.plan.written_nbytes() >= kMinSharedNbytes &&
+         !only_python_has_some(parts.plan);
 }
 
 size_t writers_of(const WriterParts& parts, bool shared) {

@@ -153,8 +153,8 @@ class Save : public std::enable_shared_from_this<Save> {
   EarlyScratch early_scratch_;
   std::unique_ptr<ForkedSave> forked_;  // null unless Intent::forked
   std::vector<std::unique_ptr<FileWriter>> writers_;
-  std::vector<std::atomic<size_t>> open_shares_;      // of each file, that which is certain to be written included
-  std::vector<std::atomic<bool>> begun_shares_;       // of each file, that which is certain
+  std::vector<std::atomic<size_t>> open_shares_;  // of each file, that which is certain to be written included
+  std::vector<std::atomic<bool>> begun_shares_;   // of each file, that which is certain
   std::atomic<size_t> unfinished_files_ = 0;
   std::atomic<bool> begun_ = false;
 
@@ -171,5 +171,16 @@ class Save : public std::enable_shared_from_this<Save> {
   std::vector<std::vector<uint32_t>> checksums_;
   Stats final_;  // what cannot be told any more once the files are closed
 };
+
+// Not by a std::function: a writer must not need memory to begin or to end.
+template <typename Step>
+void Save::attempt(const Step& step) {
+  if (progress_.stop) return;
+  try {
+    step();
+  } catch (...) {
+    fail(std::current_exception());
+  }
+}
 
 }  // namespace fastshard

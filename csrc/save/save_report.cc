@@ -65,9 +65,7 @@ Stats Save::stats() const {
   stats.copy_seconds = 1e-9 * static_cast<double>(progress_.copy_ns);
   stats.write_seconds = 1e-9 * static_cast<double>(progress_.write_ns);
   stats.sync_seconds = 1e-9 * static_cast<double>(progress_.sync_ns);
-  stats.priority = !resources_.workers.aside()                ? "normal"
-                   : resources_.workers.aside_refused() == 0 ? "idle"
-                                                             : "nice";
+  stats.priority = !resources_.workers.aside() ? "normal" : resources_.workers.aside_refused() == 0 ? "idle" : "nice";
   stats.staging = progress_.staged_pinned     ? "pinned"
                   : progress_.staged_pageable ? "pageable"
                   : progress_.copied_in_place ? "in place"
