@@ -63,7 +63,7 @@ PYTHON_LAYERS = {
         group processors boxes rank_plan rank_files rank_own_files rank_save stored slices rank_load unseen_files stock final_files writer reader distcp file_system
         gathering staged stager
     """,
-    "tools": "structure verify describe completeness run_folder usage tensors_of values diff convert tp_plan model_plan parts rank_folders outputs reshard stored_boxes dcp_source dcp_folders statements",
+    "tools": "structure verify describe run_folder usage tensors_of values diff convert tp_plan model_plan parts rank_folders outputs reshard stored_boxes dcp_source dcp_folders statements",
     "integrations": """
         patch_entry patch_table patch_groups import_hook calls switches patching overrides report offload transformers_distributed transformers trainer diffusers accelerate accelerate_state hub_uploads lightning torch_checkpointing adapters dcp vllm_states vllm_probe vllm
         vllm_transfer sglang vllm_save
@@ -123,7 +123,6 @@ WITHOUT_TORCH = {
     "integrations/patching": set(),
     "integrations/overrides": set(),
     "integrations/report": set(),
-    "tools/completeness": set(),
     "tools/run_folder": set(),
     "tools/usage": set(),
     "tools/tensors_of": set(),

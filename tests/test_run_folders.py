@@ -24,7 +24,7 @@ from fastshard.cli import command as cli
 from fastshard.formats.manifest import FileEntry, Manifest
 from fastshard.formats.naming import MANIFEST_NAME, SUMS_NAME
 from fastshard.tools import run_folder, usage
-from fastshard.tools.completeness import problems_of
+from fastshard.tools.structure import problems_of
 from fastshard.tools.usage import OTHERS, Extent, usage_of
 
 STEPS = (2, 4, 6, 8)

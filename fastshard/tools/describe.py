@@ -97,7 +97,7 @@ def _compare_with_indices(folder: str, names: list[str], stored: Mapping[str, St
         lost = [
             Problem("missing", os.path.join(folder, inner, name), f"is missing, and {index} names it")
             for index, named in indices.named.items()
-            for name in sorted(named - {*here})
+            for name in sorted(named.keys() - {*here})
         ]
         for problem in (*indices.problems, *lost, *indices.compare(headers)):
             raise ValueError(str(problem))

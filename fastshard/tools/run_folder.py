@@ -3,7 +3,7 @@
 
 A run is a folder with folders whose names end with the number of a step, as ``Trainer`` makes ``checkpoint-500``. The
 newest checkpoint is the one with the largest number. What complete means is told by
-:mod:`fastshard.tools.completeness`.
+:func:`fastshard.tools.structure.problems_of`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ..publish.hidden_names import PREFIX
-from .completeness import problems_of, trainer_state
+from .structure import problems_of, trainer_state
 
 CHECKPOINT_PREFIX: Final = "checkpoint-"
 """What ``Trainer`` calls its checkpoints, before the number."""

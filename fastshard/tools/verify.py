@@ -14,13 +14,27 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
-from ..api.checked import MISSING, Check, Known, Problem, check, read_known, said
+from ..api.checked import (
+    CONTENTS,
+    DAMAGED,
+    MISSING,
+    UNREADABLE,
+    Check,
+    Known,
+    Problem,
+    check,
+    read_known,
+    said,
+)
 from ..base.loading import load
+from ..engine.checksums import Sums
 from ..engine.engine import progress_wanted
-from ..formats.hf_index import is_folder
+from ..formats.file_kinds import TORCH, what_is
+from ..formats.hf_index import is_folder, open_file, read_text, weight_map
 from ..formats.naming import (
+    DCP_METADATA,
     DISTCP_SUFFIX,
     MANIFEST_NAME,
     SUMS_NAME,
@@ -29,9 +43,12 @@ from ..formats.naming import (
     index_of_what,
     is_manifest,
 )
-from .structure import Archive, names_in, of_configurations, of_dcp, of_indices, of_sets
+from ..formats.torch_archive import UnknownLayout, records_of
+from ..formats.torch_items import Edges
+from .structure import of_configurations, of_dcp, of_indices, of_sets
 
 _MOST_TRIES = 4
+_MOST_RECORDS: Final = 1 << 20
 State = dict[str, tuple[int, int, int] | None]
 
 
@@ -124,6 +141,56 @@ def bar(work: int, progress: bool | None, description: str) -> Iterator[Callable
         total=work, unit="B", unit_scale=True, desc=description, smoothing=0
     ) as shown:
         yield shown.update
+
+
+class Archive(Check):
+    """A file of ``torch.save`` of which nothing is known but the CRC-32 that it has of its own records."""
+
+    def __init__(self, path: str, index: str | None) -> None:
+        super().__init__(path, told_by=index or DCP_METADATA)
+        self._named = index is not None
+
+    def look(self) -> None:
+        info = self._status()
+        if info is None:
+            return
+        self._note(info)
+        try:
+            what = what_is(self.path)
+            if (
+                what.kind == TORCH
+                and not what.is_whole
+                or what.kind != TORCH
+                and (self._named or not self.nbytes)
+            ):
+                self._say(CONTENTS, f"it is {what.text}" if self.nbytes else "it is empty")
+                return
+            with open_file(self.path) as file:
+                records = records_of(
+                    Edges(lambda at, n: os.pread(file.fileno(), n, at), self.nbytes), _MOST_RECORDS
+                )
+        except UnknownLayout:
+            return  # of the older format, or something else
+        except FileNotFoundError:
+            self._say(MISSING, "has vanished")
+            return
+        except (OSError, ValueError) as error:
+            self._say(UNREADABLE if isinstance(error, OSError) else CONTENTS, said(error, self.path))
+            return
+        records.sort(key=lambda record: record.begin)
+        ends = [0, *(record.begin + record.nbytes for record in records)]
+        if any(record.begin < end for record, end in zip(records, ends)) or ends[-1] > self.nbytes:
+            return
+        kept = [record for record in records if record.crc]
+        self.digests = bool(kept)
+        self._wanted = [(record.name, record.crc) for record in kept]
+        if kept:
+            self.sums = Sums(self.path, self.nbytes, [(record.begin, record.nbytes) for record in kept])
+
+    def _compare(self, found: list[int]) -> None:
+        for (name, wanted), crc32 in zip(self._wanted, found, strict=True):
+            if crc32 != wanted:
+                self._say(DAMAGED, f"the record {name!r} has the CRC-32 {crc32:08x}, not {wanted:08x}")
 
 
 class _Look:
@@ -236,10 +303,19 @@ def _telling(folder: str) -> list[str]:
     return [n for n in os.listdir(folder or ".") if n in (MANIFEST_NAME, SUMS_NAME) or is_manifest(n)]
 
 
+def _names_in(path: str, index: str) -> list[str]:
+    """Returns the names of the files of an index, as far as it can be read. What is wrong with it is said elsewhere."""
+    suffix = index_of_what(index)
+    try:
+        return [] if suffix is None else sorted(set(weight_map(read_text(path), path, suffix).values()))
+    except (OSError, ValueError):
+        return []
+
+
 def _named_by(path: str) -> list[str]:
     """Returns the names of the files that a file stands for: of an index its shards, too."""
     name = os.path.basename(path)
-    return [name, *names_in(path, name)]
+    return [name, *_names_in(path, name)]
 
 
 def entries_of(folder: str) -> tuple[list[str], list[str]]:
