@@ -393,7 +393,7 @@ def _expect_json(path: str) -> None:
             file.seek(nbytes - _EDGE_NBYTES)
             last = file.read().rstrip()[-1:]
             if first + last not in (b"{}", b"[]"):
-                raise ValueError("it is JSON that has been cut")
+                raise ValueError("it is JSON whose end is missing")
             return
         data = file.read()
     _parsed(data)
