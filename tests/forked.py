@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Python scripts run in processes of their own that need not import torch, which takes a second and a half of a core.
 
-Each is forked from a process that has imported torch and done nothing else: no thread, nothing of fastshard. From there
-on it is what ``python -c`` makes: the script is ``__main__``, its environment, folder and output are its own, and the
+Each is forked from a process that has imported torch and done nothing else: no thread, nothing of fastshard. A script
+that begins with :data:`PRELUDE` comes from one that has imported fastshard, too. From there on it is what ``python -c`` makes: the script is ``__main__``, its environment, folder and output are its own, and the
 interpreter ends as it always does, but that torch's own objects are frozen to the garbage collector, which would take
 half a second at the end: ``gc.unfreeze()`` in scripts about the end, and in those that replace functions, for whose
 referrers fastshard asks the collector. A variable that the start of Python, the dynamic loader or torch may read gets a
@@ -27,8 +27,10 @@ from typing import IO
 
 TESTS = Path(__file__).resolve().parent
 ANSWER_BYTES = 32
+PRELUDE = "import sys, os, torch, fastshard\nfrom fastshard import *\n"
 
-# One child at a time. It tells the child's number, then how it ended.
+# Two processes, of which the second runs the prelude before its first script. One child of each at a time: it tells the
+# child's number, then how it ended.
 _SERVER = """
 import gc, json, os, socket, sys
 import torch
@@ -36,12 +38,13 @@ import torch
 gc.collect()
 gc.freeze()
 
-def requested():
-    control = socket.socket(fileno=int(sys.argv[1]))
+def requested(number, prelude):
+    control = socket.socket(fileno=number)
     while True:
         request, files, *_ = socket.recv_fds(control, 1 << 20, 2)
         if not request:
             os._exit(0)
+        exec(prelude, {})
         pid = os.fork()
         if pid == 0:
             control.close()
@@ -54,31 +57,38 @@ def requested():
         control.send(str(pid).encode())
         control.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
 
-script, sys.argv, variables, folder = requested()
+plain, ready = map(int, sys.argv[1:3])
+second = os.fork() == 0
+os.close(plain if second else ready)
+script, sys.argv, variables, folder = requested(ready, sys.argv[3]) if second else requested(plain, "")
 os.environ.clear()
 os.environ.update(variables)
 os.chdir(folder)
-del gc, json, os, requested, socket, torch, variables, folder
+del gc, json, os, requested, socket, torch, variables, folder, plain, ready, second
 exec(compile(script, "<string>", "exec"))
 """
-_servers: dict[frozenset[tuple[str, str]], tuple[socket.socket, subprocess.Popen[bytes]]] = {}
+_servers: dict[
+    frozenset[tuple[str, str]], tuple[tuple[socket.socket, socket.socket], subprocess.Popen[bytes]]
+] = {}
 
 
-def _server(environment: Mapping[str, str]) -> socket.socket:
-    """The connection to the process to fork from."""
+def _server(environment: Mapping[str, str], ready: bool) -> socket.socket:
+    """The connection to the process to fork from; to the one that has run the prelude, if ``ready``."""
     # What nothing reads before the script begins.
     late = ("FASTSHARD_", "PYTEST_", "REFUSE")
     key = frozenset((name, value) for name, value in environment.items() if not name.startswith(late))
     if key not in _servers:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            command = [sys.executable, "-c", _SERVER, str(theirs.fileno())]
-            quiet = subprocess.DEVNULL
-            process = subprocess.Popen(
-                command, stdin=quiet, stdout=quiet, pass_fds=[theirs.fileno()], env=dict(key), cwd=TESTS
-            )
-        _servers[key] = ours, process
-    return _servers[key][0]
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
+        passed = [theirs.fileno() for _, theirs in pairs]
+        command = [sys.executable, "-c", _SERVER, *map(str, passed), PRELUDE]
+        quiet = subprocess.DEVNULL
+        process = subprocess.Popen(
+            command, stdin=quiet, stdout=quiet, pass_fds=passed, env=dict(key), cwd=TESTS
+        )
+        for _, theirs in pairs:
+            theirs.close()
+        _servers[key] = (pairs[0][0], pairs[1][0]), process
+    return _servers[key][0][ready]
 
 
 def preloading(library: Path) -> dict[str, str]:
@@ -90,13 +100,15 @@ def preloading(library: Path) -> dict[str, str]:
 
 @atexit.register
 def _end() -> None:
-    for connection, process in _servers.values():
-        connection.close()  # which it takes for the end
+    for connections, process in _servers.values():
+        for connection in connections:
+            connection.close()  # which it takes for the end
         process.wait()
 
 
 class Started:
-    """A script that runs, with what of ``subprocess.Popen`` the tests use. One at a time can run."""
+    """A script that runs, with what of ``subprocess.Popen`` the tests use. One at a time can run (of those with the prelude,
+    and of those without)."""
 
     def __init__(
         self,
@@ -108,9 +120,10 @@ class Started:
         cwd: os.PathLike[str] | str = TESTS,
     ) -> None:
         environment = dict(os.environ if env is None else env)
-        self._server = _server(environment)
+        script = textwrap.dedent(script)
+        self._server = _server(environment, script.startswith(PRELUDE))
         argv = ["-c", *map(str, arguments)]
-        request = json.dumps([textwrap.dedent(script), argv, environment, os.fspath(cwd)])
+        request = json.dumps([script, argv, environment, os.fspath(cwd)])
         socket.send_fds(self._server, [request.encode()], [stdout, stderr])
         told = self._server.recv(ANSWER_BYTES)
         assert told, "the process to fork from has ended"

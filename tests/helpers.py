@@ -19,6 +19,7 @@ from typing import Any
 
 import forked
 import torch
+from forked import PRELUDE
 from safetensors.torch import _SIZE, load_file
 
 from fastshard import _native
@@ -107,9 +108,6 @@ def said_now(text: str) -> str:
 
 def names(directory: Path) -> list[str]:
     return sorted(os.listdir(directory))
-
-
-PRELUDE = "import sys, os, torch, fastshard\nfrom fastshard import *\n"
 
 
 def run(script: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions that run in several processes at once, each of which is a rank of a gloo group on the CPU.
 
-The processes are forked from one that has imported torch and nothing of fastshard, so a group costs a fraction of a
-second. The store through which the ranks find each other is the test's own, as that of torchrun is the agent's: it is
+The processes are forked from one that has imported torch and fastshard and has used nothing of them, so a group costs a
+fraction of a second. The store through which the ranks find each other is the test's own, as that of torchrun is the agent's: it is
 there as long as the test is, whichever rank dies.
 """
 
@@ -22,7 +22,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "torch.distributed.tensor"])
+_OF_TORCH = ["torch", "torch.distributed.checkpoint", "torch.distributed.tensor"]
+_context.set_forkserver_preload(
+    [*_OF_TORCH, "fastshard.distributed.rank_save", "fastshard.distributed.rank_load"]
+)
 GROUP_SECONDS = 300
 """After which a collective fails whose other ranks do not come."""
 
