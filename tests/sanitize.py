@@ -48,6 +48,7 @@ TESTS = (
     "test_cuda_capture.py",
     "test_cuda_cruelty.py",
     "test_asynchronous.py",
+    "test_relief.py",
     "test_async_devices.py",
     "simulated_driver",
 )
