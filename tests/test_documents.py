@@ -22,6 +22,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = {
     "README.md": 2,
     "examples.md": 5,
+    "install.md": 2,
     "performance.md": 3,
     "quickstart.md": 2,
     "rivals.md": 2,
