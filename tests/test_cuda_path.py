@@ -43,6 +43,8 @@ from fastshard import _native
 from fastshard.engine.engine import Engine, Options, SaveFuture, Stats
 from fastshard.engine.plan import CASTS, HOST, FilePlan, Memory, TensorView
 
+byte_bounds = np.byte_bounds if np.__version__.startswith("1.") else np.lib.array_utils.byte_bounds
+
 MIB = 1 << 20
 HEADER = b"a header"
 HERE = Path(__file__).resolve().parent  # not the checkout: its package would come before the installed one
@@ -86,7 +88,7 @@ def on_host(array: np.ndarray) -> Source:
 
 def on_device(sim: SimCuda, array: np.ndarray, device: int = 0, lead: int = 0) -> Source:
     """The array as it lies, gaps and all, `lead` bytes into a device allocation."""
-    low, high = np.lib.array_utils.byte_bounds(array)
+    low, high = byte_bounds(array)
     address = sim.alloc(device, lead + high - low) + lead if array.nbytes else 0
     if array.nbytes:
         sim.write(address, ctypes.string_at(low, high - low))
@@ -829,7 +831,7 @@ def test_packing_waits_for_the_callers_stream(sim: SimCuda, new_engine: NewEngin
     view = on_device(sim, stale[:, :99].T).view
     stream = sim.stream(0)
     whole = fresh[:, :99].T
-    low, high = np.lib.array_utils.byte_bounds(whole)
+    low, high = byte_bounds(whole)
     sim.enqueue_write(stream, view.data, ctypes.string_at(low, high - low), delay=0.1)
     save(new_engine(), {path: [Source(view, whole)]}, streams={0: stream})
     assert_counts(sim, launches=1, copies=1)
@@ -1273,7 +1275,7 @@ def test_real_strided(device: torch.device, new_engine: NewEngine, path: Path, w
 @pytest.mark.parametrize("kind", STRIDED)
 def test_real_strided_kinds(device: torch.device, new_engine: NewEngine, path: Path, kind: str) -> None:
     array = STRIDED[kind]
-    low, high = np.lib.array_utils.byte_bounds(array)
+    low, high = byte_bounds(array)
     memory = torch.tensor(list(ctypes.string_at(low, high - low)), dtype=torch.uint8, device=device)
     synchronize(device)
     save(new_engine(), {path: [Source(view_of(array, memory.data_ptr(), device_number(device)), array)]})

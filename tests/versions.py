@@ -125,6 +125,9 @@ CHOSEN = (
     "test_sharded.py",
     "test_sources.py",
     "test_convert.py",
+    "test_manifest_saves.py",
+    "test_incremental.py",
+    "test_statements.py",
 )
 INSTALL_SECONDS, TEST_SECONDS = 900, 900
 
