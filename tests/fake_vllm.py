@@ -13,7 +13,10 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+
+from fastshard.integrations import vllm
 
 NAMES = """
 vllm vllm.distributed vllm.distributed.weight_transfer vllm.distributed.weight_transfer.base
@@ -65,6 +68,15 @@ def filtered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name in sorted(tensors, reverse=True):
         smallest[tensors[name].data_ptr()] = name
     return {name: t for name, t in tensors.items() if t.numel() and smallest[t.data_ptr()] == name}
+
+
+def plug_in(monkeypatch: pytest.MonkeyPatch) -> Vllm:
+    """Returns stand-ins for vLLM's modules, which can be imported during the test, with the plugin at work."""
+    made = Vllm()
+    for name, module in made.modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    vllm.register()
+    return made
 
 
 class Vllm:

@@ -23,7 +23,6 @@ LANGUAGES = "python|console|bash"
 NOT_RUN = re.compile(
     rf"<!-- not run: (\S.*?) -->\n\s*```(?:{LANGUAGES})\n(.*?)^\s*```$", re.DOTALL | re.MULTILINE
 )
-NEEDS = re.compile(r"<!-- needs: (.+?) -->")
 STATUS = re.compile(r"<!-- exit status: (\d+) -->\n$")
 # What a shell has to do, where a command of ours alone runs in this process.
 SHELL = re.compile(r"""[|&;<>$`*~]""")
@@ -45,12 +44,6 @@ def reasons_not_run(path: Path) -> list[str]:
 def count_blocks(path: Path) -> int:
     """Returns how many blocks of the page run."""
     return len(list(FencedCodeBlockLexer(LANGUAGES)(Document(text_to_run(path), str(path)))))
-
-
-def needed(path: Path) -> list[str]:
-    """Returns the libraries that the page says it needs."""
-    found = NEEDS.search(path.read_text())
-    return found[1].replace(",", " ").split() if found else []
 
 
 def run(path: Path) -> None:

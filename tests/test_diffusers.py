@@ -8,7 +8,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import safetensors.torch as st
 import torch
 from helpers import names
+from side_by_side import both, files_of, same_weights
 
 import fastshard
 from fastshard.base import activity
@@ -24,7 +25,6 @@ from fastshard.publish.directory import Replacement
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    pytest.importorskip("diffusers", reason="diffusers is not installed")
     import diffusers
     import transformers
     from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
@@ -77,25 +77,6 @@ def counted() -> Iterator[None]:
 def installed() -> Iterator[None]:
     with fastshard.installed():
         yield
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
-
-
-def both(tmp_path: Path, act: Callable[[Path], object]) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """What is written without fastshard, and with it."""
-    act(tmp_path / "plain")
-    with fastshard.installed():
-        act(tmp_path / "ours")
-    return files_of(tmp_path / "plain"), files_of(tmp_path / "ours")
-
-
-def same_weights(one: Any, other: Any) -> bool:
-    ours, theirs = one.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,8 @@ import re
 from pathlib import Path
 
 import forked
-import pytest
-
-pytest.importorskip("sybil")
 import pages
+import pytest
 
 from fastshard.bench.save import _parser as bench_parser
 from fastshard.cli.command import make_parser
@@ -63,8 +61,6 @@ os._exit(0)  # the end of a process that has torch in it takes half a second
     "page", [pytest.param(page, id=page.name) for page in PAGES if pages.count_blocks(page)]
 )
 def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
-    for library in pages.needed(page):
-        pytest.importorskip(library)
     done = forked.run(SCRIPT, ROOT / "tests", page, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 

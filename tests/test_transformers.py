@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import names, release
+from side_by_side import both, files_of, same_weights
 
 import fastshard
 from fastshard.api import archive
@@ -61,27 +62,6 @@ MODELS = {"llama": llama, "mixtral": mixtral, "gpt2": gpt2}
 def installed() -> Iterator[None]:
     with fastshard.installed():
         yield
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
-
-
-def both(tmp_path: Path, act: Callable[[Path], object]) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """What is written without fastshard, and with it."""
-    (tmp_path / "plain").mkdir(exist_ok=True)
-    (tmp_path / "ours").mkdir(exist_ok=True)
-    act(tmp_path / "plain")
-    with fastshard.installed():
-        act(tmp_path / "ours")
-    return files_of(tmp_path / "plain"), files_of(tmp_path / "ours")
-
-
-def same_weights(one: Any, other: Any) -> bool:
-    ours, theirs = one.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize("size", ["50GB", "20KB"])

@@ -33,12 +33,7 @@ RECORD = "fastshard.manifest.json"
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> fake_vllm.Vllm:
-    """Stand-ins for vLLM's modules, with the plugin at work."""
-    made = fake_vllm.Vllm()
-    for name, module in made.modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    vllm.register()
-    return made
+    return fake_vllm.plug_in(monkeypatch)
 
 
 def expected(model: torch.nn.Module) -> dict[str, torch.Tensor]:

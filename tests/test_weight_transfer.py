@@ -26,11 +26,7 @@ FACTORY = "vllm.distributed.weight_transfer.factory"
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> fake_vllm.Vllm:
-    made = fake_vllm.Vllm()
-    for name, module in made.modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    vllm.register()
-    return made
+    return fake_vllm.plug_in(monkeypatch)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from packaging import tags
 
 import fastshard
 from fastshard import _native
@@ -31,7 +32,7 @@ def load(name: str) -> ModuleType:
 
 
 def project() -> dict:
-    tomllib = pytest.importorskip("tomllib")  # since Python 3.11
+    tomllib = pytest.importorskip("tomllib", reason="tomllib is in Python from 3.11 on")
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -46,7 +47,6 @@ def test_each_python_and_architecture_gets_a_wheel() -> None:
 
 
 def test_tags_are_those_that_python_and_pip_look_for() -> None:
-    tags = pytest.importorskip("packaging.tags")
     version, machine = "{}.{}".format(*sys.version_info), platform.machine()
     build = load("build")
     if (
