@@ -55,7 +55,7 @@ def test_a_list_that_cannot_begin_anew_is_an_error(tmp_path: Path, monkeypatch: 
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("check", ["_is_ours", "_lock"])
+@pytest.mark.parametrize("check", ["is_ours", "_lock"])
 def test_a_hidden_folder_that_cannot_be_held_goes_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str
 ) -> None:

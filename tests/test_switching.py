@@ -16,9 +16,9 @@ from helpers import names
 from safetensors import safe_open
 from test_directory import killed_at, write
 
-from fastshard.publish import exchanging, hidden_names
+from fastshard.publish import exchanging, hidden_names, staging, switching
 from fastshard.publish.directory import replacing
-from fastshard.publish.folder import Folder
+from fastshard.publish.folder import Folder, open_folder
 
 Files = dict[str, str]
 OLD = {f"part-{i}.safetensors": f"old {i}" for i in range(4)} | {"manifest": "old"}
@@ -424,3 +424,34 @@ def test_a_signal_handler_that_saves_meanwhile(tmp_path: Path, target: str) -> N
         if at > lines:
             break
     assert total
+
+
+def test_a_turn_that_another_save_takes_meanwhile_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has it when it is looked for, and somebody has it a moment later. Two turns at once would lose entries of
+    manifests."""
+    taken: list[staging.Hidden] = []
+    waited: list[float] = []
+
+    def adopt(parent: Folder, name: str) -> staging.Hidden | None:
+        found = staging.adopt(parent, name)
+        if not waited and not taken:
+            assert found is None
+            other = staging.adopt(parent, name, make=True)
+            assert other is not None
+            taken.append(other)
+        return found
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        taken[0].remove([])
+        taken[0].close()
+
+    monkeypatch.setattr(switching, "adopt", adopt)
+    monkeypatch.setattr(switching.time, "sleep", sleep)
+    with contextlib.closing(open_folder(str(tmp_path))) as folder:
+        turn = next(switching.turn_names(folder))
+        assert switching.wait_for_turn(folder, turn, [], time.monotonic() + 60)
+    assert len(waited) == 1
+    assert os.listdir(tmp_path) == []

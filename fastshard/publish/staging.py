@@ -165,7 +165,7 @@ def adopt(parent: Folder, name: str, make: bool = False) -> Hidden | None:
         hidden = Hidden(parent, name, fd, fresh)
         try:
             with Named(hidden.path):
-                if not _is_ours(fd):
+                if not is_ours(os.fstat(fd)):
                     hidden.close()
                     return None
                 if not _lock(fd, fresh):
@@ -195,9 +195,10 @@ def _belongs_to_us(parent: Folder, name: str) -> bool:
     return found is not None and stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
 
 
-def _is_ours(fd: int) -> bool:
-    found = os.fstat(fd)
-    return found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) & 0o777 in _MODES
+def is_ours(found: os.stat_result) -> bool:
+    """Returns whether this may be a hidden folder of this user."""
+    is_folder = stat.S_ISDIR(found.st_mode)
+    return is_folder and found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) & 0o777 in _MODES
 
 
 def _lock(fd: int, fresh: bool) -> bool:

@@ -27,7 +27,7 @@ from .folder import Folder
 from .hidden_names import STAGING
 from .linking import Linking, settle_left
 from .record import Record, amend
-from .staging import Hidden, InUseError, adopt, clear_away, turn_name
+from .staging import Hidden, InUseError, adopt, clear_away, is_ours, turn_name
 
 _TURN_SECONDS: Final = 60.0
 """Changing names takes milliseconds. A process that takes longer than this has been stopped."""
@@ -189,7 +189,12 @@ def wait_for_turn(folder: Folder, name: str, held: list[int], deadline: float) -
         if left is not None:
             recover(left, held)
             return True
-        return folder.stat(name) is None
+        found = folder.stat(name)
+        if found is None:
+            return True
+        if not is_ours(found):
+            return False
+        # Another save has taken the turn since: it is waited for, too.
 
 
 def remove_left(folder: Folder, held: list[int], own: str = "") -> None:
