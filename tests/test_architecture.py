@@ -38,7 +38,7 @@ NATIVE_LAYERS = {
         engine.h engine.cc
     """,
     "bindings": """
-        python.h record.h record.cc dlpack.h exchange.h exchange.cc layouts.h layouts.cc page_lock.h plans.h plans.cc errors.cc saves.h saves.cc prepared.cc files.cc memory.cc system.cc
+        gil.h gil.cc python.h record.h record.cc dlpack.h exchange.h exchange.cc layouts.h layouts.cc page_lock.h plans.h plans.cc errors.cc saves.h saves.cc prepared.cc files.cc memory.cc system.cc
         module.cc
     """,
 }
@@ -149,7 +149,7 @@ WITHOUT_TORCH = {
 """Modules that must stay usable without torch, and what they may use besides the standard library."""
 
 ONLY_HOME = {
-    r"#include [<\"]pybind11|#include [<\"]Python\.h": {"bindings/python.h"},
+    r"#include [<\"]pybind11|#include [<\"]Python\.h": {"bindings/python.h", "bindings/gil.h"},
     r"#include <cuda\.h>": {"device/cuda_driver.h"},
     r"\bcu[A-Z]\w+\(": {
         "device/cuda_driver.h",

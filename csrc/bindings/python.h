@@ -5,26 +5,19 @@
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <unistd.h>
+
+#include "bindings/gil.h"
 
 namespace fastshard {
 
 namespace py = pybind11;
 using namespace py::literals;
 
-// Like py::gil_scoped_release. When the interpreter ends, Python before 3.14 ends a returning daemon thread with
-// pthread_exit(). That unwinds the stack through destructors that must not throw, so the process would be aborted. Here
-// the thread waits for the end of the process instead, as in newer versions.
+// Like py::gil_scoped_release, but for take_gil().
 class GilReleased {
  public:
   GilReleased() : state_(PyEval_SaveThread()) {}
-  ~GilReleased() {
-    try {
-      PyEval_RestoreThread(state_);
-    } catch (...) {  // the forced unwinding of pthread_exit(), as C throws nothing
-      for (;;) pause();
-    }
-  }
+  ~GilReleased() { take_gil(state_); }
   GilReleased(const GilReleased&) = delete;
   GilReleased& operator=(const GilReleased&) = delete;
 
