@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.metadata
 import os
 import re
 import shutil
@@ -133,6 +134,7 @@ def native(wheel: Wheel, source: Path, fatbin: Path, include: Path, jobs: str) -
         "CMAKE_COMPILE_WARNING_AS_ERROR": "OFF",
         "CMAKE_CXX_FLAGS": f"-ffile-prefix-map={source}=.",
         "CMAKE_LIBRARY_OUTPUT_DIRECTORY": output,
+        "CUDA_INCLUDE": cuda_headers(),
         "FASTSHARD_KERNELS": "ON",
         "FASTSHARD_FATBIN": fatbin,
         "FASTSHARD_PYTHON_INCLUDE": include,
@@ -157,6 +159,13 @@ def native(wheel: Wheel, source: Path, fatbin: Path, include: Path, jobs: str) -
     run(*configure, **zig)
     run("cmake", "--build", build, "--target", "_native", "--parallel", jobs, **zig)
     return output / f"_native{wheel.suffix}"
+
+
+def cuda_headers() -> Path:
+    """Those of the pinned package, whether or not the machine has a toolkit."""
+    files = importlib.metadata.files("nvidia-cuda-runtime") or []
+    (header,) = [file for file in files if file.name == "cuda.h"]
+    return Path(str(header.locate())).parent
 
 
 def base_wheel(source: Path, module: Path) -> Path:
