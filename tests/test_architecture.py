@@ -302,7 +302,8 @@ def test_native_module_links_the_c_runtime_only() -> None:
         "ld-linux-x86-64",
         "ld-linux-aarch64",
     }
-    assert Path(_native.__file__).stat().st_size < 2 << 20
+    runtime = 0 if "libstdc++" in needed else 128 << 10  # inside, in wheels
+    assert Path(_native.__file__).stat().st_size < (2 << 20) + runtime
 
 
 @pytest.mark.parametrize("name", PYTHON)

@@ -198,6 +198,7 @@ def test_the_engines_own_descriptor_is_waited_for(tmp_path: Path, reasons: list[
 
 def test_the_engines_own_nameless_descriptor_is_known(tmp_path: Path, reasons: list[str]) -> None:
     path = tmp_path / "m.pt"
+    in_place._made.clear()  # the number of a file of another test, which is gone, may be this one's now
     descriptor = os.open(tmp_path, os.O_TMPFILE | os.O_RDWR, 0o600)
     folder = os.open("/proc/self/fd", os.O_PATH | os.O_DIRECTORY)
     try:
