@@ -334,9 +334,11 @@ def test_choice(tmp_path: Path) -> None:
         pytest.skip("only a choice on filesystems known")
     assert chosen() == "buffered"
     assert chosen(durable=True, nbytes=MIB) == chosen(keep_cached=False, nbytes=MIB) == "buffered"
-    assert chosen(durable=True) == "buffered"
+    assert chosen(durable=True) == chosen(gives_way=True, nbytes=MIB) == "buffered"
     assert chosen(durable=True, from_device=True) == chosen(keep_cached=False) == "direct"
+    assert chosen(gives_way=True) == chosen(gives_way=True, durable=True) == "direct"
     assert chosen(write_path="buffered", keep_cached=False) == "buffered"
+    assert chosen(write_path="buffered", gives_way=True) == "buffered"
 
 
 def test_a_large_save_that_leaves_nothing_cached_is_direct(tmp_path: Path) -> None:
@@ -349,11 +351,78 @@ def test_a_large_save_that_leaves_nothing_cached_is_direct(tmp_path: Path) -> No
         assert same(tmp_path / "m", tensors)
 
 
+# A save that nobody waits for ----------------------------------------------------------------------------
+
+
+def in_files(folder: Path) -> tuple[dict[Path, dict[str, torch.Tensor]], int]:
+    """Tensors of odd sizes for two files, and all bytes of the files."""
+    files = {
+        folder / f"{i}.safetensors": {
+            str(n): filled((3 * MIB + n * i,), torch.uint8, 10 * i + n) for n in range(8)
+        }
+        for i in (1, 3)
+    }
+    return files, sum(len(reference.save(tensors)) for tensors in files.values())
+
+
+@pytest.mark.parametrize("durable", [False, True])
+@pytest.mark.parametrize("checksums", [False, True])
+def test_a_snapshot_is_written_from_where_it_lies(tmp_path: Path, checksums: bool, durable: bool) -> None:
+    """Past the page cache, and without a copy of its own: only the two ends of each file are staged."""
+    if _native.filesystem(str(tmp_path))[0] not in ("ext4", "xfs"):
+        pytest.skip("only a choice on filesystems known")
+    files, nbytes = in_files(tmp_path)
+    with Engine(Options(memory_budget="4MiB")) as engine:
+        future = fastshard.save_files_async(files, checksums=checksums, durable=durable, engine=engine)
+        stats = future.result()
+    assert (stats.write_path, stats.fallbacks, stats.nbytes) == ("direct", (), nbytes)
+    assert 0 < stats.staging_nbytes <= 4 * CHUNK
+    for path, tensors in files.items():
+        assert pages_cached(path, exactly=False) <= 1  # the last page, which is cut
+        assert same(path, tensors)
+
+
+def test_an_archive_is_written_from_where_its_snapshot_lies(tmp_path: Path) -> None:
+    if _native.filesystem(str(tmp_path))[0] not in ("ext4", "xfs"):
+        pytest.skip("only a choice on filesystems known")
+    state = {str(n): filled((MIB + 1000 * n,), torch.float32, n) for n in range(6)}
+    with Engine(Options(memory_budget="4MiB")) as engine:
+        stats = fastshard.torch_save_async(state, tmp_path / "a.pt", engine=engine).result()
+    assert (stats.write_path, stats.fallbacks) == ("direct", ())
+    assert stats.staging_nbytes <= 2 * CHUNK
+    torch.save(state, tmp_path / "b.pt")
+    found = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("manifest", [True, "sha256"])
+def test_digests_bring_nothing_into_the_page_cache(tmp_path: Path, manifest: bool | str) -> None:
+    if _native.filesystem(str(tmp_path))[0] not in ("ext4", "xfs"):
+        pytest.skip("only a choice on filesystems known")
+    tensors = {str(n): filled((3 * MIB + n,), torch.uint8, n) for n in range(8)}
+    with fastshard.asynchronous() as saves:
+        fastshard.save_torch_state_dict(tensors, tmp_path, max_shard_size="12MB", manifest=manifest)
+    saves.wait()
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1 and all(pages_cached(path, exactly=False) <= 1 for path in shards)
+    assert fastshard.verify(tmp_path).ok
+
+
+def test_a_snapshot_without_room_to_spare_is_staged(tmp_path: Path) -> None:
+    """The budget is kept to the byte: where the snapshot cannot lie as in its file, it is still written."""
+    tensors = {str(n): filled((2 * MIB,), torch.uint8, n) for n in range(16)}
+    with Engine(Options(snapshot_budget=32 * MIB, memory_budget="4MiB")) as engine:
+        stats = fastshard.save_file_async(tensors, tmp_path / "a", engine=engine).result()
+        assert (stats.snapshot, engine.arena.peak) == ("copy", 32 * MIB)
+    assert same(tmp_path / "a", tensors)
+
+
 # Nothing in the page cache -------------------------------------------------------------------------------
 
 
-def pages_cached(path: Path) -> int:
-    """Pages of the file that are in the page cache, counted without bringing any in."""
+def pages_cached(path: Path, exactly: bool = True) -> int:
+    """Pages of the file that are in the page cache, counted without bringing any in. ``exactly``: the kernel counts no
+    others, as that of a block which was cut."""
     nbytes = path.stat().st_size
     with path.open("r+b") as file, mmap.mmap(file.fileno(), nbytes) as mapping:
         residency = (ctypes.c_ubyte * ((nbytes + PAGE - 1) // PAGE))()
@@ -361,7 +430,8 @@ def pages_cached(path: Path) -> int:
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), residency) == 0
         counted = sum(page & 1 for page in residency)
-        _cachestat(libc, file.fileno(), counted)
+        if exactly:
+            _cachestat(libc, file.fileno(), counted)
     return counted
 
 

@@ -59,6 +59,11 @@ WAITS = {
     ),
     "exception": ("assert save('a', checksums=True, durable=True).exception(100) is None", "WAITED_FOR"),
     "wait for what goes past the page cache": ("assert save('a', keep_cached=False).wait()", "WAITED_FOR"),
+    "wait for what goes through the page cache": (
+        "engine = Engine(Options(write_path='buffered'))\nfuture = save('a', engine=engine)\n"
+        "assert future.wait() and future.stats.write_path == 'buffered'",
+        "WAITED_FOR",
+    ),
     "wait_all": ("save('a'); wait_all()", "WAITED_FOR"),
     "many files": (
         "future = fastshard.save_torch_state_dict_async(state(1), '.', max_shard_size='9MB')\n"

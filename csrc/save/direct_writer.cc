@@ -6,6 +6,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "device/pack.h"
 #include "file/direct_io.h"
 
 namespace fastshard {
@@ -44,6 +45,21 @@ class DirectWriter final : public ChunkWriter {
     return bytes;
   }
 
+  // The chunk's bytes where they lie, if that is in one piece and on boundaries of blocks; else nothing.
+  std::span<const std::byte> in_place(const Chunk& chunk) const {
+    const std::span<const CopyOp> ops = schedule_.ops_of(chunk);
+    const std::byte* const begin = packed_address(*ops.front().source, ops.front().first_byte);
+    const uint64_t block = file_->block_nbytes();
+    if (reinterpret_cast<uintptr_t>(begin) % block != 0 || chunk.nbytes % block != 0) return {};
+    const bool in_one_piece = std::ranges::all_of(ops, [&](const CopyOp& op) {
+      const TensorView& source = *op.source;
+      return source.device == kHost && !source.cast() && source.contiguous() &&
+             packed_address(source, op.first_byte) == begin + op.chunk_offset;
+    });
+    if (!in_one_piece || sources_.any()) return {};
+    return {begin, chunk.nbytes};
+  }
+
   std::unique_ptr<DirectQueue> make_queue() {
     auto queue = make_direct_queue(file_->descriptor(), file_->path(), file_->block_nbytes(), kMaxWriting,
                                    resources_.io_uring_refused == 0);
@@ -66,7 +82,7 @@ class DirectWriter::Share {
       writer_.check_stop();
       while (!writing_.empty() && finish_one(false)) {
       }
-      if (stage_next()) continue;
+      if (submit_next() || stage_next()) continue;
       if (copying_.empty() || writing_.size() == kMaxWriting) {
         if (!writing_.empty()) finish_one(true);
         continue;
@@ -76,9 +92,25 @@ class DirectWriter::Share {
   }
 
  private:
+  struct Writing {
+    const Chunk& chunk;
+    std::unique_ptr<StagedChunk> staged;  // null: from where it lies
+  };
+
+  // Writes the next chunk from where it lies, if that is possible.
+  bool submit_next() {
+    if (next_ == nullptr || writing_.size() >= kMaxWriting) return false;
+    const std::span<const std::byte> bytes = writer_.in_place(*next_);
+    if (bytes.empty()) return false;
+    writer_.add_checksums(*next_, bytes);
+    submit({*next_, nullptr}, bytes);
+    next_ = writer_.claim();
+    return true;
+  }
+
   // Stages the next chunk if there is a slot for it. Whether that is all for now, as its copies go on by themselves.
   bool stage_next() {
-    const size_t held = copying_.size() + writing_.size();
+    const size_t held = copying_.size() + staged_;
     if (next_ == nullptr || copying_.size() >= kMaxCopying || writing_.size() >= kMaxWriting) return false;
     if (held >= slots_.slots()) return false;
     std::optional<Slot> slot = writer_.slot_for(*next_, held == 0);
@@ -96,11 +128,16 @@ class DirectWriter::Share {
     copying_.pop_front();
     staged->wait();
     writer_.add_checksums(staged->chunk, staged->bytes);
-    const Timer timer(writer_.progress_.write_ns);
-    const uint64_t offset = staged->chunk.file_offset;
     const std::span<const std::byte> blocks = writer_.whole_blocks(*staged);
-    writing_.emplace(offset, std::move(staged));
-    queue_->submit(blocks, offset, offset);
+    ++staged_;
+    submit({staged->chunk, std::move(staged)}, blocks);
+  }
+
+  void submit(Writing writing, std::span<const std::byte> bytes) {
+    const Timer timer(writer_.progress_.write_ns);
+    const uint64_t offset = writing.chunk.file_offset;
+    writing_.emplace(offset, std::move(writing));
+    queue_->submit(bytes, offset, offset);
   }
 
   // Takes one completed write off the queue, or waits for one. Whether there was one.
@@ -109,7 +146,8 @@ class DirectWriter::Share {
     const std::optional<uint64_t> offset = queue_->reap(wait);
     if (!offset) return false;
     const auto written = writing_.find(*offset);
-    writer_.count(written->second->chunk);
+    writer_.count(written->second.chunk);
+    if (written->second.staged != nullptr) --staged_;
     writing_.erase(written);
     return true;
   }
@@ -117,8 +155,9 @@ class DirectWriter::Share {
   DirectWriter& writer_;
   const Ring::Share slots_;
   std::deque<std::unique_ptr<StagedChunk>> copying_;
-  std::unordered_map<uint64_t, std::unique_ptr<StagedChunk>> writing_;  // by file offset
-  const std::unique_ptr<DirectQueue> queue_;                            // destroyed first: that waits for the writes
+  std::unordered_map<uint64_t, Writing> writing_;  // by file offset
+  size_t staged_ = 0;                              // of these
+  const std::unique_ptr<DirectQueue> queue_;       // destroyed first: that waits for the writes
   const Chunk* next_ = nullptr;
 };
 

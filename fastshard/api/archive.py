@@ -154,7 +154,7 @@ def _describe(path: str, how: How) -> None:
 def _tell(path: str, how: How, _: object) -> None:
     """Lets the manifest say of the file what it is to say. It is a step of an asynchronous save."""
     if how.manifest:
-        _describe(path, how)
+        _describe(path, how._replace(keep_cached=False))  # as it was written past the page cache
     else:
         forget([place_of(path)], durable=how.durable)
 

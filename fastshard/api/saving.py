@@ -66,8 +66,8 @@ def save_file(
             as others can read the file.
         keep_cached: with ``False``, nothing of the file is left in the page cache when the call returns, so the
             save pushes nothing else out of it (a live server's working set); the call then waits for the disk.
-            ``True`` promises nothing: durable saves from a device go past the page cache. A filesystem in
-            memory ignores it.
+            ``True`` promises nothing: asynchronous saves, and durable ones from a device, go past the page cache.
+            A filesystem in memory ignores it.
         progress: show a tqdm bar; ``None``: if the environment variable ``FASTSHARD_PROGRESS`` says so.
         allow_strided: pack non-contiguous tensors straight into the file instead of refusing them. Slices
             of one tensor are accepted as long as they have no element in common.

@@ -94,6 +94,7 @@ def _env(path: str) -> None:
     options = Options()
     kind, write_path, reason = _native.filesystem(directory)
     _, durable_path, durable_reason = _native.filesystem(directory, durable=True)
+    _, later_path, later_reason = _native.filesystem(directory, gives_way=True)
     rows = [
         ("fastshard", __version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.release()}"),
@@ -111,6 +112,7 @@ def _env(path: str) -> None:
         ("free space", size(_free(directory))),
         ("a save here", f"{write_path}: {reason}"),
         ("a durable save here", f"{durable_path}: {durable_reason}"),
+        ("an asynchronous save here", f"{later_path}: {later_reason}"),
         *_native.probe(directory),
         ("asynchronous direct I/O (io_uring)", _io_uring()),
         ("", ""),

@@ -29,9 +29,17 @@ class Copy(NamedTuple):
     """For the packing."""
 
 
-def nbytes_of(files: Sequence[FilePlan]) -> int:
-    """Returns how much memory the tensors of a save take when they are packed."""
-    return sum(_aligned(_payload(file)) for file in files)
+def nbytes_of(files: Sequence[FilePlan], as_in_file: bool = False) -> int:
+    """Returns how much memory the tensors of a save take when they are packed.
+
+    ``as_in_file``: they lie as far behind a page there as they do in their files.
+    """
+    payloads = ((file, _payload(file)) for file in files)
+    return sum(_aligned(_lead(file, as_in_file) + nbytes) for file, nbytes in payloads if nbytes)
+
+
+def _lead(file: FilePlan, as_in_file: bool) -> int:
+    return len(file.header) % _FILE_ALIGNMENT if as_in_file else 0
 
 
 def copied(
@@ -40,11 +48,12 @@ def copied(
     fetch: Fetch | None,
     by_item: bool,
     locked: _native.PageLock | None = None,
+    as_in_file: bool = False,
 ) -> Copy:
     """Returns the plans of a save by way of memory at ``address``, of :func:`nbytes_of` bytes.
 
     ``by_item``: the items stay apart, as their checksums are wanted one by one. ``locked`` keeps the memory
-    page-locked.
+    page-locked. ``as_in_file``: whole blocks of the files can be written past the page cache from where they lie.
     """
     streaming = nbytes_of(files) >= STREAMED
     packing: list[FilePlan] = []
@@ -55,11 +64,12 @@ def copied(
         if nbytes == 0:
             written.append(file)
             continue
-        packed, items = _in_memory(file, Memory(address, nbytes, streaming, locked), by_item)
+        lead = _lead(file, as_in_file)
+        packed, items = _in_memory(file, Memory(address, lead + nbytes, streaming, locked), lead, by_item)
         packing.append(packed)
         numbers.append(number)
         written.append(file._replace(items=items))
-        address += _aligned(nbytes)
+        address += _aligned(lead + nbytes)
     return Copy(packing, written, _renumbered(fetch, numbers))
 
 
@@ -128,9 +138,19 @@ def _payload(file: FilePlan) -> int:
         return 0
     if not isinstance(items, Sequence):
         return items.nbytes
-    if _placed(items):
+    if _placed(items) and not _is_whole(file, items):
         return sum(_aligned(item.nbytes, _ITEM_ALIGNMENT) for item in items)
     return sum(item.nbytes for item in items)
+
+
+def _is_whole(file: FilePlan, items: Sequence[TensorView | WriteItem]) -> bool:
+    """Returns whether each item begins in the file where the one before it ends."""
+    end = len(file.header)
+    for item in items:
+        if isinstance(item, WriteItem) and item.file_offset != end:
+            return False
+        end += item.nbytes
+    return True
 
 
 def _placed(items: Sequence[TensorView | WriteItem]) -> bool:
@@ -139,32 +159,34 @@ def _placed(items: Sequence[TensorView | WriteItem]) -> bool:
 
 
 def _in_memory(
-    file: FilePlan, memory: Memory, by_item: bool
+    file: FilePlan, memory: Memory, lead: int, by_item: bool
 ) -> tuple[FilePlan, Sequence[TensorView | WriteItem]]:
-    """Returns the plan that packs a file's items into memory, and the items of a plan that writes them from there."""
-    items, address, nbytes = file.items, memory.address, memory.nbytes
+    """Returns the plan that packs a file's items into memory, from its byte ``lead`` on, and the items of a plan that
+    writes them from there."""
+    items, address, nbytes = file.items, memory.address + lead, memory.nbytes - lead
     whole = [TensorView(address, nbytes, HOST)]
     if not isinstance(items, Sequence):
-        packed = FilePlan(memory, b"", items)
+        packed = FilePlan(memory, bytes(lead), items)
         if not by_item:
             return packed, whole
         return packed, _one_by_one(address, [view[1] for view in items.views()])
     if not _placed(items):
-        packed = FilePlan(memory, b"", items)
+        packed = FilePlan(memory, bytes(lead), items)
         return packed, _one_by_one(address, [item.nbytes for item in items]) if by_item else whole
+    unit = 1 if _is_whole(file, items) else _ITEM_ALIGNMENT
     sources: list[WriteItem] = []
     written: list[TensorView | WriteItem] = []
     offset = 0
     for item in items:
         view = TensorView(address + offset, item.nbytes, HOST)
         if isinstance(item, WriteItem):
-            sources.append(WriteItem(item.source, offset))
+            sources.append(WriteItem(item.source, lead + offset))
             written.append(WriteItem(view, item.file_offset))
         else:
-            sources.append(WriteItem(item, offset))
+            sources.append(WriteItem(item, lead + offset))
             written.append(view)
-        offset += _aligned(item.nbytes, _ITEM_ALIGNMENT)
-    return FilePlan(memory, b"", sources, nbytes), written
+        offset += _aligned(item.nbytes, unit)
+    return FilePlan(memory, b"", sources, lead + nbytes), written
 
 
 def _one_by_one(address: int, sizes: Iterable[int]) -> list[TensorView]:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 WAITED_FOR: Final = "somebody waited for it"
 FOLLOWED: Final = "the next save of the same files was there"
 OVERDUE: Final = "the job left it too little of the processors"
-PATIENCE_SECONDS: Final = 10.0
+PATIENCE_SECONDS: Final = 1.0
 """So long a save may take with what the job leaves, and as long as it takes to write its bytes at this rate:"""
-PATIENCE_NBYTES: Final = 256 << 20
+PATIENCE_NBYTES: Final = 512 << 20
 
 
 class Relief:

@@ -192,13 +192,13 @@ class ServedSave:
             file: dict(zip(names, values))
             for (file, names), values in zip(self._names.items(), self.checksums())
         }
-        background = self.background
-        if background is not None:
+        if (background := self.background) is not None:
             figures["fallbacks"] += (*background.refused, *self._notes)
             if self._packed is not None:
                 figures["fallbacks"] += self._packed.fallbacks
                 figures["copy_seconds"] += self._packed.copy_seconds
-                for name in ("staging", "staging_nbytes", "device_scratch_nbytes"):
+                staged = self._packed.staging_nbytes >= figures["staging_nbytes"]
+                for name in ("device_scratch_nbytes", *(("staging", "staging_nbytes") if staged else ())):
                     figures[name] = getattr(self._packed, name)
             figures["snapshot"] = background.kind
             figures["staged_seconds"] = self.staged_seconds

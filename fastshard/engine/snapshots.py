@@ -121,13 +121,16 @@ def _by_copy(save: _Parts) -> SaveFuture:
     if nbytes == 0:
         held = save._replace(asked=save.asked._replace(held=bool(earlier)))
         return held.start(Background("copy", None, earlier))
-    block = save.block(nbytes)
+    # So that the writers need no copy of their own. Not what devices fill: they copy to whole blocks.
+    wide = 0 if _ordinals(save.files) else nbytes_of(save.files, as_in_file=True)
+    as_in_file = 0 < wide <= save.engine.arena.budget
+    block = save.block(wide if as_in_file else nbytes)
     if block is None:
         return _as_it_is(save, "written")
     packing = None
     try:
         locked = _lock(save.engine, block, save.files, save.refused)
-        plans = copied(save.files, block.address, save.served.fetch, save.asked.checksums, locked)
+        plans = copied(save.files, block.address, save.served.fetch, save.asked.checksums, locked, as_in_file)
         packing = save.packing(plans)
         future = save._replace(
             files=plans.files,
@@ -147,7 +150,7 @@ def _by_copy(save: _Parts) -> SaveFuture:
 def _by_fork(save: _Parts) -> SaveFuture | None:
     """Returns ``None`` if that is not possible."""
     save.await_earlier()
-    if any(ordinal >= 0 for file in save.files for ordinal in _devices(file)):
+    if _ordinals(save.files):
         # Into page-locked memory, which no child inherits.
         save.refused.append("no snapshot by a forked process: tensors of devices are copied anyway")
         return None
@@ -221,13 +224,18 @@ def _lock(
     engine: Starter, block: Block, files: Sequence[FilePlan], refused: list[str]
 ) -> _native.PageLock | None:
     """Page-locks the memory of a snapshot if a device is to copy into it. What is refused is added to ``refused``."""
-    ordinals = sorted(ordinal for file in files for ordinal in _devices(file) if ordinal >= 0)
+    ordinals = _ordinals(files)
     if not ordinals:
         return None
     locked: _native.PageLock | None = engine._with_native(lambda native: block.lock(native, ordinals[0]))
     if locked is None:
         refused.append(f"page-locking the snapshot's memory refused by the driver: {block.locked}")
     return locked
+
+
+def _ordinals(files: Sequence[FilePlan]) -> list[int]:
+    """Returns the numbers of the CUDA devices that tensors are on."""
+    return sorted({ordinal for file in files for ordinal in _devices(file) if ordinal >= 0})
 
 
 def _devices(file: FilePlan) -> set[int]:

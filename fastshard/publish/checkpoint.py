@@ -119,7 +119,10 @@ class Checkpoint:
 
     def _record(self, _: object = None) -> None:
         if self.manifest:
-            self.change.record = record_of(self.path, self.manifest, self.entries, self.sums)
+            # Asynchronous saves write past the page cache: nothing is to be brought in to be digested.
+            self.change.record = record_of(
+                self.path, self.manifest, self.entries, self.sums, keep_cached=not self.saves
+            )
 
     def _run_steps(self, figures: object = None) -> None:
         for step in self._steps:

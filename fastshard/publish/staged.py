@@ -66,6 +66,8 @@ class Stage:
         between two of them."""
         self.entries: dict[str, FileEntry] = {}
         """For a manifest: of the files that were written, by their paths in the stage."""
+        # What was written past the page cache is not to be brought in to be digested.
+        self._keep_cached = how.keep_cached and background.current() is None
         self.finishing: list[Callable[[], object]] = []
         """What is to be called when all files are written, with their entries known."""
         self.base = None if how.base is None else Base(how.base, check_dtype(how.dtype), how.durable)
@@ -154,7 +156,7 @@ class Stage:
             change.know(self.entries, sums)
         else:
             change.record = record_of(
-                self.path, self._how.manifest, self.entries, sums, keep_cached=self._how.keep_cached
+                self.path, self._how.manifest, self.entries, sums, keep_cached=self._keep_cached
             )
 
     def holds(self, filename: object) -> bool:
