@@ -20,8 +20,8 @@ constexpr uint64_t kMinSharedNbytes = 16 << 20;
 constexpr uint64_t kSharedNbytes = 4 << 20;
 // A piece that a thread writes which has stepped aside: what others may have to wait for.
 constexpr uint64_t kAsideNbytes = 1 << 20;
-// Checked before it is written, and written up to a multiple of this in the file: few enough bytes for the processor's
-// caches to have them when the kernel copies them, and enough for it to put them into its largest pages.
+// Written up to a multiple of this in the file, and then checked: few enough bytes for the processor's caches still to
+// have them, and enough for the kernel to put them into its largest pages.
 constexpr uint64_t kCheckedNbytes = 2 << 20;
 
 bool only_python_has_some(const FilePlan& plan) {
@@ -67,6 +67,13 @@ class PageCacheWriter final : public InTurnWriter {
   }
 
  private:
+  // A part of a run of host memory.
+  struct Piece {
+    uint32_t item;
+    uint64_t first_byte;
+    std::span<const std::byte> bytes;
+  };
+
   // Whether others wait for this thread. At the front there is one who goes on.
   bool leaves(End end) const { return end == End::back && resources_.workers.wanted(); }
 
@@ -100,39 +107,50 @@ class PageCacheWriter final : public InTurnWriter {
     if (end == End::front && !checksums_.empty()) return write_checked(chunk);
     std::vector<iovec> parts;
     parts.reserve(chunk.op_count);
-    for_each_piece(chunk, UINT64_MAX, [&](std::span<const std::byte> piece) { append(parts, piece); });
+    for_each_piece(chunk, UINT64_MAX, [&](const Piece& piece) {
+      if (!checksums_.empty()) check(piece);
+      append(parts, piece.bytes);
+    });
     write(chunk, parts, end);
   }
 
+  // The kernel reads a piece from memory faster than the sum does. Then it lies in a cache.
   void write_checked(const Chunk& chunk) {
     std::vector<iovec> parts;
-    uint64_t written = chunk.file_offset, checked = written;
-    for_each_piece(chunk, kCheckedNbytes, [&](std::span<const std::byte> piece) {
-      append(parts, piece);
-      checked += piece.size();
-      if (checked % kCheckedNbytes != 0 && checked != chunk.file_offset + chunk.nbytes) return;
-      const Timer timer(progress_.write_ns);
-      file_->write(parts, written);
-      written = checked;
+    std::vector<Piece> pieces;
+    uint64_t written = chunk.file_offset, end = written;
+    for_each_piece(chunk, kCheckedNbytes, [&](const Piece& piece) {
+      append(parts, piece.bytes);
+      pieces.push_back(piece);
+      end += piece.bytes.size();
+      if (end % kCheckedNbytes != 0 && end != chunk.file_offset + chunk.nbytes) return;
+      {
+        const Timer timer(progress_.write_ns);
+        file_->write(parts, written);
+      }
+      std::ranges::for_each(pieces, [&](const Piece& one) { check(one); });
+      written = end;
       parts.clear();
+      pieces.clear();
     });
     wrote(chunk);
   }
 
-  // Visits the pieces of a chunk, checked if that is wanted. None of them reaches across a multiple of `boundary` in
-  // the file.
+  void check(const Piece& piece) {
+    const Timer timer(progress_.copy_ns);
+    checksums_[piece.item].add(piece.first_byte, piece.bytes);
+  }
+
+  // Visits the pieces of a chunk. None of them reaches across a multiple of `boundary` in the file.
   template <typename Visit>
   void for_each_piece(const Chunk& chunk, uint64_t boundary, Visit visit) {
     for (const CopyOp& op : schedule_.ops_of(chunk)) {
       for_each_run(op, [&](uint64_t first, std::span<const std::byte> run) {
-        for (std::span<const std::byte> piece; !run.empty(); run = run.subspan(piece.size())) {
+        while (!run.empty()) {
           const uint64_t at = chunk.file_offset + op.chunk_offset + (first - op.first_byte);
-          piece = run.first(std::min<uint64_t>(run.size(), boundary - at % boundary));
-          if (!checksums_.empty()) {
-            const Timer timer(progress_.copy_ns);
-            checksums_[op.item].add(first, piece);
-          }
-          first += piece.size();
+          const Piece piece{op.item, first, run.first(std::min<uint64_t>(run.size(), boundary - at % boundary))};
+          first += piece.bytes.size();
+          run = run.subspan(piece.bytes.size());
           visit(piece);
         }
       });
