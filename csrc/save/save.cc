@@ -123,13 +123,12 @@ WorkerPool& Save::share_out() {
   return taken_over_ ? resources_.relief : resources_.workers;
 }
 
+// Under the lock: once the save has ended, the engine may go, and its threads with it.
 bool Save::take_over() {
-  {
-    const std::lock_guard lock(mutex_);
-    if (!resources_.workers.aside() || taken_over_ || ending_) return false;
-    taken_over_ = true;
-    if (!shared_out_) return true;
-  }
+  const std::lock_guard lock(mutex_);
+  if (taken_over_ || ending_ || !resources_.workers.aside()) return false;
+  taken_over_ = true;
+  if (!shared_out_) return true;
   bool any = false;
   for (size_t index = 0; index < writers_.size(); ++index) {
     if (open_shares_[index] == 0) continue;

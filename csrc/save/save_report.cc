@@ -65,7 +65,6 @@ Stats Save::stats() const {
   stats.copy_seconds = 1e-9 * static_cast<double>(progress_.copy_ns);
   stats.write_seconds = 1e-9 * static_cast<double>(progress_.write_ns);
   stats.sync_seconds = 1e-9 * static_cast<double>(progress_.sync_ns);
-  stats.priority = !resources_.workers.aside() ? "normal" : resources_.workers.aside_refused() == 0 ? "idle" : "nice";
   stats.staging = progress_.staged_pinned     ? "pinned"
                   : progress_.staged_pageable ? "pageable"
                   : progress_.copied_in_place ? "in place"
@@ -95,8 +94,10 @@ void Save::describe_files(Stats& stats) const {
     fallbacks.insert("writing by several threads refused: " +
                      std::generic_category().message(progress_.mapping_refused));
   }
-  if (const int refused = resources_.workers.aside_refused(); refused != 0) {
-    fallbacks.insert("SCHED_IDLE refused, so writers are niced: " + std::generic_category().message(refused));
+  const int aside_refused = resources_.workers.aside_refused();
+  stats.priority = !resources_.workers.aside() ? "normal" : aside_refused == 0 ? "idle" : "nice";
+  if (aside_refused != 0) {
+    fallbacks.insert("SCHED_IDLE refused, so writers are niced: " + std::generic_category().message(aside_refused));
   }
   if (progress_.source_shared) {
     fallbacks.insert("written by one thread: others would have copied memory that is shared with a forked process");
