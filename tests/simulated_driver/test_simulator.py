@@ -125,11 +125,11 @@ def test_delays(sim: SimCuda) -> None:
     def delayed_us(min_us: int, max_us: int, seed: int) -> int:
         sim.reset()
         sim.set_delay(min_us, max_us, seed)
-        streams, target = [sim.stream(0), sim.stream(0)], sim.alloc(0, 8)
+        streams, target = [sim.stream(0), sim.stream(0)], sim.alloc(0, 16)
         begin = time.perf_counter()
         for _ in range(3):
-            for stream in streams:
-                sim.enqueue_write(stream, target, b"12345678")
+            for place, stream in enumerate(streams):
+                sim.enqueue_write(stream, target + 8 * place, b"12345678")
         for stream in streams:
             sim.synchronize(stream)
         assert time.perf_counter() - begin >= 3 * min_us / 1e6
