@@ -150,7 +150,7 @@ def filesystem(
     durable: bool = False,
     keep_cached: bool = True,
     from_device: bool = False,
-    gives_way: bool = False,
+    past_cache: bool = False,
     nbytes: int = 1 << 30,
 ) -> tuple[str, str, str]: ...
 

@@ -334,11 +334,11 @@ def test_choice(tmp_path: Path) -> None:
         pytest.skip("only a choice on filesystems known")
     assert chosen() == "buffered"
     assert chosen(durable=True, nbytes=MIB) == chosen(keep_cached=False, nbytes=MIB) == "buffered"
-    assert chosen(durable=True) == chosen(gives_way=True, nbytes=MIB) == "buffered"
+    assert chosen(durable=True) == chosen(past_cache=True, nbytes=MIB) == "buffered"
     assert chosen(durable=True, from_device=True) == chosen(keep_cached=False) == "direct"
-    assert chosen(gives_way=True) == chosen(gives_way=True, durable=True) == "direct"
+    assert chosen(past_cache=True) == chosen(past_cache=True, durable=True) == "direct"
     assert chosen(write_path="buffered", keep_cached=False) == "buffered"
-    assert chosen(write_path="buffered", gives_way=True) == "buffered"
+    assert chosen(write_path="buffered", past_cache=True) == "buffered"
 
 
 def test_a_large_save_that_leaves_nothing_cached_is_direct(tmp_path: Path) -> None:
@@ -380,6 +380,13 @@ def test_a_snapshot_is_written_from_where_it_lies(tmp_path: Path, checksums: boo
     for path, tensors in files.items():
         assert pages_cached(path, exactly=False) <= 1  # the last page, which is cut
         assert same(path, tensors)
+
+
+def test_what_has_no_copy_goes_through_the_page_cache(tmp_path: Path) -> None:
+    """It would have to be staged, which is not worth it."""
+    files, _ = in_files(tmp_path)
+    stats = fastshard.save_files_async(files, snapshot="none").result()
+    assert (stats.write_path, stats.staging_nbytes) == ("buffered", 0)
 
 
 def test_an_archive_is_written_from_where_its_snapshot_lies(tmp_path: Path) -> None:

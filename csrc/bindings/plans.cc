@@ -60,7 +60,7 @@ struct SaveOptionsType : RecordType {
   const Field streams = field("streams"), durable = field("durable"), keep_cached = field("keep_cached"),
               checksums = field("checksums"), amended = field("amended"), held = field("held"),
               tells_read = field("tells_read"), forked = field("forked"), gives_way = field("gives_way"),
-              follow_links = field("follow_links");
+              past_cache = field("past_cache"), follow_links = field("follow_links");
 };
 
 struct Types {
@@ -309,6 +309,7 @@ SaveOptions options_from(py::handle object) {
                      .tells_read = record[type.tells_read].cast<bool>(),
                      .forked = record[type.forked].cast<bool>(),
                      .gives_way = record[type.gives_way].cast<bool>(),
+                     .past_cache = record[type.past_cache].cast<bool>(),
                      .follow_links = record[type.follow_links].cast<bool>()}};
 }
 

@@ -20,18 +20,18 @@ void bind_system(py::module_& module) {
   module.def(
       "filesystem",
       [](const std::string& directory, const std::string& write_path, bool durable, bool keep_cached, bool from_device,
-         bool gives_way, uint64_t nbytes) {
+         bool past_cache, uint64_t nbytes) {
         const FileSystem filesystem = filesystem_of(directory, directory);
         const Choice choice = choose_write_path(filesystem, {.wanted = write_path_from(write_path),
                                                              .durable = durable,
                                                              .keep_cached = keep_cached,
                                                              .from_device = from_device,
-                                                             .gives_way = gives_way,
+                                                             .past_cache = past_cache,
                                                              .nbytes = nbytes});
         return std::tuple(filesystem.type, std::string(name_of(choice.path)), choice.reason);
       },
       "directory"_a, "write_path"_a = "auto", "durable"_a = false, "keep_cached"_a = true, "from_device"_a = false,
-      "gives_way"_a = false, "nbytes"_a = uint64_t{1} << 30);
+      "past_cache"_a = false, "nbytes"_a = uint64_t{1} << 30);
   module.def("io_uring_refusal", &io_uring_refusal);
   module.def("probe", &probe, "directory"_a, Released());
 }

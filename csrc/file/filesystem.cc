@@ -124,7 +124,7 @@ Choice choose(const FileSystem& filesystem, const Intent& intent) {
   if (intent.durable && large && filesystem.direct_io && intent.from_device && kDirectFromDevice) {
     return {WritePath::direct, "waits for the disk anyway, and is staged anyway: past the page cache"};
   }
-  if (intent.gives_way && large && filesystem.direct_io) {
+  if (intent.past_cache && large && filesystem.direct_io) {
     return {WritePath::direct,
             "nobody waits for it: past the page cache, which costs the job no memory and little time"};
   }

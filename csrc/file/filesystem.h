@@ -68,6 +68,7 @@ struct Intent {
   bool at_once = false;       // written and published by the next few calls of this thread
   bool gaps = false;          // some bytes of the file are not written
   bool gives_way = false;     // its writers get a processor when the job does not want it
+  bool past_cache = false;    // new pages of the cache are worth less than they cost
   bool follow_links = false;  // the file that a symbolic link leads to is replaced, not the link itself
   bool sent_behind = true;    // the disk is asked for what is written while the rest is
   uint64_t nbytes = 0;        // of all its files together

@@ -94,7 +94,7 @@ def _env(path: str) -> None:
     options = Options()
     kind, write_path, reason = _native.filesystem(directory)
     _, durable_path, durable_reason = _native.filesystem(directory, durable=True)
-    _, later_path, later_reason = _native.filesystem(directory, gives_way=True)
+    _, later_path, later_reason = _native.filesystem(directory, past_cache=True)
     rows = [
         ("fastshard", __version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.release()}"),

@@ -211,4 +211,6 @@ class SaveOptions(NamedTuple):
     """Its writers step aside for the threads of the job, until ``Save.take_over()``. So the caller's next steps are
     disturbed less, and the save takes longer where all processors are busy. Not where they would hold locks of a driver,
     of the interpreter or of the process's memory."""
+    past_cache: bool = False
+    """Large files are written past the page cache on filesystems that are known to do that well."""
     follow_links: bool = False

@@ -136,7 +136,7 @@ def _by_copy(save: _Parts) -> SaveFuture:
             files=plans.files,
             keep_alive=None,
             served=save.served._replace(fetch=None),
-            asked=save.asked._replace(streams={}, held=True, gives_way=True),
+            asked=save.asked._replace(streams={}, held=True, gives_way=True, past_cache=True),
         ).start(Background("copy", packing, earlier), block)
     except BaseException:
         if packing is not None:
