@@ -45,8 +45,10 @@ class DirectWriter final : public ChunkWriter {
     return bytes;
   }
 
-  // The chunk's bytes where they lie, if that is in one piece and on boundaries of blocks; else nothing.
+  // The chunk's bytes where they lie, if that is in one piece and on boundaries of blocks; else nothing. Where somebody
+  // waits, the memory is the caller's, who may have it from a driver: the kernel may refuse to write from there.
   std::span<const std::byte> in_place(const Chunk& chunk) const {
+    if (!resources_.workers.aside() || sources_.any()) return {};
     const std::span<const CopyOp> ops = schedule_.ops_of(chunk);
     const std::byte* const begin = packed_address(*ops.front().source, ops.front().first_byte);
     const uint64_t block = file_->block_nbytes();
@@ -56,7 +58,7 @@ class DirectWriter final : public ChunkWriter {
       return source.device == kHost && !source.cast() && source.contiguous() &&
              packed_address(source, op.first_byte) == begin + op.chunk_offset;
     });
-    if (!in_one_piece || sources_.any()) return {};
+    if (!in_one_piece) return {};
     return {begin, chunk.nbytes};
   }
 

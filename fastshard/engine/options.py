@@ -39,7 +39,7 @@ class Options:
     """Number of writer threads; ``None``: one for each CPU that this process may use, at most 16."""
     write_path: str = "auto"
     """``"buffered"`` (pwrite into the page cache, one thread a file), ``"direct"`` (past the page cache, from staging memory,
-    or from where host tensors lie), ``"mapped"`` (stores into the mapped file), ``"registered"`` (as mapped, with devices
+    or from where a snapshot lies), ``"mapped"`` (stores into the mapped file), ``"registered"`` (as mapped, with devices
     copying straight into page-locked windows), or ``"auto"``: what suits the save and the filesystem (``fastshard env PATH``
     tells). Where that is ``"buffered"``, idle threads store a part of a large file through mappings."""
     max_in_flight: int = _MAX_IN_FLIGHT
