@@ -5,6 +5,7 @@ them; what is broken in them or meant badly is named, and nothing of it is execu
 from __future__ import annotations
 
 import ctypes
+import enum
 import json
 import os
 import pickle
@@ -455,6 +456,39 @@ def test_nothing_is_executed(good: dict[str, bytes], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tensor 'model\.half'"):
         convert_dcp(source, tmp_path / "out")
     assert not mark.exists() and not (tmp_path / "out").exists()
+
+
+class _ByName(pickle.Pickler):
+    """Pickles members of enumerations as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, found: Any) -> Any:
+        return (getattr, (type(found), found.name)) if isinstance(found, enum.Enum) else NotImplemented
+
+
+def test_members_of_enumerations_by_name(tmp_path: Path) -> None:
+    source = save(MODEL, tmp_path / "dcp")
+    as_it_was = dcp_metadata.read_metadata(str(source))
+    told = pickle.loads((source / ".metadata").read_bytes())
+    with (source / ".metadata").open("wb") as file:
+        _ByName(file, protocol=4).dump(told)
+    assert b"getattr" in (source / ".metadata").read_bytes()
+    assert dcp_metadata.read_metadata(str(source)) == as_it_was
+    convert_dcp(source, tmp_path / "out")
+    assert snapshot(tmp_path / "out") == reference(MODEL, tmp_path / "expected")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(os._Environ, "keys"), (torch.Size, 3), (torch.Size([1]), "numel"), (torch.Size, "numel", None)],
+    ids=str,
+)
+def test_nothing_else_is_got_by_name(arguments: tuple[Any, ...]) -> None:
+    class Got:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return getattr, arguments
+
+    with pytest.raises(ValueError, match=r"the pickle has a (os\._Environ|builtins\.getattr) in it"):
+        read_pickle(pickle.dumps(Got()), {"torch.Size"})
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ _NUMBERS: Final = {
     0x47: struct.Struct(">d"),  # BINFLOAT
 }
 _TUPLES: Final = {0x85: 1, 0x86: 2, 0x87: 3}
+_BY_NAME: Final = "builtins.getattr"
+"""Of a class and a name: how Python 3.11.0 to 3.11.3 pickle a member of an enumeration."""
 
 
 class Inert:
@@ -192,7 +194,7 @@ class _Reader:
 
     def _global(self, module: Any, name: Any) -> None:
         full = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "?"
-        if full not in self._known:
+        if full not in self._known and full != _BY_NAME:
             raise ValueError(f"the pickle has a {full} in it, which is not expected there")
         self._stack.append(Inert(full))
 
@@ -201,6 +203,11 @@ class _Reader:
         made_by = self._stack.pop()
         if type(made_by) is not Inert or made_by.arguments is not None or type(arguments) is not tuple:
             raise IndexError
+        if made_by.name == _BY_NAME:
+            found, name = arguments if len(arguments) == 2 else (None, None)
+            if type(found) is not Inert or found.arguments is not None or type(name) is not str:
+                raise ValueError(f"the pickle has a {_BY_NAME} in it, which is not expected there")
+            made_by, arguments = found, (name,)
         is_dict = made_by.name == "collections.OrderedDict" and not arguments
         self._stack.append({} if is_dict else Inert(made_by.name, arguments))
 
