@@ -159,7 +159,7 @@ def test_a_prepared_save_has_few_options(path: Path, new_engine: NewEngine) -> N
 @pytest.mark.parametrize("target", [Memory(0, 4), ForeignFile(b"f"), Link(b"f", b"g")], ids=repr)
 def test_only_a_new_file_can_be_prepared(new_engine: NewEngine, target: object) -> None:
     header = b"" if isinstance(target, Link) else b"head"
-    with pytest.raises(ValueError, match="only a new file can be prepared"):
+    with pytest.raises(ValueError, match="only new files can be prepared"):
         new_engine().prepare(FilePlan(target, header, []), 2)  # type: ignore[arg-type]
 
 

@@ -304,7 +304,7 @@ REFUSED = [
     (
         too_small,
         errno.EINVAL,
-        "the file has 99 bytes, the plan needs 100: whoever makes it gives it its size",
+        "the file has 99 bytes, the plan needs 100: its creator must give it its size first",
     ),
     (only_readable, errno.EBADF, "it is not open for writing"),
     (appending, errno.EINVAL, ""),
@@ -337,7 +337,7 @@ def test_refused_before_the_first_byte(
 
 
 def test_a_negative_descriptor(new_engine: NewEngine) -> None:
-    with pytest.raises(ValueError, match="not negative"):
+    with pytest.raises(ValueError, match="cannot be negative"):
         new_engine().submit([FilePlan(ForeignFile(b"f", -1), b"", [])], keep_alive=None)
 
 
@@ -373,7 +373,8 @@ def test_a_cancelled_save_says_so(tmp_path: Path, new_engine: NewEngine) -> None
     future = new_engine().submit(begun(path, other), keep_alive=None, fetch=lambda *_: None, serve=False)
     assert future.cancel()  # nobody has brought its bytes yet
     with pytest.raises(
-        CancelledError, match=f"save cancelled; what was written of {path} until then stays there"
+        CancelledError,
+        match=f"save cancelled; what had been written to {path} before the error remains in place",
     ):
         future.result()
     assert names(tmp_path) == ["f"] and path.stat().st_size == 3 * SLOT
@@ -386,7 +387,9 @@ def test_a_failing_device_says_so(sim: SimCuda, new_engine: NewEngine, tmp_path:
     sim.fail("cuMemcpyDtoHAsync", Result.LAUNCH_FAILED, nth=0)
     sim.fail("cuMemcpy2DAsync", Result.LAUNCH_FAILED, nth=0)
     sim.fail("cuLaunchKernel", Result.LAUNCH_FAILED, nth=0)
-    with pytest.raises(RuntimeError, match=f"what was written of {path} until then stays there"):
+    with pytest.raises(
+        RuntimeError, match=f"what had been written to {path} before the error remains in place"
+    ):
         new_engine().submit([plan], keep_alive=source).result()
     assert path.read_bytes() == bytes([OTHERS]) * (3 * SLOT)
 
@@ -414,7 +417,7 @@ def test_a_durable_save_syncs_it(tmp_path: Path, preloaded: Path, durable: bool)
     done = run_engine(SAVE, path, other, how, env=preload(preloaded, f"fsync@1:{errno.EIO}"))
     if durable:
         assert done.stdout.startswith(f"5 {path} "), done.stderr
-        assert f"; what was written of {path} until then stays there" in done.stdout
+        assert f"; what had been written to {path} before the error remains in place" in done.stdout
     else:
         assert done.stdout == "saved\n", done.stderr
     assert other.exists() != durable
@@ -427,7 +430,9 @@ def test_a_full_disk(small_disk: Path, new_engine: NewEngine) -> None:
     os.truncate(path, 64 << 20)
     data = noise(1 << 20)
     items = [WriteItem(on_host(data), i << 20) for i in range(64)]
-    with pytest.raises(SaveError, match=f"what was written of {path} until then stays there") as raised:
+    with pytest.raises(
+        SaveError, match=f"what had been written to {path} before the error remains in place"
+    ) as raised:
         new_engine().submit([FilePlan(foreign(path), b"", items, 64 << 20)], keep_alive=data).result()
     assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(path)
     assert path.stat().st_size == 64 << 20

@@ -187,11 +187,13 @@ for _ in range(4):
     seen.append(dropped(future) // MIB)
 assert seen == sorted(seen) and 16 <= seen[0] + 4 and seen[-1] >= 64 - 4, seen
 assert before - resident(held.thread) >= 60 * MIB
-assert future.progress().nbytes_written >= 64 * MIB
+while future.progress().nbytes_written < 64 * MIB:  # this process looks from time to time
+    time.sleep(0.001)
 for tensor in tensors:
     tensor.zero_()
 # What lies in two files is given back when both have it.
-while future.progress().nbytes_written < len(wanted[0]):
+first = held.arguments[0]
+while held.arguments[0] == first:
     writes.answer(held)
     held = writes.next()
 assert dropped(future) // MIB == 63, dropped(future)
@@ -292,7 +294,7 @@ def test_a_save_that_is_stopped_leaves_the_old_file(folder: Path, how: str, erro
 def test_a_process_that_is_killed_is_an_error_that_says_so(folder: Path) -> None:
     told, rest = script(ENDED, folder / "weights", "killed")
     said = f"{os.strerror(errno.ECHILD)}; the forked process that wrote the file was killed by signal 9"
-    assert told == f"SaveError {errno.ECHILD} True {said}, as the kernel does where memory runs out"
+    assert told == f"SaveError {errno.ECHILD} True {said}, as the kernel does when memory runs out"
     assert rest == REST
 
 
@@ -537,7 +539,7 @@ def test_with_too_many_files_there_is_no_fork(tmp_path: Path, new_engine: Callab
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
     try:
-        with pytest.raises(_native.NotForked, match="more files"):
+        with pytest.raises(_native.NotForked, match="so many files"):
             submit(engine, files)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -352,7 +352,7 @@ def test_a_link_has_no_bytes_of_its_own(existing: Path, folder: Path, new_engine
         FilePlan(target, b"", [fetched(b"data")]),
         FilePlan(target, b"", [], 5),
     ):
-        with pytest.raises(ValueError, match="a link has no bytes of its own"):
+        with pytest.raises(ValueError, match="a link cannot have bytes of its own"):
             new_engine().submit([plan], keep_alive=None)
     with pytest.raises(ValueError, match="outside of its file"):
         plans = [FilePlan(target, b"", [])]

@@ -428,7 +428,7 @@ REFUSED = [
     (f"readv:{errno.ENOSYS}", ("storing short runs together refused: Function not implemented",)),
     (f"readv@1:{errno.EFAULT}", ()),  # memory that the kernel does not read: a copy of it it does
     (f"readv:{errno.EFAULT}", ()),
-    ("nfs", ("short runs written one by one: other machines may write to the same pages",)),
+    ("nfs", ("short runs are written one by one, as other machines may write to the same pages",)),
 ]
 
 
@@ -460,7 +460,9 @@ def test_a_full_disk(small_disk: Path, new_engine: NewEngine, width: int) -> Non
     place = place_of((rows, 3 * width), (0, width), (rows, width), 1, 0)
     plan = FilePlan(foreign(path), b"", [TensorView(data.ctypes.data, data.nbytes, HOST)], size, [place])
     for _ in range(2):
-        with pytest.raises(SaveError, match=f"what was written of {path} until then stays there") as raised:
+        with pytest.raises(
+            SaveError, match=f"what had been written to {path} before the error remains in place"
+        ) as raised:
             new_engine().submit([plan], keep_alive=data).result()
         assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(path)
     assert path.stat().st_size == size
@@ -483,7 +485,7 @@ def test_a_file_that_is_cut_meanwhile(
     place = place_of((rows, 3 * width), (0, width), (rows, width), 1, 0)
     plan = FilePlan(foreign(path), b"", [fetched(bytes(rows * width))], 3 * rows * width, [place])
     with pytest.raises(
-        SaveError, match=r"the file was cut while it was written: it has \d+ bytes, not"
+        SaveError, match=r"the file was truncated while it was written: it has \d+ bytes, not"
     ) as raised:
         new_engine(threads=1).submit([plan], keep_alive=None, fetch=fetch).result()
     assert raised.value.errno == errno.EIO and raised.value.filename == str(path)
@@ -555,31 +557,31 @@ def planned(places: list[Place], items: list[TensorView | WriteItem] | None = No
 
 
 NO_PLANS = [
-    (FilePlan(b"f", b"", [VIEW], SIZE, [Place(100, 0, 100)]), "only somebody else's file has places: f"),
-    (FilePlan(Memory(1, SIZE), b"", [VIEW], SIZE, [Place(100, 0, 100)]), "only somebody else's file"),
-    (FilePlan(ForeignFile(b"f"), b"", [VIEW], None, [Place(100, 0, 100)]), "says how large the file is: f"),
-    (planned([Place(99, 0, 99)], [VIEW]), "the places of f have 99 bytes, and its items 100"),
-    (planned([], [VIEW]), "the places of f have 0 bytes, and its items 100"),
-    (planned([Place(100, 0, 100)], []), "the places of f have 100 bytes, and its items 0"),
+    (FilePlan(b"f", b"", [VIEW], SIZE, [Place(100, 0, 100)]), "only a file that somebody else publishes can have places: f"),
+    (FilePlan(Memory(1, SIZE), b"", [VIEW], SIZE, [Place(100, 0, 100)]), "only a file that somebody else publishes"),
+    (FilePlan(ForeignFile(b"f"), b"", [VIEW], None, [Place(100, 0, 100)]), "must give the size of the file: f"),
+    (planned([Place(99, 0, 99)], [VIEW]), "the places of f have 99 bytes, but its items have 100"),
+    (planned([], [VIEW]), "the places of f have 0 bytes, but its items have 100"),
+    (planned([Place(100, 0, 100)], []), "the places of f have 100 bytes, but its items have 0"),
     (planned([Place(101, 0, 100)], [WriteItem(VIEW, 1)]), "a gap before item 0 of f"),
     (planned([Place(100, 901, 100)]), "place 0 of f lies beyond the file's 1000 bytes: 100 at 901"),
     (planned([Place(100, 0, 10, (10,), (111,))]), "place 0 of f lies beyond the file's 1000 bytes: 1009 at 0"),
     (planned([Place(100, 1 << 62, 100)]), "lies beyond the file's 1000 bytes"),
     (planned([Place(1 << 62, 0, 1 << 60, (4,), (1 << 60,))]), "lies beyond the file's 1000 bytes"),
-    (planned([Place(4, 0, 1 << 62, (4,), (1 << 62,))]), "is said to have 4 bytes, and its runs have"),
-    (planned([Place(90, 0, 10, (10,), (20,))]), "place 0 of f is said to have 90 bytes, and its runs have 100"),
-    (planned([Place(100, 0, 10, (10,), (9,))]), "the runs of place 0 of f overlap or are in another order"),
-    (planned([Place(100, 0, 10, (5, 2), (10, 100))]), "the runs of place 0 of f overlap or are in another order"),
-    (planned([Place(100, 0, 10, (10,), (20, 1))]), "shape and strides of a place differ in length"),
+    (planned([Place(4, 0, 1 << 62, (4,), (1 << 62,))]), "is declared to have 4 bytes, but its runs have"),
+    (planned([Place(90, 0, 10, (10,), (20,))]), "place 0 of f is declared to have 90 bytes, but its runs have 100"),
+    (planned([Place(100, 0, 10, (10,), (9,))]), "the runs of place 0 of f overlap or are not in the order of the file"),
+    (planned([Place(100, 0, 10, (5, 2), (10, 100))]), "the runs of place 0 of f overlap or are not in the order of the file"),
+    (planned([Place(100, 0, 10, (10,), (20, 1))]), "shape and strides of a place must have the same length"),
     (planned([Place(100, 0, 100, (1,) * 9, (100,) * 9)]), "too many strided dimensions"),
-    (planned([Place(100, -1, 100)]), "no negative numbers"),
-    (planned([Place(100, 0, -10, (-10,), (20,))]), "no negative numbers"),
-    (planned([Place(100, 0, 100), Place(100, 99, 100)]), "place 1 of f has bytes of place 0"),
-    (planned([Place(100, 0, 10, (10,), (100,)), Place(5, 905, 5)]), "place 1 of f has bytes of place 0"),
-    (planned([Place(40, 0, 10, (4,), (100,)), Place(40, 5, 10, (4,), (100,))]), "place 1 of f has bytes of place 0"),
+    (planned([Place(100, -1, 100)]), "cannot be negative"),
+    (planned([Place(100, 0, -10, (-10,), (20,))]), "cannot be negative"),
+    (planned([Place(100, 0, 100), Place(100, 99, 100)]), "place 1 of f overlaps place 0"),
+    (planned([Place(100, 0, 10, (10,), (100,)), Place(5, 905, 5)]), "place 1 of f overlaps place 0"),
+    (planned([Place(40, 0, 10, (4,), (100,)), Place(40, 5, 10, (4,), (100,))]), "place 1 of f overlaps place 0"),
     (
         planned([Place(40, 0, 10, (4,), (100,)), Place(40, 50, 10, (4,), (100,)), Place(40, 130, 20, (2,), (77,))]),
-        "place 2 of f has bytes of place 0",
+        "place 2 of f overlaps place 0",
     ),
 ]  # fmt: skip
 
@@ -608,7 +610,7 @@ def test_overlaps_are_found(engine: Engine, data: st.DataObject, shape: tuple[in
     packed = noise(max(1, sum(place.nbytes for place in places)))
     view = TensorView(packed.ctypes.data, sum(place.nbytes for place in places), HOST)
     plan = FilePlan(ForeignFile(b"/nowhere/f"), b"", [view], 2 * math.prod(shape), places)
-    with pytest.raises(ValueError if taken.max() > 1 else SaveError, match="has bytes of place|No such file"):
+    with pytest.raises(ValueError if taken.max() > 1 else SaveError, match="overlaps place|No such file"):
         engine.submit([plan], keep_alive=packed)
 
 

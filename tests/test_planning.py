@@ -236,14 +236,14 @@ def conjugate() -> torch.Tensor:
 
 
 UNUSUAL: dict[str, tuple[Callable[[], Any], str]] = {
-    "class": (lambda: {"t": of_another_class()}, "no plain tensor"),
-    "number": (lambda: {"t": 1}, "no plain tensor"),
-    "name": (lambda: {1: filled((2,))}, "no plain text"),
-    "kind of name": (lambda: {type("Text", (str,), {})("t"): filled((2,))}, "no plain text"),
-    "surrogate": (lambda: {"\ud800": filled((2,))}, "no Unicode text"),
+    "class": (lambda: {"t": of_another_class()}, "not a plain tensor"),
+    "number": (lambda: {"t": 1}, "not a plain tensor"),
+    "name": (lambda: {1: filled((2,))}, "not a plain str"),
+    "kind of name": (lambda: {type("Text", (str,), {})("t"): filled((2,))}, "not a plain str"),
+    "surrogate": (lambda: {"\ud800": filled((2,))}, "not valid Unicode"),
     "reserved name": (lambda: {"__metadata__": filled((2,))}, "reserved"),
-    "mapping": (lambda: types.MappingProxyType({}), "no plain dict"),
-    "kind of dict": (lambda: collections.defaultdict(None, {"t": filled((2,))}), "no plain dict"),
+    "mapping": (lambda: types.MappingProxyType({}), "not a plain dict"),
+    "kind of dict": (lambda: collections.defaultdict(None, {"t": filled((2,))}), "not a plain dict"),
     "conjugate": (lambda: {"t": conjugate()}, "bit"),
     "negative": (lambda: {"t": conjugate().imag}, "bit"),
     "contiguous negative": (lambda: {"t": conjugate()[:1].imag}, "bit"),

@@ -483,14 +483,14 @@ def test_sums_of_parts_are_put_together(
 def test_ranges_that_no_file_can_have_are_refused(tmp_path: Path) -> None:
     block = bytearray(3)
     with open(__file__, "rb") as file:
-        with pytest.raises(ValueError, match="no file can have"):
+        with pytest.raises(ValueError, match="beyond the size that a file can have"):
             _native.crc32_of_ranges(file.fileno(), b"f", 0, [2**63, 2**63], False, block)
         assert _native.crc32_of_ranges(file.fileno(), b"f", 5, [], False, block) == []
         assert _native.crc32_of_ranges(file.fileno(), b"f", 5, [0, 0], False, block) == [0, 0]
         wanted = zlib.crc32(Path(__file__).read_bytes()[5:15])
         assert _native.crc32_of_ranges(file.fileno(), b"f", 5, [10], False, block) == [wanted]
         for direct, unusable in ((False, bytearray()), (True, block)):
-            with pytest.raises(ValueError, match="a block that cannot be read into"):
+            with pytest.raises(ValueError, match="the block cannot be read into"):
                 _native.crc32_of_ranges(file.fileno(), b"f", 0, [5], direct, unusable)
     (tmp_path / "closed").touch()
     with pytest.raises(OSError, match="closed"):

@@ -37,14 +37,14 @@ bool readable(py::handle dict) { return PyDict_CheckExact(dict.ptr()) || PyODict
 const char* read(const Exchange& exchange, py::handle dict, Given& given) {
   Py_ssize_t at = 0;
   for (PyObject *name, *tensor; PyDict_Next(dict.ptr(), &at, &name, &tensor) != 0; ++given.count) {
-    if (!PyUnicode_CheckExact(name)) return "a name that is no plain text";
-    if (!exchange.plain(tensor)) return "an object that is no plain tensor";
-    if (given.count == given.names.size()) return "a dict that changes meanwhile";
+    if (!PyUnicode_CheckExact(name)) return "a name that is not a plain str";
+    if (!exchange.plain(tensor)) return "an object that is not a plain tensor";
+    if (given.count == given.names.size()) return "a dict that changes while it is read";
     const auto place = static_cast<Py_ssize_t>(given.count);
     PyList_SET_ITEM(given.names.ptr(), place, Py_NewRef(name));
     PyList_SET_ITEM(given.tensors.ptr(), place, Py_NewRef(tensor));
   }
-  return given.count == given.names.size() ? nullptr : "a dict that changes meanwhile";
+  return given.count == given.names.size() ? nullptr : "a dict that changes while it is read";
 }
 
 // Asks the CPU for memory that will be read soon: a tensor's, its implementation's (the object holds its address in one
@@ -106,7 +106,7 @@ class Planner {
 
   // Returns the layout and the tensors as they were given, or a text: why Python has to look at them.
   py::object lay_out(const py::object& dict, bool strided) const {
-    if (!readable(dict)) return py::str("a mapping that is no plain dict");
+    if (!readable(dict)) return py::str("a mapping that is not a plain dict");
     Given given(static_cast<size_t>(PyDict_GET_SIZE(dict.ptr())));
     if (const char* why = read(*exchange_, dict, given); why != nullptr) return py::str(why);
     auto handle = std::make_unique<LayoutHandle>(LayoutHandle{kinds_, given.names, {}});
@@ -157,7 +157,7 @@ class Planner {
       const char* const name = PyUnicode_AsUTF8AndSize(given.name(index), &length);
       if (name == nullptr) {
         PyErr_Clear();
-        return "a name that is no Unicode text";
+        return "a name that is not valid Unicode";
       }
       const std::string_view text(name, static_cast<size_t>(length));
       if (text == reserved_) return "a name that is reserved";
@@ -252,7 +252,7 @@ void bind_layouts(py::module_& module) {
       .def(
           "describe",
           [](const Exchange& exchange, const py::object& tensor) -> py::object {
-            if (!exchange.plain(tensor)) throw py::type_error("no plain tensor");
+            if (!exchange.plain(tensor)) throw py::type_error("not a plain tensor");
             Described found;
             if (const char* why = exchange.describe(tensor, found); why != nullptr) return py::str(why);
             return py::make_tuple(found.dtype(), reinterpret_cast<uintptr_t>(found.data()), device_of(found),

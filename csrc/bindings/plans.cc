@@ -82,7 +82,7 @@ std::pair<DType, DType> cast_from(py::handle object) {
   if (object.is_none()) return {DType::raw, DType::raw};
   const auto [from, to] = object.cast<std::pair<uint8_t, uint8_t>>();
   if (std::max(from, to) > static_cast<uint8_t>(DType::f8_e4m3_sat) || to == static_cast<uint8_t>(DType::raw)) {
-    throw std::invalid_argument("there is no such cast");
+    throw std::invalid_argument("unsupported cast");
   }
   return {static_cast<DType>(from), static_cast<DType>(to)};
 }
@@ -104,7 +104,7 @@ TensorView view_from(py::handle object) {
                 record[type.strides].cast<std::vector<int64_t>>());
   view.from = from;
   view.to = to;
-  if (view.packed_nbytes() != nbytes) throw std::invalid_argument("nbytes and shape disagree");
+  if (view.packed_nbytes() != nbytes) throw std::invalid_argument("nbytes does not match the shape");
   return view;
 }
 
@@ -158,7 +158,7 @@ ForeignFile foreign_file_from(py::handle object) {
   const py::handle descriptor = record[type.descriptor];
   if (descriptor.is_none()) return {.path = path_from(record[type.path])};
   const int number = descriptor.cast<int>();
-  if (number < 0) throw std::invalid_argument("a descriptor is not negative");
+  if (number < 0) throw std::invalid_argument("a file descriptor cannot be negative");
   return {.path = path_from(record[type.path]), .descriptor = number};
 }
 
@@ -200,7 +200,7 @@ void add_items(FilePlan& file, const TensorView& header, const Layout& layout) {
 // A number of bytes or of runs.
 uint64_t count_from(py::handle object) {
   const auto number = object.cast<int64_t>();
-  if (number < 0) throw std::invalid_argument("a place has no negative numbers");
+  if (number < 0) throw std::invalid_argument("the numbers of a place cannot be negative");
   return static_cast<uint64_t>(number);
 }
 
@@ -211,7 +211,7 @@ Place place_from(py::handle object) {
               .file_offset = count_from(record[type.file_offset]),
               .run_nbytes = count_from(record[type.run_nbytes])};
   const auto shape = record[type.shape].cast<py::tuple>(), strides = record[type.strides].cast<py::tuple>();
-  if (shape.size() != strides.size()) throw std::invalid_argument("shape and strides of a place differ in length");
+  if (shape.size() != strides.size()) throw std::invalid_argument("shape and strides of a place must have the same length");
   if (shape.size() > kMaxPlaceDims) throw std::invalid_argument("a place has too many strided dimensions");
   place.ndim = static_cast<uint32_t>(shape.size());
   for (uint32_t dim = 0; dim < place.ndim; ++dim) {
@@ -224,9 +224,9 @@ Place place_from(py::handle object) {
 // The items, which were given without gaps, fill the places.
 void place(FilePlan& file, py::handle places) {
   if (!std::holds_alternative<ForeignFile>(file.target)) {
-    throw std::invalid_argument("only somebody else's file has places: " + file.path());
+    throw std::invalid_argument("only a file that somebody else publishes can have places: " + file.path());
   }
-  if (!file.gaps) throw std::invalid_argument("a plan with places says how large the file is: " + file.path());
+  if (!file.gaps) throw std::invalid_argument("a plan with places must give the size of the file: " + file.path());
   file.placed = true;
   file.placed_in_nbytes = std::exchange(file.nbytes, 0);
   file.gaps = false;

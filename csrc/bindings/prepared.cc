@@ -33,7 +33,7 @@ struct PreparedHandle {
     while (bound.size() < generations) bound.push_back(plan_from(files));
     check(*bound.at(0));
     if (!plans.empty() && bound[0]->files[0].nbytes != plans[0]->files[0].nbytes) {
-      throw std::invalid_argument("the file would have another size");
+      throw std::invalid_argument("the new plan would change the size of the file");
     }
     plans = std::move(bound);
     bound_file = file;
@@ -47,7 +47,7 @@ struct PreparedHandle {
     if (!tag.is(bound_tag)) return nullptr;
     const SaveOptions asked = options_from(options);
     if (asked.intent.amended || !asked.intent.keep_cached || asked.intent.follow_links) {
-      throw std::invalid_argument("a prepared save is durable, checked or neither; it has no other options");
+      throw std::invalid_argument("a prepared save takes no other options than durable and checksums");
     }
     auto submitted = std::make_unique<SaveHandle>(py::make_tuple(bound_file, kept));
     const GilReleased released;

@@ -27,7 +27,7 @@ Field RecordType::field(const char* name) {
 }
 
 void RecordType::require_all_known() const {
-  if (known_ != fields_.size()) misfit(name_, "has a field that is not read");
+  if (known_ != fields_.size()) misfit(name_, "has a field that the native module does not know");
 }
 
 void Record::refuse(const RecordType& type, py::handle object) {

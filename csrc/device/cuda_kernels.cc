@@ -56,7 +56,7 @@ CUdeviceptr device_address(const Context& context, const std::byte* address, con
 void launch_pack(const Context& context, CUfunction kernel, CUstream stream, const PackTable& table, CUdeviceptr out,
                  unsigned max_blocks, Staging& staging) {
   CUdeviceptr entries = device_address(context, staging.scratch.data(), staging.scratch_base);
-  if (entries == 0) throw CudaError("the device does not see the table of its kernel");
+  if (entries == 0) throw CudaError("the device cannot access the table of its kernel");
   table.write(staging.scratch.data());
   staging.scratch = staging.scratch.subspan(table.nbytes());
   CUdeviceptr dims = entries + table.entries_nbytes();

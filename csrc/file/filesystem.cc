@@ -115,18 +115,18 @@ bool page_cache_takes(uint64_t nbytes) {
 namespace {
 
 Choice choose(const FileSystem& filesystem, const Intent& intent) {
-  if (intent.wanted != WritePath::automatic) return {intent.wanted, "asked for"};
+  if (intent.wanted != WritePath::automatic) return {intent.wanted, "requested"};
   if (filesystem.memory_backed) {
     return {WritePath::buffered, "new file in memory: write(2) fills fresh pages without a fault for each"};
   }
   const bool large = intent.nbytes >= kMinDirectSaveNbytes;
-  if (!intent.keep_cached && large) return {WritePath::direct, "nothing is to stay in the page cache"};
+  if (!intent.keep_cached && large) return {WritePath::direct, "the page cache is to stay as it is, so the file bypasses it"};
   if (intent.durable && large && filesystem.direct_io && intent.from_device && kDirectFromDevice) {
-    return {WritePath::direct, "waits for the disk anyway, and is staged anyway: past the page cache"};
+    return {WritePath::direct, "the save waits for the disk and is staged in any case, so it bypasses the page cache"};
   }
   if (intent.past_cache && large && filesystem.direct_io) {
     return {WritePath::direct,
-            "nobody waits for it: past the page cache, which costs the job no memory and little time"};
+            "written in the background: bypassing the page cache costs the job no memory and little time"};
   }
   return {WritePath::buffered, "new file: preallocated, one writer of large pwrites, helped by idle threads"};
 }
@@ -135,7 +135,7 @@ Choice choose(const FileSystem& filesystem, const Intent& intent) {
 
 Choice choose_write_path(const FileSystem& filesystem, const Intent& intent) {
   Choice choice = choose(filesystem, intent);
-  if (intent.gaps && choice.path == WritePath::direct) return {WritePath::buffered, "gaps are no whole blocks"};
+  if (intent.gaps && choice.path == WritePath::direct) return {WritePath::buffered, "the gaps in the file are not whole blocks, which direct writes need"};
   return choice;
 }
 

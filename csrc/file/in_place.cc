@@ -117,7 +117,7 @@ Look look_at_file(const std::string& path) {
   if (!is_at(info, place, path)) {
     if (by_process(path, path)) return {"a path that leads through /proc"};
     place = real_place(file.get(), path);
-    if (!is_at(info, place, path)) return {"a file that is not found by its name"};
+    if (!is_at(info, place, path)) return {"a file that its path no longer leads to"};
   }
   const std::string folder = target_of(place).directory;
   if (!may_be_renamed_to(info, folder, path)) return {"a folder that may not be written to"};

@@ -161,7 +161,7 @@ void OutputFile::check_size(uint64_t least_nbytes) const {
   const auto nbytes = static_cast<uint64_t>(info.st_size);
   if (nbytes >= least_nbytes) return;
   throw IoError(EIO, path_, "fstat",
-                "the file was cut while it was written: it has " + std::to_string(nbytes) + " bytes, not " +
+                "the file was truncated while it was written: it has " + std::to_string(nbytes) + " bytes, not " +
                     std::to_string(least_nbytes));
 }
 

@@ -41,7 +41,7 @@ IoError not_durable(int error, const std::string& path, size_t files) {
 }
 
 IoError not_removed(int error, const std::string& path, size_t files) {
-  return {error, path, "unlink", all_of(files) + ", but the old one could not be removed and still takes its room",
+  return {error, path, "unlink", all_of(files) + ", but the old one could not be removed and still occupies space",
           true};
 }
 
@@ -70,7 +70,7 @@ class Publication {
       if (stands.empty()) throw;
       const std::string before = error.detail().empty() ? "" : error.detail() + "; ";
       throw IoError(error.code().value(), error.path(), "publish",
-                    before + "not all files could be put back as they were, these are the new ones: " + stands);
+                    before + "some files could not be restored and have their new content: " + stands);
     }
     end(unsynced);
   }

@@ -74,13 +74,13 @@ void check_place(const Place& place, size_t index, uint64_t file_nbytes, const s
     if (overflows(nbytes, place.shape[dim], 0, nbytes)) nbytes = ~uint64_t{0};
     if (place.shape[dim] == 0) continue;
     if (place.shape[dim] > 1 && place.stride_nbytes[dim] < extent) {
-      throw std::invalid_argument("the runs of " + named(index, file) + " overlap or are in another order than there");
+      throw std::invalid_argument("the runs of " + named(index, file) + " overlap or are not in the order of the file");
     }
     if (overflows(place.shape[dim] - 1, place.stride_nbytes[dim], extent, extent)) extent = ~uint64_t{0};
   }
   if (nbytes != place.nbytes) {
-    throw std::invalid_argument(named(index, file) + " is said to have " + std::to_string(place.nbytes) +
-                                " bytes, and its runs have " + std::to_string(nbytes));
+    throw std::invalid_argument(named(index, file) + " is declared to have " + std::to_string(place.nbytes) +
+                                " bytes, but its runs have " + std::to_string(nbytes));
   }
   if (nbytes == 0) return;
   if (extent > file_nbytes || place.file_offset > file_nbytes - extent) {
@@ -133,7 +133,7 @@ bool apart_by_pattern(const std::vector<Place>& places, std::span<Pattern> patte
 }
 
 [[noreturn]] void refuse_overlap(uint32_t one, uint32_t other, const std::string& file) {
-  throw std::invalid_argument(named(std::max(one, other), file) + " has bytes of place " +
+  throw std::invalid_argument(named(std::max(one, other), file) + " overlaps place " +
                               std::to_string(std::min(one, other)));
 }
 
@@ -196,7 +196,7 @@ void check(const std::vector<Place>& places, uint64_t nbytes, uint64_t file_nbyt
     if (overflows(1, placed, places[index].nbytes, placed)) placed = ~uint64_t{0};
   }
   if (placed != nbytes) {
-    throw std::invalid_argument("the places of " + file + " have " + std::to_string(placed) + " bytes, and its items " +
+    throw std::invalid_argument("the places of " + file + " have " + std::to_string(placed) + " bytes, but its items have " +
                                 std::to_string(nbytes));
   }
   check_apart(places, file);

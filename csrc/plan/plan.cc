@@ -10,7 +10,7 @@ namespace fastshard {
 
 TensorView make_view(const std::byte* data, int device, uint64_t itemsize, const std::vector<int64_t>& shape,
                      const std::vector<int64_t>& strides) {
-  if (shape.size() != strides.size()) throw std::invalid_argument("shape and strides differ in length");
+  if (shape.size() != strides.size()) throw std::invalid_argument("shape and strides must have the same length");
   TensorView view{.data = data, .device = device, .run_nbytes = itemsize};
   std::vector<int64_t> merged_shape, merged_strides;
   for (size_t dim = 0; dim < shape.size(); ++dim) {
@@ -56,9 +56,9 @@ std::string name_of(const FilePlan& file, uint32_t item) {
 void check_cast(const WriteItem& item) {
   const TensorView& view = item.source;
   if (view.from == DType::raw || view.from == DType::f8_e4m3_sat || view.to == DType::f64) {
-    throw std::invalid_argument("there is no such cast");
+    throw std::invalid_argument("unsupported cast");
   }
-  if (view.run_nbytes % itemsize(view.from) != 0) throw std::invalid_argument("a run of a cast splits an element");
+  if (view.run_nbytes % itemsize(view.from) != 0) throw std::invalid_argument("the runs of a cast must consist of whole elements");
   // Then no chunk that ends on a page ends inside an element.
   if (item.file_offset % itemsize(view.to) != 0) throw std::invalid_argument("the target of a cast is not aligned");
 }
@@ -82,9 +82,9 @@ void check_item(const FilePlan& file, uint32_t index) {
 }
 
 void check(const FilePlan& file) {
-  if (file.nbytes > kMaxNbytes) throw std::invalid_argument("no file can have so many bytes: " + file.path());
+  if (file.nbytes > kMaxNbytes) throw std::invalid_argument("larger than any file can be: " + file.path());
   if (std::holds_alternative<Link>(file.target) && file.nbytes != 0) {
-    throw std::invalid_argument("a link has no bytes of its own: " + file.path());
+    throw std::invalid_argument("a link cannot have bytes of its own: " + file.path());
   }
   uint64_t end = 0;
   uint32_t before = 0;  // that ends there
@@ -95,7 +95,7 @@ void check(const FilePlan& file) {
     if (nbytes == 0) continue;
     if (item.file_offset < end) {
       throw std::invalid_argument(name_of(file, index) + " begins at " + std::to_string(item.file_offset) +
-                                  ", inside of " + name_of(file, before));
+                                  ", inside " + name_of(file, before));
     }
     if (!file.gaps && item.file_offset != end) refuse_gap(end, item.file_offset, name_of(file, index));
     end = item.file_offset + nbytes;

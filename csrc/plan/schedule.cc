@@ -111,17 +111,17 @@ class Builder {
 
 FileSchedule make_schedule(const FilePlan& file, const ScheduleLimits& limits) {
   if (limits.slot_nbytes == 0 || limits.packed_nbytes == 0 || limits.in_place_nbytes == 0 || limits.max_ops == 0) {
-    throw std::invalid_argument("a chunk must have room for something");
+    throw std::invalid_argument("the limits of a chunk must be positive");
   }
   if (limits.block_nbytes > 1 && (limits.in_place || limits.packed_nbytes < limits.slot_nbytes ||
                                   limits.slot_nbytes < std::max(kChunkAlignment, limits.block_nbytes))) {
-    throw std::invalid_argument("chunks of whole blocks are staged, and as large as a slot of at least one");
+    throw std::invalid_argument("chunks of whole blocks must be staged, and a slot must hold at least one block");
   }
   const uint64_t unit = std::max(kChunkAlignment, limits.block_nbytes);
   if (limits.boundary_nbytes % unit != 0 || (limits.boundary_nbytes != 0 && limits.begin_nbytes % unit != 0)) {
-    throw std::invalid_argument("a boundary between chunks is one of pages and blocks");
+    throw std::invalid_argument("boundaries between chunks must be multiples of the page and the block size");
   }
-  if (limits.block_nbytes > 1 && file.gaps) throw std::invalid_argument("a file with gaps has no whole blocks");
+  if (limits.block_nbytes > 1 && file.gaps) throw std::invalid_argument("a file with gaps cannot be written in whole blocks");
   FileSchedule schedule;
   schedule.ops.reserve(file.items.size());
   Builder builder(schedule, limits);

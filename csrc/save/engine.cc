@@ -75,7 +75,7 @@ std::shared_ptr<Standing> Engine::stand(const SavePlan& plan, size_t generations
   for (const auto& [ordinal, device] : devices_of(plan)) devices.push_back(device);
   const FilePlan& file = plan.files.at(0);
   const auto* target = std::get_if<NewFile>(&file.target);
-  if (target == nullptr) throw std::invalid_argument("only a new file can be prepared");
+  if (target == nullptr) throw std::invalid_argument("only new files can be prepared");
   return std::make_shared<Standing>(target->path, file.nbytes, generations, std::move(devices), workers_);
 }
 
@@ -99,7 +99,7 @@ void Engine::warm_up(int ordinal) {
 std::unique_ptr<PageLock> Engine::page_lock(int ordinal, std::span<std::byte> pages) {
   const auto begin = reinterpret_cast<uintptr_t>(pages.data());
   if (pages.empty() || begin == 0 || begin % kPage != 0 || pages.size() % kPage != 0) {
-    throw std::invalid_argument("whole pages are page-locked");
+    throw std::invalid_argument("only whole pages can be page-locked");
   }
   return std::make_unique<PageLock>(device(ordinal), pages);
 }

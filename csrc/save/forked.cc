@@ -49,9 +49,9 @@ void offer_to_oom_killer(pid_t process) noexcept {
 
 std::string described(const siginfo_t& end) {
   const std::string process = "the forked process that wrote the file ";
-  if (end.si_code != CLD_KILLED && end.si_code != CLD_DUMPED) return process + "ended before it was done";
+  if (end.si_code != CLD_KILLED && end.si_code != CLD_DUMPED) return process + "ended before the file was complete";
   const std::string killed = process + "was killed by signal " + std::to_string(end.si_status);
-  return end.si_status == SIGKILL ? killed + ", as the kernel does where memory runs out" : killed;
+  return end.si_status == SIGKILL ? killed + ", as the kernel does when memory runs out" : killed;
 }
 
 }  // namespace
@@ -96,10 +96,10 @@ class ForkedSave::Writer final : public FileWriter {
 
 ForkedSave::ForkedSave(const SavePlan& plan, bool files_stay_open, bool checksums, Progress& progress)
     : wants_checksums_(checksums), progress_(progress) {
-  if (!files_stay_open) throw NotForked("there are more files than the process can keep open");
+  if (!files_stay_open) throw NotForked("the process cannot keep so many files open at once");
   for (const FilePlan& file : plan.files) {
-    if (memory_of(file.target) != nullptr) throw NotForked("a forked process does not fill its parent's memory");
-    if (file.placed) throw NotForked("a forked process does not write between the bytes of others");
+    if (memory_of(file.target) != nullptr) throw NotForked("a forked process cannot fill its parent's memory");
+    if (file.placed) throw NotForked("a forked process cannot write into places between other writers' bytes");
   }
   std::vector<std::vector<uint32_t>> items = not_forkable(plan);
   if (std::ranges::any_of(items, [](const auto& of_file) { return !of_file.empty(); })) {

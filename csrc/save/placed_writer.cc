@@ -243,7 +243,7 @@ class PlacedWriter final : public InTurnWriter {
   bool store(const Stretch& stretch, RunCursor& runs, SourceCursor& source, Batch& batch) {
     if (!file_->stores_runs()) {
       if (!file_->one_machine()) {
-        progress_.fallbacks.add("short runs written one by one: other machines may write to the same pages");
+        progress_.fallbacks.add("short runs are written one by one, as other machines may write to the same pages");
       }
       return false;
     }

@@ -67,13 +67,13 @@ std::string SnapshotWriter::enqueue(const Chunk& chunk, EarlyScratch& scratch) {
   if (!memory_.page_locked()) return "copies go through staging buffers, as the memory is not page-locked";
   const std::vector<CopyOp> ops = by_device(chunk);
   if (!std::ranges::all_of(ops, [](const CopyOp& op) { return on_device(op) || on_host(op); })) {
-    return "there are bytes that only Python brings";
+    return "some of the bytes can only be fetched by Python";
   }
   const std::vector<CopyOp> copies = those(ops, on_device);
   size_t tables = 0;
   for (std::span<const CopyOp> left = copies; !left.empty(); left = left.subspan(first_group(left).size())) {
     const PackNeeds needs = streams_.at(left.front().source->device)->needs(first_group(left));
-    if (needs.waiting) return "the CPU casts, as there are no kernels, and waits for what it casts";
+    if (needs.waiting) return "without kernels the CPU casts, and it has to wait for the bytes";
     tables += needs.scratch;
   }
   if (std::string refusal = take(scratch, tables * kScratchNbytes, chunk); !refusal.empty()) return refusal;

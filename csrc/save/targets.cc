@@ -43,7 +43,7 @@ OpenTarget open_foreign(const ForeignFile& target, const FilePlan& plan, const I
   if (const uint64_t size = size_of(*file); size < plan.file_nbytes()) {
     throw IoError(EINVAL, target.path, "open",
                   "the file has " + std::to_string(size) + " bytes, the plan needs " +
-                      std::to_string(plan.file_nbytes()) + ": whoever makes it gives it its size");
+                      std::to_string(plan.file_nbytes()) + ": its creator must give it its size first");
   }
   if (plan.placed) file->share_pages();
   return {.file = std::move(file)};

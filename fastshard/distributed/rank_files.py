@@ -22,7 +22,9 @@ from ..publish.record import Record
 from .boxes import Boxes
 from .rank_plan import File, Piece
 
-_WHAT_STAYS: Final = re.compile(r"[;:,]? *\(?what was written of .* until then stays there\)?", re.DOTALL)
+_WHAT_STAYS: Final = re.compile(
+    r"[;:,]? *\(?what had been written to .* before the error remains in place\)?", re.DOTALL
+)
 
 
 class RankFiles:
