@@ -15,6 +15,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from safetensors.torch import load_file
 from torch import distributed
 
 import fastshard
-from fastshard.distributed import rank_files, rank_save
+from fastshard.distributed import group, rank_files, rank_save
 from fastshard.distributed.group import Group
 
 SECONDS = 3.0
@@ -399,3 +400,33 @@ def values_in(folder: Path) -> set[float]:
     finally:
         os.close(fd)
     return {value for tensor in found for value in tensor.flatten().tolist()}
+
+
+class _Vanishing:
+    """A store in which the heartbeat of the first rank is removed right after somebody has asked whether it is there."""
+
+    def __init__(self) -> None:
+        self._store = distributed.HashStore()
+        self._store.set_timeout(timedelta(seconds=20))
+
+    def check(self, keys: list[str]) -> bool:
+        found: bool = self._store.check(keys)
+        if found and keys[0].endswith("alive/0"):
+            self._store.delete_key(keys[0])
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+
+def test_a_rank_that_leaves_while_another_looks_for_it_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Reading a key that is gone would wait for the store's own timeout, and blame the store."""
+    store = _Vanishing()
+    monkeypatch.setattr(group, "_ranks_and_store", lambda _: (1, 2, store))
+    with Group(timeout=0.2) as second:
+        store.add("fastshard/1/alive/0", 1)
+        with pytest.raises(RuntimeError, match=r"^rank 0 has not come to this step of the save within"):
+            second.gather(None)
+    assert not store.check(["fastshard/1/alive/0"])

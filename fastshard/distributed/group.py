@@ -210,7 +210,7 @@ class Group:
     def _waiting(self, step: int, missing: list[int], patience: float) -> Iterator[None]:
         """Yields until the caller has what it waits for. Raises when the ranks in ``missing`` let it wait in vain."""
         began = looked = time.monotonic()
-        heard: dict[int, tuple[str, float]] = {}
+        heard: dict[int, tuple[int, float]] = {}
         pause = _POLL_SECONDS
         while True:
             yield
@@ -230,13 +230,15 @@ class Group:
             time.sleep(pause)
             pause = min(2 * pause, max(_MOST_POLL_SECONDS, 1e-4 * self.size))
 
-    def _is_silent(self, step: int, rank: int, heard: dict[int, tuple[str, float]], now: float) -> bool:
+    def _is_silent(self, step: int, rank: int, heard: dict[int, tuple[int, float]], now: float) -> bool:
         if not self._store.has(f"alive/{rank}") or self._store.has(f"{step}/{rank}"):
             return False  # it has not come to the save yet, or has told its value
-        beat = self._store.text(f"alive/{rank}")
-        last, when = heard.get(rank, ("", now))
-        if beat != last:
-            heard[rank] = (beat, now)
+        beats = self._store.counted(f"alive/{rank}")
+        if not beats:
+            return False  # it has left the save in this moment
+        last, when = heard.get(rank, (0, now))
+        if beats != last:
+            heard[rank] = (beats, now)
             return False
         return now - when > self._silence
 
@@ -284,6 +286,15 @@ class _Keys:
 
     def count(self, key: str) -> None:
         self._store.add(self._prefix + key, 1)
+
+    def counted(self, key: str) -> int:
+        """Returns how often a key was counted since it was removed. Unlike ``text``, which would wait for the key until
+        the store's own timeout, it returns at once if somebody has removed the key meanwhile."""
+        with _reached():
+            times = int(self._store.add(self._prefix + key, 0))
+        if not times:
+            self.remove(key)  # it is there since
+        return times
 
     def remove(self, *keys: str) -> None:
         for key in keys:
