@@ -8,7 +8,7 @@ torch's.
 ``test/distributed/checkpoint`` is run as a copy that begins with a few lines: names of torch's writers are ours, or with
 ``--installed`` the stock writers under ``fastshard.install()``; tests that ask for GPUs run with gloo on the CPU. The
 copies are run once more without those lines, so a test that fails for torch's own writers is told from one that fails
-for ours. This is not part of ``make test``.
+for ours. This is not part of ``make test``. PyTorch's tests need the package expecttest, and a few need zstandard.
 """
 
 from __future__ import annotations
@@ -45,10 +45,33 @@ FILES = (
 FOLDER = Path("test/distributed/checkpoint")
 
 ON_THE_CPU = """
+import torch as _torch
+import torch.distributed.fsdp as _fsdp
 import torch.testing._internal.common_distributed as _common
+import torch.testing._internal.distributed._shard.sharded_tensor as _sharded
 import torch.testing._internal.distributed._tensor.common_dtensor as _common_dtensor
 _common.skip_if_lt_x_gpu = _common_dtensor.skip_if_lt_x_gpu = lambda *_, **__: lambda test: test
+_common.requires_nccl = _common.requires_accelerator_dist_backend = _common.skip_if_lt_x_gpu
+
+def _with_comms(func=None, init_rpc=True, backend="gloo", _with_comms=_sharded.with_comms):
+    return _with_comms(func, init_rpc, "gloo")
+
+_sharded.with_comms = _with_comms
+
+def _init(self, *args, _init=_fsdp.FullyShardedDataParallel.__init__, **kwargs):
+    kwargs.setdefault("device_id", _torch.device("cpu"))
+    _init(self, *args, **kwargs)
+
+_fsdp.FullyShardedDataParallel.__init__ = _init
 """
+ON_GPUS = (
+    (r"\.cuda\((dist\.get_rank\(\)|self\.rank)?\)", ""),
+    (r"/cuda:\d", "/cpu"),
+    (r'device=("cuda(:\d)?"|self\.rank)', 'device="cpu"'),
+    (r"torch\.cuda\.device_count\(\)", "4"),
+    (r'f?"cpu:gloo,[^"]*"', '"gloo"'),
+)
+"""What the tests put on GPUs, and what they do instead."""
 INSTALLED = """
 import fastshard
 fastshard.install()
@@ -88,7 +111,8 @@ _hf_storage.HuggingFaceStorageWriter.__init__ = _with_old_names
 
 def adapted(text: str, preamble: str) -> str:
     """Returns a test file that begins with these lines. What it puts on a GPU it leaves on the CPU."""
-    text = re.sub(r"\.cuda\((dist\.get_rank\(\))?\)", "", text)
+    for pattern, instead in ON_GPUS:
+        text = re.sub(pattern, instead, text)
     futures = re.findall(r"^from __future__ import .*$", text, re.MULTILINE)
     text = re.sub(r"^from __future__ import .*$", "", text, flags=re.MULTILINE)
     return "\n".join([*futures, ON_THE_CPU, preamble, text])
@@ -129,7 +153,8 @@ def outcome(case: ElementTree.Element) -> str:
     for kind in ("failure", "error", "skipped"):
         found = case.find(kind)
         if found is not None:
-            lines = (found.get("message") or found.text or "").strip().splitlines()
+            lines = re.findall(r"^E +([\w.]*(?:Error|Exception)\b.*)", found.text or "", re.MULTILINE)
+            lines = lines or (found.get("message") or "").strip().splitlines()
             return f"{kind}: {lines[-1] if lines else ''}"
     return "passed"
 

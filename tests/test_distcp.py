@@ -148,6 +148,24 @@ def test_extensions_are_left_to_the_stock_writer(tmp_path: Path) -> None:
     assert info.transform_descriptors == ["shouting/1"]
 
 
+class InAFolder(FileSystem):
+    """Its files lie in a folder of the one that they are named in."""
+
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        return super().concat_path(Path(path, "folder"), suffix)
+
+    def mkdir(self, path: Any) -> None:
+        super().mkdir(Path(path, "folder"))
+
+
+def test_another_file_system_is_left_to_the_stock_writer(tmp_path: Path) -> None:
+    writer = FastshardFileSystemWriter(tmp_path)
+    writer.fs = InAFolder()
+    dcp.save({"w": values(3)}, storage_writer=writer)
+    assert os.listdir(tmp_path) == ["folder"]
+    assert ".metadata" in os.listdir(tmp_path / "folder")
+
+
 # Several ranks
 
 

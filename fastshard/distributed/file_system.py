@@ -225,7 +225,7 @@ class FastshardFileSystemWriter(FileSystemWriter):
 
     It writes from the tensors' own memory and from devices in bounded memory, and the checkpoint appears at once:
     until then the folder has the earlier one, whose files go in the same moment. ``options`` are limits of the
-    engine. With ``_extensions`` the stock writer writes.
+    engine. With ``_extensions``, or with another ``fs`` set, the stock writer writes.
     """
 
     def __init__(
@@ -237,11 +237,11 @@ class FastshardFileSystemWriter(FileSystemWriter):
                 f"FastshardFileSystemWriter needs a later version of torch than {torch.__version__}"
             )
         self._options = options
-        if self._is_ours():
+        if not self.transforms.extensions:
             self.fs = _FILE_SYSTEM()
 
     def _is_ours(self) -> bool:
-        return not self.transforms.extensions
+        return type(self.fs) is _FILE_SYSTEM
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
