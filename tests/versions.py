@@ -97,6 +97,7 @@ ECOSYSTEM = (
     "test_hub.py",
     "test_transformers.py",
     "test_async_trainer.py",
+    "test_distributed_training.py",
     "test_lightning.py",
     "test_torch_checkpointing.py",
     "test_offload.py",

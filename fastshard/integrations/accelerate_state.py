@@ -14,7 +14,6 @@ import functools
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +26,7 @@ from ..publish.hidden_names import PREFIX
 from ..publish.switching import remove_left
 from . import patching
 from .overrides import bound, overridden, wrapped
-from .transformers import complete_folder
+from .transformers import completing
 
 _CALL: Final = "Accelerator.save_state"
 _LOGGERS: Final = ("accelerate.accelerator", "accelerate.checkpointing")
@@ -45,7 +44,6 @@ def save_state(
     Raises the error of the checkpoint before, if that has failed.
     """
     wait_for_earlier()
-    began = time.time_ns()
     automatic = accelerator.project_configuration.automatic_checkpoint_naming
     above = os.path.join(accelerator.project_dir, "checkpoints") if automatic else None
     directory = os.path.join(above, f"checkpoint_{accelerator.save_iteration}") if above else output_dir
@@ -57,11 +55,8 @@ def save_state(
     if reason is not None:
         count_on_the_spot(_CALL, reason)
     if reason is not None or not asynchronous:
-        with background.synchronous():
-            result = original(accelerator, output_dir, *args, **kwargs)
-        if accelerator.is_main_process:
-            complete_folder(directory, began)
-        return result
+        with background.synchronous(), completing(directory, accelerator.is_main_process):
+            return original(accelerator, output_dir, *args, **kwargs)
     if above:
         os.makedirs(above, exist_ok=True)
     with checkpoint(directory, call=_CALL, loggers=_LOGGERS, manifest=patching.manifest()) as made:

@@ -17,7 +17,6 @@ import logging
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -28,7 +27,7 @@ from ..publish.directory import final_places
 from ..publish.incremental import based_on
 from . import patching
 from .overrides import bound, is_of_a_library, overridden, wrapped
-from .transformers import arguments_by_name, complete_folder, overridden_in_model
+from .transformers import arguments_by_name, completing, overridden_in_model
 
 _CALL: Final = "Trainer._save_checkpoint"
 _LOGGERS: Final = (
@@ -100,12 +99,8 @@ def _save_checkpoint(
     if reason is not None:
         count_on_the_spot(_CALL, reason)
     if reason is not None or not asynchronous:
-        began = time.time_ns()
-        with background.synchronous():
-            result = original(trainer, *args, **kwargs)
-        if trainer.args.should_save:
-            complete_folder(directory, began)
-        return result
+        with background.synchronous(), completing(directory, trainer.args.should_save):
+            return original(trainer, *args, **kwargs)
     os.makedirs(run, exist_ok=True)
     wanted = patching.manifest()
     with checkpoint(directory, call=_CALL, loggers=_LOGGERS, manifest=wanted) as made, _filling(made):

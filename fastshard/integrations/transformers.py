@@ -14,7 +14,7 @@ import inspect
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
@@ -26,7 +26,7 @@ from ..engine.pipeline import How
 from ..engine.sharing import storage_of
 from ..engine.unchanged import frozen_storages, is_in
 from ..publish.incremental import current_base
-from ..publish.manifests import complete
+from ..publish.manifests import complete, noted
 from ..publish.staged import current, staged
 from . import patching
 from .calls import arguments_of
@@ -116,11 +116,27 @@ def is_main(arguments: Mapping[str, Any]) -> bool:
     return main
 
 
-def complete_folder(directory: object, began: int, within: bool = True) -> None:
+def complete_folder(
+    directory: object, began: int, within: bool = True, only: Collection[str] | None = None
+) -> None:
     """Brings what a library has written by itself, from ``began`` on, into the manifest of its folder, if there is to be
-    one. Without ``within`` folders in it are not looked into."""
+    one. Without ``within`` folders in it are not looked into. ``only``: the full paths of the files to bring in."""
     if patching.manifest() and isinstance(directory, (str, os.PathLike)) and os.path.isdir(directory):
-        complete(os.fspath(directory), patching.manifest(), since=began, within=within)
+        complete(os.fspath(directory), patching.manifest(), since=began, within=within, only=only)
+
+
+@contextlib.contextmanager
+def completing(directory: str, main: bool) -> Iterator[None]:
+    """A block in which each process writes its files of a checkpoint. Afterwards they are in the manifest of the folder, if
+    there is to be one.
+
+    The ``main`` process brings in all that it finds. It does not wait for the others, which may write later or not at
+    all, so each of them brings in what it has written itself.
+    """
+    began = time.time_ns()
+    with noted() as written:
+        yield
+    complete_folder(directory, began, only=None if main else {*written})
 
 
 @functools.cache

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import stat
+import threading
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from ..engine.checksums import Passed, Sums, take
@@ -30,6 +32,13 @@ _TICK: Final = 100_000_000
 _PLAIN: Final = re.compile(r"[\w. -]+", re.ASCII)
 """Names that stand in both files as they are."""
 _log: Final = logging.getLogger("fastshard")
+
+
+class _OfThisThread(threading.local):
+    written: list[str] | None = None
+
+
+_this_thread = _OfThisThread()
 
 
 def check_wanted(manifest: object) -> None:
@@ -157,10 +166,23 @@ def _files_in(folder: str, within: bool = True) -> list[str]:
     return sorted(found)
 
 
+@contextlib.contextmanager
+def noted() -> Iterator[list[str]]:
+    """A block in which the files are noted, by their full paths, that this thread writes without a manifest."""
+    before = _this_thread.written
+    written = _this_thread.written = []
+    try:
+        yield written
+    finally:
+        _this_thread.written = before
+
+
 def forget(paths: Iterable[str | os.PathLike[str]], *, durable: bool = False) -> None:
     """Takes files out of manifest and digests of their folders, as they are going to be written without a manifest."""
     folders: dict[str, set[str]] = {}
     for path in paths:
+        if _this_thread.written is not None:
+            _this_thread.written.append(os.path.abspath(os.fsdecode(path)))
         folder, name = os.path.split(os.fsdecode(path))
         folders.setdefault(folder or os.curdir, set()).add(name)
     for folder, names in folders.items():
@@ -194,11 +216,19 @@ def add(path: str, manifest: Wanted, *, durable: bool = False, keep_cached: bool
     _say(folder, record_of(folder, manifest, {}, names=[name], keep_cached=keep_cached), durable)
 
 
-def complete(folder: str, manifest: Wanted, *, since: int = 0, within: bool = True) -> None:
+def complete(
+    folder: str,
+    manifest: Wanted,
+    *,
+    since: int = 0,
+    within: bool = True,
+    only: Collection[str] | None = None,
+) -> None:
     """Adds what others have written into a folder, and ``within`` the folders in it, to its manifest and digests.
 
     ``since``: in nanoseconds since the epoch, when that began; older files are left as they are described. Files of
-    tensors that the manifest has described since they were written are not read again.
+    tensors that the manifest has described since they were written are not read again. ``only``: the full paths of the
+    files that are looked at, if not all.
     """
     try:
         told = os.stat(os.path.join(folder, MANIFEST_NAME)).st_mtime_ns
@@ -209,6 +239,8 @@ def complete(folder: str, manifest: Wanted, *, since: int = 0, within: bool = Tr
     known: dict[str, FileEntry] = {}
     names = []
     for name in _files_in(folder, within):
+        if only is not None and os.path.abspath(os.path.join(folder, name)) not in only:
+            continue
         info = _status(folder, name)
         if info is not None and info.st_ctime_ns >= since - _TICK:
             names.append(name)
@@ -216,7 +248,8 @@ def complete(folder: str, manifest: Wanted, *, since: int = 0, within: bool = Tr
             is_told = entry is not None and entry.tensors is not None and info.st_mtime_ns <= told
             if entry is not None and is_told and entry.nbytes == info.st_size:
                 known[name] = entry
-    gone = frozenset(name for name in {*files, *sums} - {*RECORDS} if _status(folder, name) is None)
+    said = {*files, *sums} - {*RECORDS} if only is None else ()
+    gone = frozenset(name for name in said if _status(folder, name) is None)
     if names or gone:
         known_sums = {name: sums[name] for name in known if name in sums}
         found = record_of(folder, manifest, known, known_sums, names=names)
