@@ -281,7 +281,7 @@ def test_exit_status_is_that_of_diff(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert cli.main(["diff", str(one), str(other)]) == 1
     lines = capfd.readouterr().out.splitlines()
     assert lines[1].split()[0] == "layers.3.weight" and lines[1].endswith("bytes")
-    assert lines[-1].startswith("1 tensors differ, 9 are equal (9 by bytes)")
+    assert lines[-1].startswith("1 tensor differs, 9 are equal (9 by bytes)")
     assert cli.main(["diff", str(one), str(other), "--max-abs"]) == 1
     assert "1 of 1200 elements, at most" in capfd.readouterr().out
     assert cli.main(["diff", str(one), str(other), "--quiet"]) == 1

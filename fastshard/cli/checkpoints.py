@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from ..formats.naming import WEIGHTS_SUFFIX, is_rank_folder
-from .text import fail, guarded, needs_torch, printable, size
+from .text import amount, fail, guarded, needs_torch, printable, size
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -118,7 +118,7 @@ def _described(folder: str) -> str:
             for entry in entries:
                 if entry.name.endswith(WEIGHTS_SUFFIX) and entry.is_file():
                     files, nbytes = files + 1, nbytes + entry.stat().st_size
-    return f"{printable(folder)}: {files} file{'s' if files != 1 else ''}, {size(nbytes)}"
+    return f"{printable(folder)}: {amount(files, 'file')}, {size(nbytes)}"
 
 
 def _ranks_in(folder: str) -> list[str]:

@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from ..tools.diff import Diff, Difference, diff_checkpoints
-from .text import fail, guarded, needs_torch, printable, size, table
+from .text import amount, fail, guarded, needs_torch, printable, size, table
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -78,7 +78,8 @@ def _diff(given: argparse.Namespace, done: list[Diff]) -> int:
         f"{count} by {how}" if how != "same file" else f"{count} in the same file"
         for how, count in found.equal.items()
     )
-    text = f"{len(found.differences)} tensors differ, {equal} are equal{f' ({by})' if by else ''}"
+    count = len(found.differences)
+    text = f"{amount(count, 'tensor')} {'differs' if count == 1 else 'differ'}, {equal} {'is' if equal == 1 else 'are'} equal{f' ({by})' if by else ''}"
     print(f"{text}; {size(found.read_nbytes)} of each side read")
     return 0
 

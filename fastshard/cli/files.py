@@ -14,7 +14,7 @@ from ..formats.file_kinds import FOLDER, INDEX, SAFETENSORS, TORCH, format_of_na
 from ..formats.hf_index import files_of_index, is_folder, open_file, read_text
 from ..formats.naming import INDEX_SUFFIX, TORCH_SUFFIXES, WEIGHTS_SUFFIX
 from ..formats.safetensors import CAST_NAMES, FileHeader, cast_name, read_header
-from .text import fail, guarded, needs_torch, printable, size, table
+from .text import amount, fail, guarded, needs_torch, printable, size, table
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -101,7 +101,7 @@ def _inspect(paths: list[str], as_json: bool) -> int:
     elif len(found) > 1:
         count = sum(len(header.tensors) for _, header, _ in found)
         total = sum(nbytes for _, _, nbytes in found)
-        print(f"\ntogether: {len(found)} files, {count} tensors, {size(total)} ({total} bytes)")
+        print(f"\ntogether: {len(found)} files, {amount(count, 'tensor')}, {size(total)} ({total} bytes)")
     return status
 
 
@@ -167,7 +167,7 @@ def _show(found: FileHeader, nbytes: int) -> None:
         by_code[tensor.code] = by_code.get(tensor.code, 0) + tensor.end - tensor.begin
     dtypes = ", ".join(f"{code} {size(total)}" for code, total in by_code.items())
     print(
-        f"\n{len(found.tensors)} tensors, {size(nbytes)} ({nbytes} bytes): header {size(found.nbytes)}",
+        f"\n{amount(len(found.tensors), 'tensor')}, {size(nbytes)} ({nbytes} bytes): header {size(found.nbytes)}",
         end="",
     )
     print(f", {dtypes}" if dtypes else "")
@@ -215,7 +215,7 @@ def _convert(given: argparse.Namespace) -> int:
     else:
         done = convert(given.file, given.destination, **how)
     if not given.quiet:
-        print(f"{printable(given.destination)}: {done.tensors} tensors, {size(done.nbytes)}")
+        print(f"{printable(given.destination)}: {amount(done.tensors, 'tensor')}, {size(done.nbytes)}")
         for name, kept in done.dropped.items():
             print(f"{printable(name)} is {printable(kept)}")
     return 0
@@ -234,9 +234,9 @@ def _convert_dcp(given: argparse.Namespace, is_folder: bool, how: dict[str, Any]
         **how,
     )
     if not given.quiet:
-        print(f"{printable(given.destination)}: {done.tensors} tensors, {size(done.nbytes)}")
+        print(f"{printable(given.destination)}: {amount(done.tensors, 'tensor')}, {size(done.nbytes)}")
         for name, count in done.left_out.items():
-            print(f"{printable(name)} is left out: {count} tensors; --key takes them")
+            print(f"{printable(name)} is left out: {amount(count, 'tensor')}; --key takes them")
         if done.objects:
             some = ", ".join(map(printable, done.objects[:_MOST_NAMED]))
             more = f" and {len(done.objects) - _MOST_NAMED} more" if len(done.objects) > _MOST_NAMED else ""

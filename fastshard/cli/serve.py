@@ -19,7 +19,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Final
 
 from ..formats.naming import PP_PATTERN, TP_PATTERN, is_manifest
-from .text import fail, guarded, printable
+from .text import amount, fail, guarded, printable
 from .verify import show
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _serve(given: argparse.Namespace) -> int:
         return fail(f"{given.folder} is not what was saved: the server is not started")
     if report.without_digests and not quick:
         return fail(
-            f"no digests are known of {len(report.without_digests)} files in {given.folder}: `fastshard manifest "
+            f"no digests are known of {amount(len(report.without_digests), 'file')} in {given.folder}: `fastshard manifest "
             f"{given.folder}` notes them when the folder is made, and --check quick starts the server without"
         )
     ranks = _ranks(given.folder)

@@ -23,6 +23,11 @@ def size(nbytes: float) -> str:
     return f"{text[:-1]} {text[-1].upper()}iB"
 
 
+def amount(count: int, noun: str) -> str:
+    """Returns a number with its noun, in the singular if it is one: ``1 file``, ``2 files``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def printable(name: str) -> str:
     """Returns a name in a form that can be printed. Names are data: control characters and megabytes of text
     must not reach the terminal."""

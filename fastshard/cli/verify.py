@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from ..formats.naming import MANIFEST_NAME, SUMS_NAME
-from .text import fail, guarded, printable, size
+from .text import amount, fail, guarded, printable, size
 
 if TYPE_CHECKING:
     from ..api.checked import Problem
@@ -136,13 +136,15 @@ def show(
     if quiet and report.ok and not (strict and unknown):
         return
     count = len(report.problems)
-    verdict = "sound" if not count else f"{count} problem{'s' if count > 1 else ''}"
-    files = f"{report.files} file{'s' if report.files != 1 else ''}, {size(report.nbytes)}"
+    verdict = "sound" if not count else amount(count, "problem")
+    files = f"{amount(report.files, 'file')}, {size(report.nbytes)}"
     print(f"{printable(report.path)}: {verdict} ({files}, {seconds:.1f} s)", end="")
     if quick:
         print("; only sizes, headers and indices were looked at")
     elif unknown:
-        print(f"; of {len(unknown)} files of weights no digest is known: only header and size were compared")
+        print(
+            f"; of {amount(len(unknown), 'file')} of weights no digest is known: only header and size were compared"
+        )
     else:
         print()
 
@@ -179,4 +181,6 @@ def _describe(path: str, given: argparse.Namespace) -> None:
     if not given.quiet:
         tensors = sum(len(entry.tensors or ()) for entry in made.files.values())
         nbytes = sum(entry.nbytes for entry in made.files.values())
-        print(f"{printable(path)}: {len(made.files)} files, {tensors} tensors, {size(nbytes)}")
+        print(
+            f"{printable(path)}: {amount(len(made.files), 'file')}, {amount(tensors, 'tensor')}, {size(nbytes)}"
+        )
