@@ -19,15 +19,18 @@ import fcntl
 import functools
 import gc
 import os
+import pickle
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import pytest
 import simcuda
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     import torch
@@ -123,6 +126,22 @@ def no_hang() -> Iterator[None]:
     faulthandler.dump_traceback_later(HANG_SECONDS, exit=True, file=_stderr[0])
     yield
     faulthandler.cancel_dump_traceback_later()
+
+
+def by_one_worker(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], T]) -> T:
+    """Returns what ``make`` returns, which is called with a new folder by the first of pytest-xdist's workers that needs
+    it. The others wait and read the pickled value, so what takes long is done once, not by each worker."""
+    top = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        top = top.parent
+    kept = top / f"{name}.pickle"
+    with open(top / f"{name}.lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=top))
+            kept.write_bytes(pickle.dumps(make(folder)))
+        value: T = pickle.loads(kept.read_bytes())
+    return value
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
+from conftest import by_one_worker
 from safetensors.torch import save_file
 
 import fastshard
@@ -78,7 +79,10 @@ def run(directory: Path, *arguments: str) -> tuple[int, dict]:
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
     """Every case with every ceiling, once."""
-    directory = tmp_path_factory.mktemp("bench")
+    return by_one_worker(tmp_path_factory, "bench", measured)
+
+
+def measured(directory: Path) -> tuple[int, dict, Path]:
     plain = ",".join(name for name in cases.CASES if name not in VARIED)
     status, document = run(directory, "--cases", plain)
     arguments = ["--rivals", "all", "--cases", ",".join(VARIED), "--plot", str(directory / "bench.png")]
@@ -897,8 +901,9 @@ RANKS = sorted(rank_cases.RANK_CASES)
 @pytest.fixture(scope="module")
 def by_ranks(tmp_path_factory):
     """Every case of the ranks, once."""
-    directory = tmp_path_factory.mktemp("ranks")
-    return *run(directory, "--cases", ",".join(RANKS)), directory
+    return by_one_worker(
+        tmp_path_factory, "bench-of-ranks", lambda folder: (*run(folder, "--cases", ",".join(RANKS)), folder)
+    )
 
 
 @pytest.mark.parametrize("case", RANKS)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
+from conftest import by_one_worker
 from helpers import names, release
 from safetensors.torch import load_file
 from test_manifest_saves import check
@@ -269,7 +270,10 @@ def train(folder: Path, resumes: bool) -> dict[str, Any]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """Where all kinds of jobs have run, and what :func:`train` has returned in each rank."""
     pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("jobs")
+    return by_one_worker(tmp_path_factory, "training", all_jobs)
+
+
+def all_jobs(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
     first = ranks.run(2, train, folder, False, environment=ENVIRONMENT)
     for kind in KINDS:
         assert names(folder / kind / "ours" / "run") == ["checkpoint-2"]

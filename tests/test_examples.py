@@ -17,6 +17,7 @@ from typing import Any
 import forked
 import pytest
 import torch
+from conftest import by_one_worker
 from helpers import names
 from safetensors.torch import load_file
 
@@ -61,7 +62,10 @@ def kill_at(directory: Path, line: str) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    directory = tmp_path_factory.mktemp("uninterrupted")
+    return by_one_worker(tmp_path_factory, "uninterrupted", never_killed)
+
+
+def never_killed(directory: Path) -> bytes:
     first, weights = trained(directory)
     assert first == "begins after step 0"
     # The former checkpoint is kept until the newest one stands.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import by_one_worker
 from helpers import filled, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -92,8 +93,12 @@ def config_of(model: str, **changed: object):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders as ``save_pretrained`` makes them, in several files."""
+    pytest.importorskip("transformers")
+    return by_one_worker(tmp_path_factory, "models", saved_models)
+
+
+def saved_models(top: Path) -> dict[str, Path]:
     transformers = pytest.importorskip("transformers")
-    top = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     for name in MODELS:
         model = transformers.AutoModelForCausalLM.from_config(config_of(name))

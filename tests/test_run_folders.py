@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import without_mounts
+from conftest import by_one_worker, without_mounts
 from helpers import filled, names
 
 import fastshard
@@ -58,9 +58,12 @@ def trained(folder: Path, **options: Any) -> Any:
 @pytest.fixture(scope="module")
 def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the real Trainer with four checkpoints."""
-    folder = tmp_path_factory.mktemp("trainer") / "run"
-    trained(folder)
-    return folder
+
+    def run(folder: Path) -> Path:
+        trained(folder / "run")
+        return folder / "run"
+
+    return by_one_worker(tmp_path_factory, "trainer", run)
 
 
 @pytest.fixture

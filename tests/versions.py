@@ -57,6 +57,7 @@ SETS = (
             "accelerate==1.0.0",
             "huggingface_hub==0.26.0",
             "safetensors==0.5.0",
+            "diffusers==0.31.0",
         ),
     ),
     Versions(
@@ -69,6 +70,7 @@ SETS = (
             "accelerate==1.10.*",
             "huggingface_hub==0.36.*",
             "safetensors==0.6.*",
+            "diffusers==0.36.*",
         ),
     ),
     Versions(
@@ -83,11 +85,21 @@ SETS = (
             "huggingface_hub>=2,<3",
             "safetensors==0.8.*",
             "torch_checkpointing==0.1.1",
+            "diffusers==0.42.*",
         ),
     ),
 )
 TOOLS = ("pytest", "hypothesis", "tqdm", "packaging")
-SHOWN = ("torch", "transformers", "accelerate", "lightning", "huggingface_hub", "safetensors", "numpy")
+SHOWN = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "diffusers",
+    "lightning",
+    "huggingface_hub",
+    "safetensors",
+    "numpy",
+)
 
 ECOSYSTEM = (
     "test_install.py",
@@ -96,6 +108,7 @@ ECOSYSTEM = (
     "test_startup.py",
     "test_hub.py",
     "test_transformers.py",
+    "test_diffusers.py",
     "test_async_trainer.py",
     "test_distributed_training.py",
     "test_lightning.py",
@@ -113,6 +126,9 @@ CHOSEN = (
     "test_sharded.py",
     "test_sources.py",
     "test_convert.py",
+    "test_manifest_saves.py",
+    "test_incremental.py",
+    "test_statements.py",
 )
 INSTALL_SECONDS, TEST_SECONDS = 900, 900
 

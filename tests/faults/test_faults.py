@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import calls
 import pytest
-from conftest import without_mounts
+from conftest import by_one_worker, without_mounts
 
 HERE = Path(__file__).parent
 SAMPLE = 12
@@ -74,14 +74,14 @@ def _check(ran: Ran, saver: str, count: int) -> None:
 
 @pytest.fixture(scope="module")
 def failing(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return _run(
-        tmp_path_factory.mktemp("faults") / "calls", SAVERS, "--only", "calls", "--sample", str(SAMPLE)
-    )
+    arguments = ("--only", "calls", "--sample", str(SAMPLE))
+    return by_one_worker(tmp_path_factory, "calls", lambda folder: _run(folder / "out", SAVERS, *arguments))
 
 
 @pytest.fixture(scope="module")
 def cuts(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return _run(tmp_path_factory.mktemp("faults") / "cuts", DURABLE, "--only", "power", "--cuts", str(CUTS))
+    arguments = ("--only", "power", "--cuts", str(CUTS))
+    return by_one_worker(tmp_path_factory, "cuts", lambda folder: _run(folder / "out", DURABLE, *arguments))
 
 
 @pytest.mark.parametrize("saver", SAVERS)
