@@ -127,7 +127,7 @@ def test_files_that_cannot_be_put_back_are_named(tmp_path: Path, preloaded: Path
     # The second cannot be exchanged; the first cannot be renamed back.
     found = attempt(preloaded, "exchange@2:5 rename:13", *files)
     assert (found["errno"], found["filename"], found["published"]) == (5, str(files[1]), False)
-    assert f"could be put back as they were, these are the new ones: {files[0]}" in found["text"]
+    assert f"could not be restored and have their new content: {files[0]}" in found["text"]
     assert written(tmp_path) == {"a": NEW, "b": OLD}
 
 

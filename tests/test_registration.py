@@ -75,7 +75,7 @@ def test_no_chunk_reaches_across_a_boundary(
 
 @pytest.mark.parametrize("boundary", [1, PAGE - 1, PAGE + 512])
 def test_a_boundary_is_one_of_pages(boundary: int) -> None:
-    with pytest.raises(ValueError, match="boundary"):
+    with pytest.raises(ValueError, match="boundaries"):
         _native.schedule([file_of(contiguous(9))], **PRODUCTION, boundary_nbytes=boundary)
 
 
