@@ -30,6 +30,8 @@ constexpr uint64_t kStreamedRunNbytes = 256;
 // What is wanted of the source and should be asked for ahead.
 constexpr uint64_t kAheadNbytes = 8192;
 constexpr uint64_t kReadNbytes = 16 << 20;
+// A mapping begins and ends at multiples of it, so that large folios of the page cache are mapped by one fault each.
+constexpr uint64_t kMappedNbytes = 2 << 20;
 
 uint64_t page_nbytes() {
   static const auto nbytes = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
@@ -176,8 +178,8 @@ class Reader {
   }
 
   bool copy_mapped(bool cached) {
-    const uint64_t first = runs_.offset / page_nbytes() * page_nbytes();
-    const uint64_t nbytes = end_ - first;
+    const uint64_t first = runs_.offset / kMappedNbytes * kMappedNbytes;
+    const uint64_t nbytes = (end_ - first + kMappedNbytes - 1) / kMappedNbytes * kMappedNbytes;
     void* const base = mmap(nullptr, nbytes, PROT_READ, MAP_SHARED, fd_, static_cast<off_t>(first));
     if (base == MAP_FAILED) fail("mmap");
     const auto* const mapped = static_cast<const std::byte*>(base);
