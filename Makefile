@@ -4,6 +4,9 @@ VENV ?= .venv
 # Any torch from 2.4 on; one that is installed in $(VENV) already is kept.
 TORCH ?= torch
 
+# Half as many again as there are processors: many tests wait for disks, processes and time limits.
+WORKERS ?= $(shell echo $$(( ($$(nproc) * 3 + 1) / 2 )))
+
 BIN := $(VENV)/bin
 
 LINT := build/lint
@@ -37,7 +40,7 @@ lint: torch $(TOOLS)/pip
 # Installed, not linked, and run without the checkout on the path: what is tested is what a user gets.
 test: torch
 	$(BIN)/pip install -q '.[test]'
-	$(BIN)/pytest -n auto --dist worksteal
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 # The engine's tests over a native module that GCC's sanitizers watch, for addresses and undefined behaviour, then for
 # threads. ARGS="--only thread" for one of them.
