@@ -63,6 +63,12 @@ class Painter(DiffusionPipeline):
         self.register_modules(text_encoder=text_encoder, unet=unet, scheduler=scheduler)
 
 
+# diffusers 0.36 looks for classes here, and in this file annotations are texts.
+Painter.__init__.__annotations__.update(
+    text_encoder=transformers.CLIPTextModel, unet=UNet2DModel, scheduler=DDPMScheduler
+)
+
+
 def painter(seed: int = 0) -> Painter:
     return Painter(text_encoder(seed), unet(seed), DDPMScheduler())
 

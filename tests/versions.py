@@ -311,7 +311,7 @@ def installed(python: list[object]) -> dict[str, str]:
         "    if name in there: print(name, m.version(name))"
     )
     command = [*map(str, python), "-c", script]
-    said = subprocess.run(command, cwd=WORK, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(command, cwd=WORK, stdout=subprocess.PIPE, text=True, check=True).stdout
     return dict(line.split() for line in said.splitlines())
 
 
