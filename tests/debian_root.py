@@ -23,6 +23,7 @@ shift
 mkdir -p "$root$shared"
 mount --bind "$shared" "$root$shared"
 for folder in /dev /proc /sys; do mount --rbind "$folder" "$root$folder"; done
+PATH=$PATH:/usr/sbin:/sbin
 exec chroot "$root" env --chdir="$PWD" "$@"
 """
 
