@@ -130,7 +130,7 @@ CHOSEN = (
     "test_incremental.py",
     "test_statements.py",
 )
-INSTALL_SECONDS, TEST_SECONDS = 900, 900
+INSTALL_SECONDS, TEST_SECONDS = 900, 1500
 
 
 @dataclass(frozen=True)
