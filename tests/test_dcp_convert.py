@@ -581,8 +581,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         cli.main(["convert", source, str(out), "--dtype", "bf16", "--verify", "--max-shard-size", "1KB"]) == 0
     )
     assert capsys.readouterr().out.splitlines() == [
-        f"{out}: 1 tensors, 304 B",
-        "optimizer is left out: 1 tensors; --key takes them",
+        f"{out}: 1 tensor, 304 B",
+        "optimizer is left out: 1 tensor; --key takes them",
         "no tensors, and left out: step",
     ]
     assert load_file(out / "model.safetensors")["a"].dtype == torch.bfloat16
