@@ -171,6 +171,7 @@ ONLY_HOME = {
         "save/forked_child.cc",
         "device/numa.cc",
     },
+    r"__builtin_cpu|\bcpuid\b|\bxgetbv\b": {"device/processor.cc", "device/processor.h"},
     r"\bpwritev\b|\brename\b\(|\blinkat\(": {
         "file/output.cc",
         "file/placement.cc",

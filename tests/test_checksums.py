@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from simcuda import SimCuda
 from test_cuda_path import on_host, varied
 
 import fastshard
-from fastshard import Engine, Options, save_file, save_files, save_model, stats
+from fastshard import Engine, Options, _native, save_file, save_files, save_model, stats
 from fastshard.engine.mapped import load_mapped
 from fastshard.engine.plan import FilePlan
 from fastshard.formats.safetensors import read_header
@@ -126,3 +127,14 @@ def test_of_tensors_that_lie_in_files(tmp_path: Path) -> None:
     save_file(varied_tensors(), tmp_path / "source", allow_strided=True)
     save_file(load_mapped(tmp_path / "source"), tmp_path / "m", checksums=True)
     assert recorded(tmp_path / "m") == found(tmp_path / "m") == found(tmp_path / "source")
+
+
+def test_the_processors_instructions_are_known() -> None:
+    """Whatever the compiler: the runtime of Zig, by which wheels are built, knows of none, so casts and checksums were
+    slow in wheels."""
+    with open("/proc/cpuinfo") as file:
+        lines = file.read().splitlines()
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    used = ["pclmulqdq", "sse4_1", "avx2", "f16c", "avx512f", "vpclmulqdq"]
+    expected = [name for name in used if name in flags] if platform.machine() == "x86_64" else []
+    assert _native.processor_features() == expected

@@ -2,11 +2,13 @@
 // What devices, kernel and filesystems can do.
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "bindings/plans.h"
 #include "bindings/python.h"
 #include "device/cuda_info.h"
 #include "device/kernels/embedded.h"
+#include "device/processor.h"
 #include "file/direct_io.h"
 #include "file/filesystem.h"
 #include "file/probe.h"
@@ -14,6 +16,21 @@
 namespace fastshard {
 
 void bind_system(py::module_& module) {
+  // The instructions that are used where they are faster, by their names in /proc/cpuinfo.
+  module.def("processor_features", [] {
+    const Processor& has = processor();
+    std::vector<std::string> names;
+    const auto note = [&](bool there, const char* name) {
+      if (there) names.emplace_back(name);
+    };
+    note(has.pclmulqdq, "pclmulqdq");
+    note(has.sse4_1, "sse4_1");
+    note(has.avx2, "avx2");
+    note(has.f16c, "f16c");
+    note(has.avx512f, "avx512f");
+    note(has.vpclmulqdq, "vpclmulqdq");
+    return names;
+  });
   module.def("kernels_compiled_in", [] { return embedded_kernels() != nullptr; });
   module.def("cuda_devices", &cuda_devices, Released());
   module.def("cuda_driver_version", &cuda_driver_version, Released());

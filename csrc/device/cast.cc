@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "device/cast.h"
 
+#include "device/processor.h"
+
 #if defined(__x86_64__)
-#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -21,7 +22,7 @@ template <DType From, DType To>
 // The shifts by different numbers of places that make it a vector loop came to x86 with AVX2.
 #if defined(__x86_64__)
 #define FASTSHARD_VECTORS [[gnu::target("avx2")]]
-const bool have_vectors = __builtin_cpu_supports("avx2");
+const bool have_vectors = processor().avx2;
 #else
 #define FASTSHARD_VECTORS
 constexpr bool have_vectors = true;
@@ -34,12 +35,7 @@ FASTSHARD_VECTORS void cast_together(const std::byte* __restrict source, uint64_
 
 #if defined(__x86_64__)
 // What the processor does in one instruction, with the same bits; a compiler does not see it in the integers.
-// Clang 14 does not know the name in __builtin_cpu_supports.
-bool processor_has_f16c() noexcept {
-  unsigned a, b, c, d;
-  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
-}
-const bool have_f16c = have_vectors && processor_has_f16c();
+const bool have_f16c = have_vectors && processor().f16c;
 
 [[gnu::target("avx2,f16c")]] uint64_t narrow_to_f16(const std::byte* source, uint64_t count, std::byte* out) {
   uint64_t done = 0;

@@ -4,6 +4,8 @@
 #include <array>
 #include <cstring>
 
+#include "device/processor.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define FASTSHARD_CLMUL 1
@@ -167,8 +169,8 @@ FASTSHARD_BY_64 uint32_t by_long_clmul(const std::byte* bytes, size_t nbytes) {
 uint32_t crc32_remainder(std::span<const std::byte> bytes) {
   uint32_t remainder = 0;
 #ifdef FASTSHARD_CLMUL
-  static const bool usable = __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1");
-  static const bool long_ones = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("vpclmulqdq");
+  static const bool usable = processor().pclmulqdq && processor().sse4_1;
+  static const bool long_ones = processor().avx512f && processor().vpclmulqdq;
   if (usable && bytes.size() >= 64) {
     const size_t folded = bytes.size() / 16 * 16;
     const bool by_long_ones = long_ones && folded >= 256;

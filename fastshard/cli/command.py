@@ -101,6 +101,7 @@ def _env(path: str) -> None:
         *((name, _version(name)) for name in ("torch", "safetensors")),
         ("tensors are laid out", _layout()),
         ("CPUs", f"{usable_cpus()} usable, {options.writers} writer threads"),
+        ("casts and checksums use", ", ".join(_native.processor_features()) or "plain instructions"),
         ("staging memory", f"at most {size(options.memory_budget)}"),
         (
             "CUDA kernels",
