@@ -49,6 +49,7 @@ def _built(library: Path) -> Path:
         for name in (
             "plan/places.cc",
             "plan/plan.cc",
+            "device/processor.cc",
             "device/cast.cc",
             "device/pack.cc",
             "device/kernels/table.cc",

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 NATIVE_LAYERS = {
     "plan": "error.h places.h places.cc plan.h plan.cc layout.h layout.cc schedule.h schedule.cc",
     "device": """
-        device.h cast.h cast.cc pack.h pack.cc streaming.h streaming.cc kernels/table.h kernels/table.cc
+        device.h processor.h processor.cc cast.h cast.cc pack.h pack.cc streaming.h streaming.cc kernels/table.h kernels/table.cc
         kernels/memory.cuh kernels/elements.cuh kernels/gather.cuh kernels/tiles.cuh kernels/pack.cu kernels/embedded.h
         kernels/embedded.cc host_device.cc numa.h numa.cc cuda_driver.h cuda_driver.cc cuda_info.h cuda_info.cc
         cuda_refusal.h cuda_refusal.cc cuda_context.h cuda_streams.h cuda_streams.cc cuda_link.h cuda_link.cc
