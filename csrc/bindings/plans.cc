@@ -211,7 +211,8 @@ Place place_from(py::handle object) {
               .file_offset = count_from(record[type.file_offset]),
               .run_nbytes = count_from(record[type.run_nbytes])};
   const auto shape = record[type.shape].cast<py::tuple>(), strides = record[type.strides].cast<py::tuple>();
-  if (shape.size() != strides.size()) throw std::invalid_argument("shape and strides of a place must have the same length");
+  if (shape.size() != strides.size())
+    throw std::invalid_argument("shape and strides of a place must have the same length");
   if (shape.size() > kMaxPlaceDims) throw std::invalid_argument("a place has too many strided dimensions");
   place.ndim = static_cast<uint32_t>(shape.size());
   for (uint32_t dim = 0; dim < place.ndim; ++dim) {

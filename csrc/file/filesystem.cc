@@ -120,7 +120,8 @@ Choice choose(const FileSystem& filesystem, const Intent& intent) {
     return {WritePath::buffered, "new file in memory: write(2) fills fresh pages without a fault for each"};
   }
   const bool large = intent.nbytes >= kMinDirectSaveNbytes;
-  if (!intent.keep_cached && large) return {WritePath::direct, "the page cache is to stay as it is, so the file bypasses it"};
+  if (!intent.keep_cached && large)
+    return {WritePath::direct, "the page cache is to stay as it is, so the file bypasses it"};
   if (intent.durable && large && filesystem.direct_io && intent.from_device && kDirectFromDevice) {
     return {WritePath::direct, "the save waits for the disk and is staged in any case, so it bypasses the page cache"};
   }
@@ -135,7 +136,8 @@ Choice choose(const FileSystem& filesystem, const Intent& intent) {
 
 Choice choose_write_path(const FileSystem& filesystem, const Intent& intent) {
   Choice choice = choose(filesystem, intent);
-  if (intent.gaps && choice.path == WritePath::direct) return {WritePath::buffered, "the gaps in the file are not whole blocks, which direct writes need"};
+  if (intent.gaps && choice.path == WritePath::direct)
+    return {WritePath::buffered, "the gaps in the file are not whole blocks, which direct writes need"};
   return choice;
 }
 

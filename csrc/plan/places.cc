@@ -196,8 +196,8 @@ void check(const std::vector<Place>& places, uint64_t nbytes, uint64_t file_nbyt
     if (overflows(1, placed, places[index].nbytes, placed)) placed = ~uint64_t{0};
   }
   if (placed != nbytes) {
-    throw std::invalid_argument("the places of " + file + " have " + std::to_string(placed) + " bytes, but its items have " +
-                                std::to_string(nbytes));
+    throw std::invalid_argument("the places of " + file + " have " + std::to_string(placed) +
+                                " bytes, but its items have " + std::to_string(nbytes));
   }
   check_apart(places, file);
 }

@@ -58,7 +58,8 @@ void check_cast(const WriteItem& item) {
   if (view.from == DType::raw || view.from == DType::f8_e4m3_sat || view.to == DType::f64) {
     throw std::invalid_argument("unsupported cast");
   }
-  if (view.run_nbytes % itemsize(view.from) != 0) throw std::invalid_argument("the runs of a cast must consist of whole elements");
+  if (view.run_nbytes % itemsize(view.from) != 0)
+    throw std::invalid_argument("the runs of a cast must consist of whole elements");
   // Then no chunk that ends on a page ends inside an element.
   if (item.file_offset % itemsize(view.to) != 0) throw std::invalid_argument("the target of a cast is not aligned");
 }

@@ -121,7 +121,8 @@ FileSchedule make_schedule(const FilePlan& file, const ScheduleLimits& limits) {
   if (limits.boundary_nbytes % unit != 0 || (limits.boundary_nbytes != 0 && limits.begin_nbytes % unit != 0)) {
     throw std::invalid_argument("boundaries between chunks must be multiples of the page and the block size");
   }
-  if (limits.block_nbytes > 1 && file.gaps) throw std::invalid_argument("a file with gaps cannot be written in whole blocks");
+  if (limits.block_nbytes > 1 && file.gaps)
+    throw std::invalid_argument("a file with gaps cannot be written in whole blocks");
   FileSchedule schedule;
   schedule.ops.reserve(file.items.size());
   Builder builder(schedule, limits);

@@ -56,7 +56,8 @@ std::optional<std::vector<uint32_t>> crc32_of_ranges(int fd, const std::string& 
                                                      std::span<std::byte> block) {
   uint64_t end = offset;
   for (const uint64_t size : sizes) {
-    if (size > INT64_MAX || end > INT64_MAX - size) throw std::invalid_argument("ranges beyond the size that a file can have");
+    if (size > INT64_MAX || end > INT64_MAX - size)
+      throw std::invalid_argument("ranges beyond the size that a file can have");
     end += size;
   }
   if (block.empty() || (direct && (reinterpret_cast<uintptr_t>(block.data()) | block.size()) % kAlignment != 0)) {

@@ -97,10 +97,13 @@ void Save::describe_files(Stats& stats) const {
   const int aside_refused = resources_.workers.aside_refused();
   stats.priority = !resources_.workers.aside() ? "normal" : aside_refused == 0 ? "idle" : "nice";
   if (aside_refused != 0) {
-    fallbacks.insert("SCHED_IDLE refused, so writers run at a low nice priority: " + std::generic_category().message(aside_refused));
+    fallbacks.insert("SCHED_IDLE refused, so writers run at a low nice priority: " +
+                     std::generic_category().message(aside_refused));
   }
   if (progress_.source_shared) {
-    fallbacks.insert("written by one thread: more threads would have made the kernel copy memory that is shared with a forked process");
+    fallbacks.insert(
+        "written by one thread: more threads would have made the kernel copy memory that is shared with a forked "
+        "process");
   }
   if (progress_.io_uring_refused != 0) {
     fallbacks.insert("io_uring refused: " + std::generic_category().message(progress_.io_uring_refused));

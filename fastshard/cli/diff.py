@@ -79,7 +79,8 @@ def _diff(given: argparse.Namespace, done: list[Diff]) -> int:
         for how, count in found.equal.items()
     )
     count = len(found.differences)
-    text = f"{amount(count, 'tensor')} {'differs' if count == 1 else 'differ'}, {equal} {'is' if equal == 1 else 'are'} equal{f' ({by})' if by else ''}"
+    text = f"{amount(count, 'tensor')} {'differs' if count == 1 else 'differ'}"
+    text += f", {equal} {'is' if equal == 1 else 'are'} equal{f' ({by})' if by else ''}"
     print(f"{text}; {size(found.read_nbytes)} of each side read")
     return 0
 
