@@ -54,7 +54,7 @@ PYTHON_LAYERS = {
         options plan limits borrowed mapped sharing tensors planning staged_event parts relief serving future progress arena background copies
         snapshots figures engine pipeline reading checksums unchanged
     """,
-    "publish": "hidden_names folder attributes staging change record linking exchanging switching directory messages in_place manifests checkpoint incremental staged",
+    "publish": "hidden_names folder attributes machines staging change record linking exchanging switching directory messages in_place manifests checkpoint incremental staged",
     "api": """
         checked saving holders sources prepared archive_errors archive_skeleton archive_by_torch archive hub sharded_state
         sharded_save sharded_load asynchronous
@@ -106,6 +106,7 @@ WITHOUT_TORCH = {
     "publish/hidden_names": set(),
     "publish/folder": set(),
     "publish/attributes": set(),
+    "publish/machines": set(),
     "publish/staging": set(),
     "publish/change": set(),
     "publish/record": set(),

@@ -105,6 +105,7 @@ void bind_closing(py::module_& module) {
 }
 
 void bind_names(py::module_& module) {
+  module.def("on_one_machine", [](int fd) { return filesystem_of(fd, "").one_machine; }, "fd"_a, Released());
   module.def(
       "look_at_file",
       [](const std::string& path) {

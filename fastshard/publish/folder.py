@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 from types import TracebackType
 from typing import Final, TypeAlias
 
+from .. import _native
 from .hidden_names import final_places
 
 OPEN_FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -110,6 +112,12 @@ class Folder:
         if not name:
             self._identity = identity
         return identity
+
+    @functools.cached_property
+    def shared(self) -> bool:
+        """Whether other machines may use the filesystem at the same time: whether it is not known to be this one's."""
+        with Named(self.path):
+            return not _native.on_one_machine(self.fd)
 
     def read(self, name: str, most: int) -> bytes:
         """Returns the first bytes of a file; a symbolic link is an error."""
@@ -226,7 +234,8 @@ class Folder:
                 finally:
                     held.append(inner.fd)
             else:
-                if len(held) < MOST_HELD:
+                # Other machines' filesystems would keep a name for it.
+                if len(held) < MOST_HELD and not self.shared:
                     with contextlib.suppress(OSError):  # then it is freed at once
                         held.append(self._hold(name))
                 self.unlink(name)

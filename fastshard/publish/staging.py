@@ -3,8 +3,9 @@
 left.
 
 A hidden folder (:mod:`fastshard.publish.hidden_names` has its names) has mode 0700 and is held by an advisory
-lock on itself. Nobody else can open it, so nobody else can hold that lock. A folder that another user owns,
-that has another mode, or that is a link is never touched. Everything is done by descriptor
+lock on itself. Nobody else can open it, so nobody else can hold that lock; what differs on filesystems that machines
+share is in :mod:`fastshard.publish.machines`. A folder that another user owns, that has another mode, or that is a link
+is never touched. Everything is done by descriptor
 (:mod:`fastshard.publish.folder`), so nobody can redirect it by exchanging folders above.
 """
 
@@ -19,6 +20,7 @@ import stat
 from collections.abc import Collection
 from typing import Final
 
+from . import machines
 from .folder import OPEN_FOLDER, Folder, Named
 from .hidden_names import NEW, NOW, hidden_name
 
@@ -38,6 +40,7 @@ class Hidden(Folder):
         self.name = name
         self.fresh = fresh
         """Made just now, not what a killed save has left."""
+        self._aside = False
         _held[fd] = None
 
     def close(self) -> None:
@@ -61,6 +64,14 @@ class Hidden(Folder):
     def is_called(self, name: str) -> None:
         self.name, self.path = name, self.parent.place(name)
 
+    def _step_aside(self) -> None:
+        """Gives the name free, while it leads here, for the next one who wants it."""
+        if self.parent.shared and not self._aside:
+            if not self.is_in_place():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.path)
+            self.move(machines.unique_name())
+            self._aside = True
+
     def remove_known(self, names: Collection[str]) -> bool:
         """Removes the folder if it has nothing but small files of these names in ``.new``. Returns whether it
         did.
@@ -68,6 +79,7 @@ class Hidden(Folder):
         If not, :meth:`remove` has to list what there is.
         """
         try:
+            self._step_aside()
             for name in names:
                 os.unlink(f"{NEW}/{name}", dir_fd=self.fd)
             os.rmdir(NEW, dir_fd=self.fd)
@@ -78,16 +90,17 @@ class Hidden(Folder):
         return True
 
     def remove(self, held: list[int]) -> None:
-        """Removes it with everything in it. What fails is tried once more."""
+        """Removes it with everything in it, which another machine may have done. What fails is tried once more."""
         for last in (False, True):
             try:
+                self._step_aside()
                 self.unlink(NOW)  # no name leads here any more
                 self.clear(held)
                 if self.is_in_place():
                     self.parent.rmdir(self.name)
                 return
-            except OSError:
-                if last:
+            except OSError as error:
+                if last and error.errno not in machines.GONE:
                     raise
 
 
@@ -111,9 +124,10 @@ def turn_name(folder: Folder, slot: int = 0) -> str:
     """Returns the name of the hidden folder of the save that may change names in a folder.
 
     The name contains the folder's device and inode, so a hidden folder that was moved there from elsewhere
-    has another one.
+    has another one. Machines that share a filesystem have different numbers for its device.
     """
-    return hidden_name(f"turn in {folder.identity()}", slot)
+    device, inode = folder.identity() or (0, 0)
+    return hidden_name(f"turn in {inode if folder.shared else (device, inode)}", slot)
 
 
 class InUseError(Exception):
@@ -121,18 +135,22 @@ class InUseError(Exception):
 
 
 def make_hidden(parent: Folder, purpose: str, held: list[int]) -> Hidden:
-    """Makes an empty hidden folder for this purpose. Folders that killed saves have left for it are emptied."""
+    """Makes an empty hidden folder for this purpose. Folders that killed saves have left for it are emptied, or
+    removed where another machine may do the same."""
     for slot in range(_MOST_SLOTS):
         with contextlib.suppress(InUseError):
-            found = adopt(parent, hidden_name(purpose, slot), make=True)
-            if found is not None:
-                if not found.fresh:
-                    try:
+            while (found := adopt(parent, hidden_name(purpose, slot), make=True)) is not None:
+                if found.fresh:
+                    return found
+                try:
+                    if not parent.shared:
                         found.clear(held)
-                    except BaseException:
-                        found.close()
-                        raise
-                return found
+                        return found
+                    found.remove(held)
+                except BaseException:
+                    found.close()
+                    raise
+                found.close()
     raise OSError(
         errno.EBUSY, "too many saves are under way, or hidden folders of others are in the way", parent.path
     )
@@ -149,11 +167,11 @@ def adopt(parent: Folder, name: str, make: bool = False) -> Hidden | None:
         try:
             with Named(name, parent):
                 fd = os.open(name, OPEN_FOLDER | os.O_NOFOLLOW, dir_fd=parent.fd)
-        except FileNotFoundError:  # gone meanwhile
-            if make:
-                continue
-            return None
         except OSError as error:
+            if error.errno in machines.GONE:  # meanwhile
+                if make:
+                    continue
+                return None
             if fresh:
                 with contextlib.suppress(OSError):  # the next save will
                     parent.rmdir(name)
@@ -165,14 +183,20 @@ def adopt(parent: Folder, name: str, make: bool = False) -> Hidden | None:
         hidden = Hidden(parent, name, fd, fresh)
         try:
             with Named(hidden.path):
-                if not is_ours(os.fstat(fd)):
+                if not is_ours(os.fstat(fd), parent):
                     hidden.close()
                     return None
-                if not _lock(fd, fresh):
+                free = _lock(fd, fresh)
+                if parent.shared:  # where a lock says nothing of other machines
+                    free = fresh or free and machines.claim(hidden)
+                if not free:
                     raise InUseError
             if hidden.is_in_place():
                 return hidden
         except BaseException as error:
+            if isinstance(error, OSError) and error.errno in machines.GONE and not fresh:
+                hidden.close()
+                continue
             if fresh and not isinstance(error, InUseError):
                 # If another save has taken it over meanwhile, it is not empty, or is made anew.
                 with contextlib.suppress(OSError):
@@ -195,10 +219,14 @@ def _belongs_to_us(parent: Folder, name: str) -> bool:
     return found is not None and stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
 
 
-def is_ours(found: os.stat_result) -> bool:
-    """Returns whether this may be a hidden folder of this user."""
-    is_folder = stat.S_ISDIR(found.st_mode)
-    return is_folder and found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) & 0o777 in _MODES
+def is_ours(found: os.stat_result, parent: Folder) -> bool:
+    """Returns whether this may be a hidden folder of this user in ``parent``. Where other machines serve a filesystem,
+    owners and modes may be what the mount or the server makes of them (NFS with squashed users, SMB, object stores)."""
+    if not stat.S_ISDIR(found.st_mode):
+        return False
+    if found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) & 0o777 in _MODES:
+        return True
+    return parent.shared and found.st_uid == machines.owner_in(parent)
 
 
 def _lock(fd: int, fresh: bool) -> bool:

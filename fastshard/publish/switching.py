@@ -183,6 +183,8 @@ def wait_for_turn(folder: Folder, name: str, held: list[int], deadline: float) -
             if not _end_interrupted(folder, name):
                 if time.monotonic() > deadline:
                     reason = "another save has been putting files in place for too long"
+                    if folder.shared:
+                        reason += "; if it was killed, the first save after an hour completes it"
                     raise OSError(errno.EBUSY, reason, folder.path) from None
                 time.sleep(0.001)
             continue
@@ -192,7 +194,7 @@ def wait_for_turn(folder: Folder, name: str, held: list[int], deadline: float) -
         found = folder.stat(name)
         if found is None:
             return True
-        if not is_ours(found):
+        if not is_ours(found, folder):
             return False
         # Another save has taken the turn since: it is waited for, too.
 
