@@ -5,6 +5,7 @@ Threads, and children that are killed, stand for machines here. ``tests/two_node
 """
 
 import errno
+import fcntl
 import os
 import threading
 from pathlib import Path
@@ -116,6 +117,23 @@ def test_what_a_killed_save_has_left_beside_a_folder_goes_too(tmp_path: Path) ->
     save(target, {"new": "2", "newer": "2"})
     assert hidden(tmp_path) == []
     assert seen(target) == {"new": "2", "newer": "2"}
+
+
+def test_what_is_left_goes_where_there_are_no_locks_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.undo()
+    monkeypatch.setattr(Folder, "shared", True)
+    monkeypatch.setattr(fcntl, "flock", refused)
+    write(Replacement(str(tmp_path)).path, {"lost": "."})
+    save(tmp_path, {"new": "1", "newer": "1"})
+    assert len(hidden(tmp_path)) == 1
+    age(tmp_path, HOURS)
+    save(tmp_path, {"new": "2", "newer": "2"})
+    assert hidden(tmp_path) == []
 
 
 def test_a_file_that_is_being_written_keeps_its_folder(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Final, NamedTuple
 
 from .._native import Closing, close_later, close_soon
+from ..formats.hf_index import exists
 from .exchanging import make_beside, name_beside, real_place
 from .folder import SMALL_NBYTES, Folder, Named, open_folder
 from .hidden_names import NEW, PREFIX, STAGING
@@ -293,7 +294,10 @@ class _Staging:
                 folder.close()
                 if last or not isinstance(error, FileNotFoundError):
                     raise
-            else:  # it was exchanged meanwhile
+            else:  # it was exchanged meanwhile, and what was just made is in the new one now, or nowhere
+                with contextlib.suppress(OSError), open_folder(directory) as new:
+                    if new.identity(hidden.name) == hidden.identity():
+                        new.rmdir(hidden.name)
                 hidden.close()
                 folder.close()
         raise OSError(errno.EBUSY, "other saves keep replacing the folder", directory)
@@ -311,7 +315,7 @@ def _places_left(directory: str) -> Iterator[str]:
     it."""
     for above, hidden in _beside(*real_place(directory), os.geteuid()):
         with Named(directory):
-            found = _is_there(hidden)
+            found = exists(hidden)
         if found:
             yield above
 
@@ -327,18 +331,10 @@ def _beside(above: str, base: str, user: int) -> tuple[tuple[str, str], ...]:
     return tuple(found)
 
 
-def _is_there(path: str) -> bool:
-    try:
-        os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
-
-
 def missing_part(directory: str) -> tuple[str, list[str]]:
     """Returns the part of a path that exists, and the names that are to be made in it."""
     path, names = directory, list[str]()
-    while path and not _is_there(path):
+    while path and not exists(path):
         path, name = os.path.split(path.rstrip(os.sep))
         names.insert(0, name)
     made: list[str] = []

@@ -186,7 +186,8 @@ def adopt(parent: Folder, name: str, make: bool = False) -> Hidden | None:
                 if not is_ours(os.fstat(fd), parent):
                     hidden.close()
                     return None
-                free = _lock(fd, fresh)
+                # Without locks only what was just made is known to be unused, or what nobody has touched for long.
+                free = _lock(fd, fresh or parent.shared)
                 if parent.shared:  # where a lock says nothing of other machines
                     free = fresh or free and machines.claim(hidden)
                 if not free:
@@ -221,7 +222,7 @@ def _belongs_to_us(parent: Folder, name: str) -> bool:
 
 def is_ours(found: os.stat_result, parent: Folder) -> bool:
     """Returns whether this may be a hidden folder of this user in ``parent``. Where other machines serve a filesystem,
-    owners and modes may be what the mount or the server makes of them (NFS with squashed users, SMB, object stores)."""
+    owners and modes may be what the mount or the server makes of them (NFS with squashed users, SMB, FUSE)."""
     if not stat.S_ISDIR(found.st_mode):
         return False
     if found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) & 0o777 in _MODES:
@@ -229,16 +230,15 @@ def is_ours(found: os.stat_result, parent: Folder) -> bool:
     return parent.shared and found.st_uid == machines.owner_in(parent)
 
 
-def _lock(fd: int, fresh: bool) -> bool:
-    """Locks a hidden folder. If a filesystem has no locks, only a folder that was just made is known to be
-    unused."""
+def _lock(fd: int, otherwise: bool) -> bool:
+    """Locks a hidden folder, and returns whether nobody else has; ``otherwise`` where a filesystem has no locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
         if error.errno in _NO_LOCKS:
-            return fresh
+            return otherwise
         raise
     return True
 
