@@ -64,6 +64,11 @@ WAITS = {
         "assert future.wait() and future.stats.write_path == 'buffered'",
         "WAITED_FOR",
     ),
+    "wait for what is taken out of the page cache": (
+        "engine = Engine(Options(write_path='buffered'))\nfuture = save('a', engine=engine, keep_cached=False)\n"
+        "assert future.wait() and future.stats.write_path == 'buffered'",
+        "WAITED_FOR",
+    ),
     "wait_all": ("save('a'); wait_all()", "WAITED_FOR"),
     "many files": (
         "future = fastshard.save_torch_state_dict_async(state(1), '.', max_shard_size='9MB')\n"

@@ -198,15 +198,19 @@ void OutputFile::check_stored() const {
 
 void OutputFile::evict_behind(uint64_t offset, uint64_t nbytes) {
   start_writeback(offset, nbytes);
+  std::unique_lock lock(evicting_);
   behind_.emplace_back(offset, nbytes);
   while (behind_.size() > kRangesBehind) {
     const auto [begin, length] = behind_.front();
     behind_.pop_front();
+    lock.unlock();  // for a wait of its own
     const int error = request_writeback(
         fd_.get(), begin, length, SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
     if (error != 0) fail("sync_file_range", error);
     posix_fadvise(fd_.get(), static_cast<off_t>(begin), static_cast<off_t>(length), POSIX_FADV_DONTNEED);
+    lock.lock();
   }
+  lock.unlock();
   check_written();
 }
 

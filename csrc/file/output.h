@@ -84,8 +84,9 @@ class OutputFile {
   bool has_writeback() const { return !memory_backed_ && write_path_ != WritePath::direct && !suspended_; }
   // Whether that is to be done while other ranges are written.
   bool sent_behind() const { return sent_behind_ && has_writeback(); }
-  // For a single writer, with keep_cached == false: starts writeback of a written range, and takes out of the page
-  // cache what was written some ranges before it. So neither dirty nor clean pages pile up.
+  // With keep_cached == false: starts writeback of a written range, and takes out of the page cache what was written
+  // some ranges before it. So neither dirty nor clean pages pile up. A save that is taken over has two writers for a
+  // while.
   void evict_behind(uint64_t offset, uint64_t nbytes);
   // All chunks are written. A file of this process gets its size.
   virtual void end_writing() {}
@@ -146,6 +147,7 @@ class OutputFile {
   int reopen_flags_ = 0;
   std::mutex waking_;
   size_t awake_ = 0;
+  std::mutex evicting_;
   std::deque<std::pair<uint64_t, uint64_t>> behind_;  // ranges being written back: (offset, nbytes)
   std::atomic<int> writeback_error_ = 0;              // the first errno that starting or awaiting writeback has told
   std::vector<std::string> fallbacks_;
