@@ -64,21 +64,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault(CACHE_VARIABLE, str(Path(__file__).resolve().parents[1] / "build" / "simcuda"))
 
 
-FIRST = {
-    "test_bench.py",
-    "test_examples.py",
-    "test_faults.py",
-    "test_distributed_training.py",
-    "test_vllm.py",
-}
-"""What takes long and is not to be left for the end, when it would keep one worker busy and the others idle."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "real_cuda" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.real_gpu)
-    items.sort(key=lambda item: item.path.name not in FIRST)
 
 
 @functools.cache
